@@ -1,0 +1,98 @@
+"""One step of Delta Sampling: Algorithm 1 of arXiv 2512.03056."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib_delta.bridge import Bridge
+from lib_delta.errors import DeltaError
+from lib_delta.strength import Strength
+
+
+@dataclass(frozen=True)
+class DenoiseStep:
+    """What the target's sampler knows when the target has denoised.
+
+    ``x`` ``(N, C, H, W)`` is ``x0 + sigma * noise`` with ``sigma`` ``(N,)``, ``denoised`` the target's
+    estimate of x0 after classifier-free guidance.  ``progress`` runs from 0 at the first step to 1
+    at the last; ``step`` counts the evaluations.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    denoised: Tensor
+    cfg_scale: float
+    progress: float
+    step: int = 0
+
+
+class DeltaSource(Protocol):
+    """Base and adapted model, as :class:`lib_delta.source.Source` brings them."""
+
+    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float) -> Tensor:
+        """Return ``D_adapted(x, sigma) - D_base(x, sigma)`` in float32, on the device of ``x``."""
+        ...
+
+
+@dataclass(frozen=True)
+class DeltaGuidance:
+    """Add what adapting the source changes to what the target denoises."""
+
+    strength: Strength
+    bridge: Bridge
+    source: DeltaSource
+
+    def __call__(self, step: DenoiseStep) -> Tensor:
+        """Return ``D_target + lambda * (D_adapted - D_base)``; at lambda 0 the target's own, untouched.
+
+        Raises :class:`DeltaError` if the source's delta is not finite.
+        """
+        strength = self.strength.at(step.progress)
+        if strength == 0:
+            return step.denoised
+        x_source, sigma_source, crossing = self.bridge.to_source(step.x, step.sigma, step.denoised)
+        delta_source = self.source.delta(x_source, sigma_source, step.cfg_scale)
+        delta = self.bridge.delta_to_target(delta_source, crossing)
+        if not torch.isfinite(delta).all():
+            raise DeltaError(
+                f"the source's delta is not a number at step {step.step} (sigma {float(step.sigma.max()):.4g}): "
+                "run the base model in fp32 or bf16, or check its adapters"
+            )
+        return (step.denoised.float() + strength * delta.float()).to(step.denoised.dtype)
+
+
+class DeltaDenoiser:
+    """A target denoiser with the delta added, for k-diffusion's samplers to drive."""
+
+    def __init__(
+        self, target: Callable[..., Tensor], guidance: DeltaGuidance, sigmas: Tensor, cfg_scale: float = 1.0
+    ) -> None:
+        """Take the target's ``(x, sigma, **kwargs) -> denoised`` (after guidance) and the run's noise levels.
+
+        ``sigmas`` ``(steps + 1,)`` tell how far along the run a sigma is; ``cfg_scale`` is the source's.
+        """
+        self.target = target
+        self.guidance = guidance
+        self.cfg_scale = cfg_scale
+        self.steps = 0
+        # A final 0 is where the run ends, never a level at which a model is asked.
+        self._levels = np.unique(sigmas[sigmas > 0].cpu().double().log().numpy())
+
+    def __call__(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+        """Return the denoised estimate of ``x`` ``(N, C, H, W)`` at ``sigma`` ``(N,)``."""
+        denoised = self.target(x, sigma, **kwargs)
+        step = DenoiseStep(x, sigma, denoised, self.cfg_scale, self.progress(sigma), self.steps)
+        self.steps += 1
+        return self.guidance(step)
+
+    def progress(self, sigma: Tensor) -> float:
+        """Return how far along the run ``sigma`` is: 0 at the first level, 1 at the last, by steps between."""
+        along = np.linspace(0, 1, len(self._levels))[::-1]
+        return float(np.interp(math.log(float(sigma.max())), self._levels, along))

@@ -1,0 +1,65 @@
+"""How strongly the delta is added over the run: lambda(t) of arXiv 2512.03056."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lib_delta.errors import SettingError
+
+Curve = Literal["constant", "linear", "cosine", "sigmoid"]
+
+MAXIMUM = 10.0
+SIGMOID_STEEPNESS = 10.0
+
+
+@dataclass(frozen=True)
+class Strength:
+    """Lambda as a function of the run's progress.
+
+    ``value`` is lambda (0 to 10).  It applies from ``start`` to ``end``, fractions of the run, both
+    included; outside it is 0.  A ``curve`` other than constant leads from ``first * value`` at
+    ``start`` to ``last * value`` at ``end`` (factors 0 to 1); the constant curve ignores both.
+    Raises :class:`SettingError` for a value outside these ranges.
+    """
+
+    value: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    curve: Curve = "constant"
+    first: float = 1.0
+    last: float = 1.0
+
+    def __post_init__(self) -> None:
+        limits = {"value": MAXIMUM, "start": 1.0, "end": 1.0, "first": 1.0, "last": 1.0}
+        for name, maximum in limits.items():
+            given = getattr(self, name)
+            # Written so that nan, which compares false with everything, is refused as well.
+            if not 0 <= given <= maximum:
+                raise SettingError(f"strength: {name} must be between 0 and {maximum:g}, not {given}")
+        if self.start > self.end:
+            raise SettingError(f"strength: start ({self.start}) must not come after end ({self.end})")
+        if self.curve not in get_args(Curve):
+            raise SettingError(f"strength: curve must be one of {', '.join(get_args(Curve))}, not {self.curve!r}")
+
+    def at(self, progress: float) -> float:
+        """Return lambda at ``progress`` (0 the first step, 1 the last)."""
+        if not self.start <= progress <= self.end:
+            return 0.0
+        if self.curve == "constant":
+            return self.value
+        length = self.end - self.start
+        u = (progress - self.start) / length if length else 0.0
+        return self.value * (self.first + (self.last - self.first) * _ease(self.curve, u))
+
+
+def _ease(curve: Curve, u: float) -> float:
+    """Lead from 0 at ``u = 0`` to 1 at ``u = 1``."""
+    if curve == "cosine":
+        return (1 - math.cos(math.pi * u)) / 2
+    if curve == "sigmoid":
+        # tanh is the logistic function centred on 0; dividing by its value at the end reaches 0 and 1 exactly.
+        half = SIGMOID_STEEPNESS / 4
+        return (1 + math.tanh(half * (2 * u - 1)) / math.tanh(half)) / 2
+    return u
