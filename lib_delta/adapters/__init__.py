@@ -1,0 +1,1 @@
+"""Adapters: files that turn the base model into the adapted one."""

@@ -1,0 +1,139 @@
+"""Attaching adapters to a base model: its second branch, or a text encoder's second set of weights.
+
+The base's own weights are never written to, so detaching leaves it as it was, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lib_delta.adapters import keys
+from lib_delta.adapters.load import AdapterFile
+from lib_delta.adapters.protocol import Bypassing, LayerAdapter
+from lib_delta.errors import SettingError
+from lib_delta.fork import ForkedLayer
+from lib_delta.models.unet import UNet
+
+Form = Literal["merged", "bypass"]
+Weighted = tuple[LayerAdapter, float]
+
+
+class Merged(nn.Module):
+    """A second weight and, where it changes, a second bias, in the layer's dtype (the fastest form)."""
+
+    # Buffers follow the model from device to device; not persistent, they are no part of its weights.
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, layer: ForkedLayer, x: Tensor) -> Tensor:
+        return layer.apply_weights(x, self.weight, layer.bias if self.bias is None else self.bias)
+
+
+class Bypass(nn.Module):
+    """The low-rank factors themselves, added to the layer's output (the smallest form)."""
+
+    def __init__(self, adapters: Sequence[tuple[Bypassing, float]]) -> None:
+        super().__init__()
+        self.adapters = tuple(adapters)
+
+    def forward(self, layer: ForkedLayer, x: Tensor) -> Tensor:
+        y = layer.base(x)
+        for adapter, weight in self.adapters:
+            y = y + weight * adapter.bypass(layer, x)
+        return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bypass:
+        super()._apply(fn, recurse)
+        self.adapters = tuple((adapter.map(fn), weight) for adapter, weight in self.adapters)
+        return self
+
+
+def attach(unet: UNet, adapters: Sequence[tuple[AdapterFile, float]], form: Form = "merged") -> None:
+    """Give the UNet's layers a second branch: the sum of the adapters, each times its weight.
+
+    What was attached before is replaced.  Layers that no adapter of a weight other than 0 touches
+    stay shared.  In the form ``bypass``, layers with an adapter that needs whole weights are merged.
+    Raises :class:`SettingError` for a weight that is not finite or an unknown form.
+    """
+    if form not in ("merged", "bypass"):
+        raise SettingError(f"form is {form!r}, and 'merged' or 'bypass' is needed")
+    weighted = _by_layer([(adapter.name, adapter.unet, weight) for adapter, weight in adapters])
+    adaptations = {path: _adaptation(_layer(unet, path), parts, form) for path, parts in weighted.items()}
+    detach(unet)
+    for path, adaptation in adaptations.items():
+        _layer(unet, path).adaptation = adaptation
+
+
+def detach(unet: UNet) -> None:
+    """Make every layer of the UNet shared again."""
+    for layer in keys.layers(unet).values():
+        layer.adaptation = None  # type: ignore[assignment]
+
+
+def text_parameters(
+    tower: nn.Module, adapters: Sequence[tuple[AdapterFile, float]], index: int = 0
+) -> dict[str, Tensor]:
+    """Return the adapted parameters of a text encoder, by name; only those that change.
+
+    Args:
+        tower: the encoder that the adapters were read for, which is left alone: evaluate
+            ``torch.func.functional_call(tower, parameters, (tokens,))``.
+        adapters: each with its weight for the text encoder, which need not be the UNet's.
+        index: which of the model's text encoders this is.
+    """
+    named = [(adapter.name, adapter.text[index], weight) for adapter, weight in adapters if index < len(adapter.text)]
+    parameters = {}
+    for path, parts in _by_layer(named).items():
+        weight, bias = _merge(tower.get_submodule(path), parts)
+        parameters[f"{path}.weight"] = weight
+        if bias is not None:
+            parameters[f"{path}.bias"] = bias
+    return parameters
+
+
+def _by_layer(adapters: Sequence[tuple[str, Mapping[str, LayerAdapter], float]]) -> dict[str, list[Weighted]]:
+    layers: dict[str, list[Weighted]] = defaultdict(list)
+    for name, parts, weight in adapters:
+        if not math.isfinite(weight):
+            raise SettingError(f"the weight of {name} is {weight}, and a finite number is needed")
+        if weight:
+            for path, adapter in parts.items():
+                layers[path].append((adapter, weight))
+    return layers
+
+
+def _adaptation(layer: ForkedLayer, parts: Sequence[Weighted], form: Form) -> Merged | Bypass:
+    bypassing = [(adapter, weight) for adapter, weight in parts if isinstance(adapter, Bypassing)]
+    if form == "merged" or len(bypassing) < len(parts):
+        return Merged(*_merge(layer, parts))
+    own = layer.weight
+    return Bypass([(adapter.map(lambda t: t.to(own.device, own.dtype)), weight) for adapter, weight in bypassing])
+
+
+@torch.no_grad()
+def _merge(layer: Any, parts: Sequence[Weighted]) -> tuple[Tensor, Tensor | None]:
+    """Return the layer's weight plus all differences, and its bias if that changes, summed in fp32."""
+    weight = layer.weight.float()
+    own: Tensor | None = getattr(layer, "bias", None)
+    bias: Tensor | None = None
+    for adapter, factor in parts:
+        weight = weight + factor * adapter.merged_difference(layer.weight)
+        difference = None if own is None else adapter.bias_difference(own)
+        if own is not None and difference is not None:
+            bias = (own.float() if bias is None else bias) + factor * difference
+    return weight.to(layer.weight.dtype), None if own is None or bias is None else bias.to(own.dtype)
+
+
+def _layer(unet: UNet, path: str) -> ForkedLayer:
+    return cast(ForkedLayer, unet.get_submodule(path))

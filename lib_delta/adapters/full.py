@@ -1,0 +1,72 @@
+"""Adaptation by whole weights: a fine-tuned checkpoint's, or differences stored as they are.
+
+``diff`` and ``diff_b`` are the names that LyCORIS gives to the stored differences of a weight and a
+bias (its "full" algorithm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Size, Tensor
+
+from lib_delta.errors import AdapterError
+
+DIFF, DIFF_BIAS = "diff", "diff_b"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """``W' = weight`` and ``b' = bias``: a layer of a fine-tuned checkpoint, in any shape of layer."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def fit(self, shape: Size) -> Tuned:
+        if self.bias is not None:
+            _shaped(self.bias, shape[:1], "bias")
+        return Tuned(_shaped(self.weight, shape, "weight"), self.bias)
+
+    def merged_difference(self, weight: Tensor) -> Tensor:
+        return self.weight.to(weight.device).float() - weight.float()
+
+    def bias_difference(self, bias: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(bias.device).float() - bias.float()
+
+
+@dataclass(frozen=True)
+class Diff:
+    """``W' = W + weight`` and ``b' = b + bias``."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def fit(self, shape: Size) -> Diff:
+        if self.bias is not None:
+            _shaped(self.bias, shape[:1], DIFF_BIAS)
+        return Diff(_shaped(self.weight, shape, DIFF), self.bias)
+
+    def merged_difference(self, weight: Tensor) -> Tensor:
+        return self.weight.to(weight.device).float()
+
+    def bias_difference(self, bias: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(bias.device).float()
+
+
+def match(tensors: Mapping[str, Tensor]) -> Diff | None:
+    """Make a layer's stored difference of its tensors; None for tensors of another algorithm."""
+    if DIFF not in tensors or tensors.keys() - {DIFF, DIFF_BIAS}:
+        return None
+    return Diff(tensors[DIFF], tensors.get(DIFF_BIAS))
+
+
+def changed(base: Tensor, tuned: Tensor) -> bool:
+    """Tell whether ``tuned``, stored as ``base`` is, differs from it in any bit."""
+    return not bool((tuned.to(base.device, base.dtype) == base).all())
+
+
+def _shaped(tensor: Tensor, shape: Size, name: str) -> Tensor:
+    if tensor.shape != shape:
+        raise AdapterError(f"{name} has shape {tuple(tensor.shape)} where the model's layer needs {tuple(shape)}")
+    return tensor
