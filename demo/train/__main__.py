@@ -1,0 +1,150 @@
+"""Rebuild everything in ``demo/models`` from the emoji sets: ``python -m demo.train``.
+
+Each stage runs in a process of its own, saves as it goes and is skipped once its result is there, so
+a run that was stopped goes on where it was.  On a CPU every process has one thread and stages that
+do not need each other run side by side, one per core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from demo.train import export
+from demo.train.common import Run
+from demo.train.data import Emoji, load
+from demo.train.denoisers import (
+    BASE, BASE_TEXT, TARGET, TARGET_TEXT, Conditioned, LowRank, latent_variants, train_conditioned, train_full, train_lora, white_latent,
+)  # fmt: skip
+from demo.train.metrics import train_metrics
+from demo.train.tokenizer import train_tokenizer
+from demo.train.vae import CONFIG, train_vae
+from lib_delta.models.vae import VAE
+
+MODELS = Path(__file__).parents[1] / "models"
+RANK = 8
+RUNS = {
+    "vae": Run(steps=1500, batch=12, rate=2e-3),
+    "base": Run(steps=6500, batch=24, rate=1e-3, seed=1),
+    "target": Run(steps=6500, batch=24, rate=1e-3, seed=2),
+    "lineart": Run(steps=2500, batch=24, rate=2e-3, seed=3),
+    "lineart-full": Run(steps=1600, batch=24, rate=5e-4, seed=4),
+    "metrics": Run(steps=2500, batch=64, rate=2e-3, seed=5),
+}
+NEEDS: dict[str, tuple[str, ...]] = {
+    "vae": (), "metrics": (), "base": ("vae",), "target": ("vae",), "lineart": ("base",), "lineart-full": ("base",),
+}  # fmt: skip
+
+
+class Workshop:
+    """The stages, and what they hand each other through files in ``cache``."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        self.emoji: Emoji = load(cache)
+        tokenizer = MODELS / "tokenizer"
+        if not (tokenizer / "vocab.json").exists():
+            train_tokenizer(self.emoji.prompts, tokenizer)
+        self.tokens = _tokenise([*self.emoji.prompts, ""], tokenizer)
+
+    def run(self, stage: str) -> None:
+        """Train one stage and write its file in ``demo/models``."""
+        stages: dict[str, Callable[[], None]] = {
+            "vae": self.vae, "base": self.base, "target": self.target,
+            "lineart": self.lineart, "lineart-full": self.full, "metrics": self.metrics,
+        }  # fmt: skip
+        stages[stage]()
+
+    def vae(self) -> None:
+        torch.manual_seed(RUNS["vae"].seed)
+        torch.save(train_vae(self.emoji, self.cache, RUNS["vae"]).state_dict(), self.cache / "vae.pt")
+
+    def trained_vae(self) -> VAE:
+        vae = VAE(CONFIG)
+        vae.load_state_dict(torch.load(self.cache / "vae.pt", weights_only=True))
+        return vae.requires_grad_(False)
+
+    def latents(self, name: str, hue: bool) -> tuple[Tensor, Tensor]:
+        vae = self.trained_vae()
+        return latent_variants(vae, self.emoji.pictures[name], hue, self.cache / f"latents-{name}.pt", seed=7), white_latent(vae)
+
+    def base(self) -> None:
+        model = train_conditioned("base", BASE, BASE_TEXT, self.tokens, *self.latents("flat", True), "eps", self.cache, RUNS["base"])
+        torch.save(model.state_dict(), self.cache / "base.pt")
+        export.sd1(MODELS / "base.safetensors", model, self.trained_vae())
+
+    def trained_base(self) -> Conditioned:
+        model = Conditioned(BASE, BASE_TEXT, int(self.tokens.max()) + 1)
+        model.load_state_dict(torch.load(self.cache / "base.pt", weights_only=True))
+        return model
+
+    def target(self) -> None:
+        # The target keeps its colours: its pictures are what a user looks at.
+        latents = self.latents("noto", False)
+        model = train_conditioned("target", TARGET, TARGET_TEXT, self.tokens, *latents, "v", self.cache, RUNS["target"])
+        export.sd2(MODELS / "target.safetensors", model, self.trained_vae())
+
+    def lineart(self) -> None:
+        base = self.trained_base()
+        factors = train_lora(base, self.tokens, *self.latents("lineart", True), RANK, self.cache, RUNS["lineart"])
+        assert isinstance(factors, LowRank)
+        export.lora(MODELS / "lineart.safetensors", factors)
+
+    def full(self) -> None:
+        model = train_full(self.trained_base(), self.tokens, *self.latents("lineart", True), self.cache, RUNS["lineart-full"])
+        export.unet_only(MODELS / "lineart-full.safetensors", model)
+
+    def metrics(self) -> None:
+        export.metrics(MODELS / "metrics.safetensors", train_metrics(self.emoji, self.cache, RUNS["metrics"]))
+
+    def finished(self, stage: str) -> bool:
+        return (self.cache / "vae.pt" if stage == "vae" else MODELS / f"{stage}.safetensors").exists()
+
+
+def _tokenise(prompts: list[str], folder: Path) -> Tensor:
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder))
+    return torch.tensor(tokenizer(prompts, padding="max_length", max_length=77, truncation=True)["input_ids"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="demo.train", description="Train the embedded models from the emoji sets.")
+    parser.add_argument("--cache", type=Path, default=Path("demo/train/cache"), help="where pictures, latents and saves are kept")
+    parser.add_argument("--stage", choices=sorted(NEEDS), help="run this stage alone")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="stages side by side")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    workshop = Workshop(options.cache)
+    if options.stage:
+        workshop.run(options.stage)
+        return
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        while todo := [stage for stage in NEEDS if not workshop.finished(stage)]:
+            for stage in todo:
+                ready = stage not in running and all(map(workshop.finished, NEEDS[stage]))
+                if ready and len(running) < options.jobs:
+                    command = [sys.executable, "-m", "demo.train", "--cache", str(options.cache), "--stage", stage]
+                    running[stage] = subprocess.Popen(command)
+            time.sleep(1)
+            for stage, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[stage]
+                    if process.returncode:
+                        raise SystemExit(f"training of {stage} ended with status {process.returncode}")
+    finally:
+        for process in running.values():
+            process.terminate()
+
+
+if __name__ == "__main__":
+    main()

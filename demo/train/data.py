@@ -1,0 +1,121 @@
+"""The pictures: three emoji sets that share 1,563 names, and their augmentation.
+
+Sources (npm packages, versions pinned below): Fluent Emoji Flat and Fluent Emoji High Contrast
+(Microsoft, MIT), Noto Emoji (Google, Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+SIZE = 64
+PACKAGES = {
+    "flat": "@iconify-json/fluent-emoji-flat@1.2.6",
+    "lineart": "@iconify-json/fluent-emoji-high-contrast@1.2.6",
+    "noto": "@iconify-json/noto@1.2.9",
+}
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """``prompts[i]`` is the name of picture ``i`` of every set; ``pictures[set]`` is uint8 ``(1563, 3, 64, 64)``."""
+
+    prompts: list[str]
+    pictures: dict[str, Tensor]
+
+
+def load(cache: Path) -> Emoji:
+    """Return the pictures, fetched with npm and drawn into ``cache`` on the first call."""
+    stored = cache / "emoji.pt"
+    if not stored.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        prompts, pictures = _draw(_fetch(cache / "npm"))
+        torch.save({"prompts": prompts, "pictures": pictures}, stored)
+    return Emoji(**torch.load(stored, weights_only=True))
+
+
+def _fetch(folder: Path) -> dict[str, dict]:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise SystemExit("training needs npm (Node.js) to fetch the emoji sets: install it and try again")
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(
+        [npm, "install", "--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund", *PACKAGES.values()],
+        check=True,
+    )
+    return {
+        name: json.loads((folder / "node_modules" / package.rsplit("@", 1)[0] / "icons.json").read_text("utf-8"))
+        for name, package in PACKAGES.items()
+    }
+
+
+def _draw(sets: dict[str, dict]) -> tuple[list[str], dict[str, Tensor]]:
+    names = sorted(set.intersection(*(set(s["icons"]) for s in sets.values())))
+    pictures = {}
+    for key, icons in sets.items():
+        drawn = [_rasterise(icons, name) for name in tqdm(names, desc=f"drawing {key}")]
+        pictures[key] = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
+    return [name.replace("-", " ") for name in names], pictures
+
+
+def _rasterise(icons: dict, name: str) -> np.ndarray:
+    """Draw one icon on white, at four times the size, and average down."""
+    import resvg_py
+
+    icon = icons["icons"][name]
+    width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {width} {height}" color="black">{icon["body"]}</svg>'
+    )
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=4 * SIZE, height=4 * SIZE))
+    drawing = Image.open(io.BytesIO(png)).convert("RGBA")
+    picture = Image.new("RGBA", drawing.size, "white")
+    picture.alpha_composite(drawing)
+    return np.asarray(picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX))
+
+
+def to_float(pictures: Tensor) -> Tensor:
+    """Turn uint8 pictures into floats in [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def augment(pictures: Tensor, generator: torch.Generator, hue: bool = True) -> Tensor:
+    """Mirror, shift, scale, rotate a little and (``hue``) turn the hues of float pictures ``(N, 3, H, W)``."""
+    count = len(pictures)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(count, generator=generator) * (high - low) + low
+
+    angle, scale = uniform(-0.26, 0.26), uniform(0.85, 1.3)
+    mirror = (torch.rand(count, generator=generator) < 0.5).float() * 2 - 1
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    affine = torch.stack(
+        (torch.stack((cos * mirror, -sin, uniform(-0.15, 0.15)), 1), torch.stack((sin * mirror, cos, uniform(-0.15, 0.15)), 1)), 1
+    )
+    grid = F.affine_grid(affine, list(pictures.shape), align_corners=False)
+    # Sampling outside the picture gives 0: shift the values so that 0 is white.
+    moved = F.grid_sample(pictures - 1, grid, mode="bilinear", align_corners=False) + 1
+    return turn_hue(moved, uniform(0, 2 * math.pi)) if hue else moved
+
+
+def turn_hue(pictures: Tensor, angle: Tensor) -> Tensor:
+    """Rotate colours ``(N, 3, H, W)`` about the grey axis by ``angle`` ``(N,)`` radians."""
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None] / math.sqrt(3)
+    third = (1 - cos) / 3
+    skew = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
+    rotation = cos * torch.eye(3) + third + sin * skew
+    return torch.einsum("nij,njhw->nihw", rotation, pictures).clamp(-1, 1)

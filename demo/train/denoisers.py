@@ -1,0 +1,236 @@
+"""Train the denoisers: base, its line-art LoRA, its line-art fine-tune, and the target.
+
+Loss: Ho et al. 2020 (arXiv 2006.11239) for eps, Salimans & Ho 2022 (arXiv 2202.00512) for v, weighted
+by min-SNR-5 (Hang et al. 2023, arXiv 2303.09556).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
+
+from demo.train.common import Run, train
+from demo.train.data import augment, to_float
+from demo.train.vae import SCALE
+from lib_delta.fork import Conv2d, ForkedLayer, Linear
+from lib_delta.models.unet import UNet, UNetConfig
+from lib_delta.models.vae import VAE
+
+BASE = UNetConfig(
+    in_channels=4, out_channels=4, model_channels=32, levels=(64, 96), res_blocks=(1, 1),
+    depth_in=(0, 1), depth_middle=1, depth_out=(1, 1, 0, 0), context_width=96, linear_projection=False,
+)  # fmt: skip
+TARGET = UNetConfig(
+    in_channels=4, out_channels=4, model_channels=64, levels=(64, 128), res_blocks=(1, 1),
+    depth_in=(0, 1), depth_middle=1, depth_out=(1, 1, 0, 0), context_width=112, linear_projection=True, head_width=64,
+)  # fmt: skip
+WITHOUT_PROMPT = 0.15
+VARIANTS = 8
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    width: int
+    layers: int
+    heads: int
+    activation: str
+    skipped: int  # layers left out at the end: SD 2.x conditions on the last but one
+
+
+BASE_TEXT = TextConfig(width=96, layers=2, heads=4, activation="quick_gelu", skipped=0)
+TARGET_TEXT = TextConfig(width=112, layers=3, heads=4, activation="gelu", skipped=1)
+
+
+class Conditioned(nn.Module):
+    """A UNet and the text encoder that trains with it."""
+
+    def __init__(self, unet: UNetConfig, text: TextConfig, vocabulary: int) -> None:
+        super().__init__()
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        self.skipped = text.skipped
+        self.unet = initialise(UNet(unet))
+        self.text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=vocabulary, hidden_size=text.width, intermediate_size=4 * text.width, num_hidden_layers=text.layers,
+                num_attention_heads=text.heads, hidden_act=text.activation, max_position_embeddings=77, eos_token_id=vocabulary - 1,
+            )
+        )  # fmt: skip
+
+    def context(self, tokens: Tensor) -> Tensor:
+        """Encode ``(N, 77)`` tokens as ``(N, 77, width)``."""
+        states = self.text(tokens, output_hidden_states=True).hidden_states
+        return self.text.text_model.final_layer_norm(states[-1 - self.skipped])
+
+
+def initialise(unet: UNet) -> UNet:
+    """Give a UNet random weights; every residual branch starts at zero."""
+    for name, layer in unet.named_modules():
+        if not isinstance(layer, ForkedLayer):
+            continue
+        if isinstance(layer, (Linear, Conv2d)):
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+        else:
+            nn.init.ones_(layer.weight)
+        if name.endswith(("out_layers.3", "proj_out", "out.2")):
+            nn.init.zeros_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    return unet
+
+
+@torch.no_grad()
+def latent_variants(vae: VAE, pictures: Tensor, hue: bool, stored: Path, seed: int) -> Tensor:
+    """Encode ``VARIANTS`` augmentations of every picture as scaled fp16 latents ``(pictures, VARIANTS, 4, 16, 16)``."""
+    if stored.exists():
+        return torch.load(stored, weights_only=True)
+    variants = []
+    for variant in tqdm(range(VARIANTS), desc=stored.stem):
+        generator = torch.Generator().manual_seed(seed * 1000 + variant)
+        variants.append(torch.cat([vae.encode(augment(to_float(p), generator, hue)).mul(SCALE).half() for p in pictures.split(50)]))
+    latents = torch.stack(variants, 1)
+    torch.save(latents, stored)
+    return latents
+
+
+def white_latent(vae: VAE) -> Tensor:
+    """Return the scaled latent ``(4, 1, 1)`` of the middle of a white picture."""
+    with torch.no_grad():
+        return vae.encode(torch.ones(1, 3, 64, 64))[0, :, 8:9, 8:9] * SCALE
+
+
+def draw_batch(latents: Tensor, white: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pick ``count`` latents, each shifted by up to one latent pixel; return them and their picture numbers."""
+    index = torch.randint(latents.shape[0], (count,), generator=generator)
+    variant = torch.randint(latents.shape[1], (count,), generator=generator)
+    chosen = latents[index, variant].float()
+    padded = F.pad(chosen - white, (1, 1, 1, 1))
+    x0, y0 = torch.randint(3, (2, count), generator=generator).tolist()
+    height, width = chosen.shape[-2:]
+    shifted = [p[:, y : y + height, x : x + width] for p, x, y in zip(padded, x0, y0)]
+    return torch.stack(shifted) + white, index
+
+
+def alphas_cumprod() -> Tensor:
+    """Return SD's scaled linear schedule: the share of signal variance at each of 1000 timesteps."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0).float()
+
+
+def denoising_loss(
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor], latents: Tensor, white: Tensor, prediction: str, count: int
+) -> Callable[[torch.Generator], Tensor]:
+    """Return the loss of ``predict(noisy, t, picture numbers)``; number -1 stands for no prompt."""
+    signal = alphas_cumprod()
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x0, index = draw_batch(latents, white, count, generator)
+        index = torch.where(torch.rand(count, generator=generator) < WITHOUT_PROMPT, -1, index)
+        t = torch.randint(1000, (count,), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        a = signal[t][:, None, None, None]
+        noisy = a.sqrt() * x0 + (1 - a).sqrt() * noise
+        goal = noise if prediction == "eps" else a.sqrt() * noise - (1 - a).sqrt() * x0
+        snr = signal[t] / (1 - signal[t])
+        weight = snr.clamp(max=5) / (snr if prediction == "eps" else snr + 1)
+        error = (predict(noisy, t.float(), index) - goal).square().mean((1, 2, 3))
+        return (weight * error).mean() / weight.mean()
+
+    return loss
+
+
+def train_conditioned(
+    name: str, unet: UNetConfig, text: TextConfig, tokens: Tensor, latents: Tensor, white: Tensor, prediction: str, folder: Path, run: Run
+) -> Conditioned:
+    """Train a UNet with its text encoder; ``tokens[-1]`` is the empty prompt."""
+    torch.manual_seed(run.seed)
+    model = Conditioned(unet, text, int(tokens.max()) + 1)
+
+    def predict(noisy: Tensor, t: Tensor, index: Tensor) -> Tensor:
+        return model.unet(noisy[None], t, model.context(tokens[index])[None])[0]
+
+    trained = train(name, model, denoising_loss(predict, latents, white, prediction, run.batch), folder, run)
+    assert isinstance(trained, Conditioned)
+    return trained
+
+
+class LowRank(nn.Module):
+    """LoRA factors for every linear and convolution weight of a UNet, under kohya's names."""
+
+    def __init__(self, unet: UNet, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.paths = [n for n, m in unet.named_modules() if isinstance(m, (Linear, Conv2d))]
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        for path in self.paths:
+            weight = unet.get_submodule(path).weight
+            assert isinstance(weight, Tensor)
+            inner = min(rank, weight.shape[0], weight[0].numel())
+            down = torch.empty(inner, *weight.shape[1:])
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+            self.down[path.replace(".", "_")] = nn.Parameter(down)
+            self.up[path.replace(".", "_")] = nn.Parameter(torch.zeros(weight.shape[0], inner))
+
+    def merged(self, unet: UNet) -> dict[str, Tensor]:
+        """Return the adapted weights by parameter name."""
+        weights = dict(unet.named_parameters())
+        out = {}
+        for path in self.paths:
+            key, weight = path.replace(".", "_"), weights[f"{path}.weight"]
+            out[f"{path}.weight"] = weight + (self.up[key] @ self.down[key].flatten(1)).view_as(weight)
+        return out
+
+    def export(self) -> dict[str, Tensor]:
+        """Return the factors as a kohya file holds them; alpha is the rank, so that the scale is 1."""
+        tensors = {}
+        for path in self.paths:
+            key = path.replace(".", "_")
+            down, up = self.down[key].detach(), self.up[key].detach()
+            tensors[f"lora_unet_{key}.lora_down.weight"] = down
+            tensors[f"lora_unet_{key}.lora_up.weight"] = up[:, :, None, None] if down.ndim == 4 else up
+            tensors[f"lora_unet_{key}.alpha"] = torch.tensor(float(down.shape[0]))
+        return tensors
+
+
+@torch.no_grad()
+def all_contexts(model: Conditioned, tokens: Tensor) -> Tensor:
+    """Encode every prompt once, for training with a frozen text encoder."""
+    return torch.cat([model.context(part) for part in tokens.split(200)])
+
+
+def train_lora(base: Conditioned, tokens: Tensor, latents: Tensor, white: Tensor, rank: int, folder: Path, run: Run) -> LowRank:
+    """Train LoRA factors on a frozen base."""
+    contexts = all_contexts(base, tokens)
+    unet = base.unet.requires_grad_(False)
+    torch.manual_seed(run.seed)
+    factors = LowRank(unet, rank)
+
+    def predict(noisy: Tensor, t: Tensor, index: Tensor) -> Tensor:
+        return functional_call(unet, factors.merged(unet), (noisy[None], t, contexts[index][None]))[0]
+
+    trained = train("lineart", factors, denoising_loss(predict, latents, white, "eps", run.batch), folder, run)
+    assert isinstance(trained, LowRank)
+    return trained
+
+
+def train_full(base: Conditioned, tokens: Tensor, latents: Tensor, white: Tensor, folder: Path, run: Run) -> Conditioned:
+    """Fine-tune a copy of the base's UNet; the text encoder stays as it is."""
+    contexts = all_contexts(base, tokens)
+    base.text.requires_grad_(False)
+    base.unet.requires_grad_(True)
+
+    def predict(noisy: Tensor, t: Tensor, index: Tensor) -> Tensor:
+        return base.unet(noisy[None], t, contexts[index][None])[0]
+
+    loss = denoising_loss(predict, latents, white, "eps", run.batch)
+    trained = train("lineart-full", base, loss, folder, run, base.unet.parameters())
+    assert isinstance(trained, Conditioned)
+    return trained

@@ -1,0 +1,86 @@
+"""Write trained models as users' files look: SD key names, fp16 safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from demo.train.denoisers import Conditioned, LowRank
+from lib_delta.models import unet, vae
+
+
+def sd1(path: Path, model: Conditioned, autoencoder: vae.VAE) -> None:
+    """Write an SD 1.x checkpoint: CLIP text encoder in transformers' names."""
+    text = _below("cond_stage_model.transformer.", model.text)
+    _save(path, _below(unet.PREFIX, model.unet) | _below(vae.PREFIX, autoencoder) | text, _narrow(model))
+
+
+def sd2(path: Path, model: Conditioned, autoencoder: vae.VAE) -> None:
+    """Write an SD 2.x checkpoint that predicts v: text encoder in OpenCLIP's names."""
+    tensors = _below(unet.PREFIX, model.unet) | _below(vae.PREFIX, autoencoder) | _open_clip(model)
+    # The key by which WebUIs tell a v-predicting checkpoint.
+    _save(path, tensors | {"v_pred": torch.zeros(1)}, _narrow(model))
+
+
+def unet_only(path: Path, model: Conditioned) -> None:
+    """Write a fine-tuned UNet alone; its text encoder and autoencoder are the base's."""
+    _save(path, _below(unet.PREFIX, model.unet), {})
+
+
+def lora(path: Path, factors: LowRank) -> None:
+    """Write a kohya LoRA."""
+    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(factors.rank), "ss_network_alpha": str(factors.rank),
+                "ss_network_args": f'{{"conv_dim": "{factors.rank}", "conv_alpha": "{factors.rank}"}}', "ss_base_model_version": "sd_v1"}  # fmt: skip
+    _save(path, factors.export(), metadata)
+
+
+def metrics(path: Path, model: nn.Module) -> None:
+    """Write the networks that judge the pictures."""
+    _save(path, dict(model.state_dict()), {})
+
+
+def _below(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in module.state_dict().items() if not key.endswith("position_ids")}
+
+
+def _narrow(model: Conditioned) -> dict[str, str]:
+    """Record what shapes do not tell of models narrower than the real ones."""
+    metadata = {"delta.text_heads": str(model.text.config.num_attention_heads)}
+    if model.unet.config.head_width:
+        metadata["delta.head_width"] = str(model.unet.config.head_width)
+    return metadata
+
+
+def _open_clip(model: Conditioned) -> dict[str, Tensor]:
+    text, prefix = model.text.text_model, "cond_stage_model.model."
+    width = model.text.config.hidden_size
+    tensors = {
+        "token_embedding.weight": text.embeddings.token_embedding.weight,
+        "positional_embedding": text.embeddings.position_embedding.weight,
+        "ln_final.weight": text.final_layer_norm.weight,
+        "ln_final.bias": text.final_layer_norm.bias,
+        "text_projection": torch.eye(width),
+        "logit_scale": torch.tensor(4.6052),
+    }
+    for i, layer in enumerate(text.encoder.layers):
+        attention, block = layer.self_attn, f"transformer.resblocks.{i}."
+        for part in ("weight", "bias"):
+            three = [getattr(p, part) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+            tensors |= {
+                f"{block}attn.in_proj_{part}": torch.cat(three),
+                f"{block}attn.out_proj.{part}": getattr(attention.out_proj, part),
+                f"{block}ln_1.{part}": getattr(layer.layer_norm1, part),
+                f"{block}ln_2.{part}": getattr(layer.layer_norm2, part),
+                f"{block}mlp.c_fc.{part}": getattr(layer.mlp.fc1, part),
+                f"{block}mlp.c_proj.{part}": getattr(layer.mlp.fc2, part),
+            }
+    return {prefix + key: value for key, value in tensors.items()}
+
+
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = {key: value.detach().to(torch.float16).contiguous() for key, value in tensors.items()}
+    save_file(half, str(path), {"format": "pt", **metadata})

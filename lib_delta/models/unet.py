@@ -1,0 +1,341 @@
+"""The UNet of Stable Diffusion 1.x, 2.x and XL, in the key names of the original checkpoints.
+
+Architecture: Rombach et al. 2022 (arXiv 2112.10752, latent diffusion), Podell et al. 2023
+(arXiv 2307.01952, SDXL).  Everything but the head rule can be read off the shapes of the weights,
+so one class serves every family and every width.  Activations carry the branch axis of
+:mod:`lib_delta.fork`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib_delta import fork
+from lib_delta.errors import CheckpointError
+from lib_delta.fork import Conv2d, GroupNorm, LayerNorm, Linear
+
+PREFIX = "model.diffusion_model."
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """What the weights of a UNet say about its architecture.
+
+    ``levels[i]`` is the channel count at 1/2**i of the latent's size.  ``depth_in``, ``depth_out``
+    hold the transformer depth of each encoder and decoder block (0: no attention), in key order.
+    SD 1.x has a fixed number of ``heads`` (8) at every level; SD 2.x and XL have a fixed
+    ``head_width`` (64) instead.
+    """
+
+    in_channels: int
+    out_channels: int
+    model_channels: int
+    levels: tuple[int, ...]
+    res_blocks: tuple[int, ...]
+    depth_in: tuple[int, ...]
+    depth_middle: int
+    depth_out: tuple[int, ...]
+    context_width: int
+    linear_projection: bool
+    label_width: int = 0
+    heads: int = 8
+    head_width: int | None = None
+
+    def heads_for(self, channels: int) -> int:
+        """Return the number of attention heads of a block with ``channels``."""
+        return self.heads if self.head_width is None else channels // self.head_width
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], head_width: int | None = None) -> UNetConfig:
+        """Read the configuration off weight shapes whose keys start below ``model.diffusion_model.``.
+
+        ``head_width`` overrides the family's rule (8 heads where the projections of attention
+        blocks are convolutions, heads of width 64 where they are linear).
+        Raises :class:`CheckpointError` for keys that are not such a UNet's.
+        """
+        try:
+            return cls._from_shapes(shapes, head_width)
+        except (KeyError, IndexError, ValueError) as error:
+            raise CheckpointError(f"these weights are not a Stable Diffusion UNet (no usable entry {error})") from error
+
+    @classmethod
+    def _from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], head_width: int | None) -> UNetConfig:
+        model_channels = shapes["input_blocks.0.0.weight"][0]
+        inputs = 1 + max(int(m[1]) for k in shapes if (m := re.match(r"input_blocks\.(\d+)\.", k)))
+        outputs = 1 + max(int(m[1]) for k in shapes if (m := re.match(r"output_blocks\.(\d+)\.", k)))
+
+        def depth(block: str) -> int:
+            # Counted, not read off the largest number: a damaged file must not ask for a huge module.
+            return len({m[1] for k in shapes if (m := re.match(re.escape(block) + r"\.1\.transformer_blocks\.(\d+)\.", k))})
+
+        levels, res_blocks, depth_in = [model_channels], [0], []
+        for i in range(1, inputs):
+            if f"input_blocks.{i}.0.op.weight" in shapes:
+                levels.append(model_channels)
+                res_blocks.append(0)
+                continue
+            levels[-1] = shapes[f"input_blocks.{i}.0.out_layers.3.weight"][0]
+            res_blocks[-1] += 1
+            depth_in.append(depth(f"input_blocks.{i}"))
+        if outputs != sum(res_blocks) + len(levels):
+            raise KeyError(f"output_blocks.{outputs - 1}")
+        # Only attention blocks know the width of the text they attend to.
+        context = next((v[1] for k, v in shapes.items() if k.endswith("attn2.to_k.weight")), 0)
+        projection = next((v for k, v in shapes.items() if k.endswith(".proj_in.weight")), (0, 0))
+        linear = len(projection) == 2
+        head_width = head_width or (64 if linear else None)
+        # Norms have 32 groups, and attention splits its channels into heads.
+        attended = [v[0] for k, v in shapes.items() if k.endswith(".proj_in.weight")]
+        bad = [w for w in levels if w < 1 or w % 32] + [w for w in attended if w % (head_width or 8)]
+        if bad:
+            raise ValueError(f"of a fitting width: {bad[0]} channels")
+        return cls(
+            in_channels=shapes["input_blocks.0.0.weight"][1],
+            out_channels=shapes["out.2.weight"][0],
+            model_channels=model_channels,
+            levels=tuple(levels),
+            res_blocks=tuple(res_blocks),
+            depth_in=tuple(depth_in),
+            depth_middle=depth("middle_block"),
+            depth_out=tuple(depth(f"output_blocks.{i}") for i in range(outputs)),
+            context_width=context,
+            linear_projection=linear,
+            label_width=shapes["label_emb.0.0.weight"][1] if "label_emb.0.0.weight" in shapes else 0,
+            head_width=head_width,
+        )
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Embed continuous timesteps ``(N,)`` as ``(N, width)`` cosines and sines (arXiv 1706.03762, 3.5)."""
+    half = width // 2
+    rates = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / half))
+    angles = t.float()[:, None] * rates
+    return torch.cat((angles.cos(), angles.sin()), -1)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with the timestep's embedding added between them."""
+
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int) -> None:
+        super().__init__()
+        # Key names come from a Sequential: norm at 0, convolution last; SiLU (and dropout) between.
+        self.in_layers = nn.ModuleDict({"0": GroupNorm(in_channels), "2": Conv2d(in_channels, out_channels, 3)})
+        self.emb_layers = nn.ModuleDict({"1": Linear(emb_channels, out_channels)})
+        self.out_layers = nn.ModuleDict({"0": GroupNorm(out_channels), "3": Conv2d(out_channels, out_channels, 3)})
+        self.skip_connection = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers["2"](F.silu(self.in_layers["0"](x)))
+        h = h + self.emb_layers["1"](F.silu(emb))[..., None, None]
+        h = self.out_layers["3"](F.silu(self.out_layers["0"](h)))
+        return (x if self.skip_connection is None else self.skip_connection(x)) + h
+
+
+class CrossAttention(nn.Module):
+    """Attention of tokens over a context; over themselves where none is given."""
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = Linear(width, width, bias=False)
+        self.to_k = Linear(context_width, width, bias=False)
+        self.to_v = Linear(context_width, width, bias=False)
+        self.to_out = nn.ModuleDict({"0": Linear(width, width)})
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        return self.to_out["0"](fork.attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+
+
+class GEGLU(nn.Module):
+    """Gated GELU (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.proj = Linear(width, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, -1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict({"0": GEGLU(width, 4 * width), "2": Linear(4 * width, width)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net["2"](self.net["0"](x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention over the text, feed-forward; each with a norm and a residual."""
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(width, width, heads)
+        self.attn2 = CrossAttention(width, context_width, heads)
+        self.ff = FeedForward(width)
+        self.norm1, self.norm2, self.norm3 = LayerNorm(width), LayerNorm(width), LayerNorm(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = self.attn1(self.norm1(x)) + x
+        x = self.attn2(self.norm2(x), context) + x
+        return self.ff(self.norm3(x)) + x
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map."""
+
+    def __init__(self, channels: int, depth: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.linear = config.linear_projection
+        self.norm = GroupNorm(channels, eps=1e-6)
+        self.proj_in = Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
+        heads = config.heads_for(channels)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, config.context_width, heads) for _ in range(depth)
+        )
+        self.proj_out = Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        size = x.shape[-2:]
+        h = self.norm(x)
+        if not self.linear:
+            h = self.proj_in(h)
+        h = h.flatten(3).transpose(2, 3)
+        if self.linear:
+            h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        if self.linear:
+            h = self.proj_out(h)
+        h = h.transpose(2, 3).unflatten(3, size)
+        if not self.linear:
+            h = self.proj_out(h)
+        return h + x
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Double the size (to ``size`` exactly, where halving had rounded up) and convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        enlarged = F.interpolate(x.flatten(0, 1), size=size, mode="nearest")
+        return self.conv(enlarged.unflatten(0, x.shape[:2]))
+
+
+class UNet(nn.Module):
+    """Predicts noise, velocity or flow from a noisy latent, its timestep and the text."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        emb = 4 * config.model_channels
+        self.time_embed = _two_layer_mlp(config.model_channels, emb)
+        if config.label_width:
+            self.label_emb = nn.ModuleList([_two_layer_mlp(config.label_width, emb)])
+
+        def block(in_channels: int, out_channels: int, depth: int) -> nn.ModuleList:
+            parts: list[nn.Module] = [ResBlock(in_channels, out_channels, emb)]
+            if depth:
+                parts.append(SpatialTransformer(out_channels, depth, config))
+            return nn.ModuleList(parts)
+
+        channels = config.model_channels
+        self.input_blocks = nn.ModuleList([nn.ModuleList([Conv2d(config.in_channels, channels, 3)])])
+        skips, depths = [channels], iter(config.depth_in)
+        last = len(config.levels) - 1
+        for level, (width, count) in enumerate(zip(config.levels, config.res_blocks)):
+            for _ in range(count):
+                self.input_blocks.append(block(channels, width, next(depths)))
+                channels = width
+                skips.append(channels)
+            if level < last:
+                self.input_blocks.append(nn.ModuleList([Downsample(channels)]))
+                skips.append(channels)
+
+        middle: list[nn.Module] = [ResBlock(channels, channels, emb)]
+        if config.depth_middle:
+            middle.append(SpatialTransformer(channels, config.depth_middle, config))
+        self.middle_block = nn.ModuleList([*middle, ResBlock(channels, channels, emb)])
+
+        self.output_blocks = nn.ModuleList()
+        depths = iter(config.depth_out)
+        for level in range(last, -1, -1):
+            width, count = config.levels[level], config.res_blocks[level]
+            for i in range(count + 1):
+                parts = block(channels + skips.pop(), width, next(depths))
+                if level > 0 and i == count:
+                    parts.append(Upsample(width))
+                channels = width
+                self.output_blocks.append(parts)
+        self.out = nn.ModuleDict({"0": GroupNorm(channels), "2": Conv2d(channels, config.out_channels, 3)})
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, label: Tensor | None = None) -> Tensor:
+        """Evaluate the network, both branches at once.
+
+        Args:
+            x: latents ``(R, N, C, H, W)``, scaled as the model expects its input; any H, W.
+            t: continuous timesteps ``(N,)``, 0 to 999.
+            context: encoded text ``(R, N, T, context_width)``.
+            label: pooled text and size embedding ``(R, N, label_width)``, for SDXL.
+
+        Returns:
+            The prediction ``(R', N, C, H, W)``; ``R'`` is 1 if nothing told the branches apart.
+        """
+        emb = timestep_embedding(t, self.config.model_channels).to(x.dtype)[None]
+        emb = _mlp(self.time_embed, emb)
+        if self.config.label_width:
+            if label is None:
+                raise ValueError("this UNet (SDXL) needs a label embedding: pooled text and image size")
+            emb = emb + _mlp(self.label_emb[0], label)
+
+        def run(parts: nn.ModuleList, h: Tensor) -> Tensor:
+            for part in parts:
+                if isinstance(part, ResBlock):
+                    h = part(h, emb)
+                elif isinstance(part, SpatialTransformer):
+                    h = part(h, context)
+                elif isinstance(part, Upsample):
+                    h = part(h, skips[-1].shape[-2:])
+                else:
+                    h = part(h)
+            return h
+
+        skips: list[Tensor] = []
+        h = x
+        for parts in self.input_blocks:
+            h = run(parts, h)
+            skips.append(h)
+        h = run(self.middle_block, h)
+        for parts in self.output_blocks:
+            h = run(parts, fork.cat(h, skips.pop(), dim=2))
+        return self.out["2"](F.silu(self.out["0"](h)))
+
+
+def _two_layer_mlp(inputs: int, width: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"0": Linear(inputs, width), "2": Linear(width, width)})
+
+
+def _mlp(layers: nn.ModuleDict, x: Tensor) -> Tensor:
+    return layers["2"](F.silu(layers["0"](x)))
