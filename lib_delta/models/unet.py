@@ -93,7 +93,7 @@ class UNetConfig:
         head_width = head_width or (64 if linear else None)
         # Norms have 32 groups, and attention splits its channels into heads.
         attended = [v[0] for k, v in shapes.items() if k.endswith(".proj_in.weight")]
-        bad = [w for w in levels if w < 1 or w % 32] + [w for w in attended if w % (head_width or 8)]
+        bad = [w for w in (model_channels, *levels) if w < 1 or w % 32] + [w for w in attended if w % (head_width or 8)]
         if bad:
             raise ValueError(f"of a fitting width: {bad[0]} channels")
         return cls(
