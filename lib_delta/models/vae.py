@@ -38,13 +38,16 @@ class VAEConfig:
         """Read the configuration off weight shapes whose keys start below ``first_stage_model.``."""
         try:
             count = 1 + max(int(m[1]) for k in shapes if (m := re.match(r"encoder\.down\.(\d+)\.", k)))
+            levels = tuple(shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(count))
+            if any(width < 1 or width % 32 for width in levels):
+                raise ValueError(f"of a width that 32 divides: {levels}")
             return cls(
-                levels=tuple(shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(count)),
+                levels=levels,
                 res_blocks=1 + max(int(m[1]) for k in shapes if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", k))),
                 latent_channels=shapes["post_quant_conv.weight"][0],
                 picture_channels=shapes["encoder.conv_in.weight"][1],
             )
-        except (KeyError, ValueError) as error:
+        except (KeyError, IndexError, ValueError) as error:
             raise CheckpointError(f"these weights are not a Stable Diffusion autoencoder (no usable entry {error})") from error
 
 
