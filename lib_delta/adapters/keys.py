@@ -110,9 +110,8 @@ def kohya_names(unet: UNet, towers: Sequence[nn.Module]) -> dict[str, Place]:
     for tower, model in enumerate(towers):
         prefix = "lora_te" if len(towers) == 1 else f"lora_te{tower + 1}"
         for path in layers(model):
-            # Files say "text_model..." whatever holds the transformers model here.
-            start = max(path.find("text_model."), 0)
-            names[f"{prefix}_{path[start:].replace('.', '_')}"] = Place(tower, path)
+            # Files name transformers' modules; ``models.text.TextEncoder`` holds these in ``transformer``.
+            names[f"{prefix}_{path.removeprefix('transformer.').replace('.', '_')}"] = Place(tower, path)
     return names
 
 

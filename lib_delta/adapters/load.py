@@ -16,9 +16,10 @@ from lib_delta.adapters import full, keys, lora
 from lib_delta.adapters.full import Tuned
 from lib_delta.adapters.keys import Place
 from lib_delta.adapters.protocol import Algorithm, LayerAdapter
-from lib_delta.checkpoint import WeightFile, detect_family, unet_prefix
+from lib_delta.checkpoint import TEXT_PREFIXES, WeightFile, detect_family, unet_prefix
 from lib_delta.errors import AdapterError, CheckpointError
 from lib_delta.families import Family
+from lib_delta.models.text import load_towers
 from lib_delta.models.unet import UNet
 
 ALGORITHMS: tuple[Algorithm, ...] = (cast(Algorithm, lora), cast(Algorithm, full))
@@ -59,8 +60,8 @@ class AdapterFile:
 def load_adapter(path: str | os.PathLike[str], unet: UNet, towers: Sequence[nn.Module] = ()) -> AdapterFile:
     """Read an adapter for ``unet`` and its text encoders: a LoRA or LoCon, or a fine-tuned checkpoint.
 
-    Of a checkpoint the UNet is read (:func:`read_full` takes text encoders as well); weights of a
-    memory-mapped file stay mapped.
+    The UNet of a memory-mapped checkpoint is read layer by layer, and stays mapped.  A checkpoint
+    without text encoders leaves the base's as they are.
     Raises :class:`AdapterError` for a file that cannot be read, is malformed, or is of another family.
     """
     try:
@@ -71,9 +72,16 @@ def load_adapter(path: str | os.PathLike[str], unet: UNet, towers: Sequence[nn.M
             found = detect_family(file.shapes, file.name)
             if found is not family_of(unet):
                 raise _other_family(file.name, found.label, unet)
-            return read_full(file.name, _Tensors(file.below(prefix)), unet)
+            text = [(tower, tuned.state_dict()) for tower, tuned in zip(towers, _tuned_towers(file, found, towers))]
+            return read_full(file.name, _Tensors(file.below(prefix)), unet, text)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
+
+
+def _tuned_towers(file: WeightFile, family: Family, towers: Sequence[nn.Module]) -> Sequence[nn.Module]:
+    if not towers or not any(key.startswith(TEXT_PREFIXES) for key in file.shapes):
+        return ()
+    return load_towers(file, family, next(towers[0].parameters()).dtype)
 
 
 class _Tensors(Mapping[str, Tensor]):

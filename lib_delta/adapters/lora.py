@@ -36,6 +36,8 @@ class Lora:
 
     def fit(self, shape: Size) -> Lora:
         """Return the factors with the dimensions of a weight of ``shape`` (``(out, in)`` or ``(out, in, k, k)``)."""
+        if len(shape) not in (2, 4):
+            raise AdapterError(f"the model's layer has weights of shape {tuple(shape)}, which a LoRA cannot adapt")
         kernel = tuple(shape[2:])
         if self.mid is None:
             core, inner = None, kernel
