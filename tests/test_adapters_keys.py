@@ -13,8 +13,6 @@ from lib_delta.adapters.keys import Place
 from lib_delta.models.text import TextConfig, TextEncoder
 from lib_delta.models.unet import UNet, UNetConfig
 
-diffusers = pytest.importorskip("diffusers")
-
 REAL = {
     "SD1": UNetConfig(
         in_channels=4,
@@ -58,6 +56,7 @@ def diffusers_unet(family: str) -> nn.Module:
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 80,
     }
+    diffusers = pytest.importorskip("diffusers")
     return diffusers.UNet2DConditionModel(**{**common, **(xl if family == "SDXL" else {})})
 
 

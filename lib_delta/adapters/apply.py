@@ -50,7 +50,7 @@ class Bypass(nn.Module):
     def forward(self, layer: ForkedLayer, x: Tensor) -> Tensor:
         y = layer.base(x)
         for adapter, weight in self.adapters:
-            y = y + weight * adapter.bypass(layer, x)
+            y = torch.add(y, adapter.bypass(layer, x), alpha=weight)
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bypass:
@@ -128,10 +128,10 @@ def _merge(layer: Any, parts: Sequence[Weighted]) -> tuple[Tensor, Tensor | None
     own: Tensor | None = getattr(layer, "bias", None)
     bias: Tensor | None = None
     for adapter, factor in parts:
-        weight = weight + factor * adapter.merged_difference(layer.weight)
+        weight = torch.add(weight, adapter.merged_difference(layer.weight), alpha=factor)
         difference = None if own is None else adapter.bias_difference(own)
         if own is not None and difference is not None:
-            bias = (own.float() if bias is None else bias) + factor * difference
+            bias = torch.add(own.float() if bias is None else bias, difference, alpha=factor)
     return weight.to(layer.weight.dtype), None if own is None or bias is None else bias.to(own.dtype)
 
 

@@ -62,12 +62,12 @@ class Lora:
         """Return ``up(down(x))``; the factor that has the layer's kernel takes its stride and padding."""
         if isinstance(layer, Linear):
             hidden = F.linear(x, self.down)
-            return F.linear(hidden * self.scale, self.up)
+            return F.linear(hidden.mul(self.scale), self.up)
         if self.mid is None:
             hidden = layer.apply_weights(x, self.down, None)
         else:
             hidden = layer.apply_weights(F.conv2d(x, self.down), self.mid, None)
-        return F.conv2d(hidden * self.scale, self.up)
+        return F.conv2d(hidden.mul(self.scale), self.up)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Lora:
         mid = None if self.mid is None else function(self.mid)
