@@ -9,16 +9,16 @@ from __future__ import annotations
 import pickle
 import re
 import struct
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+from zipfile import BadZipFile
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from lib_delta.errors import CheckpointError
@@ -43,12 +43,16 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
+# The package has no types.
+_safe_open: Callable[..., Any] = safe_open
+
+
 class SafetensorsReader:
     """A safetensors file; every tensor is a view of the file's memory map."""
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = safe_open(str(path), framework="pt", device="cpu")
+            self._file = _safe_open(str(path), framework="pt", device="cpu")
             self.metadata: Mapping[str, str] = self._file.metadata() or {}
             self.shapes: Shapes = {k: tuple(self._file.get_slice(k).get_shape()) for k in self._file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
@@ -57,7 +61,8 @@ class SafetensorsReader:
             ) from error
 
     def tensor(self, key: str) -> Tensor:
-        return self._file.get_tensor(key)
+        tensor: Tensor = self._file.get_tensor(key)
+        return tensor
 
     def close(self) -> None:
         self._file.__exit__(None, None, None)
@@ -74,7 +79,9 @@ class PickleReader:
             if isinstance(content, dict) and isinstance(content.get(name), dict):
                 content = content[name]
         if not isinstance(content, dict):
-            raise CheckpointError(f"{path.name} holds no dictionary of weights: a Stable Diffusion checkpoint is needed")
+            raise CheckpointError(
+                f"{path.name} holds no dictionary of weights: a Stable Diffusion checkpoint is needed"
+            )
         self._tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
         self.shapes: Shapes = {k: tuple(v.shape) for k, v in self._tensors.items()}
 
@@ -83,6 +90,20 @@ class PickleReader:
 
     def close(self) -> None:
         self._tensors = {}
+
+
+# What torch.load raises besides UnpicklingError, depending on where a file is broken.
+_DAMAGED = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    struct.error,
+    BadZipFile,
+)
 
 
 def _load_weights_only(path: Path) -> object:
@@ -98,8 +119,7 @@ def _load_weights_only(path: Path) -> object:
             f"{path.name} is damaged or holds Python objects besides weights, which are not loaded for safety:"
             " convert it to safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError,
-            struct.error, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise CheckpointError(f"{path.name} is a truncated or damaged PyTorch file: download it again") from error
 
 
@@ -234,7 +254,9 @@ def _labelled_family(shapes: Shapes, prefix: str) -> Family:
     if context == Family.UNCLIP.context_width or any(k.startswith("cond_stage_model.") for k in shapes):
         return Family.UNCLIP
     # The refiner has one text encoder, OpenCLIP-G, where the base model has CLIP-L.
-    if context == Family.SDXL_REFINER.context_width or any(k.startswith("conditioner.embedders.0.model.") for k in shapes):
+    if context == Family.SDXL_REFINER.context_width or any(
+        k.startswith("conditioner.embedders.0.model.") for k in shapes
+    ):
         return Family.SDXL_REFINER
     return Family.SDXL
 
@@ -328,7 +350,9 @@ def load_unet(
     """
     family = detect_family(file.shapes, file.name)
     if not family.served:
-        raise CheckpointError(f"{file.name} is a model of {family.label}, which is not served: one of {SERVED} is needed")
+        raise CheckpointError(
+            f"{file.name} is a model of {family.label}, which is not served: one of {SERVED} is needed"
+        )
     prefix = unet_prefix(file.shapes) or ""
     weights = file.below(prefix)
     _refuse_unusable(weights)
@@ -359,7 +383,9 @@ def load_vae(file: WeightFile, dtype: torch.dtype = torch.float32, device: torch
     """
     prefix = next((p for p in (vae.PREFIX, "") if f"{p}encoder.conv_in.weight" in file.shapes), None)
     if prefix is None:
-        raise CheckpointError(f"{file.name} has no autoencoder: a full checkpoint or a VAE file in LDM layout is needed")
+        raise CheckpointError(
+            f"{file.name} has no autoencoder: a full checkpoint or a VAE file in LDM layout is needed"
+        )
     weights = file.below(prefix)
     _refuse_unusable(weights)
     try:
@@ -383,21 +409,23 @@ def _refuse_unusable(weights: WeightFile) -> None:
     """Refuse weights whose stored numbers need more than a change of type, or that are empty."""
     for key, shape in weights.shapes.items():
         if key.endswith((".scale_weight", ".scale_input", ".absmax", ".quant_map")) or "quant_state" in key:
-            raise CheckpointError(f"{weights.name} is quantised ({key}): an fp32, fp16, bf16 or plain fp8 file is needed")
+            raise CheckpointError(
+                f"{weights.name} is quantised ({key}): an fp32, fp16, bf16 or plain fp8 file is needed"
+            )
         if 0 in shape:
             raise CheckpointError(f"{weights.name} is damaged: its weight {key} is empty, with shape {shape}")
 
 
-def build(
-    make: Callable[[], Module], weights: WeightFile, dtype: torch.dtype, device: torch.device | str
-) -> Module:
+def build(make: Callable[[], Module], weights: WeightFile, dtype: torch.dtype, device: torch.device | str) -> Module:
     """Make a module with a file's weights, without giving it any of its own first.
 
     Raises :class:`CheckpointError` that names the first weight that is missing or of another shape.
     """
     with torch.device("meta"):
         module = make()
-    fill(module, {k: weights.tensor(k) for k in module.state_dict() if k in weights.shapes}, weights.name, dtype, device)
+    fill(
+        module, {k: weights.tensor(k) for k in module.state_dict() if k in weights.shapes}, weights.name, dtype, device
+    )
     return module
 
 
@@ -421,10 +449,12 @@ def _fit(tensor: Tensor, key: str, shape: tuple[int, ...], name: str) -> Tensor:
     """Return the tensor in the shape that is needed; a 1x1 convolution may be stored as a matrix or the reverse."""
     found = tuple(tensor.shape)
     if found != shape and _without_ones(found) != _without_ones(shape):
-        raise CheckpointError(f"{name} has weight {key} with shape {found} where {shape} is needed: the file is damaged")
+        raise CheckpointError(
+            f"{name} has weight {key} with shape {found} where {shape} is needed: the file is damaged"
+        )
     if not tensor.is_floating_point():
         raise CheckpointError(f"{name} has weight {key} of type {tensor.dtype}: floating-point weights are needed")
-    return tensor.reshape(shape)
+    return torch.reshape(tensor, shape)
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -79,7 +79,9 @@ class OpenClip(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(torch.zeros(positions, width))
-        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(OpenClipBlock(width, heads) for _ in range(layers))})
+        self.transformer = nn.ModuleDict(
+            {"resblocks": nn.ModuleList(OpenClipBlock(width, heads) for _ in range(layers))}
+        )
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.zeros(width, width))
         randomize(self, 1)
@@ -154,9 +156,7 @@ def test_sd2_uses_the_normed_penultimate_layer_of_open_clip(tmp_path: Path, toke
 def test_sdxl_joins_the_unnormed_penultimate_layers(tmp_path: Path, tokenizer_folder: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_folder)
     clip, open_clip = clip_model(len(tokenizer), width=128, heads=2), OpenClip(len(tokenizer))
-    clip_keys = {
-        k.replace("cond_stage_model.", "conditioner.embedders.0."): v for k, v in sd1_tensors(clip).items()
-    }
+    clip_keys = {k.replace("cond_stage_model.", "conditioner.embedders.0."): v for k, v in sd1_tensors(clip).items()}
     tensors = clip_keys | prefixed("conditioner.embedders.1.model.", open_clip)
     conditioner = Conditioner.load(save(tmp_path / "xl.safetensors", tensors), Family.SDXL, tokenizer)
     prompts = ["cat red hat", "dog"]
@@ -178,10 +178,16 @@ def test_open_clip_equals_diffusers_conversion(tmp_path: Path) -> None:
         vocab_size=30, hidden_size=128, intermediate_size=512, projection_dim=128, num_hidden_layers=3,
         num_attention_heads=2, max_position_embeddings=12, hidden_act="gelu", eos_token_id=29,
     ).save_pretrained(tmp_path / "config")  # fmt: skip
-    clip = {k.replace("cond_stage_model.", "conditioner.embedders.0."): v for k, v in sd1_tensors(clip_model(30)).items()}
+    clip = {
+        k.replace("cond_stage_model.", "conditioner.embedders.0."): v for k, v in sd1_tensors(clip_model(30)).items()
+    }
     tensors = prefixed("conditioner.embedders.1.model.", model)
     reference = convert_from_ckpt.convert_open_clip_checkpoint(
-        dict(tensors), str(tmp_path / "config"), "conditioner.embedders.1.model.", has_projection=True, local_files_only=True
+        dict(tensors),
+        str(tmp_path / "config"),
+        "conditioner.embedders.1.model.",
+        has_projection=True,
+        local_files_only=True,
     ).eval()
     file = save(tmp_path / "xl.safetensors", clip | tensors, delta__text_heads="2")
     tower = load_towers(file, Family.SDXL)[1]
@@ -253,7 +259,9 @@ def test_long_prompts_take_several_chunks_and_short_ones_as_many(tmp_path: Path,
     conditioner = Conditioner.load(file, Family.SD1, tokenizer)
     long = conditioner(["cat " * 10 + "dog", "red"])
     assert long.context.shape == (2, 24, 96)
-    assert torch.allclose(long.context[0], torch.cat((conditioner(["cat " * 10]).context, conditioner(["dog"]).context), 1)[0], atol=1e-6)
+    assert torch.allclose(
+        long.context[0], torch.cat((conditioner(["cat " * 10]).context, conditioner(["dog"]).context), 1)[0], atol=1e-6
+    )
     assert torch.allclose(long.context[1, 12:], conditioner([""]).context[0], atol=1e-6)
 
 
@@ -274,6 +282,10 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path: Path, tokenizer_
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DeltaError, match=r"vocab\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "vocab.json").write_text("{")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(DeltaError, match="damaged"):
         load_tokenizer(tmp_path)
 
 

@@ -239,7 +239,9 @@ def test_two_branches_equal_two_runs(layout: str) -> None:
     x = torch.stack((drawn["x"], drawn["x"].flip(0)))
     context = torch.stack((drawn["context"], drawn["context"] * 0.5))
     together = unet(x, drawn["t"], context, label)
-    apart = [unet(x[r : r + 1], drawn["t"], context[r : r + 1], None if label is None else label[r : r + 1]) for r in (0, 1)]
+    apart = [
+        unet(x[r : r + 1], drawn["t"], context[r : r + 1], None if label is None else label[r : r + 1]) for r in (0, 1)
+    ]
     assert torch.allclose(together, torch.cat(apart), atol=1e-5)
 
 

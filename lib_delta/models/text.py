@@ -64,7 +64,9 @@ class TextConfig:
         vocabulary, width = shapes["embeddings.token_embedding.weight"]
         heads = heads or max(1, width // 64)
         if width % heads:
-            raise CheckpointError(f"a text encoder of width {width} cannot have {heads} heads: the width must be divisible")
+            raise CheckpointError(
+                f"a text encoder of width {width} cannot have {heads} heads: the width must be divisible"
+            )
         return cls(
             width=width,
             inner_width=shapes["encoder.layers.0.mlp.fc1.weight"][0],
@@ -123,13 +125,14 @@ class TextEncoder(nn.Module):
         hidden = model.final_layer_norm(states[-clip_skip]) if self.final_norm else states[-clip_skip]
         if self.config.projection is None:
             return hidden, None
-        end = (tokens == self.config.vocabulary - 1).int().argmax(-1)
+        end = tokens.eq(self.config.vocabulary - 1).int().argmax(-1)
         last = states[-1][torch.arange(len(tokens), device=tokens.device), end]
         return hidden, self.transformer.text_projection(model.final_layer_norm(last))
 
     def encode(self, tokens: Tensor, clip_skip: int = 1) -> tuple[Tensor, Tensor | None]:
         """Call the module."""
-        return self(tokens, clip_skip)
+        encoded: tuple[Tensor, Tensor | None] = self(tokens, clip_skip)
+        return encoded
 
 
 def load_towers(
@@ -165,7 +168,9 @@ def _tower(
     with torch.device("meta"):
         tower = TextEncoder(config, final_norm=family is not Family.SDXL)
     _place_position_ids(tower, device)
-    renamed = {f"transformer.{'' if k.startswith('text_projection') else 'text_model.'}{k}": v for k, v in weights.items()}
+    renamed = {
+        f"transformer.{'' if k.startswith('text_projection') else 'text_model.'}{k}": v for k, v in weights.items()
+    }
     fill(tower, renamed, file.name, dtype, device)
     return tower
 
@@ -182,7 +187,9 @@ def _clip_weights(file: WeightFile, family: Family) -> dict[str, Tensor]:
     if prefix is None:
         return {}
     weights = file.below(prefix)
-    return {k: weights.tensor(k) for k in weights.keys if k.startswith(("embeddings.", "encoder.", "final_layer_norm."))}
+    return {
+        k: weights.tensor(k) for k in weights.keys if k.startswith(("embeddings.", "encoder.", "final_layer_norm."))
+    }
 
 
 _OPEN_CLIP_NAMES = {
@@ -230,7 +237,9 @@ class Tokenizer(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Mapping[str, list[list[int]]]: ...
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, verbose: bool
+    ) -> Mapping[str, list[list[int]]]: ...
 
 
 def load_tokenizer(folder: str | Path | None = None) -> CLIPTokenizer:
@@ -239,14 +248,23 @@ def load_tokenizer(folder: str | Path | None = None) -> CLIPTokenizer:
     The latter is made from the vocabulary in the package ``clip`` (clip-anytorch on the package index).
     Raises :class:`DeltaError` where the files are not there.
     """
-    from transformers import CLIPTokenizer
-
     if folder is None:
         return _released_tokenizer()
+    vocabulary, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+    if not (vocabulary.is_file() and merges.is_file()):
+        raise DeltaError(f"{folder} holds no CLIP tokenizer: vocab.json and merges.txt are needed")
+    return _tokenizer(vocabulary, merges)
+
+
+def _tokenizer(vocabulary: Path, merges: Path) -> CLIPTokenizer:
+    from transformers import CLIPTokenizer
+
     try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DeltaError(f"{folder} holds no CLIP tokenizer: vocab.json and merges.txt are needed") from error
+        return CLIPTokenizer(str(vocabulary), str(merges))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DeltaError(
+            f"{vocabulary.parent} holds a damaged CLIP tokenizer ({error}): a whole one is needed"
+        ) from error
 
 
 def _released_tokenizer() -> CLIPTokenizer:
@@ -254,8 +272,6 @@ def _released_tokenizer() -> CLIPTokenizer:
 
     The vocabulary is in the order of the original code: bytes, bytes that end a word, merges, marks.
     """
-    from transformers import CLIPTokenizer
-
     with gzip.open(_vocabulary_file(), "rt", encoding="utf-8") as stream:
         lines = stream.read().split("\n")
     merges = lines[1 : 49152 - 256 - 2 + 1]
@@ -266,7 +282,7 @@ def _released_tokenizer() -> CLIPTokenizer:
         vocabulary, rules = Path(folder, "vocab.json"), Path(folder, "merges.txt")
         vocabulary.write_text(json.dumps({entry: i for i, entry in enumerate(entries)}), encoding="utf-8")
         rules.write_text("\n".join([lines[0], *merges]), encoding="utf-8")
-        return CLIPTokenizer(str(vocabulary), str(rules), model_max_length=77)
+        return _tokenizer(vocabulary, rules)
 
 
 def _vocabulary_file() -> Path:
@@ -276,7 +292,9 @@ def _vocabulary_file() -> Path:
         file = Path(folder, "bpe_simple_vocab_16e6.txt.gz")
         if file.exists():
             return file
-    raise DeltaError("CLIP's vocabulary is not installed: install the package clip-anytorch, or name a tokenizer folder")
+    raise DeltaError(
+        "CLIP's vocabulary is not installed: install the package clip-anytorch, or name a tokenizer folder"
+    )
 
 
 def _byte_letters() -> list[str]:
@@ -338,8 +356,8 @@ class Conditioner:
         chunks = self.chunks(prompts, tower)
         count = chunks.shape[1]
         hidden, pooled = tower.encode(chunks.flatten(0, 1), layer)
-        first = None if pooled is None else pooled.unflatten(0, (-1, count))[:, 0]
-        return hidden.unflatten(0, (-1, count)).flatten(1, 2), first
+        joined = hidden.reshape(len(prompts), -1, hidden.shape[-1])
+        return joined, None if pooled is None else pooled[::count]
 
     def chunks(self, prompts: Sequence[str], tower: TextEncoder) -> Tensor:
         """Return the tokens ``(N, chunks, 77)`` that a tower is given."""
