@@ -116,7 +116,7 @@ class Composed:
         return x, sigma, Crossing(denoised, tuple(parts))
 
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
-        for bridge, part in zip(reversed(self.bridges), reversed(crossing.parts)):
+        for bridge, part in zip(reversed(self.bridges), reversed(crossing.parts), strict=True):
             delta = bridge.delta_to_target(delta, part)
         return delta
 
@@ -124,8 +124,9 @@ class Composed:
 def choose(source: Family, target: Family, sigma_max: float | None = None, form: Form = "same_snr") -> Bridge:
     """Return the bridge between two families' latents.
 
-    ``sigma_max``, where given, is the largest noise level that the source knows
-    (:class:`NoiseLimitBridge`); ``form`` is that of the :class:`ScaleBridge`, where one is needed.
+    ``sigma_max``, where given, is the largest noise level that the source knows; it is compared with
+    the target's sigma (:class:`NoiseLimitBridge`), so that a scale that makes the source's a little
+    larger does not count.  ``form`` is that of the :class:`ScaleBridge`, where one is needed.
     Raises :class:`SettingError` if the latents are not related by a known map.
     """
     if source.latent_channels != 4 or target.latent_channels != 4:
@@ -135,4 +136,4 @@ def choose(source: Family, target: Family, sigma_max: float | None = None, form:
         )
     k = source.scale_factor / target.scale_factor
     latent: Bridge = IdentityBridge() if k == 1 else ScaleBridge(k, form)
-    return latent if sigma_max is None else Composed((latent, NoiseLimitBridge(sigma_max)))
+    return latent if sigma_max is None else Composed((NoiseLimitBridge(sigma_max), latent))

@@ -65,7 +65,7 @@ class Schedule:
         log_sigma = sigma.float().log()
         if quantize:
             return (log_sigma - table[:, None]).abs().argmin(0)
-        low = (torch.searchsorted(table, log_sigma.contiguous(), right=True) - 1).clamp(0, len(table) - 2)
+        low = ((log_sigma >= table[:, None]).sum(0) - 1).clamp(0, len(table) - 2)
         weight = ((table[low] - log_sigma) / (table[low] - table[low + 1])).clamp(0, 1)
         return (1 - weight) * low + weight * (low + 1)
 

@@ -12,6 +12,8 @@ Curve = Literal["constant", "linear", "cosine", "sigmoid"]
 
 MAXIMUM = 10.0
 SIGMOID_STEEPNESS = 10.0
+# Progress is a quotient: a step that lies on a limit of the range must not fall out of it by rounding.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,12 @@ class Strength:
 
     def at(self, progress: float) -> float:
         """Return lambda at ``progress`` (0 the first step, 1 the last)."""
-        if not self.start <= progress <= self.end:
+        if not self.start - ROUNDING <= progress <= self.end + ROUNDING:
             return 0.0
         if self.curve == "constant":
             return self.value
         length = self.end - self.start
-        u = (progress - self.start) / length if length else 0.0
+        u = min(max((progress - self.start) / length, 0.0), 1.0) if length else 0.0
         return self.value * (self.first + (self.last - self.first) * _ease(self.curve, u))
 
 

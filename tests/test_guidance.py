@@ -1,0 +1,108 @@
+"""One step of Delta Sampling: strength, bridge, source, bridge, add."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import randn
+from torch import Tensor
+
+from lib_delta.bridge import IdentityBridge, NoiseLimitBridge, ScaleBridge
+from lib_delta.errors import DeltaError
+from lib_delta.guidance import DeltaDenoiser, DeltaGuidance, DenoiseStep
+from lib_delta.strength import Strength
+
+X, DENOISED = 3 * randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
+SIGMA = torch.tensor([2.0, 2.0])
+ALWAYS = Strength()
+
+
+class RecordingSource:
+    """Gives one fixed delta and keeps what it was asked."""
+
+    def __init__(self, delta: float | Tensor = 0.25) -> None:
+        self.value = delta
+        self.asked: list[tuple[Tensor, Tensor, float]] = []
+
+    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float) -> Tensor:
+        self.asked.append((x, sigma, cfg_scale))
+        return torch.zeros_like(x, dtype=torch.float32) + self.value
+
+
+def step(progress: float = 0.5, x: Tensor = X, denoised: Tensor = DENOISED) -> DenoiseStep:
+    return DenoiseStep(x, SIGMA, denoised, cfg_scale=7.0, progress=progress, step=3)
+
+
+def test_the_delta_is_added_with_its_strength() -> None:
+    source = RecordingSource()
+    guided = DeltaGuidance(Strength(2.0), IdentityBridge(), source)(step())
+    torch.testing.assert_close(guided, DENOISED + 0.5)
+    (asked,) = source.asked
+    assert asked[0] is X
+    assert asked[1] is SIGMA
+    assert asked[2] == 7.0
+
+
+@pytest.mark.parametrize("strength", [Strength(0.0), Strength(1.0, start=0.6), Strength(1.0, end=0.4)])
+def test_at_strength_zero_or_out_of_range_no_side_model_is_called(strength: Strength) -> None:
+    source = RecordingSource()
+    assert DeltaGuidance(strength, IdentityBridge(), source)(step()) is DENOISED
+    assert not source.asked
+
+
+def test_the_source_sees_its_own_latent_and_the_delta_comes_back_in_the_targets() -> None:
+    source = RecordingSource()
+    guided = DeltaGuidance(Strength(1.0), ScaleBridge(1.4), source)(step())
+    torch.testing.assert_close(source.asked[0][0], 1.4 * X)
+    torch.testing.assert_close(source.asked[0][1], 1.4 * SIGMA)
+    torch.testing.assert_close(guided, DENOISED + 0.25 / 1.4)
+
+
+def test_a_zero_terminal_snr_target_does_not_break_the_sources_start() -> None:
+    source = RecordingSource()
+    sigma, noise = torch.tensor([4518.0, 4518.0]), randn(2, 4, 8, 8, seed=2)
+    start = DenoiseStep(DENOISED + 4518 * noise, sigma, DENOISED, 7.0, 0.0)
+    DeltaGuidance(Strength(1.0), NoiseLimitBridge(14.6), source)(start)
+    torch.testing.assert_close(source.asked[0][0], DENOISED + 14.6 * noise, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_result_has_the_targets_type_and_is_added_in_float32(dtype: torch.dtype) -> None:
+    denoised = DENOISED.to(dtype)
+    tiny = 1e-3 * randn(2, 4, 8, 8, seed=3)
+    guided = DeltaGuidance(Strength(1.0), IdentityBridge(), RecordingSource(tiny))(step(denoised=denoised))
+    assert guided.dtype == dtype
+    assert torch.equal(guided, (denoised.float() + tiny).to(dtype))
+
+
+def test_an_exactly_zero_delta_changes_nothing() -> None:
+    guided = DeltaGuidance(Strength(5.0), IdentityBridge(), RecordingSource(0.0))(step())
+    assert torch.equal(guided, DENOISED)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_delta_that_is_not_a_number_stops_the_generation(bad: float) -> None:
+    with pytest.raises(DeltaError, match=r"not a number at step 3 \(sigma 2\)"):
+        DeltaGuidance(Strength(1.0), IdentityBridge(), RecordingSource(bad))(step())
+
+
+def denoiser_for(sigmas: list[float], strength: Strength = ALWAYS) -> DeltaDenoiser:
+    guidance = DeltaGuidance(strength, IdentityBridge(), RecordingSource())
+    return DeltaDenoiser(lambda x, sigma: x / 2, guidance, torch.tensor(sigmas))
+
+
+def test_progress_runs_from_the_first_level_to_the_last() -> None:
+    model = denoiser_for([16.0, 4.0, 1.0, 0.25, 0.0])
+    at = [model.progress(torch.tensor([sigma])) for sigma in (20.0, 16.0, 8.0, 4.0, 1.0, 0.25, 0.1)]
+    assert at == pytest.approx([0, 0, 1 / 6, 1 / 3, 2 / 3, 1, 1])
+
+
+def test_a_run_of_one_step_is_its_beginning() -> None:
+    assert denoiser_for([14.6, 0.0]).progress(torch.tensor([14.6])) == 0
+
+
+def test_the_range_holds_over_a_run() -> None:
+    model = denoiser_for([16.0, 4.0, 1.0, 0.25, 0.0], Strength(1.0, start=0.3, end=0.7))
+    changed = [bool((model(X, torch.full((2,), s)) != X / 2).any()) for s in (16.0, 4.0, 1.0, 0.25)]
+    assert changed == [False, True, True, False]
+    assert model.steps == 4

@@ -1,0 +1,162 @@
+"""Every sampler drives the engine, at strength 0 as if it were not there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import randn
+from torch import Tensor
+
+from lib_delta.bridge import IdentityBridge
+from lib_delta.guidance import DeltaDenoiser, DeltaGuidance, DenoiseStep
+from lib_delta.parameterization import Parameterization, Schedule, denoiser, eps_of, from_timestep_space
+from lib_delta.strength import Strength
+
+SD = Schedule.stable_diffusion()
+SIGMAS = torch.tensor([14.0, 7.0, 3.0, 1.2, 0.4, 0.1, 0.0])
+STOCHASTIC = {"dpm_2_ancestral", "dpmpp_2m_sde", "dpmpp_2s_ancestral", "dpmpp_3m_sde", "dpmpp_sde", "euler_ancestral"}
+
+
+def model(seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A closed-form denoiser: eps is the noise of a picture that only the seed decides, bent a little by x."""
+    picture = randn(1, 4, 8, 8, seed=seed)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return x - 0.3 * picture + 0.1 * torch.sin(x + t[:, None, None, None] / 200)
+
+    return denoiser(network, Parameterization("eps", SD))
+
+
+TARGET, BASE, ADAPTED = model(1), model(2), model(3)
+
+
+class WatchedSource:
+    """Two closed-form models, and the noisy latents they were shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float) -> Tensor:
+        self.seen.append(x.clone())
+        return ADAPTED(x, sigma) - BASE(x, sigma)
+
+
+class WatchedTarget:
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        self.seen.append(x.clone())
+        return TARGET(x, sigma)
+
+
+def k_diffusion_samplers() -> list[str]:
+    try:
+        from k_diffusion import sampling
+    except ImportError:
+        return []
+    return [name.removeprefix("sample_") for name in dir(sampling) if name.startswith("sample_")]
+
+
+def run(name: str, denoise: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    from k_diffusion import sampling
+
+    sample = getattr(sampling, f"sample_{name}")
+    asked = inspect.signature(sample).parameters
+    if "sigma_min" in asked:
+        levels = {"sigma_min": 0.1, "sigma_max": 14.0, **({"n": 7} if "n" in asked else {})}
+    else:
+        levels = {"sigmas": SIGMAS}
+    torch.manual_seed(5)
+    return sample(denoise, 14 * randn(2, 4, 8, 8), **levels, disable=True)
+
+
+def with_delta(strength: float) -> tuple[DeltaDenoiser, WatchedSource, WatchedTarget]:
+    source, target = WatchedSource(), WatchedTarget()
+    return DeltaDenoiser(target, DeltaGuidance(Strength(strength), IdentityBridge(), source), SIGMAS), source, target
+
+
+def test_k_diffusion_has_the_samplers_that_are_tested() -> None:
+    pytest.importorskip("k_diffusion")
+    assert len(k_diffusion_samplers()) >= 13
+    assert set(k_diffusion_samplers()) >= STOCHASTIC
+
+
+@pytest.mark.parametrize("name", k_diffusion_samplers())
+def test_strength_zero_is_plain_sampling_bit_for_bit(name: str) -> None:
+    denoise, source, _ = with_delta(0.0)
+    assert torch.equal(run(name, denoise), run(name, TARGET))
+    assert not source.seen
+
+
+@pytest.mark.parametrize("name", k_diffusion_samplers())
+def test_the_delta_reaches_the_picture(name: str) -> None:
+    plain, changed = run(name, TARGET), run(name, with_delta(1.0)[0])
+    assert changed.isfinite().all()
+    assert (changed - plain).norm() > 0.05 * plain.norm()
+
+
+@pytest.mark.parametrize("name", k_diffusion_samplers())
+def test_the_source_sees_the_targets_own_noise(name: str) -> None:
+    """The published code noises a second latent for the source, which drifts away under a stochastic sampler."""
+    denoise, source, target = with_delta(1.0)
+    run(name, denoise)
+    assert len(source.seen) == len(target.seen) >= len(SIGMAS) - 1
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(source.seen, target.seen, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(STOCHASTIC & set(k_diffusion_samplers())))
+def test_stochastic_samplers_are_stochastic_here(name: str) -> None:
+    from k_diffusion import sampling
+
+    first = run(name, TARGET)
+    torch.manual_seed(6)
+    second = getattr(sampling, f"sample_{name}")(TARGET, 14 * randn(2, 4, 8, 8), SIGMAS, disable=True)
+    assert not torch.equal(first, second)
+
+
+def run_scheduler(name: str, denoise: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
+    """Sample in timestep space: x in the variance-preserving scale, eps as the model's answer."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = getattr(diffusers, name)(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    if "clip_sample" in scheduler.config:
+        scheduler.register_to_config(clip_sample=False)
+    scheduler.set_timesteps(8)
+    generator, x = torch.Generator().manual_seed(5), randn(2, 4, 8, 8)
+    takes_noise = "generator" in inspect.signature(scheduler.step).parameters
+    for i, t in enumerate(scheduler.timesteps):
+        k_x, sigma = from_timestep_space(x, t.expand(len(x)), SD)
+        eps = eps_of(denoise(k_x, sigma, i / 7), k_x, sigma)
+        x = scheduler.step(eps, t, x, **({"generator": generator} if takes_noise else {})).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "UniPCMultistepScheduler"])
+def test_timestep_samplers_drive_the_engine(name: str) -> None:
+    def guided(strength: float) -> Tensor:
+        guidance = DeltaGuidance(Strength(strength), IdentityBridge(), WatchedSource())
+        return run_scheduler(
+            name, lambda x, sigma, progress: guidance(DenoiseStep(x, sigma, TARGET(x, sigma), 1.0, progress))
+        )
+
+    plain = run_scheduler(name, lambda x, sigma, progress: TARGET(x, sigma))
+    assert torch.equal(guided(0.0), plain)
+    changed = guided(1.0)
+    assert changed.isfinite().all()
+    assert (changed - plain).norm() > 0.05 * plain.norm()
+
+
+def test_ddim_in_timestep_space_is_euler_in_sigma() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    sampling = pytest.importorskip("k_diffusion.sampling")
+    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.set_timesteps(8)
+    levels = SD.t_to_sigma(torch.cat((scheduler.timesteps, torch.tensor([0]))))
+    start = randn(2, 4, 8, 8) * (levels[0] ** 2 + 1) ** 0.5
+    euler = sampling.sample_euler(TARGET, start, levels, disable=True)
+    ddim = run_scheduler("DDIMScheduler", lambda x, sigma, progress: TARGET(x, sigma))
+    # The scheduler takes its last step to the table's last level, which "set_alpha_to_one" would make 0.
+    torch.testing.assert_close(ddim * (levels[-1] ** 2 + 1) ** 0.5, euler, atol=0.03, rtol=0.03)
