@@ -87,12 +87,12 @@ class TextEncoder(nn.Module):
     """
 
     def __init__(self, config: TextConfig, final_norm: bool) -> None:
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
         super().__init__()
         self.config, self.final_norm = config, final_norm
-        model = CLIPTextModel if config.projection is None else CLIPTextModelWithProjection
-        self.transformer = model(
+        # This class keeps its key names in every version of transformers; the plain text model does not.
+        self.transformer = CLIPTextModelWithProjection(
             CLIPTextConfig(
                 vocab_size=config.vocabulary,
                 hidden_size=config.width,
@@ -106,6 +106,8 @@ class TextEncoder(nn.Module):
                 eos_token_id=config.vocabulary - 1,
             )
         )
+        if config.projection is None:
+            del self.transformer.text_projection
 
     def forward(self, tokens: Tensor, clip_skip: int = 1) -> tuple[Tensor, Tensor | None]:
         """Encode ``(N, T)`` tokens.
@@ -260,6 +262,8 @@ def _tokenizer(vocabulary: Path, merges: Path) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
     try:
+        # Read here, for the compiled tokenizer's own errors have no class to catch them by.
+        json.loads(vocabulary.read_text(encoding="utf-8"))
         return CLIPTokenizer(str(vocabulary), str(merges))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DeltaError(
