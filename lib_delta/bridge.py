@@ -8,16 +8,14 @@ no second state is carried along and every sampler of the target works as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from lib_delta.errors import SettingError
+from lib_delta.families import Family
 from lib_delta.parameterization import per_image
-
-if TYPE_CHECKING:
-    from lib_delta.families import Family
 
 Form = Literal["same_snr", "published"]
 

@@ -25,6 +25,10 @@ class Conditioning:
     cond_label: Tensor | None = None
     uncond_label: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if (self.cond_label is None) != (self.uncond_label is None):
+            raise ValueError("a label embedding is needed for both the prompt and the negative prompt, or for neither")
+
 
 class Source:
     """A base UNet with its adaptations attached, ready to be asked for the delta.

@@ -150,3 +150,8 @@ def test_a_hosts_autocast_does_not_reach_the_source() -> None:
     outside = source.delta(X, SIGMA, 2.0)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(source.delta(X, SIGMA, 2.0), outside)
+
+
+def test_a_label_for_one_prompt_only_is_refused() -> None:
+    with pytest.raises(ValueError, match="both the prompt and the negative prompt"):
+        replace(BASE_TOLD, cond_label=randn(1, 12))
