@@ -32,12 +32,13 @@ from lib_delta.models.vae import VAE
 MODELS = Path(__file__).parents[1] / "models"
 RANK = 8
 RUNS = {
-    "vae": Run(steps=1500, batch=12, rate=2e-3),
-    "base": Run(steps=6500, batch=24, rate=1e-3, seed=1),
-    "target": Run(steps=6500, batch=24, rate=1e-3, seed=2),
-    "lineart": Run(steps=2500, batch=24, rate=2e-3, seed=3),
-    "lineart-full": Run(steps=1600, batch=24, rate=5e-4, seed=4),
-    "metrics": Run(steps=2500, batch=64, rate=2e-3, seed=5),
+    "vae-colour": Run(steps=250, batch=16, rate=2e-3, warmup=50, average=0.97),
+    "vae": Run(steps=900, batch=16, rate=2e-3, average=0.99),
+    "base": Run(steps=3600, batch=24, rate=1e-3, seed=1),
+    "target": Run(steps=3200, batch=24, rate=1e-3, seed=2),
+    "lineart": Run(steps=1500, batch=24, rate=2e-3, seed=3),
+    "lineart-full": Run(steps=700, batch=24, rate=5e-4, seed=4),
+    "metrics": Run(steps=1500, batch=48, rate=2e-3, seed=5),
 }
 NEEDS: dict[str, tuple[str, ...]] = {
     "vae": (), "metrics": (), "base": ("vae",), "target": ("vae",), "lineart": ("base",), "lineart-full": ("base",),
@@ -65,7 +66,7 @@ class Workshop:
 
     def vae(self) -> None:
         torch.manual_seed(RUNS["vae"].seed)
-        torch.save(train_vae(self.emoji, self.cache, RUNS["vae"]).state_dict(), self.cache / "vae.pt")
+        torch.save(train_vae(self.emoji, self.cache, RUNS["vae-colour"], RUNS["vae"]).state_dict(), self.cache / "vae.pt")
 
     def trained_vae(self) -> VAE:
         vae = VAE(CONFIG)

@@ -2,37 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from demo.train.common import Run, train
 from demo.train.data import Emoji, augment, to_float
 from lib_delta.models.vae import VAE, VAEConfig
 
-CONFIG = VAEConfig(levels=(32, 64, 64), res_blocks=1)
+CONFIG = VAEConfig(levels=(16, 32, 64), res_blocks=1)
 SCALE = 0.18215
 
 
-def train_vae(emoji: Emoji, folder: Path, run: Run) -> VAE:
-    """Return the trained autoencoder, its latents standardised for SD's scale factor."""
+def train_vae(emoji: Emoji, folder: Path, colour: Run, run: Run) -> VAE:
+    """Return the trained autoencoder, its latents standardised for SD's scale factor.
+
+    Left to themselves the latents spend all they have on the luminance of edges, and pictures come
+    out grey.  So the ``colour`` run comes first and asks for coarse colours alone.
+    """
     pictures = to_float(torch.cat(tuple(emoji.pictures.values())))
+
+    def loss(vae: VAE, distance: Callable[[Tensor, Tensor], Tensor], batch: int) -> Callable[[torch.Generator], Tensor]:
+        def value(generator: torch.Generator) -> Tensor:
+            chosen = augment(pictures[torch.randint(len(pictures), (batch,), generator=generator)], generator)
+            mean, log_variance = vae.moments(chosen)
+            noise = torch.randn(mean.shape, generator=generator)
+            restored = vae.decode(mean + (0.5 * log_variance).exp() * noise)
+            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+            return distance(restored, chosen) + 1e-4 * kl
+
+        return value
+
     vae = VAE(CONFIG)
+    vae = cast(VAE, train("vae-colour", vae, loss(vae, _coarse, colour.batch), folder, colour)).requires_grad_(True)
+    vae = cast(VAE, train("vae", vae, loss(vae, _fine, run.batch), folder, run))
+    return _standardise(vae, pictures)
 
-    def loss(generator: torch.Generator) -> Tensor:
-        batch = pictures[torch.randint(len(pictures), (run.batch,), generator=generator)]
-        batch = augment(batch, generator)
-        mean, log_variance = vae.moments(batch)
-        noise = torch.randn(mean.shape, generator=generator)
-        restored = vae.decode(mean + (0.5 * log_variance).exp() * noise)
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        # Edges carry line art: the differences of neighbouring pixels count as much as the pixels.
-        return _distance(restored, batch) + 2 * _distance(*map(_edges, (restored, batch))) + 1e-4 * kl
 
-    trained = train("vae", vae, loss, folder, run)
-    assert isinstance(trained, VAE)
-    return _standardise(trained, pictures)
+def _coarse(restored: Tensor, pictures: Tensor) -> Tensor:
+    """Compare averages of 4x4 pixels, and what is not grey in them.
+
+    Squares alone: most pixels are white, and the median, which absolute differences favour, is grey.
+    """
+    difference = F.avg_pool2d(restored - pictures, 4)
+    chroma = difference - difference.mean(1, keepdim=True)
+    return 4 * difference.square().mean() + 16 * chroma.square().mean()
+
+
+def _fine(restored: Tensor, pictures: Tensor) -> Tensor:
+    """Compare pixels, edges and coarse colours."""
+    edges = _distance(*map(_edges, (restored, pictures)))
+    return _distance(restored, pictures) + edges + 0.5 * _coarse(restored, pictures)
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -12,12 +12,14 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lib_delta.adapters import keys
 from lib_delta.adapters.load import AdapterFile
 from lib_delta.adapters.protocol import Bypassing, LayerAdapter
 from lib_delta.errors import SettingError
 from lib_delta.fork import ForkedLayer
+from lib_delta.models.text import TextEncoder
 from lib_delta.models.unet import UNet
 
 Form = Literal["merged", "bypass"]
@@ -100,6 +102,19 @@ def text_parameters(
         if bias is not None:
             parameters[f"{path}.bias"] = bias
     return parameters
+
+
+class AdaptedTower(TextEncoder):
+    """A text encoder seen with other values for some of its parameters; the encoder itself is left alone."""
+
+    def __init__(self, tower: TextEncoder, parameters: Mapping[str, Tensor]) -> None:
+        nn.Module.__init__(self)
+        self.config, self.final_norm, self.transformer = tower.config, tower.final_norm, tower.transformer
+        self._changed = dict(parameters)
+
+    def encode(self, tokens: Tensor, clip_skip: int = 1) -> tuple[Tensor, Tensor | None]:
+        """Encode as :meth:`TextEncoder.forward` does, with the changed parameters."""
+        return cast("tuple[Tensor, Tensor | None]", functional_call(self, self._changed, (tokens, clip_skip)))
 
 
 def _by_layer(adapters: Sequence[tuple[str, Mapping[str, LayerAdapter], float]]) -> dict[str, list[Weighted]]:

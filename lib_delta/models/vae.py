@@ -51,7 +51,9 @@ class VAEConfig:
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    # 32 groups at every real width (128 channels and up).  Narrower models keep four channels to a
+    # group: with fewer, normalisation would erase how strong a colour is.
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
