@@ -36,13 +36,18 @@ class Place:
     dtype: torch.dtype
 
     @classmethod
+    def cpu(cls) -> Place:
+        """Compute on the CPU in single precision."""
+        return cls(torch.device("cpu"), torch.float32)
+
+    @classmethod
     def best(cls) -> Place:
         """Choose the fastest device there is; half precision on GPUs."""
         if torch.cuda.is_available():
             return cls(torch.device("cuda"), torch.float16)
         if torch.backends.mps.is_available():
             return cls(torch.device("mps"), torch.float16)
-        return cls(torch.device("cpu"), torch.float32)
+        return cls.cpu()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ do not need each other run side by side, one per core.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -54,6 +55,7 @@ class Workshop:
         tokenizer = MODELS / "tokenizer"
         if not (tokenizer / "vocab.json").exists():
             train_tokenizer(self.emoji.prompts, tokenizer)
+        (MODELS / "names.json").write_text(json.dumps(self.emoji.prompts, indent=0) + "\n", "utf-8")
         self.tokens = _tokenise([*self.emoji.prompts, ""], tokenizer)
 
     def run(self, stage: str) -> None:
