@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import pickle
 import re
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
-from zipfile import BadZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
@@ -92,20 +90,6 @@ class PickleReader:
         self._tensors = {}
 
 
-# What torch.load raises besides UnpicklingError, depending on where a file is broken.
-_DAMAGED = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    struct.error,
-    BadZipFile,
-)
-
-
 def _load_weights_only(path: Path) -> object:
     """Unpickle tensors and nothing else.
 
@@ -119,7 +103,7 @@ def _load_weights_only(path: Path) -> object:
             f"{path.name} is damaged or holds Python objects besides weights, which are not loaded for safety:"
             " convert it to safetensors"
         ) from error
-    except _DAMAGED as error:
+    except Exception as error:  # a broken pickle raises whatever its bytes spell
         raise CheckpointError(f"{path.name} is a truncated or damaged PyTorch file: download it again") from error
 
 
@@ -219,6 +203,11 @@ _OTHER_FILES: tuple[tuple[str, str], ...] = (
         "a UNet in diffusers layout, which diffusers' convert_diffusers_to_original_*.py turns into a checkpoint",
     ),
     (r"model_ema\.", "a checkpoint with only the averaged (EMA) copy of its UNet: export it with its ordinary weights"),
+    (
+        r"(model\.)?diffusion_model\.",
+        "incomplete or of a family that is not known: its UNet has no input_blocks.0.0.weight",
+    ),
+    (r"cond_stage_model\.|conditioner\.", "a checkpoint without a UNet"),
     (r"(first_stage_model\.)?(encoder|decoder)\.conv_in\.", "an autoencoder (VAE), not a checkpoint"),
     (r"(.*\.)?text_model\.", "a text encoder, not a checkpoint"),
 )

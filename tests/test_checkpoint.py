@@ -8,6 +8,7 @@ import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -116,6 +117,8 @@ def test_families_are_told_apart(tensors: dict[str, Tensor], family: Family) -> 
         ({"string_to_param.*": torch.ones(1)}, "textual inversion"),
         ({"emb_params": torch.ones(1)}, "textual inversion"),
         ({"model_ema.diffusion_modelinput_blocks00weight": torch.ones(1)}, "averaged"),
+        ({"model.diffusion_model.x_embedder.weight": torch.ones(1)}, "of a family that is not known"),
+        (vae_tensors() | {"cond_stage_model.transformer.x": torch.ones(1)}, "a checkpoint without a UNet"),
         ({"encoder.conv_in.weight": torch.ones(1)}, "an autoencoder"),
         ({"text_model.final_layer_norm.weight": torch.ones(1)}, "a text encoder"),
         ({"something": torch.ones(1)}, "not a Stable Diffusion checkpoint"),
@@ -379,6 +382,25 @@ def test_truncated_files_get_one_sentence(tmp_path: Path, suffix: str, kept: flo
         load(path)
     assert_one_sentence(raised.value, path.name)
     assert path.exists()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "pickle"])
+def test_flipped_bytes_do_nothing_worse_than_that_sentence(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.file"
+    tensors = {k: v[:1].clone() if v.ndim > 1 else v for k, v in sd1().items() if "out" in k}
+    if kind == "safetensors":
+        save(path, tensors)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "zip")
+    content, random = path.read_bytes(), Random(0)
+    for _ in range(40):
+        damaged = bytearray(content)
+        for _ in range(random.choice((1, 1, 10, 100))):
+            damaged[random.randrange(min(len(damaged), random.choice((16, 4000, 10**9))))] = random.randrange(256)
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError) as raised:
+            load(path)
+        assert_one_sentence(raised.value, path.name)
 
 
 def test_objects_in_a_ckpt_are_refused_by_name(tmp_path: Path) -> None:

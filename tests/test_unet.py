@@ -13,9 +13,6 @@ from lib_delta.errors import CheckpointError
 from lib_delta.models.text import sdxl_label
 from lib_delta.models.unet import PREFIX, UNet, UNetConfig
 
-diffusers = pytest.importorskip("diffusers")
-convert_from_ckpt = pytest.importorskip("diffusers.pipelines.stable_diffusion.convert_from_ckpt")
-
 CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 
 
@@ -50,6 +47,22 @@ REFINER = {
     "transformer_layers_per_block": 4,
     "projection_class_embeddings_input_dim": 40 + 5 * 256,
     **blocks(PLAIN, CROSS, CROSS, PLAIN),
+}
+FULL = {
+    "sd1-full": SD1_FULL,
+    "sd2-full": {
+        **SD2,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "attention_head_dim": (5, 10, 20, 20),
+        "cross_attention_dim": 1024,
+    },
+    "sdxl-full": {
+        **SDXL,
+        "block_out_channels": (320, 640, 1280),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "projection_class_embeddings_input_dim": 2816,
+    },
 }
 LAYOUTS = {"sd1": SD1, "sd1-inpainting": {**SD1, "in_channels": 9}, "sd2": SD2, "sdxl": SDXL, "refiner": REFINER}
 
@@ -111,15 +124,22 @@ def convert_names(ours: UNetConfig, config: Mapping[str, Any]) -> dict[str, str]
 
 def convert(checkpoint: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     settings = {"layers_per_block": 2, "class_embed_type": None, "addition_embed_type": None, **config}
-    return dict(convert_from_ckpt.convert_ldm_unet_checkpoint(checkpoint, settings))
+    conversion = pytest.importorskip("diffusers.pipelines.stable_diffusion.convert_from_ckpt")
+    return dict(conversion.convert_ldm_unet_checkpoint(checkpoint, settings))
+
+
+def empty_reference(config: Mapping[str, Any]) -> nn.Module:
+    """Make diffusers' UNet without memory for its weights."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        model: nn.Module = diffusers.UNet2DConditionModel(**config).eval()
+    return model
 
 
 def pair(config: Mapping[str, Any]) -> tuple[UNet, nn.Module]:
     """Make our UNet and diffusers' with the same weights, which are stored once."""
-    ours = UNet(ldm_config(config)).eval().requires_grad_(False)
-    randomize(ours)
-    with torch.device("meta"):
-        theirs = diffusers.UNet2DConditionModel(**config).eval()
+    theirs = empty_reference(config)
+    ours = narrow(config)
     converted = convert({f"{PREFIX}{k}": v for k, v in ours.state_dict().items()}, config)
     theirs.load_state_dict(converted, strict=True, assign=True)
     return ours, theirs
@@ -177,12 +197,10 @@ def test_full_width_sd1_equals_diffusers() -> None:
     assert error < 1e-4
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "sd1-full"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, *FULL])
 def test_configuration_is_read_off_the_shapes(layout: str) -> None:
-    config = {**LAYOUTS, "sd1-full": SD1_FULL}[layout]
-    with torch.device("meta"):
-        reference = diffusers.UNet2DConditionModel(**config)
-    assert UNetConfig.from_shapes(unet_shapes(reference, config)) == ldm_config(config)
+    config = {**LAYOUTS, **FULL}[layout]
+    assert UNetConfig.from_shapes(unet_shapes(empty_reference(config), config)) == ldm_config(config)
 
 
 def test_head_width_can_be_given() -> None:
