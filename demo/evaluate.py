@@ -8,88 +8,136 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+import torch.multiprocessing
 from torch import Tensor
 from tqdm import tqdm
 
-from demo import pipeline
 from demo.embedded import MODELS, Embedded
 from demo.metrics import Scores, judge
-from demo.pipeline import Alone, Batch, Branch, Settings, decode, draw, with_delta
+from demo.pipeline import Alone, Batch, Branch, Denoiser, Model, Settings, decode, draw, with_delta
 from demo.samplers import NAMES, denoise_from, noise_levels
-from lib_delta.source import Source
 from lib_delta.strength import Strength
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 HAND_OFFS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-RANGES = ((0.0, 0.33), (0.33, 0.67), (0.67, 1.0), (0.0, 0.67), (0.33, 1.0))
+RANGES = ((0.0, 0.33), (0.33, 0.67), (0.67, 1.0))
 SAMPLERS = ("ddim", "ddpm", "euler", "heun", "dpm_2", "dpmpp_2m", "gradient_estimation", "unipc")
 PROMPTS_AT_ONCE = 6
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What a figure is measured on."""
+class Task:
+    """One set of pictures to make and judge: every prompt with every seed.
 
-    embedded: Embedded
-    prompts: Sequence[str]
-    seeds: Sequence[int]
+    ``kind`` is what draws: the ``target``, the ``adapted`` model, the target with the ``delta`` of
+    ``strength``, or ``img2img``: the target redrawing the last ``share`` of the steps of ``start``,
+    the adapted model's latents.
+    """
+
+    kind: Literal["target", "adapted", "delta", "img2img"]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
     settings: Settings
+    strength: Strength = Strength()
+    share: float = 0.0
+    start: Tensor | None = None
 
-    def measure(self, title: str, pictures_of: Callable[[Batch], Tensor]) -> Scores:
-        """Make the pictures of every prompt and seed and judge them."""
-        made = []
-        for first in tqdm(range(0, len(self.prompts), PROMPTS_AT_ONCE), desc=title, leave=False):
-            made.append(pictures_of(Batch(self.prompts[first : first + PROMPTS_AT_ONCE], self.seeds)))
-        pictures = torch.cat(made).unflatten(0, (len(self.prompts), len(self.seeds)))
-        names = torch.tensor([self.embedded.names.index(prompt) for prompt in self.prompts])
-        return judge(self.embedded.judges, pictures, names)
+    @property
+    def title(self) -> str:
+        """What the progress bar says."""
+        detail = {"delta": f" {self.strength.value:g} {self.strength.start:g}-{self.strength.end:g}", "img2img": f" {self.share:g}"}
+        return f"{self.settings.sampler} {self.kind}{detail.get(self.kind, '')}"
 
-    def only(self, prompts: int, sampler: str) -> Bench:
-        """Return the bench with fewer prompts and another sampler."""
-        return replace(self, prompts=self.prompts[:prompts], settings=replace(self.settings, sampler=sampler))
 
-    def target(self, batch: Batch) -> Tensor:
-        """Draw with the target alone."""
+@dataclass(frozen=True)
+class Result:
+    scores: Scores
+    latents: Tensor
+
+
+class Studio:
+    """Makes and judges the pictures of tasks with the embedded models."""
+
+    def __init__(self, models: Path) -> None:
+        torch.set_num_threads(1)
+        self.embedded = Embedded.load(models)
+
+    def run(self, task: Task) -> Result:
+        """Make and judge one task's pictures."""
+        latents, seeds = [], len(task.seeds)
+        for first in range(0, len(task.prompts), PROMPTS_AT_ONCE):
+            batch = Batch(task.prompts[first : first + PROMPTS_AT_ONCE], task.seeds)
+            latents.append(self._latents(task, batch, slice(first * seeds, (first + PROMPTS_AT_ONCE) * seeds)))
+        made = torch.cat(latents)
+        model = self.embedded.base if task.kind == "adapted" else self.embedded.target
+        pictures = decode(model, made).unflatten(0, (len(task.prompts), seeds))
+        names = torch.tensor([self.embedded.names.index(prompt) for prompt in task.prompts])
+        return Result(judge(self.embedded.judges, pictures, names), made)
+
+    def _latents(self, task: Task, batch: Batch, rows: slice) -> Tensor:
+        base, model, settings = self.embedded.base, self.embedded.target, task.settings
+        if task.kind == "adapted":
+            return self._draw(Branch(self.embedded.adapted.source(batch, settings), settings.cfg, adapted=True), base, batch, settings)
+        target = Alone(model, batch, settings)
+        if task.kind == "target":
+            return self._draw(target, model, batch, settings)
+        if task.kind == "delta":
+            source = self.embedded.adapted.source(batch, settings)
+            return self._draw(with_delta(target, model, source, base, task.strength, settings), model, batch, settings)
+        assert task.start is not None
+        return self._redraw(target, task.start[rows], task.share, batch, settings)
+
+    def _draw(self, denoiser: Denoiser, model: Model, batch: Batch, settings: Settings) -> Tensor:
+        return draw(denoiser, model, batch, settings, torch.device("cpu"))
+
+    def _redraw(self, target: Alone, start: Tensor, share: float, batch: Batch, settings: Settings) -> Tensor:
         model = self.embedded.target
-        return decode(model, self._draw(Alone(model, batch, self.settings), model, batch))
-
-    def adapted(self, batch: Batch) -> Tensor:
-        """Draw with the adapted source alone."""
-        return decode(self.embedded.base, self._adapted_latents(batch))
-
-    def _adapted_latents(self, batch: Batch) -> Tensor:
-        branch = Branch(self._source(batch), self.settings.cfg, adapted=True)
-        return self._draw(branch, self.embedded.base, batch)
-
-    def delta(self, batch: Batch, strength: Strength) -> Tensor:
-        """Draw with the target and the delta."""
-        model = self.embedded.target
-        target = Alone(model, batch, self.settings)
-        denoiser = with_delta(target, model, self._source(batch), self.embedded.base, strength, self.settings)
-        return decode(model, self._draw(denoiser, model, batch))
-
-    def img2img(self, batch: Batch, share: float) -> Tensor:
-        """Draw with the adapted source, then redraw the last ``share`` of the steps with the target."""
-        model, schedule = self.embedded.target, self.embedded.target.parameterization.schedule
-        levels = noise_levels(self.settings.steps, schedule)
-        levels = levels[self.settings.steps - round(share * self.settings.steps) :]
+        levels = noise_levels(settings.steps, model.parameterization.schedule)
+        levels = levels[settings.steps - round(share * settings.steps) :]
         # A noise of its own, as img2img draws it: the one that made the picture would bring it back.
-        noise = Batch(batch.prompts, [seed + 10_000 for seed in batch.seeds]).noise(model, self.settings)
-        noisy = self._adapted_latents(batch) + levels[0] * noise
+        noise = Batch(batch.prompts, [seed + 10_000 for seed in batch.seeds]).noise(model, settings)
         with torch.no_grad():
-            latents = denoise_from(self.settings.sampler, Alone(model, batch, self.settings), noisy, levels, batch.seeds[0])
-        return decode(model, latents)
+            return denoise_from(settings.sampler, target, start + levels[0] * noise, levels, batch.seeds[0])
 
-    def _source(self, batch: Batch) -> Source:
-        return self.embedded.adapted.source(batch, self.settings)
 
-    def _draw(self, denoiser: pipeline.Denoiser, model: pipeline.Model, batch: Batch) -> Tensor:
-        return draw(denoiser, model, batch, self.settings, torch.device("cpu"))
+_studio: Studio | None = None
+
+
+def _open_studio(models: Path) -> None:
+    global _studio
+    _studio = Studio(models)
+
+
+def _run(task: Task) -> Result:
+    assert _studio is not None
+    return _studio.run(task)
+
+
+class Workers:
+    """Runs tasks in processes of one thread each, with one progress bar."""
+
+    def __init__(self, models: Path, jobs: int) -> None:
+        context = torch.multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(jobs, context, _open_studio, (models,))
+
+    def run(self, tasks: dict[str, Task]) -> dict[str, Result]:
+        """Return each task's result under its key."""
+        futures = {key: self._pool.submit(_run, task) for key, task in tasks.items()}
+        for future in tqdm(as_completed(futures.values()), total=len(futures), desc=next(iter(tasks.values())).title):
+            future.result()
+        return {key: future.result() for key, future in futures.items()}
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -99,7 +147,7 @@ class Ends:
     target: Scores
     adapted: Scores
 
-    def figures(self, scores: Scores) -> dict[str, float]:
+    def figures(self, scores: Scores) -> Figures:
         """Express scores as shares of the way, rounded for print."""
         return {
             "style_share": round(_share(scores.style, self.target.style, self.adapted.style), 3),
@@ -113,51 +161,57 @@ def _share(value: float, start: float, end: float) -> float:
     return (value - start) / (end - start)
 
 
-def evidence(bench: Bench, sampler_prompts: int) -> dict[str, object]:
-    """Measure everything that ``evidence.json`` holds."""
-    ends = Ends(bench.measure("target alone", bench.target), bench.measure("adapted alone", bench.adapted))
-
-    def delta(strength: Strength) -> Callable[[Batch], Tensor]:
-        return lambda batch: bench.delta(batch, strength)
-
-    def hand_off(share: float) -> Callable[[Batch], Tensor]:
-        return lambda batch: bench.img2img(batch, share)
-
-    sweep = {str(v): ends.figures(bench.measure(f"lambda {v}", delta(Strength(v)))) for v in LAMBDAS}
-    best = best_lambda(sweep)
-    hand_offs = {str(s): ends.figures(bench.measure(f"img2img {s}", hand_off(s))) for s in HAND_OFFS}
-    ranges = {
-        f"{start:g}-{end:g}": ends.figures(bench.measure(f"range {start:g}-{end:g}", delta(Strength(best, start, end))))
-        for start, end in RANGES
-    }
+def evidence(workers: Workers, prompts: tuple[str, ...], seeds: tuple[int, ...], settings: Settings, fewer: int) -> dict[str, Any]:
+    """Measure everything that ``evidence.json`` holds; ranges and samplers on ``fewer`` prompts."""
+    whole = Task("target", prompts, seeds, settings)
+    sweep = {f"{value}": replace(whole, kind="delta", strength=Strength(value)) for value in LAMBDAS}
+    first = workers.run({"target": whole, "adapted": replace(whole, kind="adapted"), **sweep})
+    ends = Ends(first["target"].scores, first["adapted"].scores)
+    by_lambda = {key: ends.figures(first[key].scores) for key in sweep}
+    best = best_lambda(by_lambda)
+    redrawn = replace(whole, kind="img2img", start=first["adapted"].latents)
+    second = workers.run({f"{share}": replace(redrawn, share=share) for share in HAND_OFFS})
+    by_share = {key: ends.figures(result.scores) for key, result in second.items()}
+    part = replace(whole, prompts=prompts[:: max(1, len(prompts) // fewer)], strength=Strength(best))
     return {
-        "cases": len(bench.prompts) * len(bench.seeds),
-        "settings": asdict(bench.settings),
+        "cases": len(prompts) * len(seeds),
+        "settings": asdict(settings),
         "ends": {"target_alone": asdict(ends.target), "adapted_alone": asdict(ends.adapted)},
-        "lambda": sweep,
+        "lambda": by_lambda,
         "best_lambda": best,
         "baseline": {
             "adapted_alone": ends.figures(ends.adapted),
-            "img2img": hand_offs[best_hand_off(hand_offs, sweep[str(best)]["content_ratio"])],
-            "img2img_by_strength": hand_offs,
+            "img2img": by_share[best_hand_off(by_share, by_lambda[str(best)]["content_ratio"])],
+            "img2img_by_strength": by_share,
         },
-        "range": ranges,
-        "samplers": _samplers(bench, best, sampler_prompts),
+        "fewer_cases": len(part.prompts) * len(seeds),
+        "range": _ranges(workers, part),
+        "samplers": _samplers(workers, part),
     }
 
 
-def _samplers(bench: Bench, best: float, prompts: int) -> dict[str, dict[str, float]]:
-    """Measure each sampler against its own two ends, on fewer prompts."""
-    rows = {}
+def _ranges(workers: Workers, part: Task) -> dict[str, Figures]:
+    """Apply the delta during a third of the run only."""
+    whole = part.strength
+    tasks = {f"{start:g}-{end:g}": replace(part, kind="delta", strength=replace(whole, start=start, end=end)) for start, end in RANGES}
+    tasks |= {"target": part, "adapted": replace(part, kind="adapted"), "0-1": replace(part, kind="delta")}
+    results = workers.run(tasks)
+    ends = Ends(results.pop("target").scores, results.pop("adapted").scores)
+    return {key: ends.figures(result.scores) for key, result in results.items()}
+
+
+def _samplers(workers: Workers, part: Task) -> dict[str, Figures]:
+    """Measure each sampler against its own two ends."""
+    tasks = {}
     for sampler in SAMPLERS:
-        part = bench.only(prompts, sampler)
-        ends = Ends(part.measure(f"{sampler}: target", part.target), part.measure(f"{sampler}: adapted", part.adapted))
-        scores = part.measure(f"{sampler}: delta", lambda batch, part=part: part.delta(batch, Strength(best)))
-        rows[sampler] = ends.figures(scores)
-    return rows
+        own = replace(part, settings=replace(part.settings, sampler=sampler))
+        for kind in ("target", "adapted", "delta"):
+            tasks[f"{sampler} {kind}"] = replace(own, kind=kind)
+    results = {key: result.scores for key, result in workers.run(tasks).items()}
+    return {s: Ends(results[f"{s} target"], results[f"{s} adapted"]).figures(results[f"{s} delta"]) for s in SAMPLERS}
 
 
-def best_lambda(sweep: dict[str, dict[str, float]], content: float = 0.9) -> float:
+def best_lambda(sweep: dict[str, Figures], content: float = 0.9) -> float:
     """Return the lambda of most style among those that keep ``content``; of most content if none does."""
     keeping = {k: v for k, v in sweep.items() if v["content_ratio"] >= content}
     if keeping:
@@ -165,7 +219,7 @@ def best_lambda(sweep: dict[str, dict[str, float]], content: float = 0.9) -> flo
     return float(max(sweep, key=lambda k: sweep[k]["content_ratio"]))
 
 
-def best_hand_off(rows: dict[str, dict[str, float]], content: float) -> str:
+def best_hand_off(rows: dict[str, Figures], content: float) -> str:
     """Return the img2img strength of most style among those whose content is at least ``content``, or of most content."""
     keeping = {k: v for k, v in rows.items() if v["content_ratio"] >= content}
     if keeping:
@@ -173,7 +227,7 @@ def best_hand_off(rows: dict[str, dict[str, float]], content: float) -> str:
     return max(rows, key=lambda k: rows[k]["content_ratio"])
 
 
-def plot(figures: dict[str, dict[str, float]], hand_offs: dict[str, dict[str, float]], path: Path) -> None:
+def plot(figures: dict[str, Figures], hand_offs: dict[str, Figures], path: Path) -> None:
     """Draw style against content: the lambda sweep and the img2img hand-off."""
     import matplotlib
 
@@ -195,7 +249,7 @@ def plot(figures: dict[str, dict[str, float]], hand_offs: dict[str, dict[str, fl
     figure.savefig(path, dpi=110)
 
 
-def table(figures: dict[str, dict[str, float]], title: str) -> str:
+def table(figures: dict[str, Figures], title: str) -> str:
     """Format rows of figures as a Markdown table."""
     columns = list(next(iter(figures.values())))
     lines = [f"| {title} | {' | '.join(c.replace('_', ' ') for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
@@ -212,17 +266,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="evaluate", description="Measure what Delta Sampling does with the embedded models.")
     parser.add_argument("--prompts", type=int, default=100, help="emoji names, spread over the alphabet")
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each name")
-    parser.add_argument("--sampler-prompts", type=int, default=40, help="names for the table of samplers")
+    parser.add_argument("--fewer-prompts", type=int, default=15, help="names for the tables of ranges and samplers")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--sampler", choices=NAMES, default=Settings.sampler)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--cfg", type=float, default=Settings.cfg)
     parser.add_argument("--models", type=Path, default=MODELS, help="the folder of the models")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("evidence.json"))
     options = parser.parse_args()
-    embedded = Embedded.load(options.models)
+    names = json.loads((options.models / "names.json").read_text("utf-8"))
     settings = Settings(options.sampler, options.steps, options.cfg)
-    bench = Bench(embedded, chosen_prompts(embedded.names, options.prompts), range(options.seeds), settings)
-    figures = evidence(bench, options.sampler_prompts)
+    workers = Workers(options.models, options.jobs)
+    try:
+        chosen = tuple(chosen_prompts(names, options.prompts))
+        figures = evidence(workers, chosen, tuple(range(options.seeds)), settings, options.fewer_prompts)
+    finally:
+        workers.close()
     options.out.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
     baseline = figures["baseline"]
     plot(figures["lambda"], baseline["img2img_by_strength"], options.out.with_suffix(".png"))

@@ -183,7 +183,10 @@ class Branch:
 
 def with_delta(target: Alone, model: Model, source: Source, base: Model, strength: Strength, settings: Settings) -> DeltaDenoiser:
     """Return the target's denoiser with the delta added."""
-    bridge = choose(base.family, model.family)
+    known = base.parameterization.schedule.sigma_max
+    # A target of zero terminal SNR starts at more noise than an ordinary base was trained on.
+    limit = known if model.parameterization.schedule.sigma_max > known else None
+    bridge = choose(base.family, model.family, limit)
     levels = run_levels(settings.sampler, settings.steps, model.parameterization.schedule)
     return DeltaDenoiser(target, DeltaGuidance(strength, bridge, source), levels, settings.cfg)
 
@@ -197,9 +200,12 @@ def draw(denoiser: Denoiser, model: Model, batch: Batch, settings: Settings, dev
 
 @torch.no_grad()
 def decode(model: Model, latents: Tensor) -> Tensor:
-    """Turn latents into pictures ``(N, 3, H, W)`` in [-1, 1], on the CPU, one by one where they are large."""
+    """Turn latents into pictures ``(N, 3, H, W)`` in [-1, 1], on the CPU, one by one where they are large.
+
+    The autoencoder may be on another device than the latents.
+    """
     if model.vae is None:
         raise CheckpointError(f"{model.name} has no autoencoder: a full checkpoint is needed to see pictures")
     rows = 64 if latents.shape[-1] <= 16 else 1
-    scaled = latents.float() / model.family.scale_factor
+    scaled = latents.to(next(model.vae.parameters()).device, torch.float32) / model.family.scale_factor
     return torch.cat([model.vae.decode(part).clamp(-1, 1).cpu() for part in scaled.split(rows)])

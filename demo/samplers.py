@@ -21,6 +21,22 @@ DIFFUSERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "unipc": "UniPCMu
 NAMES = (*K_DIFFUSION, "gradient_estimation", *DIFFUSERS)
 
 
+def prepare(sampler: str, schedule: Schedule) -> None:
+    """Import what ``sampler`` needs, which takes seconds, so that no timing of pictures includes it.
+
+    Raises :class:`SettingError` for a sampler that is unknown or cannot follow ``schedule``.
+    """
+    if sampler not in NAMES:
+        raise SettingError(f"sampler must be one of {', '.join(NAMES)}, not {sampler!r}")
+    if sampler not in DIFFUSERS:
+        import k_diffusion.sampling  # noqa: F401
+    elif schedule.sigma_max > Schedule.stable_diffusion().sigma_max:
+        # diffusers' schedulers are set up below for the usual schedule.
+        raise SettingError(f"sampler {sampler} cannot run a target of zero terminal SNR: choose {', '.join(K_DIFFUSION)}")
+    else:
+        _scheduler(sampler, 2)
+
+
 def noise_levels(steps: int, schedule: Schedule) -> Tensor:
     """Return ``(steps + 1,)`` noise levels, evenly spaced in timesteps, from the schedule's highest to 0."""
     t = torch.linspace(len(schedule.log_sigmas) - 1, 0, steps)
@@ -41,14 +57,13 @@ def sample(sampler: str, denoiser: Denoiser, noise: Tensor, steps: int, schedule
     ``denoiser`` is ``(x, sigma) -> denoised``; ``seed`` governs the noise that stochastic samplers add.
     Raises :class:`SettingError` for an unknown sampler.
     """
+    prepare(sampler, schedule)
     if sampler in DIFFUSERS:
         return _in_timestep_space(sampler, denoiser, noise, steps, schedule, seed)
     sigmas = noise_levels(steps, schedule).to(noise.device)
     x = noise * sigmas[0]
     if sampler == "gradient_estimation":
         return gradient_estimation(denoiser, x, sigmas)
-    if sampler not in K_DIFFUSION:
-        raise SettingError(f"sampler must be one of {', '.join(NAMES)}, not {sampler!r}")
     return denoise_from(sampler, denoiser, x, sigmas, seed)
 
 
@@ -99,7 +114,7 @@ def _in_timestep_space(sampler: str, denoiser: Denoiser, noise: Tensor, steps: i
     options = {"generator": generator} if sampler == "ddpm" else {}
     state = noise
     for t in scheduler.timesteps:
-        x, sigma = from_timestep_space(state, t.float().expand(len(state)), schedule)
+        x, sigma = from_timestep_space(state, t.float().to(state.device).expand(len(state)), schedule)
         eps = eps_of(denoiser(x, sigma), x, sigma)
         state = scheduler.step(eps, t, state, **options).prev_sample
     return state

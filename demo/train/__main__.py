@@ -35,11 +35,11 @@ RANK = 8
 RUNS = {
     "vae-colour": Run(steps=250, batch=16, rate=2e-3, warmup=50, average=0.97),
     "vae": Run(steps=900, batch=16, rate=2e-3, average=0.99),
-    "base": Run(steps=3600, batch=24, rate=1e-3, seed=1),
-    "target": Run(steps=3200, batch=24, rate=1e-3, seed=2),
-    "lineart": Run(steps=1500, batch=24, rate=2e-3, seed=3),
-    "lineart-full": Run(steps=700, batch=24, rate=5e-4, seed=4),
-    "metrics": Run(steps=1500, batch=48, rate=2e-3, seed=5),
+    "base": Run(steps=2800, batch=24, rate=1e-3, seed=1),
+    "target": Run(steps=2300, batch=24, rate=1e-3, seed=2),
+    "lineart": Run(steps=1100, batch=24, rate=2e-3, seed=3),
+    "lineart-full": Run(steps=400, batch=24, rate=5e-4, seed=4),
+    "metrics": Run(steps=1000, batch=48, rate=2e-3, seed=5),
 }
 NEEDS: dict[str, tuple[str, ...]] = {
     "vae": (), "metrics": (), "base": ("vae",), "target": ("vae",), "lineart": ("base",), "lineart-full": ("base",),
