@@ -35,10 +35,12 @@ RANK = 8
 RUNS = {
     "vae-colour": Run(steps=250, batch=16, rate=2e-3, warmup=50, average=0.97),
     "vae": Run(steps=900, batch=16, rate=2e-3, average=0.99),
-    "base": Run(steps=2800, batch=24, rate=1e-3, seed=1),
-    "target": Run(steps=2300, batch=24, rate=1e-3, seed=2),
-    "lineart": Run(steps=1100, batch=24, rate=2e-3, seed=3),
-    "lineart-full": Run(steps=400, batch=24, rate=5e-4, seed=4),
+    "base-text": Run(steps=1200, batch=64, rate=2e-3, seed=11, average=0.99),
+    "base": Run(steps=2400, batch=24, rate=1e-3, seed=1),
+    "target-text": Run(steps=1200, batch=64, rate=2e-3, seed=12, average=0.99),
+    "target": Run(steps=2400, batch=24, rate=1e-3, seed=2),
+    "lineart": Run(steps=900, batch=24, rate=2e-3, seed=3),
+    "lineart-full": Run(steps=300, batch=24, rate=5e-4, seed=4),
     "metrics": Run(steps=1000, batch=48, rate=2e-3, seed=5),
 }
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -57,6 +59,9 @@ class Workshop:
             train_tokenizer(self.emoji.prompts, tokenizer)
         (MODELS / "names.json").write_text(json.dumps(self.emoji.prompts, indent=0) + "\n", "utf-8")
         self.tokens = _tokenise([*self.emoji.prompts, ""], tokenizer)
+        # OpenCLIP, and so SD 2.x, pads with 0 where CLIP repeats end-of-text.
+        ended = (self.tokens == self.tokens.max()).cumsum(1) > 1
+        self.open_clip_tokens = self.tokens.masked_fill(ended, 0)
 
     def run(self, stage: str) -> None:
         """Train one stage and write its file in ``demo/models``."""
@@ -75,12 +80,13 @@ class Workshop:
         vae.load_state_dict(torch.load(self.cache / "vae.pt", weights_only=True))
         return vae.requires_grad_(False)
 
-    def latents(self, name: str, hue: bool) -> tuple[Tensor, Tensor]:
+    def latents(self, name: str, strong: bool) -> tuple[Tensor, Tensor]:
         vae = self.trained_vae()
-        return latent_variants(vae, self.emoji.pictures[name], hue, self.cache / f"latents-{name}.pt", seed=7), white_latent(vae)
+        return latent_variants(vae, self.emoji.pictures[name], strong, self.cache / f"latents-{name}.pt", seed=7), white_latent(vae)
 
     def base(self) -> None:
-        model = train_conditioned("base", BASE, BASE_TEXT, self.tokens, *self.latents("flat", True), "eps", self.cache, RUNS["base"])
+        latents, runs = self.latents("flat", True), (RUNS["base-text"], RUNS["base"])
+        model = train_conditioned("base", BASE, BASE_TEXT, self.tokens, *latents, "eps", self.cache, *runs)
         torch.save(model.state_dict(), self.cache / "base.pt")
         export.sd1(MODELS / "base.safetensors", model, self.trained_vae())
 
@@ -90,9 +96,9 @@ class Workshop:
         return model
 
     def target(self) -> None:
-        # The target keeps its colours: its pictures are what a user looks at.
-        latents = self.latents("noto", False)
-        model = train_conditioned("target", TARGET, TARGET_TEXT, self.tokens, *latents, "v", self.cache, RUNS["target"])
+        # Little augmentation, and none of colour: the target draws from names, it need not follow what it is shown.
+        latents, runs = self.latents("noto", False), (RUNS["target-text"], RUNS["target"])
+        model = train_conditioned("target", TARGET, TARGET_TEXT, self.open_clip_tokens, *latents, "v", self.cache, *runs)
         export.sd2(MODELS / "target.safetensors", model, self.trained_vae())
 
     def lineart(self) -> None:

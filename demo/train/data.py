@@ -93,23 +93,22 @@ def to_float(pictures: Tensor) -> Tensor:
     return pictures.float() / 127.5 - 1
 
 
-def augment(pictures: Tensor, generator: torch.Generator, hue: bool = True) -> Tensor:
-    """Mirror, shift, scale, rotate a little and (``hue``) turn the hues of float pictures ``(N, 3, H, W)``."""
-    count = len(pictures)
+def augment(pictures: Tensor, generator: torch.Generator, strong: bool = True) -> Tensor:
+    """Move float pictures ``(N, 3, H, W)`` a little: shift, scale, rotate; ``strong``: more of it, mirrored, in any hue."""
+    count, reach = len(pictures), 1.0 if strong else 0.25
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(count, generator=generator) * (high - low) + low
 
-    angle, scale = uniform(-0.26, 0.26), uniform(0.85, 1.3)
-    mirror = (torch.rand(count, generator=generator) < 0.5).float() * 2 - 1
+    angle, scale = reach * uniform(-0.26, 0.26), 1 + reach * uniform(-0.15, 0.3)
+    mirror = (torch.rand(count, generator=generator) < 0.5).float() * 2 - 1 if strong else torch.ones(count)
+    across, down = reach * uniform(-0.15, 0.15), reach * uniform(-0.15, 0.15)
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    affine = torch.stack(
-        (torch.stack((cos * mirror, -sin, uniform(-0.15, 0.15)), 1), torch.stack((sin * mirror, cos, uniform(-0.15, 0.15)), 1)), 1
-    )
+    affine = torch.stack((torch.stack((cos * mirror, -sin, across), 1), torch.stack((sin * mirror, cos, down), 1)), 1)
     grid = F.affine_grid(affine, list(pictures.shape), align_corners=False)
     # Sampling outside the picture gives 0: shift the values so that 0 is white.
     moved = F.grid_sample(pictures - 1, grid, mode="bilinear", align_corners=False) + 1
-    return turn_hue(moved, uniform(0, 2 * math.pi)) if hue else moved
+    return turn_hue(moved, uniform(0, 2 * math.pi)) if strong else moved
 
 
 def turn_hue(pictures: Tensor, angle: Tensor) -> Tensor:
