@@ -14,9 +14,10 @@ from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lib_delta.adapters import keys
-from lib_delta.adapters.apply import Bypass, Form, Merged, attach, detach, text_parameters
+from lib_delta.adapters.apply import AdaptedTower, Bypass, Form, Merged, attach, detach, text_parameters
 from lib_delta.adapters.load import AdapterFile, load_adapter, read_adapter
 from lib_delta.errors import AdapterError, SettingError
+from lib_delta.models.text import TextConfig, TextEncoder
 from lib_delta.models.unet import UNet
 
 FORMS: tuple[Form, ...] = ("merged", "bypass")
@@ -226,6 +227,22 @@ def test_text_encoder_takes_its_own_strength_and_is_not_written_to() -> None:
     assert torch.equal(tower(tokens).last_hidden_state, before)
     assert all(torch.equal(value, weights[key]) for key, value in tower.state_dict().items())
     assert text_parameters(tower, [(adapter, 0.0)]) == {} == text_parameters(tower, [(adapter, 1.0)], index=1)
+
+
+def test_an_adapted_tower_encodes_as_a_tower_with_merged_weights_and_leaves_the_base_tower_alone() -> None:
+    config = TextConfig(width=16, inner_width=32, layers=2, positions=77, vocabulary=50, heads=4, activation="quick_gelu")
+    tower = TextEncoder(config, final_norm=True).requires_grad_(False).eval()
+    tokens = torch.tensor([[48, 5, 7, 49, 49]])
+    changed = {f"{path}.weight": -20 * layer.weight for path, layer in tower.named_modules() if path.endswith("fc1")}
+    before, _ = tower.encode(tokens)
+    adapted, _ = AdaptedTower(tower, changed).encode(tokens)
+
+    by_hand = copy.deepcopy(tower)
+    by_hand.load_state_dict({**tower.state_dict(), **changed})
+    torch.testing.assert_close(adapted, by_hand.encode(tokens)[0])
+    assert not torch.allclose(adapted, before, atol=1e-3)
+    assert torch.equal(tower.encode(tokens)[0], before)
+    assert torch.equal(AdaptedTower(tower, {}).encode(tokens)[0], before)
 
 
 def test_a_saved_file_of_either_dialect_loads_and_reports_what_did_not_match(tmp_path: Path) -> None:
