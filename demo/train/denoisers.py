@@ -1,7 +1,7 @@
 """Train the denoisers: base, its line-art LoRA, its line-art fine-tune, and the target.
 
 Loss: Ho et al. 2020 (arXiv 2006.11239) for eps, Salimans & Ho 2022 (arXiv 2202.00512) for v, weighted
-by min-SNR-5 (Hang et al. 2023, arXiv 2303.09556).
+by min-SNR-5 (Hang et al. 2023, arXiv 2303.09556) with a floor.
 """
 
 from __future__ import annotations
@@ -142,7 +142,9 @@ def denoising_loss(
         noisy = a.sqrt() * x0 + (1 - a).sqrt() * noise
         goal = noise if prediction == "eps" else a.sqrt() * noise - (1 - a).sqrt() * x0
         snr = signal[t] / (1 - signal[t])
-        weight = snr.clamp(max=5) / (snr if prediction == "eps" else snr + 1)
+        # As weights of the denoised estimate: SNR up to 5, and a floor without which prompts, which
+        # matter at high noise only, would hardly count. Its size is what each output can bear.
+        weight = (snr.clamp(max=5) + 0.2) / snr if prediction == "eps" else (snr.clamp(max=5) + 1) / (snr + 1)
         error = (predict(noisy, t.float(), index) - goal).square().mean((1, 2, 3))
         return (weight * error).mean() / weight.mean()
 
