@@ -180,7 +180,7 @@ class WeightFile:
         """Let go of the file; tensors that were read from it stay valid."""
         self._reader.close()
 
-    def __enter__(self) -> WeightFile:  # noqa: PYI034
+    def __enter__(self) -> WeightFile:
         return self
 
     def __exit__(

@@ -10,8 +10,8 @@ from lib_delta.adapters.apply import attach
 from lib_delta.adapters.load import read_adapter
 
 pytest.importorskip("hypothesis")
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 PATHS = ("input_blocks.1.0.in_layers.2", "middle_block.1.proj_in", "time_embed.0")
 
