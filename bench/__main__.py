@@ -25,9 +25,17 @@ WIDTHS = {"tiny": 64, "small": 128, "full": 320}
 def sd15(width: int) -> UNetConfig:
     """Return SD 1.5's layout at any width."""
     return UNetConfig(
-        in_channels=4, out_channels=4, model_channels=width, levels=(width, 2 * width, 4 * width, 4 * width), res_blocks=(2, 2, 2, 2),
-        depth_in=(1, 1, 1, 1, 1, 1, 0, 0), depth_middle=1, depth_out=(0, 0, 0, *[1] * 9), context_width=768, linear_projection=False,
-    )  # fmt: skip
+        in_channels=4,
+        out_channels=4,
+        model_channels=width,
+        levels=(width, 2 * width, 4 * width, 4 * width),
+        res_blocks=(2, 2, 2, 2),
+        depth_in=(1, 1, 1, 1, 1, 1, 0, 0),
+        depth_middle=1,
+        depth_out=(0, 0, 0, *[1] * 9),
+        context_width=768,
+        linear_projection=False,
+    )
 
 
 def random_lora(unet: UNet, rank: int, only: str) -> AdapterFile:
@@ -60,18 +68,25 @@ def main() -> None:
     def once() -> Tensor:
         return unet(x, t, context)
 
-    print("| layers adapted | form | time of the forked pass, in plain passes (two separate passes: 2) |\n|---|---|---|")
+    print(
+        "| layers adapted | form | time of the forked pass, in plain passes (two separate passes: 2) |\n|---|---|---|"
+    )
     forms: tuple[Form, ...] = ("merged", "bypass")
     for title, only in (("all", ""), ("attention", "attn"), ("decoder", "output_blocks")):
         lora = random_lora(unet, options.rank, only)
         for form in forms:
-            times = alternate(lambda form=form, lora=lora: attach(unet, [(lora, 1.0)], form), lambda: detach(unet), once, options.pairs)
+            times = alternate(
+                lambda form=form, lora=lora: attach(unet, [(lora, 1.0)], form),
+                lambda: detach(unet),
+                once,
+                options.pairs,
+            )
             print(f"| {title} | {form} | {times:.2f} |")
     detach(unet)
 
 
 def alternate(adapt: Callable[[], None], restore: Callable[[], None], run: Callable[[], object], pairs: int) -> float:
-    """Return the median time of ``run`` when adapted over that when restored; preparing is not timed, nor the first pair."""
+    """Return the median time of ``run`` when adapted over that when restored; the first pair is a warm-up."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for pair in range(pairs + 1):
         for prepare, times in zip((adapt, restore), seconds, strict=True):

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,14 +47,17 @@ class Task:
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     settings: Settings
-    strength: Strength = Strength()
+    strength: Strength = field(default_factory=Strength)
     share: float = 0.0
     start: Tensor | None = None
 
     @property
     def title(self) -> str:
         """What the progress bar says."""
-        detail = {"delta": f" {self.strength.value:g} {self.strength.start:g}-{self.strength.end:g}", "img2img": f" {self.share:g}"}
+        detail = {
+            "delta": f" {self.strength.value:g} {self.strength.start:g}-{self.strength.end:g}",
+            "img2img": f" {self.share:g}",
+        }
         return f"{self.settings.sampler} {self.kind}{detail.get(self.kind, '')}"
 
 
@@ -86,7 +89,9 @@ class Studio:
     def _latents(self, task: Task, batch: Batch, rows: slice) -> Tensor:
         base, model, settings = self.embedded.base, self.embedded.target, task.settings
         if task.kind == "adapted":
-            return self._draw(Branch(self.embedded.adapted.source(batch, settings), settings.cfg, adapted=True), base, batch, settings)
+            return self._draw(
+                Branch(self.embedded.adapted.source(batch, settings), settings.cfg, adapted=True), base, batch, settings
+            )
         target = Alone(model, batch, settings)
         if task.kind == "target":
             return self._draw(target, model, batch, settings)
@@ -161,7 +166,9 @@ def _share(value: float, start: float, end: float) -> float:
     return (value - start) / (end - start)
 
 
-def evidence(workers: Workers, prompts: tuple[str, ...], seeds: tuple[int, ...], settings: Settings, fewer: int) -> dict[str, Any]:
+def evidence(
+    workers: Workers, prompts: tuple[str, ...], seeds: tuple[int, ...], settings: Settings, fewer: int
+) -> dict[str, Any]:
     """Measure everything that ``evidence.json`` holds; ranges and samplers on ``fewer`` prompts."""
     whole = Task("target", prompts, seeds, settings)
     sweep = {f"{value}": replace(whole, kind="delta", strength=Strength(value)) for value in LAMBDAS}
@@ -193,7 +200,10 @@ def evidence(workers: Workers, prompts: tuple[str, ...], seeds: tuple[int, ...],
 def _ranges(workers: Workers, part: Task) -> dict[str, Figures]:
     """Apply the delta during a third of the run only."""
     whole = part.strength
-    tasks = {f"{start:g}-{end:g}": replace(part, kind="delta", strength=replace(whole, start=start, end=end)) for start, end in RANGES}
+    tasks = {
+        f"{start:g}-{end:g}": replace(part, kind="delta", strength=replace(whole, start=start, end=end))
+        for start, end in RANGES
+    }
     tasks |= {"target": part, "adapted": replace(part, kind="adapted"), "0-1": replace(part, kind="delta")}
     results = workers.run(tasks)
     ends = Ends(results.pop("target").scores, results.pop("adapted").scores)
@@ -220,7 +230,7 @@ def best_lambda(sweep: dict[str, Figures], content: float = 0.9) -> float:
 
 
 def best_hand_off(rows: dict[str, Figures], content: float) -> str:
-    """Return the img2img strength of most style among those whose content is at least ``content``, or of most content."""
+    """Return the img2img strength of most style among those that keep ``content``; of most content if none does."""
     keeping = {k: v for k, v in rows.items() if v["content_ratio"] >= content}
     if keeping:
         return max(keeping, key=lambda k: keeping[k]["style_share"])
@@ -235,10 +245,17 @@ def plot(figures: dict[str, Figures], hand_offs: dict[str, Figures], path: Path)
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for rows, label, marker in ((figures, "delta sampling, by lambda", "o-"), (hand_offs, "img2img hand-off, by strength", "s--")):
-        axes.plot([r["style_share"] for r in rows.values()], [r["content_ratio"] for r in rows.values()], marker, label=label)
+    for rows, label, marker in (
+        (figures, "delta sampling, by lambda", "o-"),
+        (hand_offs, "img2img hand-off, by strength", "s--"),
+    ):
+        axes.plot(
+            [r["style_share"] for r in rows.values()], [r["content_ratio"] for r in rows.values()], marker, label=label
+        )
         for name, row in rows.items():
-            axes.annotate(name, (row["style_share"], row["content_ratio"]), textcoords="offset points", xytext=(4, 5), fontsize=8)
+            axes.annotate(
+                name, (row["style_share"], row["content_ratio"]), textcoords="offset points", xytext=(4, 5), fontsize=8
+            )
     axes.axhline(0.9, color="grey", linewidth=0.8, linestyle=":")
     axes.axvline(0.8, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xlabel("style: share of the way from target alone to adapted alone")
@@ -263,7 +280,9 @@ def chosen_prompts(names: Sequence[str], count: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="evaluate", description="Measure what Delta Sampling does with the embedded models.")
+    parser = argparse.ArgumentParser(
+        prog="evaluate", description="Measure what Delta Sampling does with the embedded models."
+    )
     parser.add_argument("--prompts", type=int, default=100, help="emoji names, spread over the alphabet")
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each name")
     parser.add_argument("--fewer-prompts", type=int, default=15, help="names for the tables of ranges and samplers")

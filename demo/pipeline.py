@@ -106,7 +106,9 @@ class Batch:
         """Encode every row's prompt and negative prompt."""
         # Each prompt by itself: what it comes to must not hang on the others of the batch.
         parts = [_encode_one(model, conditioner, prompt, settings) for prompt in self.prompts]
-        labels = [(p.cond_label, p.uncond_label) for p in parts if p.cond_label is not None and p.uncond_label is not None]
+        labels = [
+            (p.cond_label, p.uncond_label) for p in parts if p.cond_label is not None and p.uncond_label is not None
+        ]
         return Conditioning(
             self._rows([p.cond for p in parts]),
             self._rows([p.uncond for p in parts]),
@@ -167,7 +169,9 @@ class AdaptedModel:
 
     def source(self, batch: Batch, settings: Settings) -> Source:
         """Return base and adapted, told a batch's prompts."""
-        told = [batch.encode(self.base, conditioner, settings) for conditioner in (self.base.conditioner, self._conditioner)]
+        told = [
+            batch.encode(self.base, conditioner, settings) for conditioner in (self.base.conditioner, self._conditioner)
+        ]
         return Source(self.base.unet, self.base.parameterization, *told)
 
 
@@ -181,7 +185,9 @@ class Branch:
         return self._source.denoised(x, sigma, self._cfg)[self._branch].to(x.device)
 
 
-def with_delta(target: Alone, model: Model, source: Source, base: Model, strength: Strength, settings: Settings) -> DeltaDenoiser:
+def with_delta(
+    target: Alone, model: Model, source: Source, base: Model, strength: Strength, settings: Settings
+) -> DeltaDenoiser:
     """Return the target's denoiser with the delta added."""
     known = base.parameterization.schedule.sigma_max
     # A target of zero terminal SNR starts at more noise than an ordinary base was trained on.

@@ -7,6 +7,7 @@ timestep space.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ def prepare(sampler: str, schedule: Schedule) -> None:
         import k_diffusion.sampling  # noqa: F401
     elif schedule.sigma_max > Schedule.stable_diffusion().sigma_max:
         # diffusers' schedulers are set up below for the usual schedule.
-        raise SettingError(f"sampler {sampler} cannot run a target of zero terminal SNR: choose {', '.join(K_DIFFUSION)}")
+        raise SettingError(
+            f"sampler {sampler} cannot run a target of zero terminal SNR: choose {', '.join(K_DIFFUSION)}"
+        )
     else:
         _scheduler(sampler, 2)
 
@@ -85,7 +88,7 @@ def gradient_estimation(denoiser: Denoiser, x: Tensor, sigmas: Tensor, gamma: fl
     The direction of each step is ``gamma`` times the new estimate of the noise less ``gamma - 1`` times the last.
     """
     last: Tensor | None = None
-    for here, there in zip(sigmas[:-1], sigmas[1:]):
+    for here, there in pairwise(sigmas):
         denoised = denoiser(x, here.expand(len(x)))
         if there == 0:
             return denoised
@@ -108,7 +111,9 @@ def _scheduler(sampler: str, steps: int) -> Any:
     return scheduler
 
 
-def _in_timestep_space(sampler: str, denoiser: Denoiser, noise: Tensor, steps: int, schedule: Schedule, seed: int) -> Tensor:
+def _in_timestep_space(
+    sampler: str, denoiser: Denoiser, noise: Tensor, steps: int, schedule: Schedule, seed: int
+) -> Tensor:
     scheduler = _scheduler(sampler, steps)
     generator = torch.Generator().manual_seed(seed)
     options = {"generator": generator} if sampler == "ddpm" else {}

@@ -230,7 +230,9 @@ def test_text_encoder_takes_its_own_strength_and_is_not_written_to() -> None:
 
 
 def test_an_adapted_tower_encodes_as_a_tower_with_merged_weights_and_leaves_the_base_tower_alone() -> None:
-    config = TextConfig(width=16, inner_width=32, layers=2, positions=77, vocabulary=50, heads=4, activation="quick_gelu")
+    config = TextConfig(
+        width=16, inner_width=32, layers=2, positions=77, vocabulary=50, heads=4, activation="quick_gelu"
+    )
     tower = TextEncoder(config, final_norm=True).requires_grad_(False).eval()
     tokens = torch.tensor([[48, 5, 7, 49, 49]])
     changed = {f"{path}.weight": -20 * layer.weight for path, layer in tower.named_modules() if path.endswith("fc1")}
@@ -297,9 +299,9 @@ def test_unserved_algorithms_and_dialects_are_refused() -> None:
         read_adapter("x", {"lora_unet_time_embed_0.hada_w1_a": torch.zeros(2, 2)}, unet)
     with pytest.raises(AdapterError, match="none of the 1 keys of x .foo.lora_A.weight."):
         read_adapter("x", {"foo.lora_A.weight": torch.zeros(2, 2)}, unet)
+    doubled = locon(unet, ["time_embed.0"])
+    other = {k.replace("time_embed_0", "time_embedding_linear_1"): v for k, v in doubled.items()}
     with pytest.raises(AdapterError, match="time_embed.0 twice"):
-        doubled = locon(unet, ["time_embed.0"])
-        other = {k.replace("time_embed_0", "time_embedding_linear_1"): v for k, v in doubled.items()}
         read_adapter("x", {**doubled, **other}, unet)
 
 

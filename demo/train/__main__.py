@@ -23,8 +23,18 @@ from demo.train import export
 from demo.train.common import Run
 from demo.train.data import Emoji, load
 from demo.train.denoisers import (
-    BASE, BASE_TEXT, TARGET, TARGET_TEXT, Conditioned, LowRank, latent_variants, train_conditioned, train_full, train_lora, white_latent,
-)  # fmt: skip
+    BASE,
+    BASE_TEXT,
+    TARGET,
+    TARGET_TEXT,
+    Conditioned,
+    LowRank,
+    latent_variants,
+    train_conditioned,
+    train_full,
+    train_lora,
+    white_latent,
+)
 from demo.train.metrics import train_metrics
 from demo.train.tokenizer import train_tokenizer
 from demo.train.vae import CONFIG, train_vae
@@ -44,8 +54,13 @@ RUNS = {
     "metrics": Run(steps=1000, batch=48, rate=2e-3, seed=5),
 }
 NEEDS: dict[str, tuple[str, ...]] = {
-    "vae": (), "metrics": (), "base": ("vae",), "target": ("vae",), "lineart": ("base",), "lineart-full": ("base",),
-}  # fmt: skip
+    "vae": (),
+    "metrics": (),
+    "base": ("vae",),
+    "target": ("vae",),
+    "lineart": ("base",),
+    "lineart-full": ("base",),
+}
 
 
 class Workshop:
@@ -66,14 +81,20 @@ class Workshop:
     def run(self, stage: str) -> None:
         """Train one stage and write its file in ``demo/models``."""
         stages: dict[str, Callable[[], None]] = {
-            "vae": self.vae, "base": self.base, "target": self.target,
-            "lineart": self.lineart, "lineart-full": self.full, "metrics": self.metrics,
-        }  # fmt: skip
+            "vae": self.vae,
+            "base": self.base,
+            "target": self.target,
+            "lineart": self.lineart,
+            "lineart-full": self.full,
+            "metrics": self.metrics,
+        }
         stages[stage]()
 
     def vae(self) -> None:
         torch.manual_seed(RUNS["vae"].seed)
-        torch.save(train_vae(self.emoji, self.cache, RUNS["vae-colour"], RUNS["vae"]).state_dict(), self.cache / "vae.pt")
+        torch.save(
+            train_vae(self.emoji, self.cache, RUNS["vae-colour"], RUNS["vae"]).state_dict(), self.cache / "vae.pt"
+        )
 
     def trained_vae(self) -> VAE:
         vae = VAE(CONFIG)
@@ -82,7 +103,9 @@ class Workshop:
 
     def latents(self, name: str, strong: bool) -> tuple[Tensor, Tensor]:
         vae = self.trained_vae()
-        return latent_variants(vae, self.emoji.pictures[name], strong, self.cache / f"latents-{name}.pt", seed=7), white_latent(vae)
+        return latent_variants(
+            vae, self.emoji.pictures[name], strong, self.cache / f"latents-{name}.pt", seed=7
+        ), white_latent(vae)
 
     def base(self) -> None:
         latents, runs = self.latents("flat", True), (RUNS["base-text"], RUNS["base"])
@@ -98,7 +121,9 @@ class Workshop:
     def target(self) -> None:
         # Little augmentation, and none of colour: the target draws from names, it need not follow what it is shown.
         latents, runs = self.latents("noto", False), (RUNS["target-text"], RUNS["target"])
-        model = train_conditioned("target", TARGET, TARGET_TEXT, self.open_clip_tokens, *latents, "v", self.cache, *runs)
+        model = train_conditioned(
+            "target", TARGET, TARGET_TEXT, self.open_clip_tokens, *latents, "v", self.cache, *runs
+        )
         export.sd2(MODELS / "target.safetensors", model, self.trained_vae())
 
     def lineart(self) -> None:
@@ -108,7 +133,9 @@ class Workshop:
         export.lora(MODELS / "lineart.safetensors", factors)
 
     def full(self) -> None:
-        model = train_full(self.trained_base(), self.tokens, *self.latents("lineart", True), self.cache, RUNS["lineart-full"])
+        model = train_full(
+            self.trained_base(), self.tokens, *self.latents("lineart", True), self.cache, RUNS["lineart-full"]
+        )
         export.unet_only(MODELS / "lineart-full.safetensors", model)
 
     def metrics(self) -> None:
@@ -127,7 +154,9 @@ def _tokenise(prompts: list[str], folder: Path) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="demo.train", description="Train the embedded models from the emoji sets.")
-    parser.add_argument("--cache", type=Path, default=Path("demo/train/cache"), help="where pictures, latents and saves are kept")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("demo/train/cache"), help="where pictures, latents and saves are kept"
+    )
     parser.add_argument("--stage", choices=sorted(NEEDS), help="run this stage alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="stages side by side")
     options = parser.parse_args()

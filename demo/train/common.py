@@ -52,7 +52,12 @@ def train(
         first = state["step"]
 
     def save(step: int) -> None:
-        state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        state = {
+            "model": model.state_dict(),
+            "average": average.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+        }
         partial = saved.with_suffix(".part")
         torch.save(state, partial)
         partial.replace(saved)

@@ -94,7 +94,7 @@ def to_float(pictures: Tensor) -> Tensor:
 
 
 def augment(pictures: Tensor, generator: torch.Generator, strong: bool = True) -> Tensor:
-    """Move float pictures ``(N, 3, H, W)`` a little: shift, scale, rotate; ``strong``: more of it, mirrored, in any hue."""
+    """Shift, scale and rotate float pictures ``(N, 3, H, W)`` a little; ``strong``: more so, mirrored, in any hue."""
     count, reach = len(pictures), 1.0 if strong else 0.25
 
     def uniform(low: float, high: float) -> Tensor:

@@ -26,13 +26,30 @@ from lib_delta.models.unet import UNet, UNetConfig
 from lib_delta.models.vae import VAE
 
 BASE = UNetConfig(
-    in_channels=4, out_channels=4, model_channels=32, levels=(64, 96), res_blocks=(1, 1),
-    depth_in=(0, 1), depth_middle=1, depth_out=(1, 1, 0, 0), context_width=96, linear_projection=False,
-)  # fmt: skip
+    in_channels=4,
+    out_channels=4,
+    model_channels=32,
+    levels=(64, 96),
+    res_blocks=(1, 1),
+    depth_in=(0, 1),
+    depth_middle=1,
+    depth_out=(1, 1, 0, 0),
+    context_width=96,
+    linear_projection=False,
+)
 TARGET = UNetConfig(
-    in_channels=4, out_channels=4, model_channels=64, levels=(64, 128), res_blocks=(1, 1),
-    depth_in=(0, 1), depth_middle=1, depth_out=(1, 1, 0, 0), context_width=112, linear_projection=True, head_width=64,
-)  # fmt: skip
+    in_channels=4,
+    out_channels=4,
+    model_channels=64,
+    levels=(64, 128),
+    res_blocks=(1, 1),
+    depth_in=(0, 1),
+    depth_middle=1,
+    depth_out=(1, 1, 0, 0),
+    context_width=112,
+    linear_projection=True,
+    head_width=64,
+)
 WITHOUT_PROMPT = 0.15
 VARIANTS = 8
 CELL = 2  # latent pixels along a side of a cell
@@ -62,10 +79,16 @@ class Conditioned(nn.Module):
         self.unet = initialise(UNet(unet))
         self.text = CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=vocabulary, hidden_size=text.width, intermediate_size=4 * text.width, num_hidden_layers=text.layers,
-                num_attention_heads=text.heads, hidden_act=text.activation, max_position_embeddings=77, eos_token_id=vocabulary - 1,
+                vocab_size=vocabulary,
+                hidden_size=text.width,
+                intermediate_size=4 * text.width,
+                num_hidden_layers=text.layers,
+                num_attention_heads=text.heads,
+                hidden_act=text.activation,
+                max_position_embeddings=77,
+                eos_token_id=vocabulary - 1,
             )
-        )  # fmt: skip
+        )
 
     def context(self, tokens: Tensor) -> Tensor:
         """Encode ``(N, 77)`` tokens as ``(N, 77, width)``."""
@@ -97,7 +120,11 @@ def latent_variants(vae: VAE, pictures: Tensor, strong: bool, stored: Path, seed
     variants = []
     for variant in tqdm(range(VARIANTS), desc=stored.stem):
         generator = torch.Generator().manual_seed(seed * 1000 + variant)
-        variants.append(torch.cat([vae.encode(augment(to_float(p), generator, strong)).mul(SCALE).half() for p in pictures.split(50)]))
+        variants.append(
+            torch.cat(
+                [vae.encode(augment(to_float(p), generator, strong)).mul(SCALE).half() for p in pictures.split(50)]
+            )
+        )
     latents = torch.stack(variants, 1)
     torch.save(latents, stored)
     return latents
@@ -152,9 +179,17 @@ def denoising_loss(
 
 
 def train_conditioned(
-    name: str, unet: UNetConfig, text: TextConfig, tokens: Tensor, latents: Tensor, white: Tensor, prediction: str, folder: Path,
-    reading: Run, run: Run,
-) -> Conditioned:  # fmt: skip
+    name: str,
+    unet: UNetConfig,
+    text: TextConfig,
+    tokens: Tensor,
+    latents: Tensor,
+    white: Tensor,
+    prediction: str,
+    folder: Path,
+    reading: Run,
+    run: Run,
+) -> Conditioned:
     """Train a UNet with its text encoder, which learns to read first; ``tokens[-1]`` is the empty prompt."""
     torch.manual_seed(run.seed)
     model = Conditioned(unet, text, int(tokens.max()) + 1)
@@ -163,7 +198,9 @@ def train_conditioned(
     def predict(noisy: Tensor, t: Tensor, index: Tensor) -> Tensor:
         return model.unet(noisy[None], t, model.context(tokens[index])[None])[0]
 
-    return cast(Conditioned, train(name, model, denoising_loss(predict, latents, white, prediction, run.batch), folder, run))
+    return cast(
+        Conditioned, train(name, model, denoising_loss(predict, latents, white, prediction, run.batch), folder, run)
+    )
 
 
 class Reading(nn.Module):
@@ -193,7 +230,9 @@ def train_reading(name: str, model: Conditioned, tokens: Tensor, latents: Tensor
         index = torch.randint(len(cells), (run.batch,), generator=generator)
         return F.mse_loss(reading(tokens[index]), cells[index])
 
-    trained = cast(Reading, train(name, reading, loss, folder, run, [*model.text.parameters(), *reading.cell.parameters()]))
+    trained = cast(
+        Reading, train(name, reading, loss, folder, run, [*model.text.parameters(), *reading.cell.parameters()])
+    )
     model.unet.requires_grad_(True)
     return trained.model.text.requires_grad_(True)
 
@@ -242,7 +281,9 @@ def all_contexts(model: Conditioned, tokens: Tensor) -> Tensor:
     return torch.cat([model.context(part) for part in tokens.split(200)])
 
 
-def train_lora(base: Conditioned, tokens: Tensor, latents: Tensor, white: Tensor, rank: int, folder: Path, run: Run) -> LowRank:
+def train_lora(
+    base: Conditioned, tokens: Tensor, latents: Tensor, white: Tensor, rank: int, folder: Path, run: Run
+) -> LowRank:
     """Train LoRA factors on a frozen base."""
     contexts = all_contexts(base, tokens)
     unet = base.unet.requires_grad_(False)
@@ -252,10 +293,14 @@ def train_lora(base: Conditioned, tokens: Tensor, latents: Tensor, white: Tensor
     def predict(noisy: Tensor, t: Tensor, index: Tensor) -> Tensor:
         return functional_call(unet, factors.merged(unet), (noisy[None], t, contexts[index][None]))[0]
 
-    return cast(LowRank, train("lineart", factors, denoising_loss(predict, latents, white, "eps", run.batch), folder, run))
+    return cast(
+        LowRank, train("lineart", factors, denoising_loss(predict, latents, white, "eps", run.batch), folder, run)
+    )
 
 
-def train_full(base: Conditioned, tokens: Tensor, latents: Tensor, white: Tensor, folder: Path, run: Run) -> Conditioned:
+def train_full(
+    base: Conditioned, tokens: Tensor, latents: Tensor, white: Tensor, folder: Path, run: Run
+) -> Conditioned:
     """Fine-tune a copy of the base's UNet; the text encoder stays as it is."""
     contexts = all_contexts(base, tokens)
     base.text.requires_grad_(False)

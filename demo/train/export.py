@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -32,8 +33,14 @@ def unet_only(path: Path, model: Conditioned) -> None:
 
 def lora(path: Path, factors: LowRank) -> None:
     """Write a kohya LoRA."""
-    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(factors.rank), "ss_network_alpha": str(factors.rank),
-                "ss_network_args": f'{{"conv_dim": "{factors.rank}", "conv_alpha": "{factors.rank}"}}', "ss_base_model_version": "sd_v1"}  # fmt: skip
+    rank = str(factors.rank)
+    metadata = {
+        "ss_base_model_version": "sd_v1",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_network_args": json.dumps({"conv_dim": rank, "conv_alpha": rank}),
+    }
     _save(path, factors.export(), metadata)
 
 

@@ -26,7 +26,9 @@ def train_metrics(emoji: Emoji, folder: Path, run: Run) -> Judges:
         share = (torch.rand(run.batch, generator=generator) * 1.5 - 0.25).clamp(0, 1)
         # The same draw of the augmentation for both, so that a blend is of one drawing.
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        pair = [augment(to_float(p), torch.Generator().manual_seed(seed)) for p in (colour[which, index], lineart[index])]
+        pair = [
+            augment(to_float(p), torch.Generator().manual_seed(seed)) for p in (colour[which, index], lineart[index])
+        ]
         blend = torch.lerp(pair[0], pair[1], share[:, None, None, None])
         style = (judges.style(_damage(blend, generator)) - share).square().mean()
         drawn = torch.cat([_restyle(p, generator) for p in pair])

@@ -22,8 +22,13 @@ def train_tokenizer(prompts: list[str], folder: Path, merges: int = 700) -> None
     learner.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=merges + 128, end_of_word_suffix="</w>", show_progress=False)
     learner.train_from_iterator(prompts, trainer)
-    learned = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    learned = [
+        tuple(pair) if isinstance(pair, list) else tuple(pair.split(" "))
+        for pair in json.loads(learner.to_str())["model"]["merges"]
+    ]
     vocabulary = [*units, *("".join(pair) for pair in learned), START, END]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({unit: i for i, unit in enumerate(vocabulary)}, ensure_ascii=False), "utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({unit: i for i, unit in enumerate(vocabulary)}, ensure_ascii=False), "utf-8"
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in learned), "utf-8")

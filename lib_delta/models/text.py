@@ -165,7 +165,8 @@ def _tower(
         config = TextConfig.from_shapes(shapes, activation, header_number(file, "delta.text_heads"))
     except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{file.name} has no usable text encoder of {family.label} ({error}): a full checkpoint in LDM layout is needed"
+            f"{file.name} has no usable text encoder of {family.label} ({error}):"
+            " a full checkpoint in LDM layout is needed"
         ) from error
     with torch.device("meta"):
         tower = TextEncoder(config, final_norm=family is not Family.SDXL)

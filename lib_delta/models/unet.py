@@ -73,7 +73,9 @@ class UNetConfig:
 
         def depth(block: str) -> int:
             # Counted, not read off the largest number: a damaged file must not ask for a huge module.
-            return len({m[1] for k in shapes if (m := re.match(re.escape(block) + r"\.1\.transformer_blocks\.(\d+)\.", k))})
+            return len(
+                {m[1] for k in shapes if (m := re.match(re.escape(block) + r"\.1\.transformer_blocks\.(\d+)\.", k))}
+            )
 
         levels, res_blocks, depth_in = [model_channels], [0], []
         for i in range(1, inputs):

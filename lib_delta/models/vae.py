@@ -42,12 +42,15 @@ class VAEConfig:
                 raise ValueError(f"of a width that 32 divides: {levels}")
             return cls(
                 levels=levels,
-                res_blocks=1 + max(int(m[1]) for k in shapes if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", k))),
+                res_blocks=1
+                + max(int(m[1]) for k in shapes if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", k))),
                 latent_channels=shapes["post_quant_conv.weight"][0],
                 picture_channels=shapes["encoder.conv_in.weight"][1],
             )
         except (KeyError, IndexError, ValueError) as error:
-            raise CheckpointError(f"these weights are not a Stable Diffusion autoencoder (no usable entry {error})") from error
+            raise CheckpointError(
+                f"these weights are not a Stable Diffusion autoencoder (no usable entry {error})"
+            ) from error
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -99,7 +102,11 @@ class Resample(nn.Module):
 
 def _middle(channels: int) -> nn.ModuleDict:
     return nn.ModuleDict(
-        {"block_1": ResnetBlock(channels, channels), "attn_1": AttnBlock(channels), "block_2": ResnetBlock(channels, channels)}
+        {
+            "block_1": ResnetBlock(channels, channels),
+            "attn_1": AttnBlock(channels),
+            "block_2": ResnetBlock(channels, channels),
+        }
     )
 
 
