@@ -290,11 +290,12 @@ def main() -> None:
     parser.add_argument("--sampler", choices=NAMES, default=Settings.sampler)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--cfg", type=float, default=Settings.cfg)
+    parser.add_argument("--source-cfg", type=float, help="of base and adapted model in the delta (the target's)")
     parser.add_argument("--models", type=Path, default=MODELS, help="the folder of the models")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("evidence.json"))
     options = parser.parse_args()
     names = json.loads((options.models / "names.json").read_text("utf-8"))
-    settings = Settings(options.sampler, options.steps, options.cfg)
+    settings = Settings(options.sampler, options.steps, options.cfg, options.source_cfg)
     workers = Workers(options.models, options.jobs)
     try:
         chosen = tuple(chosen_prompts(names, options.prompts))

@@ -79,11 +79,12 @@ def load_model(
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are sampled; ``size`` is in pixels."""
+    """How pictures are sampled; ``size`` is in pixels, ``source_cfg`` None is the target's ``cfg``."""
 
     sampler: str = "dpmpp_2m"
     steps: int = 16
     cfg: float = 3.0
+    source_cfg: float | None = None
     size: int = 64
     negative: str = ""
 
@@ -194,7 +195,8 @@ def with_delta(
     limit = known if model.parameterization.schedule.sigma_max > known else None
     bridge = choose(base.family, model.family, limit)
     levels = run_levels(settings.sampler, settings.steps, model.parameterization.schedule)
-    return DeltaDenoiser(target, DeltaGuidance(strength, bridge, source), levels, settings.cfg)
+    cfg = settings.cfg if settings.source_cfg is None else settings.source_cfg
+    return DeltaDenoiser(target, DeltaGuidance(strength, bridge, source), levels, cfg)
 
 
 @torch.no_grad()
