@@ -1,0 +1,287 @@
+"""See Delta Sampling work: a sweep over lambda, as a labelled picture and a table (``python -m demo``)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib_delta.errors import DeltaError, SettingError
+
+# What imports torch is imported where it is used: --help and wrong options are answered at once.
+if TYPE_CHECKING:
+    from demo.pipeline import Adapter, Place, Settings
+    from demo.sweep import Column, Judgement, OwnFiles, Plan
+
+PROMPTS = ("cat face", "ginger root", "castle", "pineapple", "volcano", "fox")
+MODELS = Path(__file__).parent / "models"
+EXAMPLES = """examples:
+  python run.py demo
+  python run.py demo --prompt "red apple" --prompt rocket --lambdas 0,1,2 --range 0.5 1
+  python run.py demo --target sd21.safetensors --base v1-5.safetensors --lora style.safetensors:0.8 \\
+      --prompt "a lighthouse" --size 512
+"""
+OWN_FILES = ("target", "base", "lora", "adapted", "device", "dtype", "prediction", "form", "tokenizer")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's grammar."""
+    out = argparse.ArgumentParser(
+        prog="python run.py demo",
+        usage="%(prog)s [options]",
+        description="Draw pictures with base, adapted and target model, then with target + lambda * (adapted - base).",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_picture_options(out.add_argument_group("pictures"))
+    _add_own_files(out.add_argument_group("your own files, in place of the embedded models"))
+    output = out.add_argument_group("output")
+    output.add_argument(
+        "--out", type=Path, default=Path("out/demo.png"), help="the .png to write (default: %(default)s)"
+    )
+    output.add_argument("--json", type=Path, metavar="FILE", help="write what is printed, with the settings, as JSON")
+    return out
+
+
+def _add_picture_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--prompt", action="append", help=f"what to draw, may be repeated (default: {', '.join(PROMPTS)})")
+    add("--negative", metavar="PROMPT", help="what not to draw")
+    add("--lambdas", type=_numbers, default=(0.5, 1.0, 1.5, 2.0), metavar="LIST", help="0 to 10 (default: 0.5,1,1.5,2)")
+    add("--range", type=float, nargs=2, default=(0.0, 1.0), metavar=("START", "END"),
+        help="the part of the run in which the delta is added (default: 0 1)")  # fmt: skip
+    add(
+        "--curve",
+        choices=("constant", "linear", "cosine", "sigmoid"),
+        default="constant",
+        help="of lambda in the range",
+    )
+    add("--curve-ends", type=float, nargs=2, default=(1.0, 0.0), metavar=("FIRST", "LAST"),
+        help="factors on lambda at the two ends of a curve that is not constant (default: 1 0)")  # fmt: skip
+    add("--sampler", metavar="NAME",
+        help="euler, heun, dpm_2, dpmpp_2m, euler_ancestral, dpmpp_sde, dpmpp_2m_sde, lms, gradient_estimation, "
+        "ddim, ddpm or unipc (default: dpmpp_2m)")  # fmt: skip
+    add("--steps", type=int, help="sampling steps (default: 16; own files: 25)")
+    add("--cfg", type=float, help="guidance scale (default: 3; own files: 7)")
+    add(
+        "--source-cfg",
+        type=float,
+        metavar="CFG",
+        help="guidance scale of base and adapted in the delta (default: --cfg)",
+    )
+    add("--seed", type=int, default=0, help="one picture is drawn of each prompt, from this noise (default: 0)")
+    add("--size", type=int, metavar="PIXELS", help="side, a multiple of 64 (default: 64; own files: 512)")
+    add("--models", type=Path, default=MODELS, metavar="FOLDER", help="where the embedded models are")
+
+
+def _add_own_files(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--target", type=Path, metavar="FILE", help="the checkpoint that draws: SD 1.x, SD 2.x or SDXL")
+    add("--base", type=Path, metavar="FILE", help="the checkpoint that the adapter was made for")
+    add("--lora", action="append", metavar="FILE[:WEIGHT]", help="a LoRA or LoCon for the base, may be repeated")
+    add("--adapted", type=Path, metavar="FILE", help="a fine-tuned checkpoint of the base, in place of or beside LoRAs")
+    add("--prediction", choices=("eps", "v"), help="what the target predicts, where its file does not say")
+    add("--form", choices=("merged", "bypass"), help="adapted weights (default: merged), or factors alone: less memory")
+    add("--device", help="cpu, cuda, cuda:1 or mps (default: the fastest)")
+    add("--dtype", choices=("fp32", "fp16", "bf16"), help="numbers to compute in (default: fp16 on a GPU, else fp32)")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="vocab.json and merges.txt of models with words of their own")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"numbers with commas are needed, as in 0.5,1,2, not {text!r}") from None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run of the demo shows; ``judgements`` is empty for the user's own files."""
+
+    plan: Plan
+    where: str
+    columns: Sequence[Column]
+    judgements: Sequence[Judgement] = ()
+    files: OwnFiles | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo and return the exit status: 0, or 2 with a sentence on stderr."""
+    options = parser().parse_args(arguments)
+    started = time.perf_counter()
+    try:
+        _check(options)
+        for path in filter(None, (options.out, options.json)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        result = _draw_own(options) if options.target else _draw_embedded(options)
+        _write(result, options, started)
+    except (DeltaError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse, before anything is loaded, what can be seen to be wrong."""
+    given = [f"--{name}" for name in OWN_FILES if getattr(options, name) is not None]
+    if given and not (options.target and options.base and (options.lora or options.adapted)):
+        raise SettingError(f"{given[0]} is for your own files: --target, --base and a --lora or --adapted are needed")
+    if given and not options.prompt:
+        raise SettingError("--prompt is needed with your own files: say what to draw")
+    if options.steps is not None and not 2 <= options.steps <= 1000:
+        raise SettingError(f"--steps is {options.steps}: 2 to 1000 are needed")
+    for name, scale in (("--cfg", options.cfg), ("--source-cfg", options.source_cfg)):
+        if scale is not None and not 1 <= scale <= 100:
+            raise SettingError(f"{name} is {scale}: 1 to 100 is needed")
+    if options.size is not None and (options.size < 64 or options.size % 64):
+        raise SettingError(f"--size is {options.size}: a multiple of 64 is needed")
+    if not 0 <= options.seed < 2**63:
+        raise SettingError(f"--seed is {options.seed}: 0 or a positive number below 2**63 is needed")
+    if options.out.suffix.lower() != ".png":
+        raise SettingError(f"--out is {options.out}: the name of a .png file is needed")
+
+
+def _plan(options: argparse.Namespace, defaults: Settings) -> Plan:
+    from demo.samplers import NAMES
+    from demo.sweep import Plan
+    from lib_delta.strength import Strength
+
+    given = {name: getattr(options, name) for name in ("sampler", "steps", "cfg", "source_cfg", "size", "negative")}
+    settings = replace(defaults, **{name: value for name, value in given.items() if value is not None})
+    if settings.sampler not in NAMES:
+        raise SettingError(f"--sampler is {settings.sampler}: one of {', '.join(NAMES)} is needed")
+    start, end = options.range
+    first, last = options.curve_ends
+    strengths = [Strength(value, start, end, options.curve, first, last) for value in options.lambdas]
+    return Plan(options.prompt or PROMPTS, strengths, settings, options.seed)
+
+
+def _draw_embedded(options: argparse.Namespace) -> Result:
+    from demo.embedded import Embedded
+    from demo.pipeline import Settings
+    from demo.sweep import embedded_sweep, judge_column
+
+    plan = _plan(options, Settings())
+    embedded = Embedded.load(options.models)
+    columns = embedded_sweep(embedded, plan)
+    judgements = [judge_column(embedded.judges, embedded.names, plan.prompts, column) for column in columns]
+    return Result(plan, "CPU, fp32", columns, judgements)
+
+
+def _draw_own(options: argparse.Namespace) -> Result:
+    from demo.pipeline import Adapter, Settings
+    from demo.sweep import OwnFiles, own_sweep
+
+    plan = _plan(options, Settings(steps=25, cfg=7.0, size=512))
+    adapters = [_lora(text) for text in options.lora or ()]
+    if options.adapted:
+        adapters.append(Adapter(options.adapted))
+    place = _place(options.device, options.dtype)
+    files = OwnFiles(
+        options.target, options.base, adapters, options.form or "merged", options.prediction, options.tokenizer
+    )
+    where = f"{place.device}, {str(place.dtype).removeprefix('torch.')}"
+    return Result(plan, where, own_sweep(files, plan, place), files=files)
+
+
+def _lora(text: str) -> Adapter:
+    """Read ``FILE[:WEIGHT]``; a colon that no number follows (a drive's, say) is part of the name."""
+    from demo.pipeline import Adapter
+
+    name, _, weight = text.rpartition(":")
+    try:
+        return Adapter(Path(name), float(weight)) if name else Adapter(Path(text))
+    except ValueError:
+        return Adapter(Path(text))
+
+
+def _place(device: str | None, dtype: str | None) -> Place:
+    import torch
+
+    from demo.pipeline import Place
+
+    best = Place.best()
+    try:
+        chosen = torch.device(device) if device else best.device
+        # The only sure way to know whether a device is there is to use it.
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(f"--device {device} cannot be used here: {best.device} can") from error
+    usual = torch.float32 if chosen.type == "cpu" else torch.float16
+    number = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: usual}[dtype]
+    if chosen.type == "cpu" and number is torch.float16:
+        raise SettingError("--dtype fp16 needs a GPU: choose fp32 or bf16 on the CPU")
+    return Place(chosen, number)
+
+
+def _write(result: Result, options: argparse.Namespace, started: float) -> None:
+    """Write the picture, print the table, and write both as JSON if that is asked for."""
+    import torch
+
+    from demo.grid import draw_grid
+
+    pictures = torch.stack([column.pictures for column in result.columns], 1)
+    draw_grid(pictures, result.plan.prompts, [column.title for column in result.columns]).save(options.out)
+    seconds = time.perf_counter() - started
+    print(_table(_rows(result)))
+    print(f"\n{_legend(result)}")
+    print(f"{seconds:.0f} s in all, {sum(c.seconds for c in result.columns):.0f} s of it sampling ({result.where})")
+    print(f"the picture is {options.out}")
+    if options.json:
+        options.json.write_text(json.dumps(_record(result, options.out, seconds), indent=1) + "\n", "utf-8")
+
+
+def _rows(result: Result) -> list[dict[str, Any]]:
+    """Return the table's rows, one for each column of the picture."""
+    judged = [asdict(j) for j in result.judgements] or [{"style": None, "content": None}] * len(result.columns)
+    return [
+        {"column": column.title, **marks, "seconds": column.seconds, "evaluations": column.evaluations}
+        for column, marks in zip(result.columns, judged)
+    ]
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [f"{'':11}{'style':>8}{'content':>9}{'time':>10}{'UNet evaluations':>18}"]
+    for row in rows:
+        style, content = ("-" if row[k] is None else f"{row[k]:.2f}" for k in ("style", "content"))
+        lines.append(f"{row['column']:11}{style:>8}{content:>9}{row['seconds']:>8.1f} s{row['evaluations']:>18}")
+    return "\n".join(lines)
+
+
+def _legend(result: Result) -> str:
+    together = "up to 8 prompts" if result.files is None else "one prompt"
+    lines = [
+        f"An evaluation is one pass through a UNet, with and without prompt, for {together} at once.",
+        "Base and adapted are drawn by one network that computes both, so either takes the time of two.",
+    ]
+    if result.judgements:
+        lines.insert(0, "Style: 0 colour, 1 line art. Content: the share of pictures in which the emoji is recognised.")
+    return "\n".join(lines)
+
+
+def _record(result: Result, picture: Path, seconds: float) -> dict[str, Any]:
+    """Return what was printed and the settings that led to it."""
+    settings = {
+        **asdict(result.plan.settings),
+        "prompts": list(result.plan.prompts),
+        "seed": result.plan.seed,
+        "strengths": [asdict(strength) for strength in result.plan.strengths],
+    }
+    files = None if result.files is None else json.loads(json.dumps(asdict(result.files), default=str))
+    return {
+        "picture": str(picture),
+        "columns": _rows(result),
+        "seconds": seconds,
+        "computed_on": result.where,
+        "settings": settings,
+        "files": files,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
