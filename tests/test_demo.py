@@ -1,0 +1,251 @@
+"""The demo, from its command line to its picture, on tiny models with random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import randn
+from PIL import Image
+from torch import nn
+
+pytest.importorskip("k_diffusion")
+pytest.importorskip("diffusers")
+
+from demo.__main__ import main, parser
+from demo.grid import GAP, Layout, draw_grid
+from demo.metrics import Judges
+from demo.pipeline import Settings
+from demo.samplers import NAMES
+from demo.train import export
+from demo.train.denoisers import BASE, BASE_TEXT, TARGET, TARGET_TEXT, Conditioned, LowRank
+from demo.train.vae import CONFIG
+from lib_delta.models.vae import VAE
+
+TOKENIZER = Path(__file__).parents[1] / "demo" / "models" / "tokenizer"
+EMOJI = ["cat face", "castle", "fox"]
+
+
+def shaken(module: nn.Module, seed: int) -> Any:
+    """Move every weight a little, so that none of a new module's zeros stay."""
+    with torch.no_grad():
+        for i, weight in enumerate(module.parameters()):
+            weight += 0.03 * randn(*weight.shape, seed=seed * 10_000 + i)
+    return module
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like demo/models, of models that have learnt nothing."""
+    folder = tmp_path_factory.mktemp("models")
+    shutil.copytree(TOKENIZER, folder / "tokenizer")
+    vocabulary = len(json.loads((TOKENIZER / "vocab.json").read_text("utf-8")))
+    torch.manual_seed(0)
+    autoencoder = VAE(CONFIG)
+    base = shaken(Conditioned(BASE, BASE_TEXT, vocabulary), 1)
+    export.sd1(folder / "base.safetensors", base, autoencoder)
+    export.sd2(folder / "target.safetensors", shaken(Conditioned(TARGET, TARGET_TEXT, vocabulary), 2), autoencoder)
+    export.lora(folder / "lineart.safetensors", shaken(LowRank(base.unet, 4), 3))
+    export.unet_only(folder / "tuned.safetensors", shaken(base, 4))
+    export.metrics(folder / "metrics.safetensors", Judges())
+    names = EMOJI + [f"emoji {i}" for i in range(1563 - len(EMOJI))]
+    (folder / "names.json").write_text(json.dumps(names), "utf-8")
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "new" / "demo.png"
+
+
+def embedded(models: Path, out: Path, *more: str) -> int:
+    return main(["--models", str(models), "--out", str(out), "--steps", "3", "--prompt", "fox", *more])
+
+
+def own(models: Path, out: Path, *more: str) -> int:
+    files = ["--target", str(models / "target.safetensors"), "--base", str(models / "base.safetensors")]
+    words = ["--tokenizer", str(models / "tokenizer"), "--device", "cpu", "--steps", "2", "--size", "64"]
+    return main([*files, *words, "--out", str(out), *more])
+
+
+def cells(picture: Path, rows: int, columns: int, side: int = 64) -> np.ndarray:
+    """Cut a grid into ``(rows, columns, cell, cell, 3)``."""
+    layout = Layout.of(side)
+    sheet = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    assert sheet.shape[:2] == (layout.corner(rows, columns)[1], layout.corner(rows, columns)[0])
+
+    def cell(row: int, column: int) -> np.ndarray:
+        x, y = layout.corner(row, column)
+        return sheet[y : y + layout.cell, x : x + layout.cell]
+
+    return np.stack([np.stack([cell(r, c) for c in range(columns)]) for r in range(rows)])
+
+
+def sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said on stderr: one line, and nothing of Python's."""
+    said = [line for line in capsys.readouterr().err.splitlines() if "step/s]" not in line and "s/step]" not in line]
+    (line,) = [line for line in said if line.startswith("demo: ")]
+    assert not any("Traceback" in line for line in said)
+    return line
+
+
+def test_the_sweep_writes_a_grid_and_a_record_of_what_it_printed(
+    models: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record_file = out.with_suffix(".json")
+    options = ["--prompt", "Castle", "--lambdas", "0,2", "--sampler", "euler", "--json", str(record_file)]
+    assert embedded(models, out, *options) == 0
+    printed, record = capsys.readouterr().out, json.loads(record_file.read_text("utf-8"))
+
+    rows = record["columns"]
+    assert [row["column"] for row in rows] == ["base", "adapted", "target", "lambda 0", "lambda 2"]
+    assert [row["evaluations"] for row in rows] == [3, 3, 3, 3, 6]
+    assert all(0 <= row[mark] <= 1 for row in rows for mark in ("style", "content"))
+    assert all(row["seconds"] > 0 for row in rows)
+    for row in rows:
+        assert f"{row['column']:11}{row['style']:8.2f}{row['content']:9.2f}{row['seconds']:8.1f} s" in printed
+    assert record["settings"]["prompts"] == ["fox", "Castle"]
+    assert [strength["value"] for strength in record["settings"]["strengths"]] == [0, 2]
+    assert record["settings"]["sampler"] == "euler"
+    assert str(out) in printed
+    assert record["picture"] == str(out)
+
+    grid = cells(out, rows=2, columns=5)
+    base, adapted, target, zero, two = grid.transpose(1, 0, 2, 3, 4)
+    assert (zero == target).all()
+    assert (two != target).any()
+    assert (adapted != base).any()
+    assert (target[0] != target[1]).any()
+
+
+def test_a_range_spares_the_source(models: Path, out: Path) -> None:
+    record = out.with_suffix(".json")
+    options = ["--steps", "4", "--lambdas", "1", "--range", "0.5", "1", "--cfg", "1", "--json", str(record)]
+    assert embedded(models, out, *options) == 0
+    target, delta = json.loads(record.read_text("utf-8"))["columns"][-2:]
+    assert (target["evaluations"], delta["evaluations"]) == (4, 6)
+
+
+def test_content_is_not_told_of_prompts_that_are_no_emoji(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--models", str(models), "--out", str(tmp_path / "a.png"), "--steps", "2", "--lambdas", "1"]
+    assert main([*options, "--prompt", "a fox in a castle", "--sampler", "heun"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("lambda 1"))
+    assert line.split()[3] == "-"
+
+
+def test_own_files_draw_what_the_embedded_models_draw(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs, record = tmp_path / "ours.png", tmp_path / "theirs.png", tmp_path / "own.json"
+    same = ["--prompt", "castle", "--lambdas", "0,1.5", "--cfg", "3", "--steps", "2", "--seed", "7"]
+    assert main(["--models", str(models), "--out", str(ours), "--prompt", "fox", *same]) == 0
+    lora = f"{models / 'lineart.safetensors'}:1.0"
+    capsys.readouterr()
+    assert own(models, theirs, "--lora", lora, "--prompt", "fox", *same, "--json", str(record)) == 0
+    # One batch of both prompts, or one after the other: rounding differs.
+    assert np.abs(cells(ours, 2, 5) - cells(theirs, 2, 5)).max() <= 2
+    rows = json.loads(record.read_text("utf-8"))["columns"]
+    assert [row["evaluations"] for row in rows] == [4, 4, 4, 4, 8]
+    assert [row["style"] for row in rows] == [None] * 5
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["base", "-", "-"]
+
+
+def test_own_files_take_weights_and_fine_tuned_checkpoints(models: Path, tmp_path: Path) -> None:
+    pictures = {}
+    lora, tuned = str(models / "lineart.safetensors"), str(models / "tuned.safetensors")
+    for name, adapters in {
+        "nothing": ["--lora", f"{lora}:0"],
+        "merged": ["--lora", f"{lora}:0.4", "--lora", f"{lora}:0.6"],
+        "bypass": ["--lora", lora, "--form", "bypass"],
+        "tuned": ["--adapted", tuned],
+    }.items():
+        out = tmp_path / f"{name}.png"
+        assert own(models, out, "--prompt", "fox", "--lambdas", "1", *adapters) == 0
+        pictures[name] = cells(out, 1, 4)[0]
+    for picture in (pictures["nothing"][1], pictures["merged"][0], pictures["tuned"][0]):
+        assert (picture == pictures["nothing"][0]).all()
+    assert (pictures["nothing"][3] == pictures["nothing"][2]).all()
+    assert np.abs(pictures["merged"] - pictures["bypass"]).max() <= 2
+    assert np.abs(pictures["merged"][3] - pictures["merged"][2]).max() > 2
+    assert np.abs(pictures["tuned"][3] - pictures["merged"][3]).max() > 2
+
+
+def test_a_larger_size_is_decoded_whole(models: Path, out: Path) -> None:
+    lora = ["--lora", str(models / "lineart.safetensors")]
+    assert own(models, out, "--prompt", "fox", "--lambdas", "1", "--size", "128", "--dtype", "bf16", *lora) == 0
+    assert cells(out, 1, 4, side=128).shape == (1, 4, 128, 128, 3)
+
+
+OWN = ["--target", "no.safetensors", "--base", "no.safetensors", "--lora", "no.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (OWN, "--prompt is needed with your own files"),
+        ([*OWN, "--prompt", "fox"], "no.safetensors cannot be read"),
+        ([*OWN[:4], "--prompt", "fox"], "--target, --base and a --lora or --adapted are needed"),
+        (["--prediction", "v"], "--prediction is for your own files"),
+        ([*OWN, "--prompt", "fox", "--device", "warp"], "--device warp cannot be used here"),
+        ([*OWN, "--prompt", "fox", "--device", "cpu", "--dtype", "fp16"], "--dtype fp16 needs a GPU"),
+        (["--size", "100"], "--size is 100: a multiple of 64 is needed"),
+        (["--steps", "0"], "--steps is 0: 2 to 1000 are needed"),
+        (["--cfg", "nan"], "--cfg is nan: 1 to 100 is needed"),
+        (["--source-cfg", "0"], "--source-cfg is 0.0: 1 to 100 is needed"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--sampler", "magic"], "--sampler is magic: one of euler"),
+        (["--lambdas", "1,11"], "value must be between 0 and 10"),
+        (["--range", "0.7", "0.2"], "start (0.7) must not come after end (0.2)"),
+        (["--out", "picture.jpg"], "the name of a .png file is needed"),
+        (["--models", "nowhere"], "base.safetensors cannot be read"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_in_one_sentence(
+    options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(options) == 2
+    assert said in sentence(capsys)
+
+
+def test_an_adapter_that_is_not_the_bases_is_said_in_one_sentence(
+    models: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert own(models, out, "--prompt", "fox", "--adapted", str(models / "target.safetensors")) == 2
+    assert "target.safetensors is made for SD 2.x" in sentence(capsys)
+    assert not out.exists()
+
+
+def test_help_tells_samplers_and_defaults_and_loads_no_torch() -> None:
+    said = " ".join(parser().format_help().split())
+    assert all(name in said for name in NAMES)
+    for default in (Settings.sampler, f"{Settings.steps}; own", f"{Settings.cfg:g}; own", f"{Settings.size}; own"):
+        assert f"(default: {default}" in said
+    quick = "import sys; from demo.__main__ import parser; parser().format_help(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", quick], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_a_grid_shows_each_picture_where_its_labels_are(tmp_path: Path) -> None:
+    shades = torch.linspace(-1, 1, 6).view(2, 3, 1, 1, 1).expand(2, 3, 3, 64, 64)
+    draw_grid(shades, ["one", "a label that is much too long for a row of the grid " * 5], ["a", "b", "c"]).save(
+        tmp_path / "grid.png"
+    )
+    found = cells(tmp_path / "grid.png", 2, 3)
+    assert [int(found[r, c].mean()) for r in range(2) for c in range(3)] == [0, 51, 102, 153, 204, 255]
+    sheet, layout = np.asarray(Image.open(tmp_path / "grid.png").convert("L")), Layout.of(64)
+    for column in range(3):
+        x, y = layout.corner(0, column)
+        assert (sheet[:y, x : x + layout.cell] < 128).any()
+    for row in range(2):
+        _, y = layout.corner(row, 0)
+        assert (sheet[y : y + layout.cell, : layout.left - GAP] < 128).any()
+    assert (sheet[layout.corner(0, 0)[1] :, layout.left - GAP : layout.left] == 255).all()
