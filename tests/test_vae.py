@@ -12,13 +12,14 @@ from lib_delta.models.vae import PREFIX, VAE, VAEConfig
 diffusers = pytest.importorskip("diffusers")
 convert_from_ckpt = pytest.importorskip("diffusers.pipelines.stable_diffusion.convert_from_ckpt")
 
-# As in the released models (1, 2, 4, 4 times 128 channels), and a shallower one.
-LAYOUTS = {"released": ((32, 64, 128, 128), 2), "shallow": ((32, 96), 1)}
+# Widths, blocks a level, groups of the norms: the released models' (but for the last two levels, which
+# have 512 channels), a shallower one, and one too narrow for 32 groups.
+LAYOUTS = {"released": ((128, 256, 256, 256), 2, 32), "shallow": ((128, 256), 1, 32), "narrow": ((32, 32), 1, 8)}
 
 
 @torch.no_grad()
 def pair(layout: str) -> tuple[VAE, nn.Module]:
-    levels, res_blocks = LAYOUTS[layout]
+    levels, res_blocks, groups = LAYOUTS[layout]
     ours = VAE(VAEConfig(levels, res_blocks)).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in ours.named_parameters():
@@ -29,6 +30,7 @@ def pair(layout: str) -> tuple[VAE, nn.Module]:
     theirs = diffusers.AutoencoderKL(
         block_out_channels=levels,
         layers_per_block=res_blocks,
+        norm_num_groups=groups,
         down_block_types=["DownEncoderBlock2D"] * len(levels),
         up_block_types=["UpDecoderBlock2D"] * len(levels),
     ).eval()

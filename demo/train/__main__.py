@@ -48,10 +48,10 @@ RUNS = {
     "base-text": Run(steps=1200, batch=64, rate=2e-3, seed=11, average=0.99),
     "base": Run(steps=2400, batch=24, rate=1e-3, seed=1),
     "target-text": Run(steps=1200, batch=64, rate=2e-3, seed=12, average=0.99),
-    "target": Run(steps=2900, batch=24, rate=1e-3, seed=2),
+    "target": Run(steps=2350, batch=24, rate=1e-3, seed=2),
     "lineart": Run(steps=900, batch=24, rate=2e-3, seed=3),
-    "lineart-full": Run(steps=300, batch=24, rate=5e-4, seed=4),
-    "metrics": Run(steps=1000, batch=48, rate=2e-3, seed=5),
+    "lineart-full": Run(steps=200, batch=24, rate=5e-4, seed=4),
+    "metrics": Run(steps=800, batch=48, rate=2e-3, seed=5),
 }
 NEEDS: dict[str, tuple[str, ...]] = {
     "vae": (),

@@ -38,8 +38,8 @@ class VAEConfig:
         try:
             count = 1 + max(int(m[1]) for k in shapes if (m := re.match(r"encoder\.down\.(\d+)\.", k)))
             levels = tuple(shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(count))
-            if any(width < 1 or width % 32 for width in levels):
-                raise ValueError(f"of a width that 32 divides: {levels}")
+            if any(width < 4 or width % _groups(width) for width in levels):
+                raise ValueError(f"of a width that its norms can group: {levels}")
             return cls(
                 levels=levels,
                 res_blocks=1
@@ -53,10 +53,14 @@ class VAEConfig:
             ) from error
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def _groups(channels: int) -> int:
     # 32 groups at every real width (128 channels and up).  Narrower models keep four channels to a
     # group: with fewer, normalisation would erase how strong a colour is.
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    return min(32, channels // 4)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(_groups(channels), channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
