@@ -1,8 +1,9 @@
 """Rebuild everything in ``demo/models`` from the emoji sets: ``python -m demo.train``.
 
-Each stage runs in a process of its own, saves as it goes and is skipped once its result is there, so
-a run that was stopped goes on where it was.  On a CPU every process has one thread and stages that
-do not need each other run side by side, one per core.
+Each stage runs in a process of its own, saves as it goes and is skipped once the cache says that it
+is done, so a run that was stopped goes on where it was.  On a CPU every process has one thread and
+stages that do not need each other run side by side, one per core.  ``--further`` starts from the
+models that are there instead of from nothing: the autoencoder stays, base and target train on.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from demo.train.denoisers import (
 from demo.train.metrics import train_metrics
 from demo.train.tokenizer import train_tokenizer
 from demo.train.vae import CONFIG, train_vae
+from lib_delta.checkpoint import WeightFile, load_vae
 from lib_delta.models.vae import VAE
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -48,10 +50,10 @@ RUNS = {
     "base-text": Run(steps=1200, batch=64, rate=2e-3, seed=11, average=0.99),
     "base": Run(steps=2400, batch=24, rate=1e-3, seed=1),
     "target-text": Run(steps=1200, batch=64, rate=2e-3, seed=12, average=0.99),
-    "target": Run(steps=2350, batch=24, rate=1e-3, seed=2),
+    "target": Run(steps=2800, batch=24, rate=1e-3, seed=2),
     "lineart": Run(steps=900, batch=24, rate=2e-3, seed=3),
     "lineart-full": Run(steps=200, batch=24, rate=5e-4, seed=4),
-    "metrics": Run(steps=800, batch=48, rate=2e-3, seed=5),
+    "metrics": Run(steps=3300, batch=48, rate=2e-3, seed=5),
 }
 NEEDS: dict[str, tuple[str, ...]] = {
     "vae": (),
@@ -66,8 +68,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
 class Workshop:
     """The stages, and what they hand each other through files in ``cache``."""
 
-    def __init__(self, cache: Path) -> None:
-        self.cache = cache
+    def __init__(self, cache: Path, further: bool) -> None:
+        self.cache, self.further = cache, further
         self.emoji: Emoji = load(cache)
         tokenizer = MODELS / "tokenizer"
         if not (tokenizer / "vocab.json").exists():
@@ -89,8 +91,13 @@ class Workshop:
             "metrics": self.metrics,
         }
         stages[stage]()
+        self._mark(stage).touch()
 
     def vae(self) -> None:
+        if self.further:
+            with WeightFile.open(MODELS / "base.safetensors") as file:
+                torch.save(load_vae(file).state_dict(), self.cache / "vae.pt")
+            return
         torch.manual_seed(RUNS["vae"].seed)
         torch.save(
             train_vae(self.emoji, self.cache, RUNS["vae-colour"], RUNS["vae"]).state_dict(), self.cache / "vae.pt"
@@ -109,7 +116,9 @@ class Workshop:
 
     def base(self) -> None:
         latents, runs = self.latents("flat", True), (RUNS["base-text"], RUNS["base"])
-        model = train_conditioned("base", BASE, BASE_TEXT, self.tokens, *latents, "eps", self.cache, *runs)
+        model = train_conditioned(
+            "base", BASE, BASE_TEXT, self.tokens, *latents, "eps", self.cache, *runs, self.start("base")
+        )
         torch.save(model.state_dict(), self.cache / "base.pt")
         export.sd1(MODELS / "base.safetensors", model, self.trained_vae())
 
@@ -122,7 +131,7 @@ class Workshop:
         # Little augmentation, and none of colour: the target draws from names, it need not follow what it is shown.
         latents, runs = self.latents("noto", False), (RUNS["target-text"], RUNS["target"])
         model = train_conditioned(
-            "target", TARGET, TARGET_TEXT, self.open_clip_tokens, *latents, "v", self.cache, *runs
+            "target", TARGET, TARGET_TEXT, self.open_clip_tokens, *latents, "v", self.cache, *runs, self.start("target")
         )
         export.sd2(MODELS / "target.safetensors", model, self.trained_vae())
 
@@ -141,8 +150,15 @@ class Workshop:
     def metrics(self) -> None:
         export.metrics(MODELS / "metrics.safetensors", train_metrics(self.emoji, self.cache, RUNS["metrics"]))
 
+    def start(self, stage: str) -> Path | None:
+        """Return the checkpoint from which a stage goes on."""
+        return MODELS / f"{stage}.safetensors" if self.further else None
+
     def finished(self, stage: str) -> bool:
-        return (self.cache / "vae.pt" if stage == "vae" else MODELS / f"{stage}.safetensors").exists()
+        return self._mark(stage).exists()
+
+    def _mark(self, stage: str) -> Path:
+        return self.cache / f"{stage}.done"
 
 
 def _tokenise(prompts: list[str], folder: Path) -> Tensor:
@@ -157,11 +173,12 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, default=Path("demo/train/cache"), help="where pictures, latents and saves are kept"
     )
+    parser.add_argument("--further", action="store_true", help="start from the models that are there")
     parser.add_argument("--stage", choices=sorted(NEEDS), help="run this stage alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="stages side by side")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    workshop = Workshop(options.cache)
+    workshop = Workshop(options.cache, options.further)
     if options.stage:
         workshop.run(options.stage)
         return
@@ -172,7 +189,7 @@ def main() -> None:
                 ready = stage not in running and all(map(workshop.finished, NEEDS[stage]))
                 if ready and len(running) < options.jobs:
                     command = [sys.executable, "-m", "demo.train", "--cache", str(options.cache), "--stage", stage]
-                    running[stage] = subprocess.Popen(command)
+                    running[stage] = subprocess.Popen([*command, "--further"] if options.further else command)
             time.sleep(1)
             for stage, process in list(running.items()):
                 if process.poll() is not None:

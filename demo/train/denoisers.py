@@ -21,7 +21,9 @@ from tqdm import tqdm
 from demo.train.common import Run, train
 from demo.train.data import augment, to_float
 from demo.train.vae import SCALE
+from lib_delta.checkpoint import WeightFile, load_unet
 from lib_delta.fork import Conv2d, ForkedLayer, Linear
+from lib_delta.models.text import load_towers
 from lib_delta.models.unet import UNet, UNetConfig
 from lib_delta.models.vae import VAE
 
@@ -190,11 +192,18 @@ def train_conditioned(
     folder: Path,
     reading: Run,
     run: Run,
+    start: Path | None = None,
 ) -> Conditioned:
-    """Train a UNet with its text encoder, which learns to read first; ``tokens[-1]`` is the empty prompt."""
+    """Train a UNet with its text encoder, from the checkpoint ``start`` on or from nothing.
+
+    ``tokens[-1]`` is the empty prompt.  From nothing, the text encoder learns to read first.
+    """
     torch.manual_seed(run.seed)
     model = Conditioned(unet, text, int(tokens.max()) + 1)
-    model.text = train_reading(f"{name}-text", model, tokens, latents, folder, reading)
+    if start is None:
+        model.text = train_reading(f"{name}-text", model, tokens, latents, folder, reading)
+    else:
+        load_conditioned(model, start)
 
     def predict(noisy: Tensor, t: Tensor, index: Tensor) -> Tensor:
         return model.unet(noisy[None], t, model.context(tokens[index])[None])[0]
@@ -202,6 +211,16 @@ def train_conditioned(
     return cast(
         Conditioned, train(name, model, denoising_loss(predict, latents, white, prediction, run.batch), folder, run)
     )
+
+
+def load_conditioned(model: Conditioned, path: Path) -> None:
+    """Give a model the weights of a checkpoint."""
+    with WeightFile.open(path) as file:
+        unet, report = load_unet(file)
+        model.unet.load_state_dict(unet.state_dict())
+        weights = load_towers(file, report.family)[0].transformer.state_dict()
+    own = model.text.state_dict()
+    model.text.load_state_dict({**own, **{key: value for key, value in weights.items() if key in own}})
 
 
 class Reading(nn.Module):
