@@ -48,12 +48,12 @@ RUNS = {
     "vae-colour": Run(steps=250, batch=16, rate=2e-3, warmup=50, average=0.97),
     "vae": Run(steps=900, batch=16, rate=2e-3, average=0.99),
     "base-text": Run(steps=1200, batch=64, rate=2e-3, seed=11, average=0.99),
-    "base": Run(steps=2400, batch=24, rate=1e-3, seed=1),
+    "base": Run(steps=8000, batch=24, rate=1e-3, seed=1),
     "target-text": Run(steps=1200, batch=64, rate=2e-3, seed=12, average=0.99),
-    "target": Run(steps=2800, batch=24, rate=1e-3, seed=2),
-    "lineart": Run(steps=900, batch=24, rate=2e-3, seed=3),
-    "lineart-full": Run(steps=200, batch=24, rate=5e-4, seed=4),
-    "metrics": Run(steps=3300, batch=48, rate=2e-3, seed=5),
+    "target": Run(steps=8000, batch=24, rate=1e-3, seed=2),
+    "lineart": Run(steps=1500, batch=24, rate=2e-3, seed=3),
+    "lineart-full": Run(steps=600, batch=24, rate=5e-4, seed=4),
+    "metrics": Run(steps=12000, batch=48, rate=2e-3, seed=5),
 }
 NEEDS: dict[str, tuple[str, ...]] = {
     "vae": (),
