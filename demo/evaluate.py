@@ -31,7 +31,7 @@ HAND_OFFS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 RANGES = ((0.0, 0.33), (0.33, 0.67), (0.67, 1.0))
 SAMPLERS = ("ddim", "ddpm", "euler", "heun", "dpm_2", "dpmpp_2m", "gradient_estimation", "unipc")
 PROMPTS_AT_ONCE = 6
-Figures = dict[str, float]
+Figures = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ class Ends:
         return {
             "style_share": round(_share(scores.style, self.target.style, self.adapted.style), 3),
             "ink_share": round(_share(scores.ink, self.target.ink, self.adapted.ink), 3),
-            "content_ratio": round(scores.content / max(self.target.content, 1e-9), 3),
+            # Of a target that shows no emoji at all nothing can be kept or lost.
+            "content_ratio": round(scores.content / self.target.content, 3) if self.target.content else None,
             "diversity": round(scores.diversity, 3),
         }
 
@@ -188,7 +189,7 @@ def evidence(
         "best_lambda": best,
         "baseline": {
             "adapted_alone": ends.figures(ends.adapted),
-            "img2img": by_share[best_hand_off(by_share, by_lambda[str(best)]["content_ratio"])],
+            "img2img": by_share[best_hand_off(by_share, by_lambda[str(best)]["content_ratio"] or 0)],
             "img2img_by_strength": by_share,
         },
         "fewer_cases": len(part.prompts) * len(seeds),
@@ -223,18 +224,18 @@ def _samplers(workers: Workers, part: Task) -> dict[str, Figures]:
 
 def best_lambda(sweep: dict[str, Figures], content: float = 0.9) -> float:
     """Return the lambda of most style among those that keep ``content``; of most content if none does."""
-    keeping = {k: v for k, v in sweep.items() if v["content_ratio"] >= content}
+    keeping = {k: v for k, v in sweep.items() if (v["content_ratio"] or 0) >= content}
     if keeping:
         return float(max(keeping, key=lambda k: keeping[k]["style_share"]))
-    return float(max(sweep, key=lambda k: sweep[k]["content_ratio"]))
+    return float(max(sweep, key=lambda k: (sweep[k]["content_ratio"] or 0, sweep[k]["style_share"])))
 
 
 def best_hand_off(rows: dict[str, Figures], content: float) -> str:
     """Return the img2img strength of most style among those that keep ``content``; of most content if none does."""
-    keeping = {k: v for k, v in rows.items() if v["content_ratio"] >= content}
+    keeping = {k: v for k, v in rows.items() if (v["content_ratio"] or 0) >= content}
     if keeping:
         return max(keeping, key=lambda k: keeping[k]["style_share"])
-    return max(rows, key=lambda k: rows[k]["content_ratio"])
+    return max(rows, key=lambda k: (rows[k]["content_ratio"] or 0, rows[k]["style_share"]))
 
 
 def plot(figures: dict[str, Figures], hand_offs: dict[str, Figures], path: Path) -> None:
@@ -250,11 +251,18 @@ def plot(figures: dict[str, Figures], hand_offs: dict[str, Figures], path: Path)
         (hand_offs, "img2img hand-off, by strength", "s--"),
     ):
         axes.plot(
-            [r["style_share"] for r in rows.values()], [r["content_ratio"] for r in rows.values()], marker, label=label
+            [r["style_share"] for r in rows.values()],
+            [r["content_ratio"] or 0 for r in rows.values()],
+            marker,
+            label=label,
         )
         for name, row in rows.items():
             axes.annotate(
-                name, (row["style_share"], row["content_ratio"]), textcoords="offset points", xytext=(4, 5), fontsize=8
+                name,
+                (row["style_share"], row["content_ratio"] or 0),
+                textcoords="offset points",
+                xytext=(4, 5),
+                fontsize=8,
             )
     axes.axhline(0.9, color="grey", linewidth=0.8, linestyle=":")
     axes.axvline(0.8, color="grey", linewidth=0.8, linestyle=":")
@@ -270,8 +278,12 @@ def table(figures: dict[str, Figures], title: str) -> str:
     """Format rows of figures as a Markdown table."""
     columns = list(next(iter(figures.values())))
     lines = [f"| {title} | {' | '.join(c.replace('_', ' ') for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(f'{row[c]:.2f}' for c in columns)} |" for name, row in figures.items()]
+    lines += [f"| {name} | {' | '.join(_cell(row[c]) for c in columns)} |" for name, row in figures.items()]
     return "\n".join(lines)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def chosen_prompts(names: Sequence[str], count: int) -> list[str]:
