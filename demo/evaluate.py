@@ -239,7 +239,7 @@ def best_hand_off(rows: dict[str, Figures], content: float) -> str:
 
 
 def plot(figures: dict[str, Figures], hand_offs: dict[str, Figures], path: Path) -> None:
-    """Draw style against content: the lambda sweep and the img2img hand-off."""
+    """Draw style against content: the lambda sweep and the img2img hand-off; rows without a content are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -250,20 +250,14 @@ def plot(figures: dict[str, Figures], hand_offs: dict[str, Figures], path: Path)
         (figures, "delta sampling, by lambda", "o-"),
         (hand_offs, "img2img hand-off, by strength", "s--"),
     ):
-        axes.plot(
-            [r["style_share"] for r in rows.values()],
-            [r["content_ratio"] or 0 for r in rows.values()],
-            marker,
-            label=label,
-        )
-        for name, row in rows.items():
-            axes.annotate(
-                name,
-                (row["style_share"], row["content_ratio"] or 0),
-                textcoords="offset points",
-                xytext=(4, 5),
-                fontsize=8,
-            )
+        points = {
+            name: (row["style_share"], row["content_ratio"])
+            for name, row in rows.items()
+            if row["content_ratio"] is not None
+        }
+        axes.plot([x for x, _ in points.values()], [y for _, y in points.values()], marker, label=label)
+        for name, point in points.items():
+            axes.annotate(name, point, textcoords="offset points", xytext=(4, 5), fontsize=8)
     axes.axhline(0.9, color="grey", linewidth=0.8, linestyle=":")
     axes.axvline(0.8, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xlabel("style: share of the way from target alone to adapted alone")
