@@ -28,6 +28,7 @@ from demo.train.denoisers import (
     BASE_TEXT,
     TARGET,
     TARGET_TEXT,
+    VARIANTS,
     Conditioned,
     LowRank,
     latent_variants,
@@ -48,9 +49,9 @@ RUNS = {
     "vae-colour": Run(steps=250, batch=16, rate=2e-3, warmup=50, average=0.97),
     "vae": Run(steps=900, batch=16, rate=2e-3, average=0.99),
     "base-text": Run(steps=1200, batch=64, rate=2e-3, seed=11, average=0.99),
-    "base": Run(steps=8000, batch=24, rate=1e-3, seed=1),
+    "base": Run(steps=9000, batch=16, rate=4e-4, seed=1),
     "target-text": Run(steps=1200, batch=64, rate=2e-3, seed=12, average=0.99),
-    "target": Run(steps=8000, batch=24, rate=1e-3, seed=2),
+    "target": Run(steps=20000, batch=16, rate=4e-4, seed=2),
     "lineart": Run(steps=1500, batch=24, rate=2e-3, seed=3),
     "lineart-full": Run(steps=600, batch=24, rate=5e-4, seed=4),
     "metrics": Run(steps=12000, batch=48, rate=2e-3, seed=5),
@@ -108,14 +109,14 @@ class Workshop:
         vae.load_state_dict(torch.load(self.cache / "vae.pt", weights_only=True))
         return vae.requires_grad_(False)
 
-    def latents(self, name: str, strong: bool) -> tuple[Tensor, Tensor]:
+    def latents(self, name: str, strong: int) -> tuple[Tensor, Tensor]:
         vae = self.trained_vae()
         return latent_variants(
             vae, self.emoji.pictures[name], strong, self.cache / f"latents-{name}.pt", seed=7
         ), white_latent(vae)
 
     def base(self) -> None:
-        latents, runs = self.latents("flat", True), (RUNS["base-text"], RUNS["base"])
+        latents, runs = self.latents("flat", VARIANTS), (RUNS["base-text"], RUNS["base"])
         model = train_conditioned(
             "base", BASE, BASE_TEXT, self.tokens, *latents, "eps", self.cache, *runs, self.start("base")
         )
@@ -128,8 +129,9 @@ class Workshop:
         return model
 
     def target(self) -> None:
-        # Little augmentation, and none of colour: the target draws from names, it need not follow what it is shown.
-        latents, runs = self.latents("noto", False), (RUNS["target-text"], RUNS["target"])
+        # Little augmentation, so that names are soon learnt; and some that is strong, so that the target knows that
+        # pictures can look otherwise and follows what it is shown.
+        latents, runs = self.latents("noto", 2), (RUNS["target-text"], RUNS["target"])
         model = train_conditioned(
             "target", TARGET, TARGET_TEXT, self.open_clip_tokens, *latents, "v", self.cache, *runs, self.start("target")
         )
@@ -137,13 +139,13 @@ class Workshop:
 
     def lineart(self) -> None:
         base = self.trained_base()
-        factors = train_lora(base, self.tokens, *self.latents("lineart", True), RANK, self.cache, RUNS["lineart"])
+        factors = train_lora(base, self.tokens, *self.latents("lineart", VARIANTS), RANK, self.cache, RUNS["lineart"])
         assert isinstance(factors, LowRank)
         export.lora(MODELS / "lineart.safetensors", factors)
 
     def full(self) -> None:
         model = train_full(
-            self.trained_base(), self.tokens, *self.latents("lineart", True), self.cache, RUNS["lineart-full"]
+            self.trained_base(), self.tokens, *self.latents("lineart", VARIANTS), self.cache, RUNS["lineart-full"]
         )
         export.unet_only(MODELS / "lineart-full.safetensors", model)
 

@@ -94,7 +94,7 @@ def to_float(pictures: Tensor) -> Tensor:
 
 
 def augment(pictures: Tensor, generator: torch.Generator, strong: bool = True) -> Tensor:
-    """Shift, scale and rotate float pictures ``(N, 3, H, W)`` a little; ``strong``: more so, mirrored, in any hue."""
+    """Shift, scale and rotate float pictures ``(N, 3, H, W)`` a little; ``strong``: more so, mirrored, in other colours."""
     count, reach = len(pictures), 1.0 if strong else 0.25
 
     def uniform(low: float, high: float) -> Tensor:
@@ -108,13 +108,13 @@ def augment(pictures: Tensor, generator: torch.Generator, strong: bool = True) -
     grid = F.affine_grid(affine, list(pictures.shape), align_corners=False)
     # Sampling outside the picture gives 0: shift the values so that 0 is white.
     moved = F.grid_sample(pictures - 1, grid, mode="bilinear", align_corners=False) + 1
-    return turn_hue(moved, uniform(0, 2 * math.pi)) if strong else moved
+    return recolour(moved, uniform(0, 2 * math.pi), uniform(0, 1)) if strong else moved
 
 
-def turn_hue(pictures: Tensor, angle: Tensor) -> Tensor:
-    """Rotate colours ``(N, 3, H, W)`` about the grey axis by ``angle`` ``(N,)`` radians."""
-    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None] / math.sqrt(3)
-    third = (1 - cos) / 3
-    skew = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
-    rotation = cos * torch.eye(3) + third + sin * skew
-    return torch.einsum("nij,njhw->nihw", rotation, pictures).clamp(-1, 1)
+def recolour(pictures: Tensor, hue: Tensor, saturation: Tensor) -> Tensor:
+    """Rotate colours ``(N, 3, H, W)`` about the grey axis by ``hue`` ``(N,)`` radians, and scale their distance from it."""
+    cos, sin = (saturation * f for f in (hue.cos(), hue.sin()))
+    skew = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    grey = torch.full((3, 3), 1 / 3)
+    matrix = grey + cos[:, None, None] * (torch.eye(3) - grey) + sin[:, None, None] * skew
+    return torch.einsum("nij,njhw->nihw", matrix, pictures).clamp(-1, 1)

@@ -115,8 +115,11 @@ def initialise(unet: UNet) -> UNet:
 
 
 @torch.no_grad()
-def latent_variants(vae: VAE, pictures: Tensor, strong: bool, stored: Path, seed: int) -> Tensor:
-    """Encode ``VARIANTS`` augmentations of every picture as scaled fp16 latents ``(pictures, VARIANTS, 4, 16, 16)``."""
+def latent_variants(vae: VAE, pictures: Tensor, strong: int, stored: Path, seed: int) -> Tensor:
+    """Encode ``VARIANTS`` augmentations of every picture as scaled fp16 latents ``(pictures, VARIANTS, 4, 16, 16)``.
+
+    The last ``strong`` of them are augmented strongly.
+    """
     if stored.exists():
         return torch.load(stored, weights_only=True)
     variants = []
@@ -124,7 +127,8 @@ def latent_variants(vae: VAE, pictures: Tensor, strong: bool, stored: Path, seed
         generator = torch.Generator().manual_seed(seed * 1000 + variant)
         variants.append(
             torch.cat(
-                [vae.encode(augment(to_float(p), generator, strong)).mul(SCALE).half() for p in pictures.split(50)]
+                [vae.encode(augment(to_float(p), generator, variant >= VARIANTS - strong)).mul(SCALE).half()
+                 for p in pictures.split(50)]
             )
         )
     latents = torch.stack(variants, 1)
@@ -165,8 +169,10 @@ def denoising_loss(
     def loss(generator: torch.Generator) -> Tensor:
         x0, index = draw_batch(latents, white, count, generator)
         index = torch.where(torch.rand(count, generator=generator) < WITHOUT_PROMPT, -1, index)
-        # Twice as often at the high end as in the middle: it is there that the prompt decides.
-        t = (1000 * torch.rand(count, generator=generator).sqrt()).long().clamp(max=999)
+        # Half of the draws in the highest fifth: it is there that the prompt decides.
+        low, high = torch.rand(2, count, generator=generator)
+        t = torch.where(torch.rand(count, generator=generator) < 0.5, 1000 * low.sqrt(), 800 + 200 * high)
+        t = t.long().clamp(max=999)
         noise = torch.randn(x0.shape, generator=generator)
         a = signal[t][:, None, None, None]
         noisy = a.sqrt() * x0 + (1 - a).sqrt() * noise
@@ -175,7 +181,9 @@ def denoising_loss(
         # As weights of the denoised estimate: SNR up to 5, and a floor without which prompts, which
         # matter at high noise only, would hardly count. Its size is what each output can bear.
         weight = (snr.clamp(max=5) + 0.2) / snr if prediction == "eps" else (snr.clamp(max=5) + 1) / (snr + 1)
-        error = (predict(noisy, t.float(), index) - goal).square().mean((1, 2, 3))
+        with torch.autocast(noisy.device.type, torch.bfloat16):
+            output = predict(noisy, t.float(), index)
+        error = (output.float() - goal).square().mean((1, 2, 3))
         return (weight * error).mean() / weight.mean()
 
     return loss
