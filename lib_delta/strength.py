@@ -10,6 +10,7 @@ from lib_delta.errors import SettingError
 
 Curve = Literal["constant", "linear", "cosine", "sigmoid"]
 
+CURVES: tuple[str, ...] = get_args(Curve)
 MAXIMUM = 10.0
 SIGMOID_STEEPNESS = 10.0
 # Progress is a quotient: a step that lies on a limit of the range must not fall out of it by rounding.

@@ -94,7 +94,7 @@ def to_float(pictures: Tensor) -> Tensor:
 
 
 def augment(pictures: Tensor, generator: torch.Generator, strong: bool = True) -> Tensor:
-    """Shift, scale and rotate float pictures ``(N, 3, H, W)`` a little; ``strong``: more so, mirrored, in other colours."""
+    """Shift, scale and rotate float pictures ``(N, 3, H, W)`` a little; ``strong``: more, mirrored, other colours."""
     count, reach = len(pictures), 1.0 if strong else 0.25
 
     def uniform(low: float, high: float) -> Tensor:
@@ -112,7 +112,7 @@ def augment(pictures: Tensor, generator: torch.Generator, strong: bool = True) -
 
 
 def recolour(pictures: Tensor, hue: Tensor, saturation: Tensor) -> Tensor:
-    """Rotate colours ``(N, 3, H, W)`` about the grey axis by ``hue`` ``(N,)`` radians, and scale their distance from it."""
+    """Rotate colours ``(N, 3, H, W)`` about the grey axis by ``hue`` radians; ``saturation`` scales their distance to it."""
     cos, sin = (saturation * f for f in (hue.cos(), hue.sin()))
     skew = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
     grey = torch.full((3, 3), 1 / 3)

@@ -127,8 +127,10 @@ def latent_variants(vae: VAE, pictures: Tensor, strong: int, stored: Path, seed:
         generator = torch.Generator().manual_seed(seed * 1000 + variant)
         variants.append(
             torch.cat(
-                [vae.encode(augment(to_float(p), generator, variant >= VARIANTS - strong)).mul(SCALE).half()
-                 for p in pictures.split(50)]
+                [
+                    vae.encode(augment(to_float(p), generator, variant >= VARIANTS - strong)).mul(SCALE).half()
+                    for p in pictures.split(50)
+                ]
             )
         )
     latents = torch.stack(variants, 1)

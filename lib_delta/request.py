@@ -1,0 +1,291 @@
+"""What the user asks for: one generation's settings, as the accordion, the API, infotext and prompts give them.
+
+One table, the fields of :class:`Request`, says how each setting is called in each of these places.
+Nothing here knows of models; importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from lib_delta.errors import SettingError
+from lib_delta.strength import CURVES, MAXIMUM, Strength
+
+HIRES_PASSES = ("both", "first pass", "hires pass")
+NONE = "None"  # what dropdowns show for an empty choice, for one whose default is empty cannot be pasted into
+
+
+def _setting(default: Any, key: str, infotext: str, help_text: str, **limits: Any) -> Any:
+    return field(default=default, metadata={"key": key, "infotext": infotext, "help": help_text, **limits})
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation's settings.
+
+    In each field's metadata: ``key``, its name for the API; ``infotext``, its name in a picture's
+    text; ``help``; and what values are allowed.  The order is that of positional arguments.
+    Raises :class:`SettingError` for values that are not allowed.
+    """
+
+    enabled: bool = _setting(False, "enabled", "", "whether the delta is added")
+    strength: float = _setting(
+        1.0, "lambda", "Delta lambda", "how strongly the delta is added", minimum=0, maximum=MAXIMUM
+    )
+    start: float = _setting(0.0, "start", "Delta start", "where in the run it starts", minimum=0, maximum=1)
+    end: float = _setting(1.0, "end", "Delta end", "where in the run it ends", minimum=0, maximum=1)
+    curve: str = _setting("constant", "curve", "Delta curve", "how lambda changes from start to end", choices=CURVES)
+    first: float = _setting(
+        1.0, "curve_start", "Delta curve start", "share of lambda at the start of the curve", minimum=0, maximum=1
+    )
+    last: float = _setting(
+        1.0, "curve_end", "Delta curve end", "share of lambda at the end of the curve", minimum=0, maximum=1
+    )
+    base: str = _setting("", "base", "Delta base", "SD 1.x checkpoint that the adaptations were made for")
+    adapted: str = _setting("", "adapted", "Delta adapted", "fine-tuned checkpoint; empty is the base itself")
+    loras: str = _setting("", "loras", "Delta LoRAs", "LoRAs with weights, as in 'moxin:0.8, lineart:1:te=0.5'")
+    prompt: str = _setting("", "prompt", "Delta prompt", "prompt of the side model; empty is the main prompt")
+    negative_prompt: str = _setting(
+        "", "negative_prompt", "Delta negative prompt", "negative prompt of the side model; empty is the main one"
+    )
+    adapted_prompt: str = _setting(
+        "", "adapted_prompt", "Delta adapted prompt", "prompt of the adapted model alone; empty is the base's"
+    )
+    hires: str = _setting(
+        "both", "hires", "Delta hires", "in which passes of hires fix the delta is added", choices=HIRES_PASSES
+    )
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            _check(setting.metadata, setting.type, getattr(self, setting.name))
+        self.lambda_over_run()
+        self.picks()
+
+    def lambda_over_run(self) -> Strength:
+        """Return lambda as a function of progress."""
+        return Strength(self.strength, self.start, self.end, self.curve, self.first, self.last)  # type: ignore[arg-type]
+
+    def picks(self) -> tuple[Pick, ...]:
+        """Return the LoRAs picked."""
+        return parse_picks(self.loras)
+
+    def in_pass(self, hires: bool) -> bool:
+        """Tell whether the delta is wanted in the first or in the hires pass."""
+        return self.hires == "both" or (self.hires == "hires pass") == hires
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[Any]) -> Request:
+        """Read what a script is called with: one dictionary of named keys, or values in the fields' order.
+
+        Missing ones have their defaults.  Hosts pad API calls with the defaults of the accordion, so
+        what follows a dictionary is left out.
+        """
+        if arguments and isinstance(arguments[0], Mapping):
+            return cls.from_named(arguments[0])
+        known = fields(cls)
+        if len(arguments) > len(known):
+            raise SettingError(f"Delta Sampling takes {len(known)} arguments, and {len(arguments)} were given")
+        return cls(**{f.name: _plain(f.metadata, f.type, value) for f, value in zip(known, arguments)})
+
+    @classmethod
+    def from_named(cls, named: Mapping[str, Any]) -> Request:
+        """Read named keys; a dictionary without "enabled" means that it is."""
+        by_key = {f.metadata["key"]: f for f in fields(cls)}
+        for key in named:
+            if key not in by_key:
+                near = difflib.get_close_matches(str(key), by_key, 1)
+                hint = f": is {near[0]!r} meant?" if near else f", only {', '.join(by_key)}"
+                raise SettingError(f"Delta Sampling has no argument {key!r}{hint}")
+        given = {by_key[key].name: _plain(by_key[key].metadata, by_key[key].type, v) for key, v in named.items()}
+        return cls(**{"enabled": True, **given})
+
+    def with_tags(self, tags: Sequence[Sequence[str]]) -> Request:
+        """Apply ``<delta:NAME:lambda>`` tags of a prompt, each given as the texts between its colons.
+
+        Tags switch the delta on.  Their LoRAs join those of an accordion that is on; lambda is theirs.
+        """
+        if not tags:
+            return self
+        read = [_read_tag(tag) for tag in tags]
+        lambdas = {strength for _, strength in read if strength is not None}
+        if len(lambdas) > 1:
+            stated = " and ".join(f"{v:g}" for v in sorted(lambdas))
+            raise SettingError(f"<delta:...> tags ask for lambda {stated} in one prompt: give lambda once")
+        before = self.picks() if self.enabled else ()
+        return replace(
+            self,
+            enabled=True,
+            strength=lambdas.pop() if lambdas else self.strength,
+            loras=format_picks([*before, *(pick for pick, _ in read)]),
+        )
+
+    def infotext(self, hashes: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return what a picture that got the delta says: lambda, and whatever is not the default.
+
+        ``hashes`` are short hashes by the names of the side files.
+        """
+        if not self.enabled:
+            return {}
+        hashes = hashes or {}
+        values: dict[str, str] = {}
+        for f in fields(self):
+            value, label = getattr(self, f.name), f.metadata["infotext"]
+            if label and (value != f.default or f.name == "strength"):
+                values[label] = f"{value:g}" if f.type == "float" else value
+        for label in (_label("base"), _label("adapted")):
+            if values.get(label) in hashes:
+                values[label] += f" [{hashes[values[label]]}]"
+        lora_hashes = [f"{pick.name}: {hashes[pick.name]}" for pick in self.picks() if pick.name in hashes]
+        if lora_hashes:
+            values[HASHES] = ", ".join(lora_hashes)
+        return values
+
+
+HASHES = "Delta LoRA hashes"
+
+
+def _label(name: str) -> str:
+    return str(next(f.metadata["infotext"] for f in fields(Request) if f.name == name))
+
+
+def infotext_labels() -> dict[str, str]:
+    """Return the labels of the settings in a picture's text, by the names of the fields."""
+    return {f.name: f.metadata["infotext"] for f in fields(Request) if f.metadata["infotext"]}
+
+
+def from_infotext(values: Mapping[str, str], name: str) -> Any:
+    """Return one field's value as the text of a picture gives it: its default where the text is silent.
+
+    ``enabled`` is true exactly for a picture that got a delta.  A checkpoint's hash is left out, as
+    names find it.
+    """
+    setting = next(f for f in fields(Request) if f.name == name)
+    if name == "enabled":
+        return _label("strength") in values
+    text = values.get(setting.metadata["infotext"])
+    if text is None:
+        return setting.default
+    if setting.type == "float":
+        try:
+            return float(text)
+        except ValueError:
+            return setting.default
+    return re.sub(r" \[\w+\]$", "", text) if name in ("base", "adapted") else text
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of the dictionary that API calls give."""
+    properties = {}
+    for f in fields(Request):
+        about: dict[str, Any] = {"type": {"bool": "boolean", "float": "number", "str": "string"}[f.type]}
+        about |= {"default": f.default, "description": f.metadata["help"]}
+        about |= {k: f.metadata[k] for k in ("minimum", "maximum") if k in f.metadata}
+        if "choices" in f.metadata:
+            about["enum"] = list(f.metadata["choices"])
+        properties[f.metadata["key"]] = about
+    properties["enabled"]["default"] = True
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Delta Sampling",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A LoRA by name, with its weight for the UNet and for the text encoder (None: the same)."""
+
+    name: str
+    weight: float = 1.0
+    text: float | None = None
+
+    @property
+    def text_weight(self) -> float:
+        """The weight for the text encoder."""
+        return self.weight if self.text is None else self.text
+
+    def __str__(self) -> str:
+        text = "" if self.text is None else f":te={self.text:g}"
+        weight = f":{self.weight:g}" if self.weight != 1 or text else ""
+        return f"{self.name}{weight}{text}"
+
+
+def parse_picks(recipe: str) -> tuple[Pick, ...]:
+    """Read ``moxin:0.8, lineart:1:te=0.5``; a LoRA without a weight has weight 1."""
+    return tuple(_parse_pick(part.strip().split(":")) for part in re.split(r"[,\n]", recipe) if part.strip())
+
+
+def format_picks(picks: Sequence[Pick]) -> str:
+    """Write picks as :func:`parse_picks` reads them."""
+    return ", ".join(map(str, picks))
+
+
+def _parse_pick(parts: Sequence[str]) -> Pick:
+    name, text = parts[0].strip(), ":".join(parts)
+    if not name:
+        raise SettingError(f"LoRA pick {text!r} has no name: NAME:weight is needed")
+    values: dict[str, float] = {}
+    for part in parts[1:]:
+        key, _, value = part.strip().rpartition("=")
+        target = {"": "weight", "unet": "weight", "te": "text"}.get(key)
+        if target is None or target in values:
+            raise SettingError(f"LoRA pick {text!r} cannot be read at {part!r}: NAME:weight:te=weight is needed")
+        values[target] = _number(value, f"LoRA pick {text!r} has weight")
+    return Pick(name, **values)
+
+
+def _read_tag(tag: Sequence[str]) -> tuple[Pick, float | None]:
+    """Split ``<delta:NAME:lambda:weight=0.8:te=0.5>`` into what it picks and lambda."""
+    named = [part for part in tag[1:] if "=" in part]
+    plain = [part for part in tag[1:] if "=" not in part]
+    shown = "<delta:" + ":".join(tag) + ">"
+    if not tag or not tag[0].strip() or len(plain) > 1:
+        raise SettingError(f"{shown} cannot be read: <delta:NAME:lambda> is needed")
+    pick = _parse_pick([tag[0], *(re.sub(r"^\s*weight=", "unet=", part) for part in named)])
+    return pick, _number(plain[0], f"{shown} has lambda") if plain else None
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise SettingError(f"{where} {text!r}: a number is needed")
+    return value
+
+
+def _plain(about: Mapping[str, Any], kind: Any, value: Any) -> Any:
+    """Turn what widgets and JSON give into a field's own type, where nothing is lost."""
+    if kind == "str":
+        if value is None or value == NONE:
+            return ""
+        if about["key"] == "loras" and isinstance(value, list) and all(isinstance(v, str) for v in value):
+            return ", ".join(value)
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def _check(about: Mapping[str, Any], kind: Any, value: Any) -> None:
+    needed = {"bool": "true or false", "float": "a number", "str": "a text"}[kind]
+    if "minimum" in about:
+        needed = f"a number from {about['minimum']:g} to {about['maximum']:g}"
+    if "choices" in about:
+        needed = "one of " + ", ".join(about["choices"])
+    good = isinstance(value, {"bool": bool, "float": (int, float), "str": str}[kind])
+    good = good and not (kind == "float" and isinstance(value, bool))
+    if good and "minimum" in about:
+        good = about["minimum"] <= value <= about["maximum"]
+    if good and "choices" in about:
+        good = value in about["choices"]
+    if not good:
+        raise SettingError(f"Delta Sampling's {about['key']!r} must be {needed}, not {json.dumps(value, default=str)}")

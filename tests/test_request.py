@@ -1,0 +1,139 @@
+"""The settings of one generation: API arguments, prompt tags, infotext, LoRA recipes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib_delta.errors import SettingError
+from lib_delta.request import (
+    Pick,
+    Request,
+    format_picks,
+    from_infotext,
+    infotext_labels,
+    parse_picks,
+    schema,
+)
+
+
+def test_named_and_positional_arguments_say_the_same():
+    named = {"lambda": 1.5, "start": 0.1, "end": 0.9, "base": "v1-5", "loras": ["a:0.5", "b"], "hires": "first pass"}
+    positional = [True, 1.5, 0.1, 0.9, "constant", 1, 1, "v1-5", "None", "a:0.5, b", "", "", "", "first pass"]
+    assert Request.from_arguments([named, 1.0, "padding"]) == Request.from_arguments(positional)
+    assert Request.from_arguments([]) == Request()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([{"lamda": 1}], "no argument 'lamda': is 'lambda' meant?"),
+        ([{"zzz": 1}], "no argument 'zzz', only enabled, lambda"),
+        ([{"lambda": "1"}], "'lambda' must be a number from 0 to 10, not \"1\""),
+        ([{"lambda": 11}], "'lambda' must be a number from 0 to 10, not 11"),
+        ([{"lambda": float("nan")}], "'lambda' must be a number"),
+        ([{"lambda": True}], "'lambda' must be a number"),
+        ([{"enabled": 1}], "'enabled' must be true or false, not 1"),
+        ([{"curve": "zigzag"}], "'curve' must be one of constant, linear, cosine, sigmoid"),
+        ([{"base": 3}], "'base' must be a text, not 3"),
+        ([{"start": 0.8, "end": 0.2}], "start .0.8. must not come after end"),
+        ([{"loras": "a:b"}], "LoRA pick 'a:b' has weight 'b': a number is needed"),
+        ([{"loras": ":1"}], "has no name"),
+        ([{"loras": "a:1:2"}], "cannot be read at '2'"),
+        ([{"loras": ["a", 1]}], "'loras' must be a text"),
+        ([True] * 15, "takes 14 arguments, and 15 were given"),
+        (["yes"], "'enabled' must be true or false"),
+    ],
+)
+def test_wrong_arguments_give_a_sentence_that_names_the_key(arguments, sentence):
+    with pytest.raises(SettingError, match=sentence):
+        Request.from_arguments(arguments)
+
+
+def test_the_schema_knows_every_key_and_accepts_the_defaults():
+    described = schema()["properties"]
+    assert list(described) == [f.metadata["key"] for f in fields(Request)]
+    defaults = {key: about["default"] for key, about in described.items()}
+    assert Request.from_named(json.loads(json.dumps(defaults))) == Request(enabled=True)
+
+
+def test_tags_switch_on_and_join_the_picks_of_an_accordion_that_is_on():
+    off = Request(loras="left:0.3").with_tags([["moxin", "1.5"]])
+    assert (off.enabled, off.strength, off.loras) == (True, 1.5, "moxin")
+    on = Request(enabled=True, strength=0.7, loras="left:0.3").with_tags([["a", "weight=0.8", "te=0"]])
+    assert (on.strength, on.loras) == (0.7, "left:0.3, a:0.8:te=0")
+    assert Request(loras="x").with_tags([]) == Request(loras="x")
+
+
+@pytest.mark.parametrize(
+    ("tags", "sentence"),
+    [
+        ([["a", "1"], ["b", "2"]], "ask for lambda 1 and 2"),
+        ([["a", "x"]], "<delta:a:x> has lambda 'x'"),
+        ([[""]], "cannot be read"),
+        ([["a", "1", "2"]], "cannot be read"),
+        ([["a", "11"]], "'lambda' must be a number from 0 to 10"),
+    ],
+)
+def test_tags_that_cannot_be_read(tags, sentence):
+    with pytest.raises(SettingError, match=sentence):
+        Request().with_tags(tags)
+
+
+NAMES = (
+    st.text(st.characters(whitelist_categories=("L", "N"), whitelist_characters="_-. ()"), min_size=1)
+    .map(str.strip)
+    .filter(bool)
+)
+WEIGHTS = st.integers(-4000, 4000).map(lambda n: n / 1000)
+
+
+@given(st.lists(st.builds(Pick, NAMES, WEIGHTS, st.none() | WEIGHTS), max_size=4))
+def test_recipes_round_trip(picks):
+    assert list(parse_picks(format_picks(picks))) == picks
+
+
+@given(
+    st.builds(
+        Request,
+        enabled=st.just(True),
+        strength=st.integers(0, 200).map(lambda n: n / 20),
+        start=st.integers(0, 10).map(lambda n: n / 20),
+        end=st.integers(10, 20).map(lambda n: n / 20),
+        curve=st.sampled_from(["constant", "cosine"]),
+        base=NAMES,
+        prompt=st.sampled_from(["", "a, (cat:1.2)"]),
+        hires=st.sampled_from(["both", "first pass"]),
+        loras=st.sampled_from(["", "moxin:0.8, lineart:1:te=0.5"]),
+    )
+)
+def test_infotext_restores_everything(request_):
+    values = request_.infotext({request_.base: "abc123", "moxin": "def456"})
+    assert {f.name: from_infotext(values, f.name) for f in fields(Request)} == {
+        f.name: getattr(request_, f.name) for f in fields(Request)
+    }
+
+
+def test_infotext_is_short_and_says_nothing_where_there_was_no_delta():
+    assert Request(strength=2).infotext() == {}
+    assert Request(enabled=True).infotext() == {"Delta lambda": "1"}
+    values = Request(enabled=True, base="v1-5", loras="moxin:0.8").infotext({"v1-5": "aaa", "moxin": "bbb"})
+    assert values == {
+        "Delta lambda": "1",
+        "Delta base": "v1-5 [aaa]",
+        "Delta LoRAs": "moxin:0.8",
+        "Delta LoRA hashes": "moxin: bbb",
+    }
+    assert from_infotext({}, "enabled") is False
+    assert all(len(label) < 30 and label.startswith("Delta ") for label in infotext_labels().values())
+
+
+def test_importing_settings_imports_no_torch():
+    code = "import sys, lib_delta.request; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
