@@ -22,7 +22,8 @@ class DenoiseStep:
 
     ``x`` ``(N, C, H, W)`` is ``x0 + sigma * noise`` with ``sigma`` ``(N,)``, ``denoised`` the target's
     estimate of x0 after classifier-free guidance.  ``progress`` runs from 0 at the first step to 1
-    at the last; ``step`` counts the evaluations.
+    at the last; ``step`` counts the evaluations.  ``uncond_skipped`` tells that the target did
+    without guidance in this step, to save time.
     """
 
     x: Tensor
@@ -31,12 +32,13 @@ class DenoiseStep:
     cfg_scale: float
     progress: float
     step: int = 0
+    uncond_skipped: bool = False
 
 
 class DeltaSource(Protocol):
     """Base and adapted model, as :class:`lib_delta.source.Source` brings them."""
 
-    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float) -> Tensor:
+    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int, uncond_skipped: bool) -> Tensor:
         """Return ``D_adapted(x, sigma) - D_base(x, sigma)`` in float32, on the device of ``x``."""
         ...
 
@@ -58,7 +60,7 @@ class DeltaGuidance:
         if strength == 0:
             return step.denoised
         x_source, sigma_source, crossing = self.bridge.to_source(step.x, step.sigma, step.denoised)
-        delta_source = self.source.delta(x_source, sigma_source, step.cfg_scale)
+        delta_source = self.source.delta(x_source, sigma_source, step.cfg_scale, step.step, step.uncond_skipped)
         delta = self.bridge.delta_to_target(delta_source, crossing)
         if not torch.isfinite(delta).all():
             raise DeltaError(

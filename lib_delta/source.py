@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lib_delta.fork import expand
 from lib_delta.models.unet import UNet
 from lib_delta.parameterization import Parameterization
+
+Weights = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
 class Conditioning:
     """What one model is told: encoded prompts, for SDXL with label embeddings.
 
-    ``cond`` and ``uncond`` are ``(N or 1, T, C)`` (T may differ), the labels ``(N or 1, L)``.
+    ``cond`` is ``(M or 1, T, C)`` and ``uncond`` ``(N or 1, T, C)`` (T may differ), the labels
+    ``(M or 1, L)`` and ``(N or 1, L)``.  M is N, unless prompts are joined by AND (compositional
+    diffusion, arXiv 2206.01714): then ``weights`` has, for each image, the weights of its rows of cond.
     """
 
     cond: Tensor
     uncond: Tensor
     cond_label: Tensor | None = None
     uncond_label: Tensor | None = None
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         if (self.cond_label is None) != (self.uncond_label is None):
             raise ValueError("a label embedding is needed for both the prompt and the negative prompt, or for neither")
+        if self.weights is not None and sum(map(len, self.weights)) != len(self.cond):
+            raise ValueError(f"{len(self.cond)} rows of cond need as many weights, not {self.weights}")
+
+
+# Prompts may change during the run (prompt editing): what a model is told at the step of that number.
+Prompts = Callable[[int], Conditioning]
 
 
 class Source:
@@ -40,8 +53,8 @@ class Source:
         self,
         unet: UNet,
         parameterization: Parameterization,
-        base: Conditioning,
-        adapted: Conditioning | None = None,
+        base: Conditioning | Prompts,
+        adapted: Conditioning | Prompts | None = None,
         quantize: bool = False,
     ) -> None:
         """Take what base and adapted are told; ``adapted`` None means the same.
@@ -52,54 +65,149 @@ class Source:
         self.parameterization = parameterization
         self.quantize = quantize
         self.evaluations = 0
-        told = (base,) if adapted is None else (base, adapted)
-        self._cond = _join_branches([c.cond for c in told]), _join_labels([c.cond_label for c in told])
-        self._uncond = _join_branches([c.uncond for c in told]), _join_labels([c.uncond_label for c in told])
+        self._told = [_prompts(base)] if adapted is None else [_prompts(base), _prompts(adapted)]
+        self._joined: tuple[list[Conditioning], _Joined] | None = None
 
     @torch.no_grad()
-    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float) -> Tensor:
+    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int = 0, uncond_skipped: bool = False) -> Tensor:
         """Return ``D_adapted(x, sigma) - D_base(x, sigma)``, each after classifier-free guidance.
 
         Args:
             x: the source's noisy latents ``(N, C, H, W)``.
             sigma: their noise levels ``(N,)``.
             cfg_scale: guidance scale; at 1 the unconditional half is not evaluated.
+            step: the number of the step, for prompts that change.
+            uncond_skipped: do without guidance, as the target did in this step.
 
         Returns:
             ``(N, C, H, W)`` in float32 on the device of ``x``; exactly 0 if nothing tells the two models apart.
         """
-        denoised = self.denoised(x, sigma, cfg_scale)
+        denoised = self.denoised(x, sigma, cfg_scale, step, uncond_skipped)
         if denoised.shape[0] == 1:
             return torch.zeros_like(x, dtype=torch.float32)
         base, adapted = denoised
         return (adapted - base).to(x.device)
 
     @torch.no_grad()
-    def denoised(self, x: Tensor, sigma: Tensor, cfg_scale: float) -> Tensor:
+    def denoised(
+        self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int = 0, uncond_skipped: bool = False
+    ) -> Tensor:
         """Return the estimates of base and adapted, ``(R, N, C, H, W)``; R is 1 if they are the same."""
         weight = self.unet.time_embed["0"].weight
         x, sigma = x.to(weight.device, torch.float32), sigma.to(weight.device, torch.float32)
-        halves = [self._cond] if cfg_scale == 1 else [self._cond, self._uncond]
-        context, label = _stack_rows(halves, len(x))
-        model_x, t = self.parameterization.model_input(x, sigma, self.quantize)
-        rows = model_x.repeat(len(halves), 1, 1, 1)[None]
+        told = self._at(step, len(x))
+        with_uncond = not uncond_skipped and (cfg_scale != 1 or told.weights is not None)
+        rows = torch.cat((told.images, torch.arange(len(x)))) if with_uncond else told.images
+        context, label = told.model_rows(with_uncond)
+        model_x, t = self.parameterization.model_input(x[rows], sigma[rows], self.quantize)
         with _without_autocast(weight.device):
             output = self.unet(
-                rows.to(weight.dtype),
-                t.repeat(len(halves)),
-                context.to(weight),
-                None if label is None else label.to(weight),
+                model_x[None].to(weight.dtype), t, context.to(weight), None if label is None else label.to(weight)
             )
         self.evaluations += 1
-        # (R, halves, N, C, H, W): x and sigma broadcast over the first two.
-        denoised = self.parameterization.denoised(output.float().unflatten(1, (len(halves), -1)), x, sigma)
-        if cfg_scale == 1:
-            return denoised[:, 0]
-        cond, uncond = denoised.unbind(1)
-        return uncond + cfg_scale * (cond - uncond)
+        denoised = self.parameterization.denoised(output.float(), x[rows], sigma[rows])
+        cond, uncond = denoised[:, : len(told.images)], denoised[:, len(told.images) :]
+        if told.weights is None and not with_uncond:
+            return cond
+        if not with_uncond:
+            # As WebUIs do: each image's first prompt stands in for the negative one, without guidance.
+            cfg_scale, uncond = 1.0, cond[:, told.first]
+        if told.weights is None:
+            return uncond + cfg_scale * (cond - uncond)
+        return _compose(cond, uncond, cfg_scale * told.weights.to(cond.device), told.images.to(cond.device))
+
+    def _at(self, step: int, batch: int) -> _Joined:
+        """Join what the models are told at a step; while it stays the same, it is joined once."""
+        told = [prompts(step) for prompts in self._told]
+        if self._joined is None or any(a is not b for a, b in zip(self._joined[0], told)):
+            self._joined = told, _join(told, batch)
+        return self._joined[1]
 
 
-Rows = tuple[Tensor, "Tensor | None"]
+@dataclass(frozen=True)
+class _Joined:
+    """What base and adapted are told, with the branch axis: contexts ``(R, rows, T, C)``, labels ``(R, rows, L)``.
+
+    Row m of cond belongs to image ``images[m]``, whose first row is ``first[image]``.  ``weights``
+    ``(R or 1, M)`` is None where each image has one prompt of weight 1.
+    """
+
+    contexts: tuple[Tensor, Tensor]
+    labels: tuple[Tensor, Tensor] | None
+    images: Tensor
+    first: Tensor
+    weights: Tensor | None
+
+    def model_rows(self, with_uncond: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the context and label of all rows: cond, then uncond if it is asked for."""
+        if not with_uncond:
+            return self.contexts[0], None if self.labels is None else self.labels[0]
+        label = None if self.labels is None else torch.cat(expand(*self.labels), 1)
+        return torch.cat(expand(*_same_length(self.contexts)), 1), label
+
+
+def _prompts(told: Conditioning | Prompts) -> Prompts:
+    return (lambda step: told) if isinstance(told, Conditioning) else told
+
+
+def _join(told: list[Conditioning], batch: int) -> _Joined:
+    told = _same_parts([_for_batch(c, batch) for c in told])
+    parts = told[0].weights or ((1.0,),) * batch
+    counts = torch.tensor([len(p) for p in parts])
+    weights = [torch.tensor([w for p in c.weights for w in p]) for c in told if c.weights]
+    labels = [(c.cond_label, c.uncond_label) for c in told if c.cond_label is not None and c.uncond_label is not None]
+    return _Joined(
+        (_join_branches([c.cond for c in told]), _join_branches([c.uncond for c in told])),
+        (_join_branches([c for c, _ in labels]), _join_branches([u for _, u in labels])) if labels else None,
+        torch.arange(batch).repeat_interleave(counts),
+        counts.cumsum(0) - counts,
+        torch.stack(weights) if weights else None,
+    )
+
+
+def _for_batch(told: Conditioning, batch: int) -> Conditioning:
+    """Give each of ``batch`` images its rows."""
+
+    def each(tensor: Tensor) -> Tensor:
+        return tensor.expand(batch, *tensor.shape[1:])
+
+    def each_label(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else each(tensor)
+
+    uncond, uncond_label = each(told.uncond), each_label(told.uncond_label)
+    if told.weights is None:
+        return Conditioning(each(told.cond), uncond, each_label(told.cond_label), uncond_label)
+    trivial = all(parts == (1.0,) for parts in told.weights)
+    return replace(told, uncond=uncond, uncond_label=uncond_label, weights=None if trivial else told.weights)
+
+
+def _same_parts(told: list[Conditioning]) -> list[Conditioning]:
+    """Give every image as many rows of cond in base and adapted: rows of weight 0 fill up."""
+    if all(c.weights is None for c in told):
+        return told
+    stated = [c.weights or ((1.0,),) * len(c.cond) for c in told]
+    counts = [max(map(len, parts)) for parts in zip(*stated)]
+    return [_fill_up(c, weights, counts) for c, weights in zip(told, stated)]
+
+
+def _fill_up(told: Conditioning, weights: Weights, counts: list[int]) -> Conditioning:
+    rows: list[int] = []
+    filled: list[tuple[float, ...]] = []
+    start = 0
+    for parts, count in zip(weights, counts):
+        missing = count - len(parts)
+        rows += [*range(start, start + len(parts)), *[start] * missing]
+        filled.append(parts + (0.0,) * missing)
+        start += len(parts)
+    label = None if told.cond_label is None else told.cond_label[rows]
+    return replace(told, cond=told.cond[rows], cond_label=label, weights=tuple(filled))
+
+
+def _compose(cond: Tensor, uncond: Tensor, weights: Tensor, images: Tensor) -> Tensor:
+    """Add each row of cond ``(R, M, ...)`` to its image's uncond ``(R, N, ...)``, as far as its weight says."""
+    cond, uncond = expand(cond, uncond)
+    difference = (cond - uncond[:, images]) * weights[:, :, None, None, None]
+    return uncond.clone().index_add_(1, images, difference)
 
 
 def _join_branches(told: list[Tensor]) -> Tensor:
@@ -107,32 +215,14 @@ def _join_branches(told: list[Tensor]) -> Tensor:
     if all(t is told[0] or torch.equal(t, told[0]) for t in told):
         return told[0][None]
     if told[0].ndim == 3:
-        told = _same_length(told)
-    batch = max(len(t) for t in told)
-    return torch.stack([t.expand(batch, *t.shape[1:]) for t in told])
+        told = list(_same_length(told))
+    return torch.stack(told)
 
 
-def _join_labels(told: list[Tensor | None]) -> Tensor | None:
-    present = [t for t in told if t is not None]
-    return _join_branches(present) if present else None
-
-
-def _same_length(contexts: list[Tensor]) -> list[Tensor]:
+def _same_length(contexts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Repeat contexts ``(..., T, C)`` to one length; attention over a repeated context is unchanged."""
     length = math.lcm(*(c.shape[-2] for c in contexts))
-    return [torch.cat([c] * (length // c.shape[-2]), -2) for c in contexts]
-
-
-def _stack_rows(halves: list[Rows], batch: int) -> Rows:
-    """Join cond and uncond, each for ``batch`` images, to ``(R, rows, ...)``."""
-    contexts = _same_length([context for context, _ in halves])
-    labels = [label for _, label in halves if label is not None]
-    return _stack(contexts, batch), _stack(labels, batch) if labels else None
-
-
-def _stack(tensors: list[Tensor], batch: int) -> Tensor:
-    branches = max(len(t) for t in tensors)
-    return torch.cat([t.expand(branches, batch, *t.shape[2:]) for t in tensors], 1)
+    return tuple(torch.cat([c] * (length // c.shape[-2]), -2) for c in contexts)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

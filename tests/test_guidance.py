@@ -24,7 +24,7 @@ class RecordingSource:
         self.value = delta
         self.asked: list[tuple[Tensor, Tensor, float]] = []
 
-    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float) -> Tensor:
+    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Tensor:
         self.asked.append((x, sigma, cfg_scale))
         return torch.zeros_like(x, dtype=torch.float32) + self.value
 

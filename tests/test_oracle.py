@@ -119,7 +119,7 @@ class Case:
 class ToySource:
     networks: tuple[Network, ...]
 
-    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float) -> Tensor:
+    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Tensor:
         base, adapted = (guided(network, cfg_scale)(x, sigma) for network in self.networks)
         return adapted - base
 

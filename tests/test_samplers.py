@@ -39,7 +39,7 @@ class WatchedSource:
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
-    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float) -> Tensor:
+    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Tensor:
         self.seen.append(x.clone())
         return ADAPTED(x, sigma) - BASE(x, sigma)
 

@@ -125,6 +125,52 @@ def test_every_image_of_a_batch_may_have_its_own_prompt() -> None:
     torch.testing.assert_close(delta[1], expected[1], atol=1e-3, rtol=1e-3)
 
 
+def test_prompts_joined_by_and_are_weighted_against_the_negative_prompt() -> None:
+    unet = tiny_unet()
+    parts = [randn(1, 7, 16, seed=s) for s in (11, 12, 13)]
+    # The first image has two prompts, the second one; the adapted model has as many of its own.
+    told = Conditioning(torch.cat(parts), BASE_TOLD.uncond, weights=((1.0, -0.5), (0.8,)))
+    other = Conditioning(torch.cat(parts[1:]), ADAPTED_TOLD.uncond, weights=((0.7,), (1.0,)))
+
+    def by_hand(c: Conditioning, cfg: float) -> Tensor:
+        rows = iter(c.cond.split(1))
+        images = []
+        for i, weights in enumerate(c.weights or ()):
+            uncond = separately(unet, replace(c, cond=c.uncond, weights=None), 1.0)[i]
+            parts = [w * (separately(unet, Conditioning(next(rows), c.uncond), 1.0)[i] - uncond) for w in weights]
+            images.append(uncond + cfg * torch.stack(parts).sum(0))
+        return torch.stack(images)
+
+    for cfg in (1.0, 4.0):
+        base, adapted = Source(unet, EPS, told, other).denoised(X, SIGMA, cfg)
+        torch.testing.assert_close(base, by_hand(told, cfg), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(adapted, by_hand(other, cfg), atol=1e-3, rtol=1e-3)
+    skipped = Source(unet, EPS, told).denoised(X, SIGMA, 4.0, uncond_skipped=True)[0]
+    first = torch.cat((told.cond[:1], told.cond[2:]))
+    rows = [separately(unet, Conditioning(first[i : i + 1], first[i : i + 1]), 1.0)[i] for i in (0, 1)]
+    second = separately(unet, Conditioning(told.cond[1:2], first[:1]), 1.0)[0]
+    expected = torch.stack((rows[0] - 0.5 * (second - rows[0]), rows[1]))
+    torch.testing.assert_close(skipped, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_prompts_may_change_from_step_to_step() -> None:
+    unet = tiny_unet()
+    source = Source(unet, EPS, lambda step: BASE_TOLD, lambda step: BASE_TOLD if step < 2 else ADAPTED_TOLD)
+    assert not source.delta(X, SIGMA, 4.0, step=1).any()
+    expected = Source(unet, EPS, BASE_TOLD, ADAPTED_TOLD).delta(X, SIGMA, 4.0)
+    assert torch.equal(source.delta(X, SIGMA, 4.0, step=2), expected)
+
+
+def test_a_target_without_guidance_in_a_step_takes_the_source_along() -> None:
+    source = Source(tiny_unet(), EPS, BASE_TOLD, ADAPTED_TOLD)
+    assert torch.equal(source.delta(X, SIGMA, 7.0, uncond_skipped=True), source.delta(X, SIGMA, 1.0))
+
+
+def test_as_many_weights_as_rows_are_needed() -> None:
+    with pytest.raises(ValueError, match="1 rows of cond need as many weights"):
+        replace(BASE_TOLD, weights=((1.0, 1.0),))
+
+
 def test_sdxl_labels_may_differ_between_base_and_adapted() -> None:
     unet = tiny_unet(replace(TINY, label_width=12))
     base = replace(BASE_TOLD, cond_label=randn(1, 12, seed=7), uncond_label=randn(1, 12, seed=8))
