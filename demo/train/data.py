@@ -112,7 +112,7 @@ def augment(pictures: Tensor, generator: torch.Generator, strong: bool = True) -
 
 
 def recolour(pictures: Tensor, hue: Tensor, saturation: Tensor) -> Tensor:
-    """Rotate colours ``(N, 3, H, W)`` about the grey axis by ``hue`` radians; ``saturation`` scales their distance to it."""
+    """Rotate colours ``(N, 3, H, W)`` about the grey axis by ``hue`` radians and scale their distance to it."""
     cos, sin = (saturation * f for f in (hue.cos(), hue.sin()))
     skew = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
     grey = torch.full((3, 3), 1 / 3)
