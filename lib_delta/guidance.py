@@ -70,6 +70,20 @@ class DeltaGuidance:
         return (step.denoised.float() + strength * delta.float()).to(step.denoised.dtype)
 
 
+class Progress:
+    """How far along a run a noise level is."""
+
+    def __init__(self, sigmas: Tensor) -> None:
+        """Take the run's noise levels ``(steps,)`` or ``(steps + 1,)``, in any order."""
+        # A final 0 is where the run ends, never a level at which a model is asked.
+        self._levels = np.unique(sigmas[sigmas > 0].detach().cpu().double().log().numpy())
+
+    def __call__(self, sigma: Tensor) -> float:
+        """Return 0 at the first level, 1 at the last, and by steps between, whatever order samplers ask in."""
+        along = np.linspace(0, 1, len(self._levels))[::-1]
+        return float(np.interp(math.log(float(sigma.max())), self._levels, along))
+
+
 class DeltaDenoiser:
     """A target denoiser with the delta added, for k-diffusion's samplers to drive."""
 
@@ -84,8 +98,7 @@ class DeltaDenoiser:
         self.guidance = guidance
         self.cfg_scale = cfg_scale
         self.steps = 0
-        # A final 0 is where the run ends, never a level at which a model is asked.
-        self._levels = np.unique(sigmas[sigmas > 0].cpu().double().log().numpy())
+        self.progress = Progress(sigmas)
 
     def __call__(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         """Return the denoised estimate of ``x`` ``(N, C, H, W)`` at ``sigma`` ``(N,)``."""
@@ -93,8 +106,3 @@ class DeltaDenoiser:
         step = DenoiseStep(x, sigma, denoised, self.cfg_scale, self.progress(sigma), self.steps)
         self.steps += 1
         return self.guidance(step)
-
-    def progress(self, sigma: Tensor) -> float:
-        """Return how far along the run ``sigma`` is: 0 at the first level, 1 at the last, by steps between."""
-        along = np.linspace(0, 1, len(self._levels))[::-1]
-        return float(np.interp(math.log(float(sigma.max())), self._levels, along))

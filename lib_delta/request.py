@@ -183,7 +183,7 @@ def schema() -> dict[str, Any]:
     """Return the JSON Schema of the dictionary that API calls give."""
     properties = {}
     for f in fields(Request):
-        about: dict[str, Any] = {"type": {"bool": "boolean", "float": "number", "str": "string"}[f.type]}
+        about: dict[str, Any] = {"type": {"bool": "boolean", "float": "number", "str": "string"}[str(f.type)]}
         about |= {"default": f.default, "description": f.metadata["help"]}
         about |= {k: f.metadata[k] for k in ("minimum", "maximum") if k in f.metadata}
         if "choices" in f.metadata:
@@ -281,7 +281,8 @@ def _check(about: Mapping[str, Any], kind: Any, value: Any) -> None:
         needed = f"a number from {about['minimum']:g} to {about['maximum']:g}"
     if "choices" in about:
         needed = "one of " + ", ".join(about["choices"])
-    good = isinstance(value, {"bool": bool, "float": (int, float), "str": str}[kind])
+    types: dict[str, tuple[type, ...]] = {"bool": (bool,), "float": (int, float), "str": (str,)}
+    good = isinstance(value, types[kind])
     good = good and not (kind == "float" and isinstance(value, bool))
     if good and "minimum" in about:
         good = about["minimum"] <= value <= about["maximum"]

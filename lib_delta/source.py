@@ -100,7 +100,7 @@ class Source:
         rows = torch.cat((told.images, torch.arange(len(x)))) if with_uncond else told.images
         context, label = told.model_rows(with_uncond)
         model_x, t = self.parameterization.model_input(x[rows], sigma[rows], self.quantize)
-        with _without_autocast(weight.device):
+        with without_autocast(weight.device):
             output = self.unet(
                 model_x[None].to(weight.dtype), t, context.to(weight), None if label is None else label.to(weight)
             )
@@ -225,7 +225,7 @@ def _same_length(contexts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(torch.cat([c] * (length // c.shape[-2]), -2) for c in contexts)
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Switch off the autocast a host may be running under: the weights' own type is the one asked for."""
     try:
         return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,20 @@
+"""The WebUIs that Delta Sampling runs in.  Only this package imports their modules."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lib_delta.hosts.webui import Host
+
+
+@lru_cache(maxsize=1)
+def host() -> Host:
+    """Return the WebUI that is running: Forge and its relatives have packages that AUTOMATIC1111 lacks."""
+    forge = any(importlib.util.find_spec(name) for name in ("modules_forge", "ldm_patched"))
+    module = importlib.import_module("lib_delta.hosts.forge" if forge else "lib_delta.hosts.a1111")
+    running: Host = module.running()
+    return running

@@ -1,0 +1,188 @@
+"""AUTOMATIC1111's WebUI, 1.9 and 1.10.
+
+``CFGDenoiser`` calls back before the model, with the rows it is about to evaluate, and after it, with
+what came out.  Editing the latter in place, every row of an image alike, changes the guided result by
+just that much, before masks are blended in and previews are taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from modules import devices, lowvram, script_callbacks, shared
+from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
+from torch import Tensor
+
+from lib_delta.families import Family
+from lib_delta.guidance import DenoiseStep
+from lib_delta.hosts.progress import pass_progress
+from lib_delta.hosts.run import Run
+from lib_delta.hosts.text_a1111 import Engine
+from lib_delta.hosts.webui import RUN, Host, TextEngine
+from lib_delta.parameterization import Schedule, denoised_of, from_timestep_space, per_image
+from lib_delta.sidemodel import SideModel
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of ``CFGDenoiser.forward``, as its first callback sees it.
+
+    ``rows`` gives, for every row that the model evaluates, its image's number; ``weights`` for each
+    image the weights of its prompts joined by AND.  In ``eps`` the rows that come out are noise.
+    """
+
+    run: Run
+    hires: bool
+    x: Tensor
+    sigma: Tensor
+    progress: float
+    step: int
+    cfg_scale: float
+    weights: list[list[float]]
+    rows: Tensor
+    eps: bool
+    image_cfg_scale: float | None
+
+
+class Automatic1111(Host):
+    """The original WebUI."""
+
+    name = "AUTOMATIC1111"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._engine: tuple[SideModel, Engine] | None = None
+        # Between the two callbacks of one call: the second is told nothing of the first's.
+        self._call: Call | None = None
+
+    def install(self) -> None:
+        script_callbacks.on_cfg_denoiser(self._before_model)
+        script_callbacks.on_cfg_denoised(self._after_model)
+
+    def target_family(self) -> Family:
+        return family_of(shared.sd_model)
+
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        device: torch.device = devices.get_optimal_device()
+        return device, torch.float32 if device.type == "cpu" else devices.dtype_unet
+
+    def text_engine(self, model: SideModel) -> TextEngine:
+        if self._engine is None or self._engine[0] is not model:
+            self._engine = model, Engine(model)
+        return self._engine[1]
+
+    def forget(self) -> None:
+        self._engine = None
+
+    def text_device(self) -> torch.device:
+        return self.wanted_place()[0]
+
+    def enter(self, p: Any, model: SideModel) -> None:
+        device = self.wanted_place()[0]
+        if device.type != "cpu" and _low_memory():
+            lowvram.send_everything_to_cpu()
+        model.unet.to(device)
+
+    def leave(self, model: SideModel) -> None:
+        if model.device.type != "cpu" and _low_memory():
+            model.unet.to("cpu")
+            self.free_memory()
+
+    def free_memory(self) -> None:
+        devices.torch_gc()
+
+    def before_sampling(self, p: Any) -> None:
+        """Do nothing: callbacks and memory serve all passes alike."""
+
+    def _before_model(self, params: Any) -> None:
+        self._call = None
+        run: Run | None = getattr(params.denoiser.p, RUN, None)
+        if run is None:
+            return
+        hires = bool(getattr(params.denoiser.p, "is_hr_pass", False))
+        call = _call(run, hires, params)
+        if run.strength(call.progress, hires):
+            self._call = call
+
+    def _after_model(self, params: Any) -> None:
+        call, self._call = self._call, None
+        if call is None:
+            return
+        out = params.x.float()
+        estimates = denoised_of(out, call.x[call.rows], call.sigma[call.rows]) if call.eps else out
+        skipped = _uncond_skipped(params.x, call)
+        denoised = _guided(estimates, call, 1.0 if skipped else call.cfg_scale)
+        step = DenoiseStep(call.x, call.sigma, denoised, call.cfg_scale, call.progress, call.step, skipped)
+        change = call.run.apply(step, self.target_family(), call.hires) - denoised
+        if call.eps:
+            change = -change / per_image(call.sigma, change)
+        params.x += change[call.rows].to(params.x)
+
+
+def _call(run: Run, hires: bool, params: Any) -> Call:
+    denoiser = params.denoiser
+    extra = denoiser.sampler.sampler_extra_args
+    weights = [[float(part.weight) for part in image] for image in extra["cond"].batch]
+    images = len(weights)
+    counts = torch.tensor([len(image) for image in weights])
+    # An editing model (InstructPix2Pix) has two rows of each image without the prompt.
+    without_prompt = (len(params.x) - int(counts.sum())) // images
+    every = torch.arange(images)
+    rows = torch.cat((every.repeat_interleave(counts), every.repeat(without_prompt))).to(params.x.device)
+    x, sigma = params.x[-images:].float(), params.sigma[-images:].float()
+    timesteps = isinstance(denoiser, CFGDenoiserTimesteps)
+    if timesteps:
+        x, sigma = from_timestep_space(x, sigma, Schedule(shared.sd_model.alphas_cumprod))
+    return Call(
+        run=run,
+        hires=hires,
+        x=x,
+        sigma=sigma,
+        progress=pass_progress(denoiser)(sigma),
+        step=denoiser.step,
+        cfg_scale=float(extra["cond_scale"]) * getattr(denoiser, "cond_scale_miltiplier", 1.0),
+        weights=weights,
+        rows=rows,
+        eps=timesteps,
+        image_cfg_scale=denoiser.image_cfg_scale if without_prompt == 2 else None,
+    )
+
+
+def _uncond_skipped(out: Tensor, call: Call) -> bool:
+    """Tell whether guidance was left out to save time: the WebUI then repeats each image's first prompt."""
+    images = len(call.weights)
+    counts = torch.tensor([len(image) for image in call.weights])
+    first = counts.cumsum(0) - counts
+    return call.image_cfg_scale is None and torch.equal(out[-images:], out[first.to(out.device)])
+
+
+def _guided(estimates: Tensor, call: Call, cfg_scale: float) -> Tensor:
+    """Combine the estimates of all rows to one for each image, as ``CFGDenoiser`` is about to."""
+    images = len(call.weights)
+    if call.image_cfg_scale is not None:
+        cond, image_cond, uncond = estimates.chunk(3)
+        return uncond + cfg_scale * (cond - image_cond) + call.image_cfg_scale * (image_cond - uncond)
+    uncond, cond = estimates[-images:], estimates[:-images]
+    weights = torch.tensor([w for image in call.weights for w in image]).to(estimates)
+    rows = call.rows[: len(cond)]
+    return uncond.clone().index_add_(0, rows, (cond - uncond[rows]) * per_image(cfg_scale * weights, cond))
+
+
+def family_of(model: Any) -> Family:
+    """Tell the family of the WebUI's checkpoint."""
+    if getattr(model, "is_sdxl", False):
+        return Family.SDXL
+    if getattr(model, "is_sd3", False):
+        return Family.SD3
+    return Family.SD2 if getattr(model, "is_sd2", False) else Family.SD1
+
+
+def _low_memory() -> bool:
+    return bool(lowvram.is_enabled(shared.sd_model))
+
+
+def running() -> Automatic1111:
+    """Return the WebUI that is running."""
+    return Automatic1111()

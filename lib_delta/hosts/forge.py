@@ -1,0 +1,176 @@
+"""Forge, and its relatives as far as they share its interfaces.
+
+Before each evaluation Forge calls back with the images' own rows; what was denoised passes through the
+UNet patcher's post-CFG functions, before masks are blended in and previews are taken.  A refiner
+replaces the patcher in mid-run, so the function is put in its place at every step.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from modules import script_callbacks, shared
+from torch import Tensor
+
+from lib_delta.errors import SettingError
+from lib_delta.families import Family
+from lib_delta.guidance import DenoiseStep
+from lib_delta.hosts.progress import pass_progress
+from lib_delta.hosts.run import Run
+from lib_delta.hosts.webui import RUN, Host, TextEngine
+from lib_delta.sidemodel import SideModel
+
+BACKEND = importlib.util.find_spec("backend") is not None
+memory = importlib.import_module("backend.memory_management" if BACKEND else "ldm_patched.modules.model_management")
+patching = importlib.import_module("backend.patcher.base" if BACKEND else "ldm_patched.modules.model_patcher")
+
+POST_CFG = "sampler_post_cfg_function"
+# What one row of a pass through an SD 1.5 UNet needs besides its weights, for each pixel of the latent.
+ACTIVATION_BYTES = 32 * 1024
+
+
+@dataclass(frozen=True)
+class Call:
+    """One evaluation, as the callback before it sees it."""
+
+    run: Run
+    hires: bool
+    progress: float
+    step: int
+    cfg_scale: float
+
+
+class Forge(Host):
+    """Stable Diffusion WebUI Forge; reForge where there is no package ``backend``."""
+
+    name = "Forge" if BACKEND else "reForge"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._engine: tuple[SideModel, TextEngine] | None = None
+        self._patcher: Any = None
+        # Between the callback and the function: the latter is told nothing of the former's.
+        self._call: Call | None = None
+
+        # A plain function: patchers deep-copy their options at every clone, and methods' objects with them.
+        def post_cfg(args: dict[str, Any]) -> Tensor:
+            return self._after_guidance(args)
+
+        self._post_cfg: Callable[[dict[str, Any]], Tensor] = post_cfg
+
+    def install(self) -> None:
+        script_callbacks.on_cfg_denoiser(self._before_model)
+
+    def target_family(self) -> Family:
+        return family_of(shared.sd_model)
+
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        device: torch.device = memory.get_torch_device()
+        if device.type == "cpu":
+            return device, torch.float32
+        return device, torch.float16 if memory.should_use_fp16(device) else torch.float32
+
+    def text_engine(self, model: SideModel) -> TextEngine:
+        if self._engine is None or self._engine[0] is not model:
+            name = "lib_delta.hosts.text_forge" if BACKEND else "lib_delta.hosts.text_a1111"
+            self._engine = model, importlib.import_module(name).Engine(model)
+        return self._engine[1]
+
+    def text_device(self) -> torch.device:
+        device: torch.device = memory.text_encoder_device()
+        return device
+
+    def enter(self, p: Any, model: SideModel) -> None:
+        device = self.wanted_place()[0]
+        if device.type == "cpu":
+            self._patcher = None
+            model.unet.to(device)
+        elif self._patcher is None or self._patcher.model is not model.unet:
+            self._patcher = patching.ModelPatcher(
+                model.unet, load_device=device, offload_device=memory.unet_offload_device()
+            )
+
+    def before_sampling(self, p: Any) -> None:
+        """Tell the memory manager of the side model: it is loaded beside the main one."""
+        run: Run | None = getattr(p, RUN, None)
+        unet = p.sd_model.forge_objects.unet
+        if run is None or self._patcher is None or self._patcher in unet.extra_model_patchers_during_sampling:
+            return
+        unet = unet.clone()
+        unet.add_extra_model_patcher_during_sampling(self._patcher)
+        # Both branches, each with and without the prompt.
+        pixels = 4 * p.batch_size * (p.width // 8) * (p.height // 8)
+        unet.add_extra_preserved_memory_during_sampling(pixels * ACTIVATION_BYTES)
+        p.sd_model.forge_objects.unet = unet
+
+    def leave(self, model: SideModel) -> None:
+        """Do nothing: the memory manager takes models away when it needs their room."""
+
+    def forget(self) -> None:
+        self._engine = None
+        if self._patcher is None:
+            return
+        loaded = memory.current_loaded_models
+        for entry in [entry for entry in loaded if self._patcher.is_clone(entry.model)]:
+            loaded.remove(entry)
+            entry.model_unload()
+        self._patcher = None
+
+    def free_memory(self) -> None:
+        memory.soft_empty_cache()
+
+    def _before_model(self, params: Any) -> None:
+        self._call = None
+        denoiser = params.denoiser
+        run: Run | None = getattr(denoiser.p, RUN, None)
+        if run is None:
+            return
+        hires = bool(getattr(denoiser.p, "is_hr_pass", False))
+        progress = pass_progress(denoiser)(params.sigma)
+        if not run.strength(progress, hires):
+            return
+        scale = denoiser.sampler.sampler_extra_args["cond_scale"]
+        if hires:
+            scale = getattr(denoiser.p, "hr_cfg", scale)
+        self._call = Call(run, hires, progress, denoiser.step, float(scale))
+        self._put_in_place(denoiser.inner_model.inner_model.forge_objects)
+
+    def _put_in_place(self, forge_objects: Any) -> None:
+        """Make our function the last of the post-CFG functions, if it is not there yet."""
+        if self._post_cfg not in forge_objects.unet.model_options.get(POST_CFG, []):
+            unet = forge_objects.unet.clone()
+            unet.set_model_sampler_post_cfg_function(self._post_cfg)
+            forge_objects.unet = unet
+
+    def _after_guidance(self, args: dict[str, Any]) -> Tensor:
+        call, self._call = self._call, None
+        denoised: Tensor = args["denoised"]
+        if call is None:
+            return denoised
+        # Where guidance is left out to save time there is a negative prompt, and no estimate for it.
+        skipped = call.cfg_scale != 1 and not args["uncond_denoised"].any()
+        x, sigma = args["input"].float(), args["sigma"].float()
+        step = DenoiseStep(x, sigma, denoised.float(), call.cfg_scale, call.progress, call.step, skipped)
+        return call.run.apply(step, self.target_family(), call.hires).to(denoised)
+
+
+def family_of(model: Any) -> Family:
+    """Tell the family of the WebUI's checkpoint; raises :class:`SettingError` for those not known."""
+    families = {"is_sdxl": Family.SDXL, "is_sd3": Family.SD3, "is_sd2": Family.SD2, "is_sd1": Family.SD1}
+    for flag, family in families.items():
+        if getattr(model, flag, False):
+            return family
+    raise SettingError(
+        f"the main checkpoint ({type(model).__name__}) is of a family that Delta Sampling does not know: "
+        "SD 1.x, SD 2.x or SDXL is needed"
+    )
+
+
+def running() -> Forge:
+    """Return the WebUI that is running."""
+    return Forge()

@@ -1,0 +1,90 @@
+"""Prompts in a WebUI's own grammar, read by the WebUI's own code with the source's text encoder.
+
+The WebUI parses emphasis, BREAK, AND, prompt editing and textual inversions and gives back schedules
+of encoded prompts; what of a schedule holds at a step is told here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lib_delta.models.text import TextEncoder
+from lib_delta.source import Conditioning
+
+
+class Entry(Protocol):
+    """A part of a WebUI's prompt schedule: ``cond`` ``(T, C)`` holds up to and including ``end_at_step``."""
+
+    end_at_step: int
+    cond: Tensor
+
+
+class Part(Protocol):
+    """One of the prompts joined by AND."""
+
+    schedules: Sequence[Entry]
+    weight: float
+
+
+class Schedules:
+    """What one model is told over a run; called with a step's number, as :data:`lib_delta.source.Prompts` are."""
+
+    def __init__(self, cond: Sequence[Sequence[Part]], uncond: Sequence[Sequence[Entry]]) -> None:
+        """Take, for each image, its parts joined by AND, and its negative prompt's schedule."""
+        self._parts = [part for image in cond for part in image]
+        self._weights = tuple(tuple(float(part.weight) for part in image) for image in cond)
+        self._uncond = uncond
+        self._now: tuple[list[int], Conditioning] | None = None
+
+    def __call__(self, step: int) -> Conditioning:
+        """Return what holds at a step: the same object for as long as nothing changes."""
+        schedules = [*(part.schedules for part in self._parts), *self._uncond]
+        holding = [_holding(schedule, step) for schedule in schedules]
+        if self._now is None or self._now[0] != holding:
+            told = [schedule[i].cond for schedule, i in zip(schedules, holding)]
+            count = len(self._parts)
+            self._now = holding, Conditioning(_stack(told[:count]), _stack(told[count:]), weights=self._weights)
+        return self._now[1]
+
+
+def _holding(schedule: Sequence[Entry], step: int) -> int:
+    """Return the number of the entry that holds; after the last one's end WebUIs return to the first."""
+    return next((i for i, entry in enumerate(schedule) if step <= entry.end_at_step), 0)
+
+
+def _stack(conds: Sequence[Tensor]) -> Tensor:
+    """Stack ``(T, C)`` texts; shorter ones are filled up with their last vector, as WebUIs do."""
+    longest = max(len(c) for c in conds)
+    return torch.stack([torch.cat([c, c[-1:].expand(longest - len(c), -1)]) for c in conds])
+
+
+class Found(Protocol):
+    """What a WebUI's tokeniser leaves behind: for each row of tokens, its ``(offset, embedding)``."""
+
+    fixes: Sequence[Sequence[tuple[int, Any]]] | None
+
+
+def insert_embeddings(tower: TextEncoder, found: Found, key: str = "clip_l") -> None:
+    """Let textual inversions take the place of tokens in a text encoder of ours, from now on.
+
+    A hook, not a wrapper: parameters keep their names, by which an adapted encoder's are exchanged.
+    """
+
+    def insert(_module: nn.Module, _inputs: object, embedded: Tensor) -> Tensor:
+        fixes, found.fixes = found.fixes, None
+        if not fixes or not any(fixes):
+            return embedded
+        embedded = embedded.clone()
+        for row, embeddings in zip(embedded, fixes):
+            for offset, embedding in embeddings:
+                vectors = embedding.vec[key] if isinstance(embedding.vec, dict) else embedding.vec
+                # A chunk begins with its start mark, which offsets do not count.
+                room = row[offset + 1 :]
+                room[: len(vectors)] = vectors[: len(room)].to(row)
+        return embedded
+
+    tower.transformer.text_model.embeddings.token_embedding.register_forward_hook(insert)

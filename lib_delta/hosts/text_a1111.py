@@ -1,0 +1,55 @@
+"""AUTOMATIC1111's prompt code, which also reads textual inversions, with the source's text encoder."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from modules import sd_hijack, sd_hijack_clip, shared
+from modules.textual_inversion.textual_inversion import EmbeddingDatabase
+from torch import Tensor
+
+from lib_delta.hosts.prompts import insert_embeddings
+from lib_delta.hosts.webui import TextEngine, Texts
+from lib_delta.models.text import load_tokenizer
+from lib_delta.sidemodel import SideModel
+from lib_delta.source import without_autocast
+
+
+class Embeddings(EmbeddingDatabase):  # type: ignore[misc]
+    """The user's textual inversions of the source's width; the WebUI's own list has the main checkpoint's."""
+
+    def __init__(self, engine: Engine, width: int) -> None:
+        super().__init__()
+        self._tokenizing, self._width = SimpleNamespace(cond_stage_model=engine), width
+        for folder in sd_hijack.model_hijack.embedding_db.embedding_dirs:
+            self.add_embedding_dir(folder)
+
+    def get_expected_shape(self) -> int:
+        return self._width
+
+    def register_embedding(self, embedding: Any, _model: object) -> Any:
+        return super().register_embedding(embedding, self._tokenizing)
+
+
+class Engine(TextEngine, sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords):  # type: ignore[misc]
+    """The WebUI's prompt code; its last step, the text encoder, is ours."""
+
+    def __init__(self, model: SideModel) -> None:
+        hijack = SimpleNamespace(fixes=None, extra_generation_params={}, comments=[], embedding_db=None)
+        wrapped = SimpleNamespace(tokenizer=load_tokenizer())
+        sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords.__init__(self, wrapped, hijack)
+        hijack.embedding_db = Embeddings(self, model.tower.config.width)
+        insert_embeddings(model.tower, hijack)
+
+    def get_learned_conditioning(self, texts: Texts) -> Tensor:
+        self.hijack.embedding_db.load_textual_inversion_embeddings()
+        encoded: Tensor = self(list(texts))
+        return encoded
+
+    def encode_with_transformers(self, tokens: Tensor) -> Tensor:
+        """Encode ``(N, 77)`` tokens, which the WebUI has placed on its own device."""
+        device = next(self.tower.parameters()).device
+        with without_autocast(device):
+            hidden, _ = self.tower.encode(tokens.to(device), shared.opts.CLIP_stop_at_last_layers)
+        return hidden.to(tokens.device)

@@ -1,0 +1,50 @@
+"""Forge's prompt code, which also reads textual inversions, with the source's text encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import backend
+from backend.args import dynamic_args
+from backend.text_processing.classic_engine import ClassicTextProcessingEngine
+from modules import shared
+from torch import Tensor, nn
+
+from lib_delta.hosts.prompts import insert_embeddings
+from lib_delta.hosts.webui import TextEngine, Texts
+from lib_delta.models.text import load_tokenizer
+from lib_delta.sidemodel import SideModel
+from lib_delta.source import without_autocast
+
+TOKENIZER = Path("huggingface", "runwayml", "stable-diffusion-v1-5", "tokenizer")
+
+
+class Engine(TextEngine, ClassicTextProcessingEngine):  # type: ignore[misc]
+    """The WebUI's prompt code; its last step, the text encoder, is ours."""
+
+    def __init__(self, model: SideModel) -> None:
+        # The WebUI's class wraps the token embedding of what it is given: a bare frame, not our encoder.
+        frame = SimpleNamespace(token_embedding=nn.Embedding(1, 1))
+        encoder = SimpleNamespace(transformer=SimpleNamespace(text_model=SimpleNamespace(embeddings=frame)))
+        ClassicTextProcessingEngine.__init__(
+            self,
+            text_encoder=encoder,
+            tokenizer=load_tokenizer(Path(backend.__path__[0], TOKENIZER)),
+            embedding_dir=dynamic_args["embedding_dir"],
+            embedding_key="clip_l",
+            embedding_expected_shape=model.tower.config.width,
+            emphasis_name=shared.opts.emphasis,
+        )
+        insert_embeddings(model.tower, self.embeddings)
+
+    def get_learned_conditioning(self, texts: Texts) -> Tensor:
+        encoded: Tensor = self(list(texts))
+        return encoded
+
+    def encode_with_transformers(self, tokens: Tensor) -> Tensor:
+        """Encode ``(N, 77)`` tokens."""
+        device = next(self.tower.parameters()).device
+        with without_autocast(device):
+            hidden, _ = self.tower.encode(tokens.to(device), max(1, int(shared.opts.CLIP_stop_at_last_layers)))
+        return hidden

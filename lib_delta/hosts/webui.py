@@ -1,0 +1,458 @@
+"""What AUTOMATIC1111's WebUI and its relatives have in common.
+
+A generation is a ``p`` (StableDiffusionProcessing).  Each batch ends in ``p.sample(...)``, the only
+place whose exceptions reach the user; so that is where the source is made ready and where a fault
+comes out.  The samplers' callbacks in between find the run on their ``p``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from modules import extra_networks, prompt_parser, script_callbacks, sd_models, sd_samplers, shared
+
+from lib_delta.errors import DeltaError, SettingError
+from lib_delta.request import HASHES, Pick, Request, infotext_labels
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lib_delta.families import Family
+    from lib_delta.hosts.run import Run
+    from lib_delta.models.text import TextEncoder
+    from lib_delta.sidemodel import SideModel, SideModels
+    from lib_delta.source import Source
+
+REQUEST, RUN, AXES = "delta_sampling_request", "delta_sampling_run", "delta_sampling_axes"
+TAG = "delta"
+STOP = "stop"
+Texts = Sequence[str]
+
+
+@dataclass(frozen=True)
+class Told:
+    """Prompts of one pass, a row for each image, without tags."""
+
+    prompts: Texts
+    negative: Texts
+    steps: int
+    hires_steps: int | None
+
+
+class Host(ABC):
+    """A WebUI: its lists and options, its hooks, its prompt grammar and its memory."""
+
+    name = "WebUI"
+
+    def __init__(self) -> None:
+        self._models: SideModels | None = None
+        self._last = "Nothing has run yet"
+
+    # What differs from WebUI to WebUI.
+
+    @abstractmethod
+    def install(self) -> None:
+        """Register the callbacks that samplers call at every step."""
+
+    @abstractmethod
+    def target_family(self) -> Family:
+        """Return the family of the checkpoint that is loaded now."""
+
+    @abstractmethod
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Return where the WebUI computes and in which type."""
+
+    @abstractmethod
+    def text_engine(self, model: SideModel) -> TextEngine:
+        """Return the WebUI's prompt code with the side model's text encoder."""
+
+    @abstractmethod
+    def text_device(self) -> torch.device:
+        """Return where prompts are encoded."""
+
+    @abstractmethod
+    def enter(self, p: Any, model: SideModel) -> None:
+        """Bring the side model where it computes, before a batch is sampled."""
+
+    @abstractmethod
+    def leave(self, model: SideModel) -> None:
+        """Take the side model away after a batch, where memory is short."""
+
+    @abstractmethod
+    def free_memory(self) -> None:
+        """Return cached memory to the system."""
+
+    @abstractmethod
+    def before_sampling(self, p: Any) -> None:
+        """Do what has to be done right before the sampler starts, once for each pass."""
+
+    # Lists.
+
+    def checkpoints(self) -> list[str]:
+        """Return the names of the WebUI's checkpoints."""
+        return sorted((_checkpoint_name(info) for info in sd_models.checkpoints_list.values()), key=str.lower)
+
+    def refresh_checkpoints(self) -> None:
+        """Look for new checkpoints."""
+        sd_models.list_models()
+
+    def loras(self) -> list[str]:
+        """Return the names of the WebUI's LoRAs."""
+        return sorted(self._networks(), key=str.lower)
+
+    def refresh_loras(self) -> None:
+        """Look for new LoRAs."""
+        module = _lora_module()
+        if module is not None:
+            module.list_available_networks()
+
+    def _networks(self) -> Mapping[str, Any]:
+        module = _lora_module()
+        return {} if module is None else module.available_networks
+
+    def checkpoint(self, name: str) -> Any:
+        """Find a checkpoint as the WebUI does, by title, name, file or hash; raises :class:`SettingError`."""
+        found = sd_models.get_closet_checkpoint_match(name) if name else None
+        if found is None:
+            raise SettingError(f"there is no checkpoint {name!r} for Delta Sampling{_near(name, self.checkpoints())}")
+        return found
+
+    def lora(self, name: str) -> Any:
+        """Find a LoRA by its name, alias or file; raises :class:`SettingError`."""
+        networks = self._networks()
+        module = _lora_module()
+        aliases = {} if module is None else getattr(module, "available_network_aliases", {})
+        found = networks.get(name) or aliases.get(name) or networks.get(Path(name).stem)
+        if found is None:
+            by_case = {key.lower(): network for key, network in networks.items()}
+            found = by_case.get(name.lower())
+        if found is None:
+            raise SettingError(f"there is no LoRA {name!r} for Delta Sampling{_near(name, self.loras())}")
+        return found
+
+    # A generation.
+
+    def start(self) -> None:
+        """Register the callbacks and the prompt tag; once, when the script is loaded."""
+        self.install()
+        script_callbacks.on_before_ui(_register_tag)
+
+    def process(self, p: Any, arguments: Sequence[Any]) -> None:
+        """Read what a generation asks for; what is wrong with it is raised when it samples."""
+        for label in (*infotext_labels().values(), HASHES):
+            p.extra_generation_params.pop(label, None)
+        try:
+            setattr(p, REQUEST, _with_axes(Request.from_arguments(arguments), getattr(p, AXES, {})))
+        except DeltaError as error:
+            setattr(p, REQUEST, error)
+
+    def process_batch(self, p: Any) -> None:
+        """Prepare a batch: its tags are known now, and ``params.txt`` is written next."""
+        asked = getattr(p, REQUEST, None)
+        if isinstance(asked, Request):
+            asked = self._of_batch(p, asked)
+        if asked is None or (isinstance(asked, Request) and not (asked.enabled and asked.strength)):
+            return
+        if isinstance(asked, Request):
+            p.extra_generation_params.update(asked.infotext(self._hashes(asked)))
+        self._wrap_sample(p, asked)
+
+    def _of_batch(self, p: Any, request: Request) -> Request | DeltaError:
+        data = getattr(p, "extra_network_data", None) or {}
+        try:
+            asked = request.with_tags([[str(item) for item in params.items] for params in data.get(TAG, [])])
+            if asked.enabled and not asked.base:
+                asked = replace(asked, base=option("base", "") or "")
+            return asked
+        except DeltaError as error:
+            return error
+
+    def _wrap_sample(self, p: Any, asked: Request | DeltaError) -> None:
+        """Put the delta around this batch's ``p.sample``; on the instance, and only until it is called."""
+        own = p.__dict__.get("sample")
+        sample = p.sample
+
+        def restore() -> None:
+            if own is None:
+                p.__dict__.pop("sample", None)
+            else:
+                p.sample = own
+
+        def with_delta(*arguments: Any, **named: Any) -> Tensor:
+            restore()
+            return self._sample(p, asked, lambda: sample(*arguments, **named))
+
+        p.sample = with_delta
+
+    def _sample(self, p: Any, asked: Request | DeltaError, sample: Callable[[], Tensor]) -> Tensor:
+        from lib_delta.hosts.run import Stop
+
+        if isinstance(asked, DeltaError):
+            raise asked
+        run = self._prepared(p, asked)
+        if run is None:
+            return sample()
+        setattr(p, RUN, run)
+        try:
+            return sample()
+        except Stop as stop:
+            raise stop.error from stop.error.__cause__
+        finally:
+            delattr(p, RUN)
+            self._finish(p, run)
+
+    def _finish(self, p: Any, run: Run) -> None:
+        self._last = run.summary()
+        if not run.applied:
+            _claim_nothing(p)
+        if run.fault is not None:
+            self.unload()
+        else:
+            self.leave(run.model)
+
+    def _prepared(self, p: Any, request: Request) -> Run | None:
+        """Load and tell the source; None where that failed and the user wants to go on without."""
+        from lib_delta.sidemodel import sentence
+
+        shared.state.textinfo = "Delta Sampling: loading the side model"
+        try:
+            return self._prepare(p, request)
+        except Exception as error:  # whatever it is, the user hears of it
+            fault = sentence(error, "loading the side model of Delta Sampling")
+            self.unload()
+            if isinstance(fault, SettingError) or option("on_error", STOP) == STOP:
+                raise fault from None if fault is error else error
+            _claim_nothing(p)
+            _go_on_without(p, fault, error)
+            return None
+        finally:
+            shared.state.textinfo = None
+
+    def _prepare(self, p: Any, request: Request) -> Run:
+        from lib_delta.hosts.run import Run
+        from lib_delta.sidemodel import AdapterPick
+
+        if not request.base:
+            raise SettingError(
+                "Delta Sampling needs the SD 1.x checkpoint that the LoRA was made for: choose a base checkpoint"
+            )
+        if not (request.adapted or request.picks() or request.adapted_prompt):
+            raise SettingError(
+                "Delta Sampling has nothing to add: choose a LoRA, an adapted checkpoint or an adapted prompt"
+            )
+        picks = [self._file_of(pick) for pick in request.picks()]
+        if request.adapted and self.checkpoint(request.adapted).filename != self.checkpoint(request.base).filename:
+            picks.insert(0, AdapterPick(Path(self.checkpoint(request.adapted).filename)))
+        model = self._load(Path(self.checkpoint(request.base).filename))
+        model.adapt(picks, "bypass" if str(option("form", "")).startswith("low-rank") else "merged")
+        sources = self._tell(p, request, model)
+        run = Run(request, model, sources, lambda fault: self._fault(p, fault))
+        run.bridge(self.target_family())
+        self.enter(p, model)
+        return run
+
+    def _load(self, path: Path) -> SideModel:
+        from lib_delta.sidemodel import SideModels
+
+        if self._models is None:
+            self._models = SideModels()
+        return self._models.get(path, self.wanted_place()[1], int(option("cache", 1)))
+
+    def _file_of(self, pick: Pick) -> Any:
+        from lib_delta.sidemodel import AdapterPick
+
+        return AdapterPick(Path(self.lora(pick.name).filename), pick.weight, pick.text_weight)
+
+    def wanted_place(self) -> tuple[torch.device, torch.dtype]:
+        """Return where the side model computes and in which type, by the WebUI or by the settings."""
+        import torch
+
+        device, dtype = self.place()
+        if option("device", "Automatic") == "CPU":
+            device, dtype = torch.device("cpu"), torch.float32
+        types = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+        return device, types.get(option("precision", "Automatic"), dtype)
+
+    def _fault(self, p: Any, fault: DeltaError) -> None:
+        from lib_delta.hosts.run import Stop
+
+        if option("on_error", STOP) == STOP:
+            raise Stop(fault)
+        _go_on_without(p, fault, fault.__cause__ or fault)
+
+    # Prompts.
+
+    def _tell(self, p: Any, request: Request, model: SideModel) -> dict[bool, Source]:
+        from lib_delta.source import Source
+
+        engine = self.text_engine(model)
+        sources = {}
+        with model.text_on(self.text_device()) as (base, adapted):
+            for hires, told in _passes(p, request):
+                base_told = engine.encode(base, told.prompts, told)
+                adapted_told = None
+                if adapted is not base or request.adapted_prompt:
+                    prompts = _cleaned([request.adapted_prompt], len(told.prompts)) if request.adapted_prompt else None
+                    adapted_told = engine.encode(adapted, prompts or told.prompts, told)
+                sources[hires] = Source(model.unet, model.parameterization, base_told, adapted_told)
+        return sources
+
+    # What the user sees.
+
+    def _hashes(self, request: Request) -> dict[str, str]:
+        """Return short hashes of the side files, as far as the WebUI knows them."""
+        hashes: dict[str, str] = {}
+        try:
+            for name in filter(None, (request.base, request.adapted)):
+                hashes[name] = getattr(self.checkpoint(name), "shorthash", None) or ""
+            for pick in request.picks():
+                hashes[pick.name] = getattr(self.lora(pick.name), "shorthash", None) or ""
+        except SettingError:
+            return {}  # the same error comes out when the batch samples
+        return {name: value for name, value in hashes.items() if value}
+
+    def status(self) -> str:
+        """Return what is loaded, where, how large, what did not match, and what the last run cost; a line each."""
+        lines = []
+        for model in self._models or ():
+            lines.append(
+                f"{model.name}: on {model.device}, {model.memory / 2**20:.0f} MB"
+                f" ({str(model.dtype).removeprefix('torch.')})"
+            )
+            lines += [file.report() for file in model.adapters]
+        return "\n".join([*(lines or ["No side model is loaded"]), self._last])
+
+    def unload(self) -> str:
+        """Give back the side models' memory."""
+        count = len(list(self._models or ()))
+        if self._models is not None:
+            self.forget()
+            self._models.clear()
+            self.free_memory()
+        return f"Unloaded {count} side model{'' if count == 1 else 's'}"
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Let go of what else refers to side models."""
+
+    def postprocess(self, p: Any) -> None:
+        """Clean up after a generation."""
+        for name in (REQUEST, AXES):
+            p.__dict__.pop(name, None)
+
+
+class TextEngine(ABC):
+    """A WebUI's prompt code around our text encoder, in the role of a model for its prompt parser."""
+
+    def encode(self, tower: TextEncoder, prompts: Texts, told: Told) -> Any:
+        """Return what a model with this text encoder is told over a run."""
+        from lib_delta.hosts.prompts import Schedules
+
+        self.tower = tower
+        limits = (told.steps, told.hires_steps, getattr(shared.opts, "use_old_scheduling", False))
+        cond = prompt_parser.get_multicond_learned_conditioning(self, list(prompts), *limits)
+        uncond = prompt_parser.get_learned_conditioning(self, list(told.negative), *limits)
+        return Schedules(cond.batch, uncond)
+
+    @abstractmethod
+    def get_learned_conditioning(self, texts: Texts) -> Tensor:
+        """Encode texts without AND and prompt editing, as the prompt parser asks for it."""
+
+
+def option(name: str, default: Any) -> Any:
+    """Return one of our settings."""
+    return getattr(shared.opts, f"delta_sampling_{name}", default)
+
+
+def _passes(p: Any, request: Request) -> list[tuple[bool, Told]]:
+    """Return the prompts of the first pass and, if there is one, of the hires pass."""
+    config = sd_samplers.find_sampler_config(p.sampler_name)
+    steps = config.total_steps(p.steps) if config else p.steps
+    passes = [(False, _told(request, p.prompts, p.negative_prompts, steps, None))]
+    if getattr(p, "enable_hr", False):
+        config = sd_samplers.find_sampler_config(p.hr_sampler_name or p.sampler_name)
+        wanted = p.hr_second_pass_steps or p.steps
+        hires_steps = config.total_steps(wanted) if config else wanted
+        passes.append((True, _told(request, p.hr_prompts, p.hr_negative_prompts, steps, hires_steps)))
+    return passes
+
+
+def _told(request: Request, prompts: Texts, negative: Texts, steps: int, hires_steps: int | None) -> Told:
+    count = len(prompts)
+    return Told(
+        _cleaned([request.prompt] if request.prompt else prompts, count),
+        _cleaned([request.negative_prompt] if request.negative_prompt else negative, count),
+        steps,
+        hires_steps,
+    )
+
+
+def _cleaned(prompts: Texts, count: int) -> Texts:
+    """Return ``count`` prompts without extra-network tags; one is for all images."""
+    cleaned: list[str] = extra_networks.parse_prompts(list(prompts))[0]
+    return cleaned * count if len(cleaned) < count else cleaned
+
+
+def _with_axes(request: Request, axes: Mapping[str, Any]) -> Request:
+    """Apply an XYZ cell's values, which switch the delta on."""
+    if not axes:
+        return request
+    values = dict(axes)
+    weight = values.pop("lora_weight", None)
+    request = replace(request, **{"enabled": True, **values})
+    if weight is None:
+        return request
+    picks = [replace(pick, weight=float(weight), text=None) for pick in request.picks()]
+    return replace(request, loras=", ".join(map(str, picks)))
+
+
+def _claim_nothing(p: Any) -> None:
+    for label in (*infotext_labels().values(), HASHES):
+        p.extra_generation_params.pop(label, None)
+
+
+def _go_on_without(p: Any, fault: DeltaError, error: BaseException) -> None:
+    print(f"Delta Sampling: {fault}; going on without it", file=sys.stderr)
+    traceback.print_exception(type(error), error, error.__traceback__)
+    p.comment(f"Delta Sampling: {fault}. The picture was made without it.")
+
+
+def _register_tag() -> None:
+    class DeltaTag(extra_networks.ExtraNetwork):  # type: ignore[misc]
+        """Makes the tag known to the WebUI; each batch reads its own tags (:meth:`Host.process_batch`)."""
+
+        def __init__(self) -> None:
+            super().__init__(TAG)
+
+        def activate(self, p: Any, params_list: Any) -> None:
+            pass
+
+        def deactivate(self, p: Any) -> None:
+            pass
+
+    extra_networks.register_extra_network(DeltaTag())
+
+
+def _lora_module() -> ModuleType | None:
+    # Built-in extensions put it there when they are loaded, which may be later than this file.
+    return sys.modules.get("networks")
+
+
+def _checkpoint_name(info: Any) -> str:
+    return str(getattr(info, "name_for_extra", None) or info.name)
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    if near:
+        return f": is {near[0]!r} meant?"
+    return f": known are {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}" if known else ": none are installed"
