@@ -49,7 +49,7 @@ RUNS = {
     "vae-colour": Run(steps=250, batch=16, rate=2e-3, warmup=50, average=0.97),
     "vae": Run(steps=900, batch=16, rate=2e-3, average=0.99),
     "base-text": Run(steps=1200, batch=64, rate=2e-3, seed=11, average=0.99),
-    "base": Run(steps=9000, batch=16, rate=4e-4, seed=1),
+    "base": Run(steps=5000, batch=16, rate=4e-4, seed=1),
     "target-text": Run(steps=1200, batch=64, rate=2e-3, seed=12, average=0.99),
     "target": Run(steps=20000, batch=16, rate=4e-4, seed=2),
     "lineart": Run(steps=1500, batch=24, rate=2e-3, seed=3),
