@@ -8,7 +8,7 @@ just that much, before masks are blended in and previews are taken.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from modules import devices, lowvram, script_callbacks, shared
@@ -18,11 +18,12 @@ from torch import Tensor
 from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
 from lib_delta.hosts.progress import pass_progress
-from lib_delta.hosts.run import Run
-from lib_delta.hosts.text_a1111 import Engine
 from lib_delta.hosts.webui import RUN, Host, TextEngine
 from lib_delta.parameterization import Schedule, denoised_of, from_timestep_space, per_image
-from lib_delta.sidemodel import SideModel
+
+if TYPE_CHECKING:
+    from lib_delta.hosts.run import Run
+    from lib_delta.sidemodel import SideModel
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Automatic1111(Host):
 
     def __init__(self) -> None:
         super().__init__()
-        self._engine: tuple[SideModel, Engine] | None = None
+        self._engine: tuple[SideModel, TextEngine] | None = None
         # Between the two callbacks of one call: the second is told nothing of the first's.
         self._call: Call | None = None
 
@@ -69,6 +70,8 @@ class Automatic1111(Host):
         return device, torch.float32 if device.type == "cpu" else devices.dtype_unet
 
     def text_engine(self, model: SideModel) -> TextEngine:
+        from lib_delta.hosts.text_a1111 import Engine
+
         if self._engine is None or self._engine[0] is not model:
             self._engine = model, Engine(model)
         return self._engine[1]

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from modules import script_callbacks, shared
@@ -21,9 +21,11 @@ from lib_delta.errors import SettingError
 from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
 from lib_delta.hosts.progress import pass_progress
-from lib_delta.hosts.run import Run
 from lib_delta.hosts.webui import RUN, Host, TextEngine
-from lib_delta.sidemodel import SideModel
+
+if TYPE_CHECKING:
+    from lib_delta.hosts.run import Run
+    from lib_delta.sidemodel import SideModel
 
 BACKEND = importlib.util.find_spec("backend") is not None
 memory = importlib.import_module("backend.memory_management" if BACKEND else "ldm_patched.modules.model_management")

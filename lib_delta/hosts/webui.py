@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from modules import extra_networks, prompt_parser, script_callbacks, sd_models, sd_samplers, shared
 
 from lib_delta.errors import DeltaError, SettingError
-from lib_delta.request import HASHES, Pick, Request, infotext_labels
+from lib_delta.request import HASHES, NONE, Pick, Request, infotext_labels
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +171,7 @@ class Host(ABC):
         try:
             asked = request.with_tags([[str(item) for item in params.items] for params in data.get(TAG, [])])
             if asked.enabled and not asked.base:
-                asked = replace(asked, base=option("base", "") or "")
+                asked = replace(asked, base=_named(option("base", NONE)))
             return asked
         except DeltaError as error:
             return error
@@ -219,6 +219,13 @@ class Host(ABC):
         else:
             self.leave(run.model)
 
+    def postprocess(self, p: Any) -> None:
+        """Clean up after a generation."""
+        for name in (REQUEST, AXES):
+            p.__dict__.pop(name, None)
+        if int(option("cache", 1)) == 0:
+            self.unload()
+
     def _prepared(self, p: Any, request: Request) -> Run | None:
         """Load and tell the source; None where that failed and the user wants to go on without."""
         from lib_delta.sidemodel import sentence
@@ -265,7 +272,7 @@ class Host(ABC):
 
         if self._models is None:
             self._models = SideModels()
-        return self._models.get(path, self.wanted_place()[1], int(option("cache", 1)))
+        return self._models.get(path, self.wanted_place()[1], max(1, int(option("cache", 1))))
 
     def _file_of(self, pick: Pick) -> Any:
         from lib_delta.sidemodel import AdapterPick
@@ -277,8 +284,11 @@ class Host(ABC):
         import torch
 
         device, dtype = self.place()
-        if option("device", "Automatic") == "CPU":
+        wanted = option("device", "Automatic")
+        if wanted == "CPU":
             device, dtype = torch.device("cpu"), torch.float32
+        elif wanted != "Automatic":
+            device = torch.device(wanted)
         types = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
         return device, types.get(option("precision", "Automatic"), dtype)
 
@@ -343,11 +353,6 @@ class Host(ABC):
     @abstractmethod
     def forget(self) -> None:
         """Let go of what else refers to side models."""
-
-    def postprocess(self, p: Any) -> None:
-        """Clean up after a generation."""
-        for name in (REQUEST, AXES):
-            p.__dict__.pop(name, None)
 
 
 class TextEngine(ABC):
@@ -440,6 +445,10 @@ def _register_tag() -> None:
             pass
 
     extra_networks.register_extra_network(DeltaTag())
+
+
+def _named(choice: str | None) -> str:
+    return "" if choice in (None, NONE) else str(choice)
 
 
 def _lora_module() -> ModuleType | None:
