@@ -38,8 +38,13 @@ class DenoiseStep:
 class DeltaSource(Protocol):
     """Base and adapted model, as :class:`lib_delta.source.Source` brings them."""
 
-    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int, uncond_skipped: bool) -> Tensor:
-        """Return ``D_adapted(x, sigma) - D_base(x, sigma)`` in float32, on the device of ``x``."""
+    def deltas(
+        self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int, uncond_skipped: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``D_adapted(x, sigma) - D_base(x, sigma)``, guided and for the negative prompt alone.
+
+        Both in float32, on the device of ``x``.
+        """
         ...
 
 
@@ -56,18 +61,28 @@ class DeltaGuidance:
 
         Raises :class:`DeltaError` if the source's delta is not finite.
         """
+        changes = self.changes(step)
+        return step.denoised if changes is None else (step.denoised.float() + changes[0]).to(step.denoised.dtype)
+
+    def changes(self, step: DenoiseStep) -> tuple[Tensor, Tensor] | None:
+        """Return what is to be added to the target's guided estimate, and to that for its negative prompt.
+
+        None at lambda 0, where no side model is called.  Raises as calling does.
+        """
         strength = self.strength.at(step.progress)
         if strength == 0:
-            return step.denoised
-        x_source, sigma_source, crossing = self.bridge.to_source(step.x, step.sigma, step.denoised)
-        delta_source = self.source.delta(x_source, sigma_source, step.cfg_scale, step.step, step.uncond_skipped)
-        delta = self.bridge.delta_to_target(delta_source, crossing)
-        if not torch.isfinite(delta).all():
+            return None
+        x, sigma, crossing = self.bridge.to_source(step.x, step.sigma, step.denoised)
+        guided, uncond = self.source.deltas(x, sigma, step.cfg_scale, step.step, step.uncond_skipped)
+        change = strength * self.bridge.delta_to_target(guided, crossing).float()
+        if not torch.isfinite(change).all():
             raise DeltaError(
                 f"the source's delta is not a number at step {step.step} (sigma {float(step.sigma.max()):.4g}): "
                 "run the base model in fp32 or bf16, or check its adapters"
             )
-        return (step.denoised.float() + strength * delta.float()).to(step.denoised.dtype)
+        if uncond is guided:
+            return change, change
+        return change, strength * self.bridge.delta_to_target(uncond, crossing).float()
 
 
 class Progress:

@@ -68,31 +68,43 @@ class Source:
         self._told = [_prompts(base)] if adapted is None else [_prompts(base), _prompts(adapted)]
         self._joined: tuple[list[Conditioning], _Joined] | None = None
 
-    @torch.no_grad()
     def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int = 0, uncond_skipped: bool = False) -> Tensor:
         """Return ``D_adapted(x, sigma) - D_base(x, sigma)``, each after classifier-free guidance.
+
+        The first of :meth:`deltas`.
+        """
+        return self.deltas(x, sigma, cfg_scale, step, uncond_skipped)[0]
+
+    @torch.no_grad()
+    def deltas(
+        self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int = 0, uncond_skipped: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the adaptation changes in the guided estimate, and in the one for the negative prompt.
 
         Args:
             x: the source's noisy latents ``(N, C, H, W)``.
             sigma: their noise levels ``(N,)``.
-            cfg_scale: guidance scale; at 1 the unconditional half is not evaluated.
+            cfg_scale: guidance scale; at 1 the unconditional half is not evaluated, and both deltas are one.
             step: the number of the step, for prompts that change.
             uncond_skipped: do without guidance, as the target did in this step.
 
         Returns:
-            ``(N, C, H, W)`` in float32 on the device of ``x``; exactly 0 if nothing tells the two models apart.
+            Two ``(N, C, H, W)`` in float32 on the device of ``x``; exactly 0 if nothing tells the two models apart.
         """
-        denoised = self.denoised(x, sigma, cfg_scale, step, uncond_skipped)
-        if denoised.shape[0] == 1:
-            return torch.zeros_like(x, dtype=torch.float32)
-        base, adapted = denoised
-        return (adapted - base).to(x.device)
+        guided, uncond = self._estimates(x, sigma, cfg_scale, step, uncond_skipped)
+        delta = _difference(guided, x)
+        return delta, delta if uncond is guided else _difference(uncond, x)
 
     @torch.no_grad()
     def denoised(
         self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int = 0, uncond_skipped: bool = False
     ) -> Tensor:
-        """Return the estimates of base and adapted, ``(R, N, C, H, W)``; R is 1 if they are the same."""
+        """Return the guided estimates of base and adapted, ``(R, N, C, H, W)``; R is 1 if they are the same."""
+        return self._estimates(x, sigma, cfg_scale, step, uncond_skipped)[0]
+
+    def _estimates(
+        self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int, uncond_skipped: bool
+    ) -> tuple[Tensor, Tensor]:
         weight = self.unet.time_embed["0"].weight
         x, sigma = x.to(weight.device, torch.float32), sigma.to(weight.device, torch.float32)
         told = self._at(step, len(x))
@@ -108,13 +120,13 @@ class Source:
         denoised = self.parameterization.denoised(output.float(), x[rows], sigma[rows])
         cond, uncond = denoised[:, : len(told.images)], denoised[:, len(told.images) :]
         if told.weights is None and not with_uncond:
-            return cond
+            return cond, cond
         if not with_uncond:
             # As WebUIs do: each image's first prompt stands in for the negative one, without guidance.
             cfg_scale, uncond = 1.0, cond[:, told.first]
         if told.weights is None:
-            return uncond + cfg_scale * (cond - uncond)
-        return _compose(cond, uncond, cfg_scale * told.weights.to(cond.device), told.images.to(cond.device))
+            return uncond + cfg_scale * (cond - uncond), uncond
+        return _compose(cond, uncond, cfg_scale * told.weights.to(cond.device), told.images.to(cond.device)), uncond
 
     def _at(self, step: int, batch: int) -> _Joined:
         """Join what the models are told at a step; while it stays the same, it is joined once."""
@@ -144,6 +156,11 @@ class _Joined:
             return self.contexts[0], None if self.labels is None else self.labels[0]
         label = None if self.labels is None else torch.cat(expand(*self.labels), 1)
         return torch.cat(expand(*_same_length(self.contexts)), 1), label
+
+
+def _difference(branches: Tensor, x: Tensor) -> Tensor:
+    """Return adapted minus base of ``(R, N, C, H, W)``, on the device of ``x``."""
+    return (branches[-1] - branches[0]).to(x.device) if len(branches) > 1 else torch.zeros_like(x, dtype=torch.float32)
 
 
 def _prompts(told: Conditioning | Prompts) -> Prompts:

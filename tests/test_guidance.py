@@ -24,13 +24,21 @@ class RecordingSource:
         self.value = delta
         self.asked: list[tuple[Tensor, Tensor, float]] = []
 
-    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Tensor:
+    def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> tuple[Tensor, Tensor]:
         self.asked.append((x, sigma, cfg_scale))
-        return torch.zeros_like(x, dtype=torch.float32) + self.value
+        delta = torch.zeros_like(x, dtype=torch.float32) + self.value
+        return delta, delta / 2
 
 
 def step(progress: float = 0.5, x: Tensor = X, denoised: Tensor = DENOISED) -> DenoiseStep:
     return DenoiseStep(x, SIGMA, denoised, cfg_scale=7.0, progress=progress, step=3)
+
+
+def test_the_negative_prompts_own_delta_is_there_for_samplers_that_ask() -> None:
+    changes = DeltaGuidance(Strength(2.0), ScaleBridge(0.5), RecordingSource(0.25)).changes(step())
+    assert changes is not None
+    assert torch.equal(changes[0], torch.full_like(X, 1.0)) and torch.equal(changes[1], torch.full_like(X, 0.5))
+    assert DeltaGuidance(Strength(0.0), IdentityBridge(), RecordingSource()).changes(step()) is None
 
 
 def test_the_delta_is_added_with_its_strength() -> None:

@@ -119,9 +119,9 @@ class Case:
 class ToySource:
     networks: tuple[Network, ...]
 
-    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Tensor:
+    def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> tuple[Tensor, Tensor]:
         base, adapted = (guided(network, cfg_scale)(x, sigma) for network in self.networks)
-        return adapted - base
+        return adapted - base, adapted - base
 
 
 def rows(told: dict[bool, Tensor], parts: tuple[bool, ...], batch: int) -> Tensor:

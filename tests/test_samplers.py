@@ -39,9 +39,10 @@ class WatchedSource:
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
-    def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Tensor:
+    def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> tuple[Tensor, Tensor]:
         self.seen.append(x.clone())
-        return ADAPTED(x, sigma) - BASE(x, sigma)
+        delta = ADAPTED(x, sigma) - BASE(x, sigma)
+        return delta, delta
 
 
 class WatchedTarget:

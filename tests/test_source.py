@@ -166,6 +166,18 @@ def test_a_target_without_guidance_in_a_step_takes_the_source_along() -> None:
     assert torch.equal(source.delta(X, SIGMA, 7.0, uncond_skipped=True), source.delta(X, SIGMA, 1.0))
 
 
+def test_the_delta_for_the_negative_prompt_alone() -> None:
+    unet = tiny_unet()
+    source = Source(unet, EPS, BASE_TOLD, ADAPTED_TOLD)
+    guided, uncond = source.deltas(X, SIGMA, 4.0)
+    assert torch.equal(guided, source.delta(X, SIGMA, 4.0))
+    negative = [replace(told, cond=told.uncond) for told in (ADAPTED_TOLD, BASE_TOLD)]
+    expected = separately(unet, negative[0], 1.0) - separately(unet, negative[1], 1.0)
+    torch.testing.assert_close(uncond, expected, atol=1e-3, rtol=1e-3)
+    guided, uncond = source.deltas(X, SIGMA, 1.0)
+    assert uncond is guided
+
+
 def test_as_many_weights_as_rows_are_needed() -> None:
     with pytest.raises(ValueError, match="1 rows of cond need as many weights"):
         replace(BASE_TOLD, weights=((1.0, 1.0),))

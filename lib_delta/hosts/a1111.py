@@ -32,6 +32,7 @@ class Call:
 
     ``rows`` gives, for every row that the model evaluates, its image's number; ``weights`` for each
     image the weights of its prompts joined by AND.  In ``eps`` the rows that come out are noise.
+    ``uncond_used`` tells that the sampler (CFG++) works with the estimate for the negative prompt as well.
     """
 
     run: Run
@@ -44,6 +45,7 @@ class Call:
     weights: list[list[float]]
     rows: Tensor
     eps: bool
+    uncond_used: bool
     image_cfg_scale: float | None
 
 
@@ -62,8 +64,8 @@ class Automatic1111(Host):
         script_callbacks.on_cfg_denoiser(self._before_model)
         script_callbacks.on_cfg_denoised(self._after_model)
 
-    def target_family(self) -> Family:
-        return family_of(shared.sd_model)
+    def target(self) -> tuple[Family, float]:
+        return family_of(shared.sd_model), Schedule(shared.sd_model.alphas_cumprod).sigma_max
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         device: torch.device = devices.get_optimal_device()
@@ -116,12 +118,14 @@ class Automatic1111(Host):
         out = params.x.float()
         estimates = denoised_of(out, call.x[call.rows], call.sigma[call.rows]) if call.eps else out
         skipped = _uncond_skipped(params.x, call)
-        denoised = _guided(estimates, call, 1.0 if skipped else call.cfg_scale)
-        step = DenoiseStep(call.x, call.sigma, denoised, call.cfg_scale, call.progress, call.step, skipped)
-        change = call.run.apply(step, self.target_family(), call.hires) - denoised
-        if call.eps:
-            change = -change / per_image(call.sigma, change)
-        params.x += change[call.rows].to(params.x)
+        scale = 1.0 if skipped else call.cfg_scale
+        denoised = _guided(estimates, call, scale)
+        step = DenoiseStep(call.x, call.sigma, denoised, scale, call.progress, call.step, skipped)
+        changes = call.run.changes(step, call.run.bridge(*self.target()), call.hires)
+        if changes is None:
+            return
+        guided, uncond = (-c / per_image(call.sigma, c) for c in changes) if call.eps else changes
+        params.x += _row_changes(guided, uncond, step.cfg_scale, call).to(params.x)
 
 
 def _call(run: Run, hires: bool, params: Any) -> Call:
@@ -149,6 +153,7 @@ def _call(run: Run, hires: bool, params: Any) -> Call:
         weights=weights,
         rows=rows,
         eps=timesteps,
+        uncond_used=bool(getattr(denoiser, "need_last_noise_uncond", False)),
         image_cfg_scale=denoiser.image_cfg_scale if without_prompt == 2 else None,
     )
 
@@ -171,6 +176,22 @@ def _guided(estimates: Tensor, call: Call, cfg_scale: float) -> Tensor:
     weights = torch.tensor([w for image in call.weights for w in image]).to(estimates)
     rows = call.rows[: len(cond)]
     return uncond.clone().index_add_(0, rows, (cond - uncond[rows]) * per_image(cfg_scale * weights, cond))
+
+
+def _row_changes(guided: Tensor, uncond: Tensor, cfg_scale: float, call: Call) -> Tensor:
+    """Return what to add to each row, so that guidance adds up to ``guided``.
+
+    The same for all rows would do, but for samplers that look at the negative prompt's rows by
+    themselves: these get ``uncond``, and the others what is then left to get.
+    """
+    if not call.uncond_used or call.image_cfg_scale is not None:
+        return guided[call.rows]
+    share = cfg_scale * torch.tensor([sum(image) for image in call.weights]).to(guided)
+    if not bool((share.abs() > 0.01).all()):
+        return guided[call.rows]
+    cond = uncond + (guided - uncond) / per_image(share, guided)
+    images = len(call.weights)
+    return torch.cat((cond[call.rows[:-images]], uncond))
 
 
 def family_of(model: Any) -> Family:

@@ -38,13 +38,17 @@ ACTIVATION_BYTES = 32 * 1024
 
 @dataclass(frozen=True)
 class Call:
-    """One evaluation, as the callback before it sees it."""
+    """One evaluation, as the callback before it sees it.
+
+    ``uncond_used`` tells that the sampler (CFG++) works with the estimate for the negative prompt as well.
+    """
 
     run: Run
     hires: bool
     progress: float
     step: int
     cfg_scale: float
+    uncond_used: bool
 
 
 class Forge(Host):
@@ -68,8 +72,9 @@ class Forge(Host):
     def install(self) -> None:
         script_callbacks.on_cfg_denoiser(self._before_model)
 
-    def target_family(self) -> Family:
-        return family_of(shared.sd_model)
+    def target(self) -> tuple[Family, float]:
+        family = family_of(shared.sd_model)
+        return family, float(shared.sd_model.forge_objects.unet.model.predictor.sigmas.max())
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         device: torch.device = memory.get_torch_device()
@@ -139,7 +144,9 @@ class Forge(Host):
         scale = denoiser.sampler.sampler_extra_args["cond_scale"]
         if hires:
             scale = getattr(denoiser.p, "hr_cfg", scale)
-        self._call = Call(run, hires, progress, denoiser.step, float(scale))
+        self._call = Call(
+            run, hires, progress, denoiser.step, float(scale), bool(getattr(denoiser, "need_last_noise_uncond", False))
+        )
         self._put_in_place(denoiser.inner_model.inner_model.forge_objects)
 
     def _put_in_place(self, forge_objects: Any) -> None:
@@ -158,7 +165,13 @@ class Forge(Host):
         skipped = call.cfg_scale != 1 and not args["uncond_denoised"].any()
         x, sigma = args["input"].float(), args["sigma"].float()
         step = DenoiseStep(x, sigma, denoised.float(), call.cfg_scale, call.progress, call.step, skipped)
-        return call.run.apply(step, self.target_family(), call.hires).to(denoised)
+        changes = call.run.changes(step, call.run.bridge(*self.target()), call.hires)
+        if changes is None:
+            return denoised
+        if call.uncond_used:
+            # In place, for what a function returns is the guided estimate alone.
+            args["uncond_denoised"] += changes[1].to(denoised)
+        return (denoised + changes[0]).to(denoised)
 
 
 def family_of(model: Any) -> Family:

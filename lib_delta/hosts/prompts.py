@@ -6,7 +6,7 @@ of encoded prompts; what of a schedule holds at a step is told here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,11 +30,43 @@ class Part(Protocol):
     weight: float
 
 
+# From cond and uncond ``(N, T, C)`` to the same two of one length.
+Padding = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def pad_with_empty(empty: Tensor) -> Padding:
+    """Fill the shorter of the two up with the empty prompt ``(1, 77, C)``."""
+
+    def pad(cond: Tensor, uncond: Tensor) -> tuple[Tensor, Tensor]:
+        length = max(cond.shape[1], uncond.shape[1])
+        return _fill(cond, empty, length), _fill(uncond, empty, length)
+
+    return pad
+
+
+def _fill(conds: Tensor, empty: Tensor, length: int) -> Tensor:
+    missing = (length - conds.shape[1]) // empty.shape[1]
+    return torch.cat((conds, empty.to(conds).repeat(len(conds), missing, 1)), 1)
+
+
+def pad_uncond(cond: Tensor, uncond: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring the negative prompt to the prompt's length: cut it, or repeat its last vector (WebUI before 1.6)."""
+    missing = max(0, cond.shape[1] - uncond.shape[1])
+    longer = torch.cat((uncond, uncond[:, -1:].expand(-1, missing, -1)), 1)
+    return cond, longer[:, : cond.shape[1]]
+
+
 class Schedules:
     """What one model is told over a run; called with a step's number, as :data:`lib_delta.source.Prompts` are."""
 
-    def __init__(self, cond: Sequence[Sequence[Part]], uncond: Sequence[Sequence[Entry]]) -> None:
-        """Take, for each image, its parts joined by AND, and its negative prompt's schedule."""
+    def __init__(
+        self, cond: Sequence[Sequence[Part]], uncond: Sequence[Sequence[Entry]], pad: Padding | None = None
+    ) -> None:
+        """Take, for each image, its parts joined by AND, and its negative prompt's schedule.
+
+        ``pad`` is how the WebUI brings prompt and negative prompt to one length, where it does.
+        """
+        self._pad = pad
         self._parts = [part for image in cond for part in image]
         self._weights = tuple(tuple(float(part.weight) for part in image) for image in cond)
         self._uncond = uncond
@@ -47,7 +79,9 @@ class Schedules:
         if self._now is None or self._now[0] != holding:
             told = [schedule[i].cond for schedule, i in zip(schedules, holding)]
             count = len(self._parts)
-            self._now = holding, Conditioning(_stack(told[:count]), _stack(told[count:]), weights=self._weights)
+            halves = _stack(told[:count]), _stack(told[count:])
+            cond, uncond = halves if self._pad is None else self._pad(*halves)
+            self._now = holding, Conditioning(cond, uncond, weights=self._weights)
         return self._now[1]
 
 

@@ -40,7 +40,7 @@ class Run:
     fault: DeltaError | None = None
     steps: int = 0
     seconds: float = 0.0
-    _bridges: dict[Family, Bridge] = field(default_factory=dict)
+    _bridges: dict[tuple[Family, float | None], Bridge] = field(default_factory=dict)
 
     def strength(self, progress: float, hires: bool) -> float:
         """Return lambda at a step; 0 where nothing is to be done."""
@@ -48,30 +48,36 @@ class Run:
             return 0.0
         return self.request.lambda_over_run().at(progress)
 
-    def bridge(self, target: Family) -> Bridge:
-        """Return the way to the source from a target, which a refiner or hires pass may change in mid-run."""
-        if target not in self._bridges:
-            known = self.model.parameterization.schedule.sigma_max
-            self._bridges[target] = choose(self.model.report.family, target, known)
-        return self._bridges[target]
+    def bridge(self, target: Family, sigma_max: float) -> Bridge:
+        """Return the way to the source from a target, which a refiner or hires pass may change in mid-run.
 
-    def apply(self, step: DenoiseStep, target: Family, hires: bool) -> Tensor:
-        """Return the target's estimate with the delta added.
+        ``sigma_max`` is that of the target's own schedule.  Only where it is of another kind, as after
+        the rescale to zero terminal SNR, is the source kept within its own: samplers with churn go a
+        little above any schedule, and models follow.
+        """
+        known = self.model.parameterization.schedule.sigma_max
+        limit = known if sigma_max > 2 * known else None
+        if (target, limit) not in self._bridges:
+            self._bridges[target, limit] = choose(self.model.report.family, target, limit)
+        return self._bridges[target, limit]
 
-        A fault goes to ``on_fault``, which raises it, or lets the target's own estimate stand.
+    def changes(self, step: DenoiseStep, bridge: Bridge, hires: bool) -> tuple[Tensor, Tensor] | None:
+        """Return what the delta changes in the target's guided and negative estimates; None for nothing.
+
+        A fault goes to ``on_fault``, which raises it, or lets the target's own estimates stand.
         """
         started = time.perf_counter()
-        guidance = DeltaGuidance(self.request.lambda_over_run(), self.bridge(target), self.sources[hires])
+        guidance = DeltaGuidance(self.request.lambda_over_run(), bridge, self.sources[hires])
         try:
-            denoised = guidance(step)
+            changes = guidance.changes(step)
         except Exception as error:  # whatever it is, the user hears of it
             self.fault = sentence(error, f"step {step.step + 1} of Delta Sampling")
             self.fault.__cause__ = error
             self.on_fault(self.fault)
-            return step.denoised
+            return None
         self.steps += 1
         self.seconds += time.perf_counter() - started
-        return denoised
+        return changes
 
     @property
     def applied(self) -> bool:

@@ -9,7 +9,7 @@ from modules import sd_hijack, sd_hijack_clip, shared
 from modules.textual_inversion.textual_inversion import EmbeddingDatabase
 from torch import Tensor
 
-from lib_delta.hosts.prompts import insert_embeddings
+from lib_delta.hosts.prompts import Padding, insert_embeddings, pad_uncond, pad_with_empty
 from lib_delta.hosts.webui import TextEngine, Texts
 from lib_delta.models.text import load_tokenizer
 from lib_delta.sidemodel import SideModel
@@ -41,6 +41,11 @@ class Engine(TextEngine, sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords):  # t
         sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords.__init__(self, wrapped, hijack)
         hijack.embedding_db = Embeddings(self, model.tower.config.width)
         insert_embeddings(model.tower, hijack)
+
+    def padding(self) -> Padding | None:
+        if shared.opts.pad_cond_uncond_v0:
+            return pad_uncond
+        return pad_with_empty(self.get_learned_conditioning([""])) if shared.opts.pad_cond_uncond else None
 
     def get_learned_conditioning(self, texts: Texts) -> Tensor:
         self.hijack.embedding_db.load_textual_inversion_embeddings()

@@ -38,6 +38,9 @@ class Engine(TextEngine, ClassicTextProcessingEngine):  # type: ignore[misc]
         )
         insert_embeddings(model.tower, self.embeddings)
 
+    def padding(self) -> None:
+        """Return nothing: Forge evaluates prompts of different lengths each by itself."""
+
     def get_learned_conditioning(self, texts: Texts) -> Tensor:
         encoded: Tensor = self(list(texts))
         return encoded

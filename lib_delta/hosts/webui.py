@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lib_delta.families import Family
+    from lib_delta.hosts.prompts import Padding
     from lib_delta.hosts.run import Run
     from lib_delta.models.text import TextEncoder
     from lib_delta.sidemodel import SideModel, SideModels
@@ -64,8 +65,8 @@ class Host(ABC):
         """Register the callbacks that samplers call at every step."""
 
     @abstractmethod
-    def target_family(self) -> Family:
-        """Return the family of the checkpoint that is loaded now."""
+    def target(self) -> tuple[Family, float]:
+        """Return the family of the checkpoint that is loaded now, and the largest sigma of its schedule."""
 
     @abstractmethod
     def place(self) -> tuple[torch.device, torch.dtype]:
@@ -263,7 +264,7 @@ class Host(ABC):
         model.adapt(picks, "bypass" if str(option("form", "")).startswith("low-rank") else "merged")
         sources = self._tell(p, request, model)
         run = Run(request, model, sources, lambda fault: self._fault(p, fault))
-        run.bridge(self.target_family())
+        run.bridge(*self.target())
         self.enter(p, model)
         return run
 
@@ -366,7 +367,11 @@ class TextEngine(ABC):
         limits = (told.steps, told.hires_steps, getattr(shared.opts, "use_old_scheduling", False))
         cond = prompt_parser.get_multicond_learned_conditioning(self, list(prompts), *limits)
         uncond = prompt_parser.get_learned_conditioning(self, list(told.negative), *limits)
-        return Schedules(cond.batch, uncond)
+        return Schedules(cond.batch, uncond, self.padding())
+
+    @abstractmethod
+    def padding(self) -> Padding | None:
+        """Return how the WebUI brings prompt and negative prompt to one length, None where it does not."""
 
     @abstractmethod
     def get_learned_conditioning(self, texts: Texts) -> Tensor:

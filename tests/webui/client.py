@@ -1,0 +1,80 @@
+"""A running WebUI's HTTP API, for the tests of this folder."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SCRIPT = "Delta Sampling"
+
+
+class RefusedError(Exception):
+    """The WebUI answered with an error; the text is its answer's."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The pictures ``(N, H, W, 3)`` of a generation, as whole numbers, and what each says of itself."""
+
+    pictures: np.ndarray
+    infotexts: list[str]
+    comments: str = ""
+
+
+@dataclass
+class WebUI:
+    """The API at ``url``, with the fields that every generation starts from."""
+
+    url: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def get(self, path: str) -> Any:
+        """Ask for JSON."""
+        return self._call(path, None)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Send JSON."""
+        return self._call(path, body)
+
+    def _call(self, path: str, body: dict[str, Any] | None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=1800) as answer:
+                return json.loads(answer.read() or "null")
+        except urllib.error.HTTPError as error:
+            raise RefusedError(error.read().decode()) from error
+
+    def options(self, **values: Any) -> None:
+        """Change the WebUI's settings."""
+        self.post("/sdapi/v1/options", values)
+
+    def generate(self, delta: dict[str, Any] | None = None, **changes: Any) -> Result:
+        """Make pictures: txt2img, or img2img where there are ``init_images``; ``delta`` None leaves the script out."""
+        body = {**self.defaults, **changes}
+        if delta is not None:
+            body["alwayson_scripts"] = {**body.get("alwayson_scripts", {}), SCRIPT: {"args": [delta]}}
+        answer = self.post(f"/sdapi/v1/{'img2img' if 'init_images' in body else 'txt2img'}", body)
+        info = json.loads(answer["info"])
+        pictures = [np.asarray(decode(picture).convert("RGB"), int) for picture in answer["images"]]
+        return Result(np.stack(pictures), info["infotexts"], info.get("comments", ""))
+
+
+def decode(picture: str) -> Image.Image:
+    """Read a picture as the API sends it."""
+    return Image.open(io.BytesIO(base64.b64decode(picture.split(",", 1)[-1])))
+
+
+def encode(picture: Image.Image) -> str:
+    """Write a picture as the API takes it."""
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()

@@ -1,0 +1,99 @@
+"""Tests of a WebUI that is running: ``WEBUI_URL=http://127.0.0.1:7860 WEBUI_DIR=/path/to/webui pytest tests/webui``.
+
+The extension has to be installed there and the API switched on (``--api``).  Small checkpoints, a
+LoRA and an embedding, made here of random numbers, are put into its folders (all named
+``delta-test-...``) and stay there.  Without ``WEBUI_URL`` the tests are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from client import WebUI
+
+
+@dataclass(frozen=True)
+class Files:
+    """Names of the files that are put into the WebUI's folders."""
+
+    sd1: str = "delta-test-sd1"
+    copy: str = "delta-test-sd1-copy"
+    tuned: str = "delta-test-sd1-tuned"
+    sd2: str = "delta-test-sd2"
+    sdxl: str = "delta-test-sdxl"
+    lora: str = "delta-test-lora"
+    sdxl_lora: str = "delta-test-sdxl-lora"
+    broken_lora: str = "delta-test-broken-lora"
+    embedding: str = "delta-test-embedding"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    if not os.environ.get("WEBUI_URL"):
+        for item in items:
+            if here in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="WEBUI_URL names no running WebUI"))
+
+
+@pytest.fixture(scope="session")
+def files() -> Files:
+    folder = os.environ.get("WEBUI_DIR")
+    names = Files()
+    if folder:
+        from checkpoints import make_all
+
+        make_all(Path(folder), names)
+    return names
+
+
+@pytest.fixture(scope="session")
+def running(files: Files) -> WebUI:
+    webui = WebUI(os.environ["WEBUI_URL"].rstrip("/"))
+    webui.post("/sdapi/v1/refresh-checkpoints", {})
+    webui.post("/sdapi/v1/refresh-loras", {})
+    webui.options(sd_model_checkpoint=files.sd1, live_previews_enable=False)
+    webui.defaults = {
+        "prompt": "a cat on a mat",
+        "negative_prompt": "blue",
+        "seed": 11,
+        "steps": 4,
+        "width": 64,
+        "height": 64,
+        "cfg_scale": 4,
+        "sampler_name": "Euler",
+        "scheduler": "Automatic",
+        "override_settings_restore_afterwards": True,
+    }
+    return webui
+
+
+# What a test overrides must not reach the next: WebUIs keep overrides of settings that were never saved.
+RESET = {
+    "CLIP_stop_at_last_layers": 1,
+    "s_min_uncond_all": False,
+    "skip_early_cond": 0,
+    "pad_cond_uncond": False,
+    "delta_sampling_on_error": "stop",
+}
+
+
+@pytest.fixture
+def webui(running: WebUI, files: Files) -> Iterator[WebUI]:
+    yield running
+    running.options(sd_model_checkpoint=files.sd1, **RESET)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Ask the WebUI which samplers and schedulers it has."""
+    for name, path, key in (
+        ("subtests_of_samplers", "/sdapi/v1/samplers", "name"),
+        ("subtests_of_schedulers", "/sdapi/v1/schedulers", "label"),
+    ):
+        if name in metafunc.fixturenames:
+            url = os.environ.get("WEBUI_URL")
+            values = [entry[key] for entry in WebUI(url.rstrip("/")).get(path)] if url else []
+            metafunc.parametrize(name, values)

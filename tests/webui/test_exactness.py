@@ -1,0 +1,234 @@
+"""A running WebUI gives with the delta just what it gives with the adaptation itself.
+
+Where the main checkpoint and the base are the same model, lambda 1 adds all that the adaptation changes:
+the picture must be that of the WebUI's own LoRA code, for every sampler and every feature that meets
+the denoiser.  Without a delta it must be the WebUI's own, bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from client import Result, WebUI, encode
+from conftest import Files
+from PIL import Image
+
+# Whole numbers of 255: two computations of the same picture may round one or two apart.
+NEAR = 2
+
+
+def native(webui: WebUI, files: Files, **changes: Any) -> Result:
+    """The WebUI's own LoRA."""
+    for key in ("prompt", "hr_prompt"):
+        if key in changes or key == "prompt":
+            changes[key] = f"{changes.get(key, webui.defaults['prompt'])} <lora:{files.lora}:1>"
+    return webui.generate(**changes)
+
+
+def delta(files: Files, **changes: Any) -> dict[str, Any]:
+    """The same LoRA as a delta on the same model."""
+    return {"lambda": 1.0, "base": files.sd1, "loras": files.lora, **changes}
+
+
+def assert_same(a: Result, b: Result, near: int = NEAR) -> None:
+    assert a.pictures.shape == b.pictures.shape
+    worst = np.abs(a.pictures - b.pictures).max()
+    assert worst <= near, f"pictures differ by up to {worst} of 255"
+
+
+def assert_exact(webui: WebUI, files: Files, **changes: Any) -> None:
+    """With the delta as with the LoRA itself; and both far from the picture without."""
+    plain, wanted = webui.generate(**changes), native(webui, files, **changes)
+    got = webui.generate(delta(files), **changes)
+    assert np.abs(plain.pictures - wanted.pictures).max() > 10 * NEAR, "the LoRA changes nothing here"
+    assert_same(got, wanted)
+    assert all("Delta lambda: 1" in text for text in got.infotexts)
+
+
+def test_every_sampler(webui: WebUI, files: Files, subtests_of_samplers: str) -> None:
+    assert_exact(webui, files, sampler_name=subtests_of_samplers)
+
+
+def test_every_scheduler(webui: WebUI, files: Files, subtests_of_schedulers: str) -> None:
+    assert_exact(webui, files, sampler_name="Euler", scheduler=subtests_of_schedulers)
+
+
+PROMPTS = {
+    "emphasis": {"prompt": "a (cat:1.4) on [a] ((mat))", "negative_prompt": "(blue:0.5)"},
+    "and": {"prompt": "a cat AND a dog :0.6 AND a red mat :-0.3"},
+    "editing": {"prompt": "a [cat:dog:0.5] on [a mat::2] in [snow|rain]"},
+    "break": {"prompt": "a cat BREAK on a mat"},
+    "long": {"prompt": ", ".join(f"thing {i}" for i in range(60)), "negative_prompt": "blue"},
+    "long negative": {"negative_prompt": ", ".join(f"thing {i}" for i in range(60))},
+    "empty": {"prompt": "", "negative_prompt": ""},
+}
+
+
+@pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("sampler", ["Euler a", "DDIM"])
+def test_prompts(webui: WebUI, files: Files, prompts: dict[str, str], sampler: str) -> None:
+    assert_exact(webui, files, sampler_name=sampler, **prompts)
+
+
+def test_a_textual_inversion(webui: WebUI, files: Files) -> None:
+    assert_exact(webui, files, prompt=f"a cat, {files.embedding}, on a mat")
+    with_it, without = (webui.generate(delta(files), prompt=f"a {word} on a mat") for word in (files.embedding, "cat"))
+    assert np.abs(with_it.pictures - without.pictures).max() > 10 * NEAR
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "cfg 1": {"cfg_scale": 1},
+    "cfg 12": {"cfg_scale": 12},
+    "batch size": {"batch_size": 3},
+    "batch count": {"n_iter": 2},
+    "odd size": {"width": 72, "height": 88},
+    "clip skip": {"override_settings": {"CLIP_stop_at_last_layers": 2}},
+    "NGMS": {"s_min_uncond": 4},
+    "NGMS at all steps": {"s_min_uncond": 8, "override_settings": {"s_min_uncond_all": True}},
+    "skip early CFG": {"override_settings": {"skip_early_cond": 0.4}},
+    "noise multiplier": {"s_churn": 5, "s_noise": 1.003},
+    "eta": {"eta": 0.5, "sampler_name": "DDIM"},
+    "tiling": {"tiling": False, "subseed": 5, "subseed_strength": 0.4},
+    "no padding": {"override_settings": {"pad_cond_uncond": True}, "prompt": "cat, " * 50},
+}
+
+
+@pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
+def test_features(webui: WebUI, files: Files, changes: dict[str, Any]) -> None:
+    assert_exact(webui, files, **changes)
+
+
+HIRES = {
+    "enable_hr": True,
+    "hr_scale": 1.5,
+    "hr_upscaler": "Latent",
+    "denoising_strength": 0.6,
+    "hr_second_pass_steps": 3,
+}
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DDIM", "UniPC"])
+def test_hires_fix(webui: WebUI, files: Files, sampler: str) -> None:
+    assert_exact(webui, files, sampler_name=sampler, **HIRES)
+
+
+def test_hires_fix_with_another_sampler_and_prompt(webui: WebUI, files: Files) -> None:
+    assert_exact(webui, files, hr_sampler_name="DDIM", hr_prompt="a dog in the rain", hr_negative_prompt="red", **HIRES)
+
+
+def test_hires_fix_with_another_checkpoint(webui: WebUI, files: Files) -> None:
+    assert_exact(webui, files, hr_checkpoint_name=files.copy, **HIRES)
+
+
+def test_hires_passes(webui: WebUI, files: Files) -> None:
+    both, first, second, none = (
+        webui.generate(delta(files, hires=hires, **{"lambda": strength}), **HIRES)
+        for hires, strength in (("both", 1.0), ("first pass", 1.0), ("hires pass", 1.0), ("both", 0.0))
+    )
+    pictures = [r.pictures for r in (both, first, second, none)]
+    for i, a in enumerate(pictures):
+        assert all(np.abs(a - b).max() > NEAR for b in pictures[i + 1 :])
+    assert "Delta hires: first pass" in first.infotexts[0]
+    only_hires = webui.generate(delta(files, hires="hires pass"))
+    assert np.array_equal(only_hires.pictures, webui.generate().pictures)
+    assert "Delta" not in only_hires.infotexts[0]
+
+
+def test_a_refiner_switch(webui: WebUI, files: Files) -> None:
+    assert_exact(webui, files, refiner_checkpoint=files.copy, refiner_switch_at=0.5)
+
+
+def picture(seed: int = 0) -> str:
+    noise = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), np.uint8)
+    return encode(Image.fromarray(noise).resize((64, 64)))
+
+
+@pytest.mark.parametrize("sampler", ["Euler a", "DPM++ 2M", "DDIM", "PLMS"])
+def test_img2img(webui: WebUI, files: Files, sampler: str) -> None:
+    assert_exact(webui, files, init_images=[picture()], denoising_strength=0.6, sampler_name=sampler)
+
+
+@pytest.mark.parametrize("sampler", ["Euler a", "DDIM"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_inpainting(webui: WebUI, files: Files, sampler: str, soft: bool) -> None:
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (32, 0, 64, 64))
+    changes: dict[str, Any] = {
+        "init_images": [picture()],
+        "mask": encode(mask),
+        "mask_blur": 0,
+        "inpainting_fill": 1,
+        "inpaint_full_res": False,
+        "denoising_strength": 0.7,
+        "sampler_name": sampler,
+    }
+    if soft:
+        if "soft inpainting" not in webui.get("/sdapi/v1/scripts")["img2img"]:
+            pytest.skip("this WebUI has no soft inpainting")
+        changes["alwayson_scripts"] = {"soft inpainting": {"args": [True, 1, 0.5, 4, 0, 0.5, 2]}}
+    assert_exact(webui, files, **changes)
+    if not soft:
+        got, plain = webui.generate(delta(files), **changes), webui.generate(**changes)
+        assert np.array_equal(got.pictures[:, :, :32], plain.pictures[:, :, :32])
+
+
+def test_a_fine_tuned_checkpoint(webui: WebUI, files: Files) -> None:
+    wanted = webui.generate(override_settings={"sd_model_checkpoint": files.tuned})
+    assert_same(webui.generate(delta(files, loras="", adapted=files.tuned)), wanted)
+
+
+def test_lora_weights_and_tags(webui: WebUI, files: Files) -> None:
+    half = native(webui, files)
+    half = webui.generate(prompt=f"{webui.defaults['prompt']} <lora:{files.lora}:0.5>")
+    assert_same(webui.generate(delta(files, loras=f"{files.lora}:0.5")), half)
+    tag = f"{webui.defaults['prompt']} <delta:{files.lora}:1:weight=0.5>"
+    got = webui.generate({"enabled": False, "base": files.sd1}, prompt=tag)
+    assert_same(got, half)
+    assert "Delta lambda: 1" in got.infotexts[0]
+
+
+@pytest.mark.parametrize("sampler", ["Euler a", "DPM++ SDE", "DDIM", "UniPC"])
+def test_without_a_delta_the_picture_is_the_webuis_own(webui: WebUI, files: Files, sampler: str) -> None:
+    plain = webui.generate(sampler_name=sampler)
+    for nothing in (
+        {"enabled": False, "base": files.sd1, "loras": files.lora},
+        delta(files, **{"lambda": 0.0}),
+        delta(files, curve="linear", curve_start=0.0, curve_end=0.0),
+    ):
+        got = webui.generate(nothing, sampler_name=sampler)
+        assert np.array_equal(got.pictures, plain.pictures)
+        assert "Delta" not in got.infotexts[0]
+
+
+def test_the_delta_is_bounded_to_its_range_and_prompts_reach_it(webui: WebUI, files: Files) -> None:
+    full, late, early = (
+        webui.generate(delta(files, **limits)).pictures for limits in ({}, {"start": 0.6}, {"end": 0.4})
+    )
+    told = webui.generate(delta(files, prompt="a red boat", negative_prompt="green")).pictures
+    adapted = webui.generate(delta(files, adapted_prompt="a red boat")).pictures
+    everything = [full, late, early, told, adapted]
+    for i, a in enumerate(everything):
+        assert all(np.abs(a - b).max() > NEAR for b in everything[i + 1 :])
+
+
+@pytest.mark.parametrize("target", ["sd2", "sdxl"])
+@pytest.mark.parametrize("sampler", ["Euler a", "DDIM"])
+def test_other_families_as_targets(webui: WebUI, files: Files, target: str, sampler: str) -> None:
+    changes = {"sampler_name": sampler, "override_settings": {"sd_model_checkpoint": getattr(files, target)}}
+    plain = webui.generate(**changes)
+    nothing, some, more = (
+        webui.generate(delta(files, **{"lambda": strength}), **changes) for strength in (0.0, 0.01, 1.0)
+    )
+    assert np.array_equal(nothing.pictures, plain.pictures)
+    near, far = (np.abs(r.pictures - plain.pictures).mean() for r in (some, more))
+    assert 0 < near < far
+
+
+def test_two_generations_in_a_row_and_switching_checkpoints_change_nothing(webui: WebUI, files: Files) -> None:
+    first = webui.generate(delta(files))
+    webui.generate(delta(files), override_settings={"sd_model_checkpoint": files.sd2})
+    again = webui.generate(delta(files))
+    assert np.array_equal(first.pictures, again.pictures)
+    assert np.array_equal(webui.generate().pictures, webui.generate().pictures)
