@@ -39,13 +39,21 @@ class Engine(TextEngine, sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords):  # t
         hijack = SimpleNamespace(fixes=None, extra_generation_params={}, comments=[], embedding_db=None)
         wrapped = SimpleNamespace(tokenizer=load_tokenizer())
         sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords.__init__(self, wrapped, hijack)
+        self._base = model.tower
         hijack.embedding_db = Embeddings(self, model.tower.config.width)
         insert_embeddings(model.tower, hijack)
 
     def padding(self) -> Padding | None:
         if shared.opts.pad_cond_uncond_v0:
             return pad_uncond
-        return pad_with_empty(self.get_learned_conditioning([""])) if shared.opts.pad_cond_uncond else None
+        if not shared.opts.pad_cond_uncond:
+            return None
+        # The WebUI encodes the empty prompt once, before any LoRA: adapted and base are padded alike.
+        adapted, self.tower = self.tower, self._base
+        try:
+            return pad_with_empty(self.get_learned_conditioning([""]))
+        finally:
+            self.tower = adapted
 
     def get_learned_conditioning(self, texts: Texts) -> Tensor:
         self.hijack.embedding_db.load_textual_inversion_embeddings()
