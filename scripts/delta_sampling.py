@@ -1,0 +1,411 @@
+"""Delta Sampling in the WebUI: the accordion, its settings page, XYZ axes, infotext and API routes.
+
+What it does with them is in ``lib_delta``; which WebUI runs is known to ``lib_delta.hosts`` alone.
+"""
+
+import sys
+from dataclasses import fields
+from functools import partial
+from html import escape
+from pathlib import PurePath
+
+import gradio as gr
+from modules import script_callbacks, scripts, shared
+from modules.ui_common import create_refresh_button
+from modules.ui_components import FormRow, InputAccordion
+
+from lib_delta.drawing import drawing
+from lib_delta.errors import SettingError
+from lib_delta.hosts import host
+from lib_delta.request import HIRES_PASSES, NONE, Request, from_infotext, parse_picks, schema
+from lib_delta.strength import CURVES, MAXIMUM
+
+TITLE = "Delta Sampling"
+CHECKPOINT_FIELDS = ("base", "adapted")
+CURVE_FIELDS = ("strength", "start", "end", "curve", "first", "last")
+
+HELP = """<details class="delta-sampling-help"><summary>How to start</summary><ol>
+<li>Choose a <b>base checkpoint</b>: the SD 1.x model that your LoRA was made for.</li>
+<li>Add a <b>LoRA</b>, or choose a fine-tuned checkpoint as <b>adapted</b>, or both.</li>
+<li>Generate with any main checkpoint. <b>Lambda</b> is how much of the effect is added: start at 1.</li></ol>
+<p>In a prompt, <code>&lt;delta:NAME:lambda&gt;</code> does the same.</p></details>"""
+
+
+def restore(name, values):
+    """Return what a field is set to from a picture's text; None leaves it.
+
+    A picture without a delta closes the accordion, and keeps what is in it.
+    """
+    if name != "enabled" and not from_infotext(values, "enabled"):
+        return None
+    value = from_infotext(values, name)
+    return value or NONE if name in CHECKPOINT_FIELDS else value
+
+
+# "Send to" compares these functions between the tabs, so there is one for each field, made once.
+RESTORE = {f.name: partial(restore, f.name) for f in fields(Request)}
+
+
+class DeltaSampling(scripts.Script):
+    """The accordion in both tabs.  Whatever is done in a generation is the host's."""
+
+    def title(self):
+        """Return the name that API calls use as well."""
+        return TITLE
+
+    def show(self, is_img2img):
+        """Show it in both tabs."""
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img):
+        """Make the widgets, and return those that hold a setting, in the order of the fields of Request."""
+        default = Request()
+        w = {}
+        accordion = InputAccordion(False, label=TITLE, elem_id=self.elem_id("enabled"))
+        inside = {"elem_classes": ["delta-sampling"], "elem_id": self.elem_id("settings")}
+        with accordion as w["enabled"], gr.Column(**inside):
+            gr.HTML(HELP)
+            self._checkpoints(w)
+            self._loras(w, default)
+            w["strength"] = gr.Slider(
+                label="Lambda",
+                minimum=0,
+                maximum=MAXIMUM,  # of what can be typed: the script of the page lets the slider itself end at 5
+                step=0.05,
+                value=default.strength,
+                elem_id=self.elem_id("strength"),
+            )
+            picture, redraw = self._range(w, default)
+            self._prompts(w)
+            w["hires"] = gr.Radio(
+                label="With hires fix, in",
+                choices=list(HIRES_PASSES),
+                value=default.hires,
+                elem_id=self.elem_id("hires"),
+            )
+            status, refresh = self._status()
+        drawn = [w[name] for name in CURVE_FIELDS]
+        for event in (*(widget.change for widget in drawn), redraw.click):
+            event(drawing, inputs=drawn, outputs=[picture], queue=False, show_progress="hidden")
+        for event in (refresh.click, w["enabled"].change):
+            event(status_html, inputs=[], outputs=[status], queue=False, show_progress="hidden")
+        self.infotext_fields = [(w[name], function) for name, function in RESTORE.items()]
+        self.paste_field_names = list(RESTORE.values())
+        return [w[f.name] for f in fields(Request)]
+
+    def _checkpoints(self, w):
+        labels = {"base": "Base checkpoint (SD 1.x)", "adapted": "Adapted (None: same as base)"}
+        with gr.Row(elem_classes=["delta-sampling-row"]):
+            for name, label in labels.items():
+                with gr.Column(min_width=240), FormRow():
+                    w[name] = gr.Dropdown(
+                        label=label,
+                        choices=checkpoint_choices(),
+                        value=NONE,
+                        allow_custom_value=True,  # or else a pasted name that is not here shows as nothing
+                        elem_id=self.elem_id(name),
+                    )
+                    self._refresh_button(w[name], name, host().refresh_checkpoints, checkpoint_choices)
+
+    def _loras(self, w, default):
+        with gr.Row(elem_classes=["delta-sampling-row"]):
+            with gr.Column(min_width=240), FormRow():
+                w["loras"] = gr.Textbox(
+                    label="LoRAs",
+                    placeholder="name:weight, name:weight",
+                    value=default.loras,  # named, for pasting goes by the type of the widget's default
+                    lines=1,
+                    max_lines=4,
+                    elem_id=self.elem_id("loras"),
+                )
+            with gr.Column(min_width=240), FormRow():
+                more = gr.Dropdown(
+                    label="Add a LoRA",
+                    choices=lora_choices(),
+                    value=NONE,
+                    interactive=True,  # gradio takes a widget that is no event's input for one that only shows
+                    elem_id=self.elem_id("add_lora"),
+                )
+                self._refresh_button(more, "add_lora", host().refresh_loras, lora_choices)
+        more.select(
+            with_lora,
+            inputs=[w["loras"]],
+            outputs=[w["loras"], more],
+            queue=False,
+            show_progress="hidden",
+        )
+
+    def _refresh_button(self, dropdown, name, refresh, choices):
+        def pairs():  # the button writes them into the widget, where gradio 4 has choices with labels
+            return {"choices": [(choice, choice) for choice in choices()]}
+
+        create_refresh_button(dropdown, refresh, pairs, self.elem_id(f"refresh_{name}"))
+
+    def _range(self, w, default):
+        with gr.Row(elem_classes=["delta-sampling-row"]):
+            with gr.Column(min_width=240):
+                self._share(w, "start", "Start", default)
+                self._share(w, "end", "End", default)
+            with gr.Column(min_width=240):
+                values = [getattr(default, name) for name in CURVE_FIELDS]
+                picture = gr.HTML(
+                    drawing(*values), elem_id=self.elem_id("drawing"), elem_classes=["delta-sampling-drawing"]
+                )
+                # The script of the page clicks this when an answer that came late has left an older drawing.
+                redraw = gr.Button(
+                    "Draw lambda anew", elem_id=self.elem_id("redraw"), elem_classes=["delta-sampling-hidden"]
+                )
+        with gr.Row(elem_classes=["delta-sampling-row"]):
+            w["curve"] = gr.Dropdown(
+                label="Curve",
+                choices=list(CURVES),
+                value=default.curve,
+                min_width=130,
+                elem_id=self.elem_id("curve"),
+            )
+            self._share(w, "first", "Curve start", default)
+            self._share(w, "last", "Curve end", default)
+        return picture, redraw
+
+    def _share(self, w, name, label, default):
+        w[name] = gr.Slider(
+            label=label,
+            minimum=0,
+            maximum=1,
+            step=0.01,
+            value=getattr(default, name),
+            min_width=130,
+            elem_id=self.elem_id(name),
+        )
+
+    def _prompts(self, w):
+        texts = {
+            "prompt": ("Prompt of the side model", "empty: the main prompt"),
+            "negative_prompt": ("Negative prompt of the side model", "empty: the main negative prompt"),
+            "adapted_prompt": ("Prompt of the adapted model alone", "empty: the same as the base's"),
+        }
+        with gr.Accordion("Prompts of the side model", open=False, elem_id=self.elem_id("prompts")):
+            for name, (label, placeholder) in texts.items():
+                w[name] = gr.Textbox(
+                    label=label, placeholder=placeholder, lines=1, value="", elem_id=self.elem_id(name)
+                )
+
+    def _status(self):
+        status = gr.HTML(status_html(), elem_id=self.elem_id("status"), elem_classes=["delta-sampling-status"])
+        with gr.Row(elem_classes=["delta-sampling-buttons"]):
+            refresh = gr.Button("Refresh status", size="sm", elem_id=self.elem_id("refresh_status"))
+            unload = gr.Button("Unload side models", size="sm", elem_id=self.elem_id("unload"))
+        unload.click(unload_html, inputs=[], outputs=[status], queue=False, show_progress="hidden")
+        return status, refresh
+
+    def process(self, p, *arguments):
+        """Read the settings; a wrong one is reported through the generation."""
+        host().process(p, arguments)
+
+    def process_batch(self, p, *arguments, **about):
+        """Make ready for a batch, whose prompts are known now."""
+        host().process_batch(p)
+
+    def process_before_every_sampling(self, p, *arguments, **about):
+        """Make ready for one pass."""
+        host().before_sampling(p)
+
+    def postprocess(self, p, processed, *arguments):
+        """Clear up after a generation."""
+        host().postprocess(p)
+
+
+def checkpoint_choices():
+    """Return what the checkpoint dropdowns offer."""
+    return [NONE, *host().checkpoints()]
+
+
+def lora_choices():
+    """Return what the LoRA dropdown offers."""
+    return [NONE, *host().loras()]
+
+
+def with_lora(recipe, selected: gr.SelectData):
+    """Return the recipe with the selected LoRA, once, and the dropdown's empty choice."""
+    name = selected.value
+    if name == NONE:
+        return recipe, NONE
+    parts = [part for part in (recipe.strip().rstrip(","), f"{name}:1") if part]
+    try:
+        known = any(pick.name == name for pick in parse_picks(recipe))
+    except SettingError:  # half written: the user goes on from there
+        known = False
+    return (recipe if known else ", ".join(parts)), NONE
+
+
+def status_html(before=""):
+    """Return the status, a line each."""
+    lines = [line for line in (before, *host().status().splitlines()) if line]
+    return "".join(f"<div>{escape(line)}</div>" for line in lines)
+
+
+def unload_html():
+    """Give the memory back, and return what that did with the status."""
+    return status_html(host().unload())
+
+
+def add_settings():
+    """Add the settings page."""
+    section = ("delta_sampling", TITLE)
+    torch = sys.modules.get("torch")
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch else []
+    options = {
+        "delta_sampling_base": shared.OptionInfo(
+            NONE,
+            "Default base checkpoint",
+            gr.Dropdown,
+            lambda: {"choices": checkpoint_choices()},
+            refresh=host().refresh_checkpoints,
+            section=section,
+        ).info("for generations that choose none"),
+        "delta_sampling_cache": shared.OptionInfo(
+            1,
+            "Base models kept in memory",
+            gr.Slider,
+            {"minimum": 0, "maximum": 4, "step": 1},
+            section=section,
+        ).info("0: memory is given back after each generation"),
+        "delta_sampling_device": shared.OptionInfo(
+            "Automatic",
+            "Device of the side models",
+            gr.Radio,
+            {"choices": ["Automatic", "CPU", *devices]},
+            section=section,
+        ),
+        "delta_sampling_precision": shared.OptionInfo(
+            "Automatic",
+            "Precision of the side models",
+            gr.Radio,
+            {"choices": ["Automatic", "fp16", "bf16", "fp32"]},
+            section=section,
+        ),
+        "delta_sampling_form": shared.OptionInfo(
+            "merged (faster)",
+            "How LoRAs are held",
+            gr.Radio,
+            {"choices": ["merged (faster)", "low-rank factors (less memory)"]},
+            section=section,
+        ),
+        "delta_sampling_on_error": shared.OptionInfo(
+            "stop",
+            "When the delta cannot be computed",
+            gr.Radio,
+            {"choices": ["stop", "go on without"]},
+            section=section,
+        ).info("the reason is shown either way"),
+    }
+    for name, option in options.items():
+        shared.opts.add_option(name, option)
+
+
+def add_routes(_, app):
+    """Serve what API callers may give, and the status."""
+    app.add_api_route("/delta-sampling/schema", schema, methods=["GET"])
+    app.add_api_route("/delta-sampling/status", status, methods=["GET"])
+    add_axes()  # without a user interface nothing else calls it
+
+
+def status():
+    """Return the status for API callers."""
+    return {"host": host().name, "status": host().status().splitlines()}
+
+
+# Axes of the XYZ plot: the label, what it sets, and what changing it costs.  The WebUI changes the dearest least often,
+# and its own checkpoint axis has cost 1.
+AXES = (
+    ("Lambda", "strength", 0.0),
+    ("Start", "start", 0.0),
+    ("End", "end", 0.0),
+    ("Curve", "curve", 0.0),
+    ("Base", "base", 0.9),
+    ("Adapted", "adapted", 0.8),
+    ("LoRAs", "loras", 0.6),
+    ("LoRA weight", "lora_weight", 0.4),
+)
+LIMITS = {f.name: (f.metadata["minimum"], f.metadata["maximum"]) for f in fields(Request) if "minimum" in f.metadata}
+CHOICES = {
+    "curve": lambda: list(CURVES),
+    "base": checkpoint_choices,
+    "adapted": checkpoint_choices,
+    "loras": lora_choices,
+}
+
+
+def add_axes():
+    """Add the axes to the XYZ plot, if it is there and does not have them yet."""
+    modules = (data.module for data in scripts.scripts_data)
+    grid = next((m for m in modules if m.__name__ in ("xyz_grid.py", "scripts.xyz_grid")), None)
+    if grid is None:
+        return
+    known = {option.label for option in grid.axis_options}
+    for name, target, cost in AXES:
+        label = f"[Delta] {name}"
+        if label not in known:
+            option = grid.AxisOption(
+                label,
+                str if target in CHOICES else float,
+                partial(set_axis, target),
+                confirm=partial(confirm_axis, label, target),
+                cost=cost,
+                choices=CHOICES.get(target),
+            )
+            grid.axis_options.append(option)
+
+
+def set_axis(target, p, value, values):
+    """Note one axis' value for a cell; cells are shallow copies of one object, so the dictionary is a new one."""
+    if target in CHECKPOINT_FIELDS:
+        value = find_checkpoint(value)
+    if value == NONE:
+        value = ""
+    p.delta_sampling_axes = {**getattr(p, "delta_sampling_axes", {}), "enabled": True, target: value}
+
+
+def confirm_axis(label, target, p, values):
+    """Refuse values that are not allowed, before anything is generated."""
+    for value in values:
+        if target in LIMITS:
+            low, high = LIMITS[target]
+            if not low <= value <= high:
+                raise SettingError(f'{label} "{value:g}" is not allowed: a number from {low:g} to {high:g} is')
+        elif target in CHECKPOINT_FIELDS:
+            if find_checkpoint(value) is None:
+                raise SettingError(f'{label} "{value}" is no checkpoint: {listed(checkpoint_choices())}')
+        elif target == "curve" and value not in CURVES:
+            raise SettingError(f'{label} "{value}" is not allowed: {listed(CURVES)}')
+        elif target == "loras" and value != NONE:
+            for pick in parse_picks(value):
+                if pick.name not in host().loras():
+                    raise SettingError(f'{label} "{pick.name}" is no LoRA: {listed(lora_choices())}')
+
+
+def find_checkpoint(name):
+    """Return the checkpoint that is meant, by its full name or without folder, ending and hash, or None."""
+    known = checkpoint_choices()
+    if name in known:
+        return name
+    found = [other for other in known if short_name(other) == short_name(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def short_name(checkpoint):
+    """Return a checkpoint's name without folder, ending, hash and case."""
+    name = PurePath(checkpoint.partition(" [")[0].replace("\\", "/")).name.casefold()
+    return name.removesuffix(".safetensors").removesuffix(".ckpt")
+
+
+def listed(names, shown=12):
+    """Return the allowed values for an error."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return "one of " + ", ".join(names[:shown]) + more + " is"
+
+
+script_callbacks.on_ui_settings(add_settings)
+script_callbacks.on_before_ui(add_axes)
+script_callbacks.on_app_started(add_routes)
+host().start()

@@ -1,0 +1,90 @@
+"""A host without a model: it reads settings as the real ones do, and remembers what was called."""
+
+import sys
+import types
+from dataclasses import replace
+
+from lib_delta.errors import DeltaError
+from lib_delta.request import Request, format_picks
+
+
+class StandInHost:
+    """What the script sees of a WebUI."""
+
+    name = "stand-in"
+
+    def __init__(self):
+        self.known_checkpoints = ["v1-5-pruned-emaonly.safetensors", "inks/moxin-tuned.safetensors [0123abcdef]"]
+        self.known_loras = ["moxin", "lineart"]
+        self.calls, self.loaded, self.runs = [], [], 0
+
+    def checkpoints(self):
+        """Return the names that dropdowns show."""
+        return list(self.known_checkpoints)
+
+    def refresh_checkpoints(self):
+        """Find one more."""
+        self.known_checkpoints.append(f"found-{len(self.known_checkpoints)}.safetensors")
+
+    def loras(self):
+        """Return the names that the dropdown shows."""
+        return list(self.known_loras)
+
+    def refresh_loras(self):
+        """Find one more."""
+        self.known_loras.append(f"found-{len(self.known_loras)}")
+
+    def start(self):
+        """Take note."""
+        self.calls.append("start")
+
+    def process(self, p, arguments):
+        """Read the settings and apply an XYZ cell's on top."""
+        self.calls.append("process")
+        p.delta_error = None
+        try:
+            request, axes = Request.from_arguments(arguments), dict(getattr(p, "delta_sampling_axes", {}))
+            weight = axes.pop("lora_weight", None)
+            request = replace(request, **axes)
+            if weight is not None:
+                picks = [replace(pick, weight=weight) for pick in request.picks()]
+                request = replace(request, loras=format_picks(picks))
+        except DeltaError as error:
+            p.delta_error = error
+            return
+        p.delta_request = request
+        p.extra_generation_params.update(request.infotext())
+
+    def process_batch(self, p):
+        """Take note."""
+        self.calls.append("process_batch")
+
+    def before_sampling(self, p):
+        """Take note."""
+        self.calls.append("before_sampling")
+
+    def postprocess(self, p):
+        """Remember what the status tells."""
+        self.calls.append("postprocess")
+        self.runs += 1
+        if p.delta_request.enabled:
+            self.loaded = [p.delta_request.base or "the default base", *map(str, p.delta_request.picks())]
+
+    def status(self):
+        """Return a line for what is loaded and one for the last run."""
+        held = f"loaded: {' + '.join(self.loaded)} on cpu, 1.6 GB" if self.loaded else "nothing is loaded"
+        return f"{held}\nlast run: number {self.runs}, 0.1 s a step" if self.runs else held
+
+    def unload(self):
+        """Forget what was loaded."""
+        self.loaded = []
+        return "1.6 GB were given back"
+
+
+def use_stand_in_host():
+    """Put it in the place of the real ones, and return it."""
+    made = StandInHost()
+    module = types.ModuleType("lib_delta.hosts")
+    module.host = lambda: made
+    sys.modules["lib_delta.hosts"] = module
+    return made

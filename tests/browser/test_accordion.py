@@ -1,0 +1,280 @@
+"""The accordion in a browser: what a user does with it, and what then arrives at the host."""
+
+import json
+import re
+import urllib.request
+
+import pytest
+from served import SCREENSHOTS, browser, missing, serve
+
+if missing():
+    pytest.skip(missing(), allow_module_level=True)
+
+import gradio
+from playwright.sync_api import expect, sync_playwright
+
+DELTA = (
+    "a castle, <lora:x:1>\nSteps: 20, Sampler: Euler, Seed: 1, Delta lambda: 6.5, Delta end: 0.6, Delta curve: cosine, "
+    "Delta curve start: 0.2, Delta base: somebody-elses [0123abcdef], "
+    'Delta LoRAs: "moxin:0.8, lineart:1:te=0.5", Delta prompt: "ink, brush", Delta hires: first pass'
+)
+PLAIN = "a castle\nSteps: 20, Sampler: Euler, Seed: 1"
+expect.set_options(timeout=20_000)
+PASTED = {
+    "strength": "6.5",
+    "end": "0.6",
+    "curve": "cosine",
+    "first": "0.2",
+    "base": "somebody-elses",
+    "loras": "moxin:0.8, lineart:1:te=0.5",
+    "prompt": "ink, brush",
+}
+
+
+@pytest.fixture(scope="module")
+def webui(tmp_path_factory):
+    """The address of the stand-in."""
+    with serve(tmp_path_factory.mktemp("webui") / "log.txt") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser."""
+    with sync_playwright() as playwright:
+        # Chromium refuses its sandbox to root, which is who runs tests in a container.
+        started = playwright.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def open_page(chromium, webui):
+    """A function that opens the stand-in in a page of a given width and theme; the page's errors fail the test."""
+    pages, errors = [], []
+
+    def opened(width=1280, height=1250, theme="light"):
+        page = chromium.new_page(viewport={"width": width, "height": height})
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: errors.append(error))
+        page.route("**/*", lambda route: route.continue_() if route.request.url.startswith(webui) else route.abort())
+        page.goto(f"{webui}/?__theme={theme}")
+        page.wait_for_selector("#script_img2img_delta_sampling_enabled-visible-checkbox", state="attached")
+        pages.append(page)
+        return page
+
+    yield opened
+    for page in pages:
+        page.close()
+    assert not errors, errors
+
+
+class Tab:
+    """One tab of the page, by what is in the accordion."""
+
+    def __init__(self, page, name="txt2img"):
+        self.page, self.name = page, name
+        self.select(name)
+
+    def select(self, name):
+        self.page.locator("#tabs .tab-nav button").get_by_text(name, exact=True).first.click()
+
+    def item(self, name):
+        # gradio 3 gives the id of a gr.HTML to what is inside it as well
+        return self.page.locator(f"#script_{self.name}_delta_sampling_{name}").first
+
+    def box(self, name):
+        """The part of a widget that holds its value."""
+        return self.item(name).locator("input, textarea").first
+
+    @property
+    def enabled(self):
+        return self.page.locator(f"#script_{self.name}_delta_sampling_enabled-visible-checkbox")
+
+    def open(self):
+        self.item("enabled").locator(".label-wrap").first.click()
+        expect(self.enabled).to_be_checked()
+        return self
+
+    def type(self, name, value):
+        self.box(name).fill(value)
+        self.box(name).blur()
+
+    def choose(self, name, value):
+        self.box(name).click()
+        self.item(name).locator("ul.options li").filter(has_text=value).click()
+
+    def drawn(self, words):
+        expect(self.item("drawing").locator("svg")).to_have_attribute("aria-label", words)
+
+    def generate(self):
+        """Generate, and return the picture's text."""
+        log = self.page.locator(f"#html_log_{self.name}").first
+        text = self.page.locator(f"#{self.name}_infotext textarea")
+        before = log.inner_text()
+        self.page.click(f"#{self.name}_generate")
+        expect(log).to_contain_text("Time taken")
+        expect(log).not_to_have_text(before)
+        expect(text).not_to_have_value("")
+        return text.input_value()
+
+    def paste(self, text):
+        self.select("PNG info")
+        self.page.fill("#pnginfo_text textarea", text)
+        self.page.click(f"#pnginfo_to_{self.name}")
+        self.select(self.name)
+
+
+@pytest.fixture
+def tab(open_page):
+    return Tab(open_page()).open()
+
+
+def test_lambda_is_drawn_anew_whenever_a_part_of_it_changes(tab):
+    tab.drawn("lambda 1 from 0% to 100% of the steps")
+    tab.type("strength", "2.5")
+    tab.drawn("lambda 2.5 from 0% to 100% of the steps")
+    tab.choose("curve", "sigmoid")
+    tab.type("first", "0.2")
+    tab.type("end", "0.8")
+    tab.drawn("lambda 0.5 to 2.5, sigmoid, from 0% to 80% of the steps")
+    tab.type("start", "0.9")
+    expect(tab.item("drawing")).to_contain_text("start (0.9) must not come after end (0.8)")
+
+
+def test_the_latest_values_are_drawn_even_if_an_older_answer_comes_last(tab):
+    def late(route):
+        if '"data":[2,' in route.request.post_data:
+            tab.page.wait_for_timeout(1500)
+        route.continue_()
+
+    tab.page.route(re.compile("/run/predict"), late)
+    tab.box("strength").fill("2")
+    tab.box("strength").fill("3")
+    tab.page.wait_for_timeout(2000)
+    tab.drawn("lambda 3 from 0% to 100% of the steps")
+
+
+def test_the_slider_ends_at_5_and_10_can_be_typed(tab):
+    slider = tab.item("strength").locator("input[type=range]")
+    assert slider.get_attribute("max") == "5"
+    slider.focus()
+    slider.press("End")
+    expect(tab.box("strength")).to_have_value("5")
+    tab.type("strength", "7")
+    expect(tab.box("strength")).to_have_value("7")
+    tab.drawn("lambda 7 from 0% to 100% of the steps")
+    assert "Delta lambda: 7" in tab.generate()
+    tab.type("strength", "12")
+    expect(tab.box("strength")).to_have_value("10")
+    tab.drawn("lambda 10 from 0% to 100% of the steps")
+
+
+def test_loras_join_the_list_once_and_the_refresh_button_finds_new_ones(tab):
+    tab.choose("add_lora", "moxin")
+    expect(tab.box("loras")).to_have_value("moxin:1")
+    tab.choose("add_lora", "lineart")
+    expect(tab.box("loras")).to_have_value("moxin:1, lineart:1")
+    tab.choose("add_lora", "moxin")
+    expect(tab.box("add_lora")).to_have_value("None")
+    expect(tab.box("loras")).to_have_value("moxin:1, lineart:1")
+    tab.page.click("#script_txt2img_delta_sampling_refresh_add_lora")
+    tab.choose("add_lora", "found-")
+    expect(tab.box("loras")).to_have_value(re.compile("^moxin:1, lineart:1, found-"))
+
+
+def test_a_run_tells_what_was_added_and_the_status_follows(tab):
+    tab.choose("base", "v1-5-pruned-emaonly.safetensors")
+    tab.choose("add_lora", "moxin")
+    expect(tab.box("loras")).to_have_value("moxin:1")
+    text = tab.generate()
+    assert "Delta lambda: 1, Delta base: v1-5-pruned-emaonly.safetensors" in text and 'Delta LoRAs: "moxin:1"' in text
+    expect(tab.page.locator("#txt2img_gallery img").first).to_be_visible()
+    expect(tab.item("status")).to_contain_text("loaded: v1-5-pruned-emaonly.safetensors + moxin")
+    tab.page.click("#script_txt2img_delta_sampling_unload")
+    expect(tab.item("status")).to_contain_text("1.6 GB were given back")
+    expect(tab.item("status")).to_contain_text("nothing is loaded")
+
+
+def test_a_closed_accordion_adds_nothing(open_page):
+    assert "Delta" not in Tab(open_page()).generate()
+
+
+def test_a_wrong_setting_is_told_in_one_sentence(tab):
+    tab.type("loras", "moxin:much")
+    assert tab.generate() == "SettingError: LoRA pick 'moxin:much' has weight 'much': a number is needed"
+
+
+def test_pasting_a_picture_restores_everything_and_generates_the_same(open_page):
+    tab = Tab(open_page())
+    expect(tab.enabled).not_to_be_checked()
+    tab.paste(DELTA)
+    expect(tab.enabled).to_be_checked()
+    for name, value in PASTED.items():
+        expect(tab.box(name)).to_have_value(value)
+    tab.drawn("lambda 1.3 to 6.5, cosine, from 0% to 60% of the steps")
+    given = DELTA.replace(" [0123abcdef]", "").partition("Delta")[2].split(", Delta")
+    written = tab.generate().partition("Delta")[2].split(", Delta")
+    assert sorted(written) == sorted(given)
+
+
+def test_pasting_a_picture_without_a_delta_closes_the_accordion_and_keeps_what_is_in_it(tab):
+    tab.type("strength", "2")
+    tab.paste(PLAIN)
+    expect(tab.enabled).not_to_be_checked()
+    expect(tab.box("strength")).to_have_value("2")
+    assert "Delta" not in tab.generate()
+
+
+def test_settings_can_be_sent_to_the_other_tab(tab):
+    tab.type("strength", "3")
+    tab.type("loras", "lineart:0.5")
+    tab.page.click("#txt2img_send")
+    other = Tab(tab.page, "img2img")
+    expect(other.enabled).to_be_checked()
+    expect(other.box("strength")).to_have_value("3")
+    expect(other.box("loras")).to_have_value("lineart:0.5")
+
+
+def test_every_cell_of_an_xyz_plot_tells_its_own_lambda(tab):
+    tab.page.get_by_text("X/Y/Z plot").first.click()
+    tab.page.locator("#txt2img_axis input").click()
+    tab.page.locator("#txt2img_axis ul.options li").get_by_text("[Delta] Lambda").click()
+    tab.page.fill("#txt2img_axis_values textarea", "0-2 [3]")
+    assert re.findall(r"Delta lambda: (\S+)", tab.generate()) == ["0", "1", "2"]
+
+
+def test_widgets_have_tooltips_in_both_tabs(open_page):
+    page = open_page()
+    for name in ("txt2img", "img2img"):
+        tab = Tab(page, name)
+        for item in ("strength", "curve", "loras", "adapted", "hires", "unload"):
+            assert tab.item(item).get_attribute("title"), item
+
+
+def test_the_schema_and_the_status_are_served(webui):
+    def get(path):
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        return json.load(opener.open(f"{webui}/delta-sampling/{path}"))
+
+    assert get("schema")["properties"]["lambda"]["maximum"] == 10
+    assert get("status")["host"] == "stand-in"
+
+
+@pytest.mark.parametrize("name", ["txt2img", "img2img", "dark", "narrow"])
+def test_screenshots(open_page, name):
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page = open_page(420 if name == "narrow" else 1280, theme="dark" if name == "dark" else "light")
+    tab = Tab(page, "img2img" if name == "img2img" else "txt2img").open()
+    tab.choose("base", "v1-5-pruned-emaonly.safetensors")
+    tab.choose("add_lora", "moxin")
+    expect(tab.box("loras")).to_have_value("moxin:1")
+    tab.choose("curve", "cosine")
+    tab.type("first", "0.2")
+    tab.type("end", "0.75")
+    tab.drawn("lambda 0.2 to 1, cosine, from 0% to 75% of the steps")
+    tab.generate()
+    expect(tab.item("status")).to_contain_text("loaded: v1-5-pruned-emaonly.safetensors + moxin")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "wider than the screen"
+    page.mouse.move(0, 0)
+    page.screenshot(path=SCREENSHOTS / f"gradio{gradio.__version__[0]}-{name}.png", full_page=True)
