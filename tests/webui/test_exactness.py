@@ -51,7 +51,7 @@ def assert_exact(webui: WebUI, files: Files, **changes: Any) -> None:
     got = webui.generate(delta(files), **changes)
     assert np.abs(plain.pictures - wanted.pictures).max() > 10 * NEAR, "the LoRA changes nothing here"
     if changes.get("sampler_name") in UNSTABLE:
-        assert distance(got, wanted) < 0.1 * distance(plain, wanted)
+        assert distance(got, wanted) < 0.25 * distance(plain, wanted)
     else:
         assert_same(got, wanted)
     assert all("Delta lambda: 1" in text for text in got.infotexts)
