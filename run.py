@@ -1,11 +1,11 @@
 """Run one part of this repository.
 
-    python run.py demo|train|evaluate|bench|test|test-newest|lint [arguments of the part]
+    python run.py demo|train|evaluate|bench|test|test-newest|test-browser|lint [arguments of the part]
 
 The first call makes a virtual environment beside this file (.venv) and installs pinned requirements into it; later
-calls start at once. `test` without arguments ends with `test-newest`: the same tests in a second environment, on the
-newest torch. Only the standard library is used, in words that an old Python understands, so that it can say what is
-needed.
+calls start at once. `test` without arguments ends with `test-newest`, the same tests in a second environment, on the
+newest torch, and with `test-browser`, the accordion in Chromium on the gradio of each WebUI, which has an environment
+for each. Only the standard library is used, in words that an old Python understands, so that it can say what is needed.
 """
 
 import hashlib
@@ -29,6 +29,13 @@ PARTS = {
     "lint": ("test", [["-m", "ruff", "check"], ["-m", "mypy"]]),
 }
 
+# More environments for tests: requirements, the Pythons they are for, and what is tested there if nothing is named.
+MORE_TESTS = {
+    "test-newest": [("newest", SERVED[:1], [])],
+    "test-browser": [("gradio3", SERVED, ["tests/browser"]), ("gradio4", SERVED, ["tests/browser"])],
+}
+NO_TESTS = 5  # pytest's status where none could run; its output says why
+
 
 class UnavailableError(Exception):
     """An environment that cannot be had here; the message says what is needed."""
@@ -37,18 +44,19 @@ class UnavailableError(Exception):
 def main() -> int:
     """Run the part that the command line names, and return its exit status."""
     name, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
-    if name not in PARTS and name != "test-newest":
-        print("usage: python run.py " + "|".join([*PARTS, "test-newest"]) + " [arguments of the part]")
+    if name not in PARTS and name not in MORE_TESTS:
+        print("usage: python run.py " + "|".join([*PARTS, *MORE_TESTS]) + " [arguments of the part]")
         return 0 if name in ("-h", "--help") else 2
     # Ctrl-C reaches the part as well, which may have work to save: wait for it instead of dying first.
     signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        status = run_newest(arguments) if name == "test-newest" else run_part(name, arguments)
+        status = run_more(name, arguments) if name in MORE_TESTS else run_part(name, arguments)
     except UnavailableError as error:
         say(str(error))
         return 1
-    if name == "test" and not arguments and status == 0:
-        status = run_newest_where_possible()
+    if name == "test" and not arguments:
+        for more in MORE_TESTS:
+            status = status or run_more_where_possible(more)
     return status
 
 
@@ -62,19 +70,23 @@ def run_part(name: str, arguments: list) -> int:
     return next((status for status in statuses if status), 0)
 
 
-def run_newest(arguments: list) -> int:
-    """Run the tests on the newest torch; those that need a package tied to the older one skip themselves."""
-    python = environment(".venv-newest", "newest", SERVED[:1])
-    return call([python, "-m", "pytest", *arguments], ROOT)
+def run_more(name: str, arguments: list) -> int:
+    """Run tests in environments of their own; those that need a package not there skip themselves."""
+    status = 0
+    for requirements, versions, default in MORE_TESTS[name]:
+        python = environment(".venv-" + requirements, requirements, versions)
+        status = call([python, "-m", "pytest", *(arguments or default)], ROOT) or status
+    return status
 
 
-def run_newest_where_possible() -> int:
-    """Run the tests on the newest torch; only CI insists that it can be installed."""
+def run_more_where_possible(name: str) -> int:
+    """Run further tests; only CI insists that what they need can be had."""
     try:
-        return run_newest([])
+        status = run_more(name, [])
     except UnavailableError as error:
-        say(f"skipped the second run, on the newest torch: {error}")
-        return 1 if os.environ.get("CI") else 0
+        say("skipped " + name + ": " + str(error))
+        status = NO_TESTS
+    return 0 if status == NO_TESTS and not os.environ.get("CI") else status
 
 
 def environment(folder: str, requirements: str, versions: tuple) -> str:

@@ -75,14 +75,25 @@ def test_another_python_hears_which_are_served(monkeypatch: pytest.MonkeyPatch) 
         run.find_python(run.SERVED)
 
 
-@pytest.mark.parametrize(("ci", "status"), [("true", 1), ("", 0)])
-def test_only_ci_insists_on_the_newest_torch(ci: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unavailable(arguments: list[str]) -> int:
+@pytest.mark.parametrize(("ci", "status"), [("true", run.NO_TESTS), ("", 0)])
+def test_only_ci_insists_on_further_environments(ci: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable(*_: object) -> str:
         raise run.UnavailableError("no wheel")
 
     monkeypatch.setenv("CI", ci)
-    monkeypatch.setattr(run, "run_newest", unavailable)
-    assert run.run_newest_where_possible() == status
+    monkeypatch.setattr(run, "environment", unavailable)
+    assert run.run_more_where_possible("test-newest") == status
+    monkeypatch.setattr(run, "environment", lambda *_: "python")
+    monkeypatch.setattr(run, "call", lambda command, folder: run.NO_TESTS)
+    assert run.run_more_where_possible("test-browser") == status
+
+
+def test_the_accordion_is_tried_on_both_gradio_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: Calls = []
+    monkeypatch.setattr(run, "environment", lambda folder, *_: folder)
+    monkeypatch.setattr(run, "call", lambda command, folder: ran.append(command) or int("gradio3" in command[0]))
+    assert run.run_more("test-browser", []) == 1
+    assert [command[0] for command in ran] == [".venv-gradio3", ".venv-gradio4"]
 
 
 @pytest.mark.parametrize("failing", ["ruff", "mypy"])
