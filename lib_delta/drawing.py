@@ -9,8 +9,8 @@ from typing import Any
 from lib_delta.errors import SettingError
 from lib_delta.strength import MAXIMUM, Strength
 
-WIDTH, HEIGHT = 320, 120
-LEFT, RIGHT, TOP, BOTTOM = 26, 312, 10, 98  # where the axes are
+WIDTH, HEIGHT = 240, 110
+LEFT, RIGHT, TOP, BOTTOM = 24, 234, 8, 90  # where the axes are
 SAMPLES = 60
 SCALES = (1, 2, 5, MAXIMUM)  # what the vertical axis may end at
 

@@ -136,10 +136,11 @@ class DeltaSampling(scripts.Script):
         )
 
     def _refresh_button(self, dropdown, name, refresh, choices):
-        def pairs():  # the button writes them into the widget, where gradio 4 has choices with labels
-            return {"choices": [(choice, choice) for choice in choices()]}
+        def fresh():  # in the form that the widget has them in: gradio 4 keeps a label with each
+            labelled = any(isinstance(choice, tuple) for choice in dropdown.choices)
+            return {"choices": [(choice, choice) if labelled else choice for choice in choices()]}
 
-        create_refresh_button(dropdown, refresh, pairs, self.elem_id(f"refresh_{name}"))
+        create_refresh_button(dropdown, refresh, fresh, self.elem_id(f"refresh_{name}"))
 
     def _range(self, w, default):
         with gr.Row(elem_classes=["delta-sampling-row"]):
