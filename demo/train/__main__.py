@@ -51,7 +51,7 @@ RUNS = {
     "base-text": Run(steps=1200, batch=64, rate=2e-3, seed=11, average=0.99),
     "base": Run(steps=5000, batch=16, rate=4e-4, seed=1),
     "target-text": Run(steps=1200, batch=64, rate=2e-3, seed=12, average=0.99),
-    "target": Run(steps=22500, batch=16, rate=4e-4, seed=2),
+    "target": Run(steps=20500, batch=16, rate=4e-4, seed=2),
     "lineart": Run(steps=1500, batch=24, rate=2e-3, seed=3),
     "lineart-full": Run(steps=600, batch=24, rate=5e-4, seed=4),
     "metrics": Run(steps=12000, batch=48, rate=2e-3, seed=5),
