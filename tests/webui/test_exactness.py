@@ -124,6 +124,8 @@ HIRES = {
     "hr_upscaler": "Latent",
     "denoising_strength": 0.6,
     "hr_second_pass_steps": 3,
+    # Forge's API does not do without; others do not know it.
+    "hr_additional_modules": ["Use same choices"],
 }
 
 
