@@ -55,12 +55,16 @@ function deltaSamplingDrawing(tab) {
     const drawing = deltaSamplingElement(tab, "drawing");
     const redraw = deltaSamplingElement(tab, "redraw");
     if (!drawing || !redraw) return;
-    let waiting;
+    let waiting, asked;
     const check = () => {
         const drawn = drawing.querySelector("[data-drawn]")?.dataset.drawn;
         const choosing = deltaSamplingElement(tab, "curve").contains(document.activeElement);
         if (!drawn || choosing) return;
-        if (JSON.stringify(JSON.parse(drawn)) !== JSON.stringify(deltaSamplingShown(tab))) redraw.click();
+        const shown = JSON.stringify(deltaSamplingShown(tab));
+        const difference = shown + drawn;
+        if (JSON.stringify(JSON.parse(drawn)) === shown || difference === asked) return;
+        asked = difference; // once: what the page shows can itself be late
+        redraw.click();
     };
     const checkSoon = () => {
         clearTimeout(waiting);
