@@ -28,6 +28,8 @@ class Files:
     lora: str = "delta-test-lora"
     sdxl_lora: str = "delta-test-sdxl-lora"
     broken_lora: str = "delta-test-broken-lora"
+    nan_lora: str = "delta-test-nan-lora"
+    unmatched_lora: str = "delta-test-unmatched-lora"
     embedding: str = "delta-test-embedding"
 
 
