@@ -157,10 +157,15 @@ class Ends:
         return {
             "style_share": round(_share(scores.style, self.target.style, self.adapted.style), 3),
             "ink_share": round(_share(scores.ink, self.target.ink, self.adapted.ink), 3),
-            # Of a target that shows no emoji at all nothing can be kept or lost.
-            "content_ratio": round(scores.content / self.target.content, 3) if self.target.content else None,
+            "content_ratio": _ratio(scores.content, self.target.content),
+            "near_ratio": _ratio(scores.near, self.target.near),
             "diversity": round(scores.diversity, 3),
         }
+
+
+def _ratio(value: float, whole: float) -> float | None:
+    # Of a target that shows no emoji at all nothing can be kept or lost.
+    return round(value / whole, 3) if whole else None
 
 
 def _share(value: float, start: float, end: float) -> float:

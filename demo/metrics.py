@@ -4,7 +4,7 @@
   of the same emoji in colour and as line art, so its scale is the blend's share.
 - *ink*: the same question without a network: how close every pixel is to pure black or pure white.
 - *content*: a small network, trained to be blind to the style, embeds the picture; the nearest of the
-  1,563 emoji should be the prompt's.
+  1,563 emoji should be the prompt's; *near*: it should be among the ten nearest.
 - *diversity*: the root mean square difference between pictures of one prompt and different seeds.
 """
 
@@ -64,11 +64,12 @@ class Judges(nn.Module):
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over a set of pictures; ``content`` is the share of pictures whose emoji was retrieved."""
+    """Means over a set of pictures; ``content`` is the share whose emoji was retrieved first, ``near`` among ten."""
 
     style: float
     ink: float
     content: float
+    near: float
     diversity: float
 
 
@@ -99,10 +100,12 @@ def diversity(pictures: Tensor) -> float:
 def judge(judges: Judges, pictures: Tensor, names: Tensor) -> Scores:
     """Judge ``(prompts, seeds, 3, 64, 64)`` pictures of the emoji numbered ``names`` ``(prompts,)``."""
     flat = pictures.flatten(0, 1).clamp(-1, 1)
-    found = judges.content.similarity(flat).argmax(-1)
+    found = judges.content.similarity(flat).topk(10).indices
+    right = found == names.repeat_interleave(pictures.shape[1])[:, None]
     return Scores(
         style=float(judges.style(flat).mean()),
         ink=float(ink(flat).mean()),
-        content=float((found == names.repeat_interleave(pictures.shape[1])).float().mean()),
+        content=float(right[:, 0].float().mean()),
+        near=float(right.any(1).float().mean()),
         diversity=diversity(pictures),
     )

@@ -108,7 +108,8 @@ class Request:
     def with_tags(self, tags: Sequence[Sequence[str]]) -> Request:
         """Apply ``<delta:NAME:lambda>`` tags of a prompt, each given as the texts between its colons.
 
-        Tags switch the delta on.  Their LoRAs join those of an accordion that is on; lambda is theirs.
+        Tags switch the delta on.  Their LoRAs join those of an accordion that is on, and replace those of
+        the same name: a pasted picture has them in both places.  Lambda is theirs.
         """
         if not tags:
             return self
@@ -117,7 +118,8 @@ class Request:
         if len(lambdas) > 1:
             stated = " and ".join(f"{v:g}" for v in sorted(lambdas))
             raise SettingError(f"<delta:...> tags ask for lambda {stated} in one prompt: give lambda once")
-        before = self.picks() if self.enabled else ()
+        names = {pick.name for pick, _ in read}
+        before = [pick for pick in self.picks() if pick.name not in names] if self.enabled else []
         return replace(
             self,
             enabled=True,

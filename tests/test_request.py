@@ -71,6 +71,12 @@ def test_tags_switch_on_and_join_the_picks_of_an_accordion_that_is_on():
     assert Request(loras="x").with_tags([]) == Request(loras="x")
 
 
+def test_a_pasted_picture_has_its_tags_lora_once():
+    made = Request().with_tags([["moxin", "1.5", "weight=0.8"]])
+    pasted = Request(enabled=True, strength=1.5, loras=made.infotext()["Delta LoRAs"])
+    assert pasted.with_tags([["moxin", "1.5", "weight=0.8"]]) == made
+
+
 @pytest.mark.parametrize(
     ("tags", "sentence"),
     [

@@ -2,18 +2,20 @@
 
 The extension has to be installed there and the API switched on (``--api``).  Small checkpoints, a
 LoRA and an embedding, made here of random numbers, are put into its folders (all named
-``delta-test-...``) and stay there.  Without ``WEBUI_URL`` the tests are skipped.
+``delta-test-...``) and stay there.  Without ``WEBUI_URL`` the tests are skipped.  See README.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from client import WebUI
+from client import RefusedError, WebUI
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Files:
     unmatched_lora: str = "delta-test-unmatched-lora"
     embedding: str = "delta-test-embedding"
 
+    def delta(self, **changes: Any) -> dict[str, Any]:
+        """Return what the API takes for a delta that works: the LoRA on the checkpoint that it was made for."""
+        return {"lambda": 1.0, "base": self.sd1, "loras": self.lora, **changes}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
@@ -46,10 +52,16 @@ def files() -> Files:
     folder = os.environ.get("WEBUI_DIR")
     names = Files()
     if folder:
-        from checkpoints import make_all
+        from checkpoints import FULL, TINY, make_all
 
-        make_all(Path(folder), names)
+        make_all(Path(folder), names, FULL if _size() == "full" else TINY)
     return names
+
+
+def _size() -> str:
+    """Return how large the checkpoints have to be: Forge serves no others than those of released models' shapes."""
+    host = WebUI(os.environ["WEBUI_URL"].rstrip("/")).get("/delta-sampling/status")["host"]
+    return os.environ.get("WEBUI_SIZE", "tiny" if host == "AUTOMATIC1111" else "full")
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +69,8 @@ def running(files: Files) -> WebUI:
     webui = WebUI(os.environ["WEBUI_URL"].rstrip("/"))
     webui.post("/sdapi/v1/refresh-checkpoints", {})
     webui.post("/sdapi/v1/refresh-loras", {})
+    with contextlib.suppress(RefusedError):  # where that fails (Forge), they are looked for when a prompt names one
+        webui.post("/sdapi/v1/refresh-embeddings", {})
     webui.options(sd_model_checkpoint=files.sd1, live_previews_enable=False)
     webui.defaults = {
         "prompt": "a cat on a mat",
@@ -80,6 +94,7 @@ RESET = {
     "skip_early_cond": 0,
     "pad_cond_uncond": False,
     "delta_sampling_on_error": "stop",
+    "delta_sampling_cache": 1,
 }
 
 
