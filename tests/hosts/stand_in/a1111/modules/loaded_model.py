@@ -1,0 +1,50 @@
+"""The main checkpoint as AUTOMATIC1111 holds it."""
+
+from types import SimpleNamespace
+
+from modules import network, sd_hijack, sd_hijack_clip, shared
+from modules.prompt_code import EmbeddingsWithFixes
+
+tokenizer = None
+
+
+class CondStage(sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords):
+    """The main checkpoint's text encoder."""
+
+    def __init__(self, networks):
+        super().__init__(SimpleNamespace(tokenizer=tokenizer), sd_hijack.model_hijack)
+        self.networks = networks
+        frame = networks.tower.transformer.text_model.embeddings
+        frame.token_embedding = EmbeddingsWithFixes(frame.token_embedding, self.hijack)
+
+    def encode_with_transformers(self, tokens):
+        return self.networks.tower(tokens, shared.opts.CLIP_stop_at_last_layers)[0]
+
+
+class LoadedModel:
+    """The main checkpoint."""
+
+    cond_stage_key, parameterization = "txt", "eps"
+    is_sd1, is_sd2, is_sdxl, is_sd3 = True, False, False, False
+
+    def __init__(self, info):
+        self.sd_checkpoint_info = info
+        self.networks = network.Networks(info.filename)
+        self.model = SimpleNamespace(conditioning_key="crossattn")
+        self.alphas_cumprod = network.alphas_cumprod()
+        self.cond_stage_model = CondStage(self.networks)
+
+    @property
+    def cond_stage_model_empty_prompt(self):
+        return self.cond_stage_model([""])
+
+    def get_learned_conditioning(self, texts):
+        sd_hijack.model_hijack.embedding_db.load_textual_inversion_embeddings()
+        return self.cond_stage_model(texts)
+
+    def apply_model(self, x, t, cond):
+        (context,) = cond["c_crossattn"]
+        return self.networks(x, t, context)
+
+
+load_model = LoadedModel

@@ -1,0 +1,7 @@
+"""What the WebUI notes while it reads prompts."""
+
+from types import SimpleNamespace
+
+from modules.textual_inversion.textual_inversion import EmbeddingDatabase
+
+model_hijack = SimpleNamespace(fixes=None, comments=[], extra_generation_params={}, embedding_db=EmbeddingDatabase())

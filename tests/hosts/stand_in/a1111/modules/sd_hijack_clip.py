@@ -1,0 +1,23 @@
+"""The WebUI's prompt code around a text encoder."""
+
+import torch
+from modules import sd_hijack
+from modules.prompt_code import encode
+
+
+class FrozenCLIPEmbedderWithCustomWords(torch.nn.Module):
+    """Cuts texts into chunks, and has subclasses encode them."""
+
+    def __init__(self, wrapped, hijack):
+        super().__init__()
+        self.hijack = sd_hijack.model_hijack
+        self.hijack, self.tokenizer = hijack, wrapped.tokenizer
+
+    def tokenize(self, texts):
+        return self.tokenizer(texts, truncation=False, add_special_tokens=False)["input_ids"]
+
+    def forward(self, texts):
+        return encode(self, self.tokenizer, texts, self.hijack.embedding_db, self.hijack)
+
+    def encode_with_transformers(self, tokens):
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""Words with vectors of their own."""

@@ -1,0 +1,92 @@
+"""What both WebUIs' text engines do: chunks of 75 tokens, words that stand for learned vectors, one text at a time."""
+
+from collections import namedtuple
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+CHUNK = 75
+Fix = namedtuple("Fix", ["offset", "embedding"])
+
+
+class Embedding:
+    """A textual inversion: ``vec`` ``(vectors, width)``."""
+
+    def __init__(self, name, vec):
+        self.name, self.vec, self.vectors, self.shape = name, vec, len(vec), vec.shape[-1]
+
+
+class EmbeddingFiles:
+    """The textual inversions of some folders, as far as they have the width that is expected."""
+
+    def __init__(self, expected_shape=-1):
+        self.embedding_dirs = {}
+        self.ids_lookup = {}
+        self.expected_shape = expected_shape
+        self.fixes = None
+
+    def add_embedding_dir(self, path):
+        self.embedding_dirs[path] = Path(path)
+
+    def read(self, register):
+        """Register the embeddings of all folders."""
+        self.ids_lookup.clear()
+        for path in [path for folder in self.embedding_dirs.values() for path in sorted(folder.glob("*.safetensors"))]:
+            embedding = Embedding(path.stem, load_file(path)["emb_params"])
+            if embedding.shape == self.expected_shape:
+                register(embedding)
+
+    def register_ids(self, ids, embedding):
+        self.ids_lookup.setdefault(ids[0], []).append((ids, embedding))
+
+    def find_embedding_at_position(self, tokens, position):
+        for ids, embedding in self.ids_lookup.get(tokens[position], []):
+            if tokens[position : position + len(ids)] == ids:
+                return embedding, len(ids)
+        return None, None
+
+
+def chunks_of(tokens, embeddings, start, end):
+    """Return for each chunk its 77 tokens and its fixes."""
+    chunks, position = [([], [])], 0
+    while position < len(tokens):
+        embedding, length = embeddings.find_embedding_at_position(tokens, position)
+        size = 1 if embedding is None else embedding.vectors
+        if len(chunks[-1][0]) + size > CHUNK:
+            chunks.append(([], []))
+        words, fixes = chunks[-1]
+        if embedding is not None:
+            fixes.append(Fix(len(words), embedding))
+        words += [tokens[position]] if embedding is None else [0] * size
+        position += length or 1
+    return [([start, *words, *[end] * (CHUNK + 1 - len(words))], fixes) for words, fixes in chunks]
+
+
+def encode(engine, tokenizer, texts, embeddings, found):
+    """Encode texts, ``(N, 77 * chunks, C)``, with the engine's encoder; ``found.fixes`` is for it to look at."""
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    rows = [chunks_of(tokens, embeddings, start, end) for tokens in engine.tokenize(list(texts))]
+    encoded = []
+    for i in range(max(map(len, rows))):
+        parts = [row[i] if i < len(row) else ([start, *[end] * (CHUNK + 1)], []) for row in rows]
+        found.fixes = [fixes for _, fixes in parts]
+        encoded.append(engine.encode_with_transformers(torch.tensor([tokens for tokens, _ in parts])))
+    return torch.cat(encoded, 1)
+
+
+class EmbeddingsWithFixes(torch.nn.Module):
+    """A token embedding in which learned vectors take the place of what they stand for."""
+
+    def __init__(self, wrapped, found):
+        super().__init__()
+        self.wrapped, self.found = wrapped, found
+
+    def forward(self, ids):
+        fixes, self.found.fixes = self.found.fixes, None
+        rows = []
+        for row, row_fixes in zip(self.wrapped(ids), fixes or [[]] * len(ids)):
+            for offset, embedding in row_fixes:
+                row = torch.cat((row[: offset + 1], embedding.vec, row[offset + 1 + embedding.vectors :]))
+            rows.append(row)
+        return torch.stack(rows)

@@ -1,0 +1,3 @@
+"""What Forge was started with."""
+
+dynamic_args = {"embedding_dir": None}

@@ -1,0 +1,44 @@
+"""Which models are on the device; ``device`` may be any object with a ``type``."""
+
+import torch
+
+device = torch.device("cpu")
+current_loaded_models = []
+caches_emptied = []
+
+
+class LoadedModel:
+    """A patcher's model on the device."""
+
+    def __init__(self, model):
+        self.model, self.loaded = model, True
+
+    def model_unload(self):
+        self.loaded = False
+
+
+def get_torch_device():
+    return device
+
+
+def text_encoder_device():
+    return torch.device("cpu")
+
+
+def unet_offload_device():
+    return torch.device("cpu")
+
+
+def should_use_fp16(device):
+    return False
+
+
+def soft_empty_cache():
+    caches_emptied.append(True)
+
+
+def load_models_gpu(patchers):
+    """Load patchers' models, unless they are loaded already."""
+    for patcher in patchers:
+        if not any(patcher.is_clone(entry.model) for entry in current_loaded_models):
+            current_loaded_models.append(LoadedModel(patcher))

@@ -1,0 +1,1 @@
+"""Patchers of models."""

@@ -1,0 +1,70 @@
+"""The main checkpoint as Forge holds it."""
+
+import torch
+from backend.args import dynamic_args
+from backend.patcher.unet import UnetPatcher
+from backend.text_processing.classic_engine import ClassicTextProcessingEngine
+from modules import network, shared
+
+tokenizer = None
+
+
+class Predictor:
+    """The noise schedule."""
+
+    def __init__(self):
+        alphas = network.alphas_cumprod().double()
+        self.sigmas = ((1 - alphas) / alphas).sqrt().float()
+
+    def timestep(self, sigma):
+        """Return the fractional timestep of noise levels, in the logarithm."""
+        table, wanted = self.sigmas.log(), sigma.log()
+        above = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
+        share = (wanted - table[above - 1]) / (table[above] - table[above - 1])
+        return (above - 1 + share).clamp(0, len(table) - 1)
+
+
+class KModel:
+    """UNet and schedule: from ``x0 + sigma * noise`` to x0."""
+
+    def __init__(self, networks):
+        self.networks, self.predictor = networks, Predictor()
+
+    def apply_model(self, x, sigma, context):
+        s = sigma[:, None, None, None]
+        return x - s * self.networks(x / (1 + s**2).sqrt(), self.predictor.timestep(sigma), context)
+
+
+class ForgeObjects:
+    """The parts of a checkpoint."""
+
+    def __init__(self, unet):
+        self.unet = unet
+
+    def shallow_copy(self):
+        return ForgeObjects(self.unet)
+
+
+class LoadedModel:
+    """The main checkpoint; ``alphas_cumprod`` is there once a timestep sampler has run."""
+
+    is_sd1, is_sd2, is_sdxl, is_sd3 = True, False, False, False
+
+    def __init__(self, info):
+        self.sd_checkpoint_info = info
+        self.networks = network.Networks(info.filename)
+        self.forge_objects = ForgeObjects(UnetPatcher(KModel(self.networks), torch.device("cpu"), torch.device("cpu")))
+        self.forge_objects_original = self.forge_objects.shallow_copy()
+        self.text = ClassicTextProcessingEngine(
+            self.networks.tower,
+            tokenizer,
+            dynamic_args["embedding_dir"],
+            embedding_expected_shape=self.networks.tower.config.width,
+        )
+
+    def get_learned_conditioning(self, texts):
+        self.text.clip_skip = shared.opts.CLIP_stop_at_last_layers
+        return self.text(texts)
+
+
+load_model = LoadedModel

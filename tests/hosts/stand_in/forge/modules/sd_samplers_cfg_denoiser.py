@@ -1,0 +1,123 @@
+"""Guidance as Forge does it: all samplers' states in one scale, functions after guidance, then the mask."""
+
+import math
+
+import torch
+from backend.memory_management import load_models_gpu
+from k_diffusion.external import DiscreteSchedule
+from modules import prompt_parser, script_callbacks, shared
+from modules.sd_samplers_common import InterruptedException
+
+
+class Linked(DiscreteSchedule):
+    """The schedule of the model, which denoisers find behind it."""
+
+    def __init__(self, sd_model):
+        super().__init__(sd_model.forge_objects.unet.model.predictor.sigmas, quantize=False)
+        self.inner_model = sd_model
+
+
+def prepare(sd_model):
+    """Have the model and what extensions have added to it on the device."""
+    unet = sd_model.forge_objects.unet
+    load_models_gpu([unet, *unet.extra_model_patchers_during_sampling])
+
+
+def model_for_sigmas(sd_model):
+    return Linked(sd_model)
+
+
+def model_for_timesteps(sd_model):
+    sd_model.alphas_cumprod = 1 / (sd_model.forge_objects.unet.model.predictor.sigmas**2 + 1)
+    return Linked(sd_model)
+
+
+class CFGDenoiser(torch.nn.Module):
+    """What samplers drive."""
+
+    timesteps = False
+
+    def __init__(self, sampler):
+        super().__init__()
+        self.sampler, self.p = sampler, None
+        self.model_wrap = None
+        self.step, self.steps, self.total_steps = 0, None, None
+        self.mask = self.nmask = self.init_latent = None
+        self.image_cfg_scale = None
+        self.need_last_noise_uncond, self.last_noise_uncond = False, None
+
+    @property
+    def inner_model(self):
+        if self.model_wrap is None:
+            self.model_wrap = self.make_inner_model(shared.sd_model)
+        return self.model_wrap
+
+    def forward(self, x, sigma, cond, uncond, cond_scale, s_min_uncond, image_cond):
+        if shared.state.interrupted:
+            raise InterruptedException
+        if self.step == 0:
+            prepare(self.inner_model.inner_model)
+        if self.timesteps:
+            sigma = self.inner_model.sigmas[sigma.round().long()]
+            x = x * (1 + sigma**2).sqrt()[:, None, None, None]
+        s = sigma[:, None, None, None]
+        numbered, text_cond = prompt_parser.reconstruct_multicond_batch(cond, self.step)
+        text_uncond = None if uncond is None else prompt_parser.reconstruct_cond_batch(uncond, self.step)
+        if self.mask is not None:
+            x = x * self.nmask + (self.init_latent + torch.randn_like(x) * s) * self.mask
+        script_callbacks.call(
+            "cfg_denoiser",
+            x=x,
+            sigma=sigma,
+            text_cond=text_cond,
+            text_uncond=text_uncond,
+            sampling_step=shared.state.sampling_step,
+            total_sampling_steps=shared.state.sampling_steps,
+            denoiser=self,
+        )
+        if self.p.is_hr_pass:
+            cond_scale = self.p.hr_cfg
+        if self._guidance_is_left_out(float(sigma[0]), s_min_uncond):
+            cond_scale = 1.0
+        denoised, negative = self._guided(x, sigma, text_cond, text_uncond, numbered, cond_scale)
+        if self.need_last_noise_uncond:
+            self.last_noise_uncond = (x - negative) / s
+        if self.mask is not None:
+            denoised = denoised * self.nmask + self.init_latent * self.mask
+        self.sampler.last_latent = shared.state.current_latent = denoised
+        denoised = script_callbacks.call("cfg_after_cfg", x=denoised).x
+        self.step += 1
+        return (x - denoised) / s if self.timesteps else denoised
+
+    def _guidance_is_left_out(self, sigma, s_min_uncond):
+        early = shared.opts.skip_early_cond
+        if early and self.step / self.total_steps <= early:
+            return True
+        return bool((self.step % 2 or shared.opts.s_min_uncond_all) and s_min_uncond > 0 and sigma < s_min_uncond)
+
+    def _guided(self, x, sigma, text_cond, text_uncond, numbered, scale):
+        unet = self.inner_model.inner_model.forge_objects.unet
+        # As many sub-prompts as every image has; all images share the weights of the last.
+        parts = list(zip(*numbered))
+        weights = [part[-1][1] for part in parts]
+        estimates = [unet.model.apply_model(x, sigma, text_cond[[row for row, _ in part]]) for part in parts]
+        positive = sum(w * e for w, e in zip(weights, estimates)) / sum(weights)
+        negative = torch.zeros_like(x)
+        if text_uncond is not None and not math.isclose(scale, 1.0):
+            negative = unet.model.apply_model(x, sigma, text_uncond)
+        denoised = negative + (positive - negative) * scale * sum(weights)
+        for function in unet.model_options.get("sampler_post_cfg_function", []):
+            denoised = function(
+                {
+                    "denoised": denoised,
+                    "cond": text_cond,
+                    "uncond": text_uncond,
+                    "cond_denoised": positive,
+                    "uncond_denoised": negative,
+                    "model": unet.model,
+                    "model_options": unet.model_options,
+                    "sigma": sigma,
+                    "input": x,
+                }
+            )
+        return denoised, negative
