@@ -237,6 +237,7 @@ class Host(ABC):
         except Exception as error:  # whatever it is, the user hears of it
             fault = sentence(error, "loading the side model of Delta Sampling")
             self.unload()
+            self._last = f"Last run: no step had the delta, for {fault}"
             if isinstance(fault, SettingError) or option("on_error", STOP) == STOP:
                 raise fault from None if fault is error else error
             _claim_nothing(p)
