@@ -69,7 +69,7 @@ def running(files: Files) -> WebUI:
     webui = WebUI(os.environ["WEBUI_URL"].rstrip("/"))
     webui.post("/sdapi/v1/refresh-checkpoints", {})
     webui.post("/sdapi/v1/refresh-loras", {})
-    with contextlib.suppress(RefusedError):  # where that fails (Forge), they are looked for when a prompt names one
+    with contextlib.suppress(RefusedError):  # not every WebUI has it
         webui.post("/sdapi/v1/refresh-embeddings", {})
     webui.options(sd_model_checkpoint=files.sd1, live_previews_enable=False)
     webui.defaults = {

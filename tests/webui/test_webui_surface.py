@@ -1,0 +1,269 @@
+"""What API callers, pasted pictures and the XYZ plot get: schema, arguments, infotext, axes, status."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from client import SCRIPT, RefusedError, WebUI, decode
+from conftest import Files
+
+TYPES = {"boolean": bool, "number": (int, float), "string": str}
+
+
+def delta_keys(infotext: str) -> dict[str, str]:
+    """Return what a picture's text says of the delta."""
+    pairs = re.findall(r"(Delta [\w ]+): (\"(?:[^\"\\]|\\.)*\"|[^,]*)", infotext.splitlines()[-1])
+    # Hashes are there only where the WebUI makes them.
+    return {
+        key: json.loads(value) if value.startswith('"') else value.strip()
+        for key, value in pairs
+        if key != "Delta LoRA hashes"
+    }
+
+
+def without_hash(value: str) -> str:
+    return re.sub(r" \[\w+\]$", "", value)
+
+
+# Arguments.
+
+
+def test_the_schema_describes_the_defaults(webui: WebUI) -> None:
+    schema = webui.get("/delta-sampling/schema")
+    assert schema["type"] == "object" and schema["additionalProperties"] is False
+    for key, about in schema["properties"].items():
+        value = about["default"]
+        assert isinstance(value, TYPES[about["type"]]), key
+        assert about.get("minimum", value) <= value <= about.get("maximum", value), key
+        assert value in about.get("enum", [value]), key
+        assert about["description"], key
+
+
+def test_the_defaults_are_what_missing_keys_mean(webui: WebUI, files: Files) -> None:
+    properties = webui.get("/delta-sampling/schema")["properties"]
+    defaults = {key: about["default"] for key, about in properties.items()}
+    chosen = {"base": files.sd1, "loras": files.lora}
+    some, every = webui.generate(chosen), webui.generate({**defaults, **chosen})
+    assert np.array_equal(some.pictures, every.pictures)
+    assert delta_keys(some.infotexts[0]) == delta_keys(every.infotexts[0])
+
+
+SETTINGS = {
+    "enabled": True,
+    "lambda": 0.75,
+    "start": 0.1,
+    "end": 0.9,
+    "curve": "linear",
+    "curve_start": 1.0,
+    "curve_end": 0.25,
+    "prompt": 'a boat, "red": 1',
+    "negative_prompt": "green",
+    "adapted_prompt": "a ship",
+    "hires": "first pass",
+}
+TEXTS = {
+    "Delta lambda": "0.75",
+    "Delta start": "0.1",
+    "Delta end": "0.9",
+    "Delta curve": "linear",
+    "Delta curve end": "0.25",
+    "Delta prompt": 'a boat, "red": 1',
+    "Delta negative prompt": "green",
+    "Delta adapted prompt": "a ship",
+    "Delta hires": "first pass",
+}
+
+
+def all_settings(files: Files) -> dict[str, Any]:
+    return {**SETTINGS, "base": files.sd1, "adapted": files.tuned, "loras": f"{files.lora}:0.5:te=0.25"}
+
+
+def all_texts(files: Files) -> dict[str, str]:
+    names = {"Delta base": files.sd1, "Delta adapted": files.tuned, "Delta LoRAs": f"{files.lora}:0.5:te=0.25"}
+    return {**TEXTS, **names}
+
+
+def test_positional_arguments_are_the_named_ones(webui: WebUI, files: Files) -> None:
+    settings = all_settings(files)
+    order = webui.get("/delta-sampling/schema")["properties"]
+    arguments = {SCRIPT: {"args": [settings[key] for key in order]}}
+    named, by_position = webui.generate(settings), webui.generate(alwayson_scripts=arguments)
+    assert np.array_equal(named.pictures, by_position.pictures)
+    assert delta_keys(named.infotexts[0]) == delta_keys(by_position.infotexts[0]) != {}
+
+
+def test_the_first_positional_arguments_are_enough(webui: WebUI, files: Files) -> None:
+    first = {SCRIPT: {"args": [True, 0]}}
+    assert np.array_equal(webui.generate(alwayson_scripts=first).pictures, webui.generate().pictures)
+
+
+# Infotext.
+
+
+def texts_of(infotext: str) -> dict[str, str]:
+    return {key: without_hash(value) for key, value in delta_keys(infotext).items()}
+
+
+def test_the_infotext_has_what_is_not_the_default(webui: WebUI, files: Files) -> None:
+    simple = texts_of(webui.generate(files.delta()).infotexts[0])
+    assert simple == {"Delta lambda": "1", "Delta base": files.sd1, "Delta LoRAs": files.lora}
+    assert texts_of(webui.generate(all_settings(files)).infotexts[0]) == all_texts(files)
+
+
+def test_a_saved_picture_gives_the_settings_back(webui: WebUI, files: Files) -> None:
+    body = {**webui.defaults, "alwayson_scripts": {SCRIPT: {"args": [all_settings(files)]}}}
+    picture = webui.post("/sdapi/v1/txt2img", body)["images"][0]
+    answer = webui.post("/sdapi/v1/png-info", {"image": picture})
+    read = {key: value for key, value in answer["parameters"].items() if key.startswith("Delta ")}
+    read.pop("Delta LoRA hashes", None)
+    assert {key: without_hash(str(value)) for key, value in read.items()} == all_texts(files)
+
+
+def test_an_infotext_makes_the_same_picture_again(webui: WebUI, files: Files) -> None:
+    """The API fills what is not given from ``infotext``, as pasting does in the browser."""
+    first = webui.generate(all_settings(files))
+    body = {"infotext": first.infotexts[0], "override_settings_restore_afterwards": True}
+    answer = webui.post("/sdapi/v1/txt2img", body)
+    again = np.asarray(decode(answer["images"][0]).convert("RGB"), int)
+    assert texts_of(json.loads(answer["info"])["infotexts"][0]) == all_texts(files)
+    assert np.array_equal(again, first.pictures[0])
+
+
+# XYZ plot.
+
+
+@dataclass(frozen=True)
+class Cell:
+    picture: np.ndarray
+    infotext: str
+
+
+def plot_arguments(webui: WebUI, axes: dict[str, str]) -> list[Any]:
+    """Return the XYZ plot's arguments; axes are chosen by their number in its list."""
+    scripts = webui.get("/sdapi/v1/script-info")
+    plot = next(s for s in scripts if s["name"].lower() == "x/y/z plot" and not s["is_img2img"])
+    labels = next(argument["choices"] for argument in plot["args"] if argument["label"] == "X type")
+    labels = [label if isinstance(label, str) else label[0] for label in labels]
+    chosen = [*axes.items(), ("Nothing", ""), ("Nothing", "")][:3]
+    arguments: list[Any] = []
+    for label, values in chosen:
+        assert label in labels, f"the plot has no axis {label}, only {labels}"
+        arguments += [labels.index(label), values, []]
+    draw_legend, lone_images, sub_grids, no_fixed_seeds, margin, csv_mode = False, True, False, False, 0, False
+    vary_seeds = [False, False, False]
+    return [*arguments, draw_legend, lone_images, sub_grids, no_fixed_seeds, *vary_seeds, margin, csv_mode]
+
+
+def plot(webui: WebUI, delta: dict[str, Any], axes: dict[str, str]) -> list[Cell]:
+    """Return the cells of an XYZ plot, x running fastest."""
+    script = {"script_name": "X/Y/Z plot", "script_args": plot_arguments(webui, axes)}
+    body = {**webui.defaults, **script, "alwayson_scripts": {SCRIPT: {"args": [delta]}}}
+    answer = webui.post("/sdapi/v1/txt2img", body)
+    texts = json.loads(answer["info"])["infotexts"]
+    pictures = [np.asarray(decode(image).convert("RGB"), int) for image in answer["images"]]
+    size = (webui.defaults["height"], webui.defaults["width"])
+    cells = [Cell(picture, text) for picture, text in zip(pictures, texts) if picture.shape[:2] == size]
+    assert len(cells) == len(pictures) - 1, "one grid, and the cells"
+    return cells
+
+
+def test_a_plot_over_lambda_and_lora_weight(webui: WebUI, files: Files) -> None:
+    cells = plot(webui, files.delta(), {"[Delta] Lambda": "0-1 [3]", "[Delta] LoRA weight": "0.5, 1"})
+    loras = (f"{files.lora}:0.5", files.lora)
+    wanted = [(strength, lora) for lora in loras for strength in ("0", "0.5", "1")]
+    plain = webui.generate().pictures[0]
+    assert len(cells) == len(wanted)
+    for cell, (strength, lora) in zip(cells, wanted):
+        if strength == "0":
+            assert delta_keys(cell.infotext) == {}
+            assert np.array_equal(cell.picture, plain)
+        else:
+            told = {"Delta lambda": strength, "Delta base": files.sd1, "Delta LoRAs": lora}
+            assert texts_of(cell.infotext) == told
+            alone = webui.generate(files.delta(**{"lambda": float(strength), "loras": lora})).pictures[0]
+            assert np.array_equal(cell.picture, alone)
+    loaded = [line for line in status(webui) if line.startswith(files.sd1)]
+    assert len(loaded) == 1
+
+
+def test_a_plot_over_files_switches_the_delta_on(webui: WebUI, files: Files) -> None:
+    axes = {"[Delta] Adapted": f"None, {files.tuned}", "[Delta] LoRAs": f"{files.lora}, {files.unmatched_lora}"}
+    cells = plot(webui, {"enabled": False, "base": files.sd1}, axes)
+    told = [(t.get("Delta adapted"), t["Delta LoRAs"]) for t in (texts_of(cell.infotext) for cell in cells)]
+    loras = (files.lora, files.unmatched_lora)
+    assert told == [(adapted, lora) for lora in loras for adapted in (None, files.tuned)]
+    assert len({cell.picture.tobytes() for cell in cells}) == 4
+
+
+WRONG_AXES = {
+    "lambda": ("[Delta] Lambda", "1, 70", r"\[Delta\] Lambda \"70\" is not allowed: a number from 0 to 10 is"),
+    "curve": ("[Delta] Curve", "zigzag", r"\[Delta\] Curve \"zigzag\" is not allowed: one of constant"),
+    "base": ("[Delta] Base", "nothing", r"\[Delta\] Base \"nothing\" is no checkpoint"),
+    "LoRAs": ("[Delta] LoRAs", "nothing", r"\[Delta\] LoRAs \"nothing\" is no LoRA"),
+}
+
+
+@pytest.mark.parametrize(("axis", "values", "words"), WRONG_AXES.values(), ids=WRONG_AXES)
+def test_a_wrong_axis_value_is_refused(webui: WebUI, files: Files, axis: str, values: str, words: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        plot(webui, files.delta(), {axis: values})
+    sentence = json.loads(str(caught.value))["errors"]
+    assert re.search(words, sentence), sentence
+
+
+def test_after_a_plot_nothing_of_it_is_left(webui: WebUI, files: Files) -> None:
+    before = webui.generate(files.delta())
+    plot(webui, files.delta(), {"[Delta] Lambda": "0.5", "[Delta] End": "0.5"})
+    after = webui.generate(files.delta())
+    assert np.array_equal(before.pictures, after.pictures)
+    assert delta_keys(before.infotexts[0]) == delta_keys(after.infotexts[0])
+
+
+# Status.
+
+
+def status(webui: WebUI) -> list[str]:
+    lines: list[str] = webui.get("/delta-sampling/status")["status"]
+    return lines
+
+
+def test_the_status_names_what_is_loaded_and_what_the_last_run_cost(webui: WebUI, files: Files) -> None:
+    webui.generate(files.delta(loras=f"{files.lora}, {files.unmatched_lora}"))
+    base, first, second, last = status(webui)
+    assert re.match(rf"{files.sd1}\S*: on \S+, \d+ MB \(\w+\)$", base)
+    assert re.match(rf"{files.lora}\S* adapts \d\d+ layers of the UNet and \d\d+ of the text encoder\.$", first)
+    assert re.match(rf"{files.unmatched_lora}\S* adapts .*; \d+ of its keys match no layer \(.*bricks.*\)\.$", second)
+    assert re.match(r"Last run: delta in 4 steps, \d+ passes of the side model, [\d.]+ s$", last)
+
+
+def test_without_steps_the_status_says_so(webui: WebUI, files: Files) -> None:
+    webui.generate(files.delta(hires="hires pass"))
+    assert status(webui)[-1] == "Last run: no step had the delta"
+
+
+def test_models_are_given_back_where_none_are_kept(webui: WebUI, files: Files) -> None:
+    kept = webui.generate(files.delta())
+    webui.options(delta_sampling_cache=0)
+    given_back = webui.generate(files.delta())
+    assert status(webui)[0] == "No side model is loaded"
+    assert np.array_equal(kept.pictures, given_back.pictures)
+
+
+def test_unloading_the_main_checkpoint_does_no_harm(webui: WebUI, files: Files) -> None:
+    before = webui.generate(files.delta())
+    webui.post("/sdapi/v1/unload-checkpoint", {})
+    webui.post("/sdapi/v1/reload-checkpoint", {})
+    assert np.array_equal(webui.generate(files.delta()).pictures, before.pictures)
+
+
+def test_only_one_base_is_kept(webui: WebUI, files: Files) -> None:
+    for base in (files.sd1, files.tuned):
+        webui.generate(files.delta(base=base))
+    lines = status(webui)
+    assert lines[0].startswith(files.tuned)
+    assert sum(" MB " in line for line in lines) == 1
