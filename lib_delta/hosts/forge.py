@@ -73,8 +73,9 @@ class Forge(Host):
         script_callbacks.on_cfg_denoiser(self._before_model)
 
     def target(self) -> tuple[Family, float]:
-        family = family_of(shared.sd_model)
-        return family, float(shared.sd_model.forge_objects.unet.model.predictor.sigmas.max())
+        model = shared.sd_model.forge_objects.unet.model
+        schedule = model.predictor if BACKEND else model.model_sampling
+        return family_of(shared.sd_model), float(schedule.sigmas.max())
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         device: torch.device = memory.get_torch_device()
@@ -94,7 +95,8 @@ class Forge(Host):
 
     def enter(self, p: Any, model: SideModel) -> None:
         device = self.wanted_place()[0]
-        if device.type == "cpu":
+        if device != memory.get_torch_device():
+            # Where the user wants it elsewhere, it is none of the memory manager's business.
             self._patcher = None
             model.unet.to(device)
         elif self._patcher is None or self._patcher.model is not model.unet:
@@ -161,16 +163,17 @@ class Forge(Host):
         denoised: Tensor = args["denoised"]
         if call is None:
             return denoised
-        # Where guidance is left out to save time there is a negative prompt, and no estimate for it.
-        skipped = call.cfg_scale != 1 and not args["uncond_denoised"].any()
+        # Where guidance is left out to save time there is a negative prompt, and no estimate for it (zeros or nothing).
+        uncond: Tensor | None = args["uncond_denoised"]
+        skipped = call.cfg_scale != 1 and (uncond is None or not bool(uncond.any()))
         x, sigma = args["input"].float(), args["sigma"].float()
         step = DenoiseStep(x, sigma, denoised.float(), call.cfg_scale, call.progress, call.step, skipped)
         changes = call.run.changes(step, call.run.bridge(*self.target()), call.hires)
         if changes is None:
             return denoised
-        if call.uncond_used:
+        if call.uncond_used and uncond is not None:
             # In place, for what a function returns is the guided estimate alone.
-            args["uncond_denoised"] += changes[1].to(denoised)
+            uncond += changes[1].to(uncond)
         return (denoised + changes[0]).to(denoised)
 
 
