@@ -19,7 +19,7 @@ import pytest
 from client import RefusedError, Result, WebUI
 from conftest import Files
 
-STEPS = 30  # of a run that is interrupted
+STEPS = 15  # of a run that is interrupted
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,8 @@ def plot_arguments(webui: WebUI, axes: dict[str, str]) -> list[Any]:
     arguments: list[Any] = []
     for label, values in chosen:
         assert label in labels, f"the plot has no axis {label}, only {labels}"
-        arguments += [labels.index(label), values, []]
+        # Axes of names take a list, axes of numbers a text.
+        arguments += [labels.index(label), values, values.split(", ")]
     draw_legend, lone_images, sub_grids, no_fixed_seeds, margin, csv_mode = False, True, False, False, 0, False
     vary_seeds = [False, False, False]
     return [*arguments, draw_legend, lone_images, sub_grids, no_fixed_seeds, *vary_seeds, margin, csv_mode]
@@ -166,10 +167,9 @@ def plot(webui: WebUI, delta: dict[str, Any], axes: dict[str, str]) -> list[Cell
     answer = webui.post("/sdapi/v1/txt2img", body)
     texts = json.loads(answer["info"])["infotexts"]
     pictures = [np.asarray(decode(image).convert("RGB"), int) for image in answer["images"]]
-    size = (webui.defaults["height"], webui.defaults["width"])
-    cells = [Cell(picture, text) for picture, text in zip(pictures, texts) if picture.shape[:2] == size]
-    assert len(cells) == len(pictures) - 1, "one grid, and the cells"
-    return cells
+    assert len(pictures) == len(texts)
+    # The grid comes first.
+    return [Cell(picture, text) for picture, text in zip(pictures[1:], texts[1:])]
 
 
 def test_a_plot_over_lambda_and_lora_weight(webui: WebUI, files: Files) -> None:
