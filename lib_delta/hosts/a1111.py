@@ -121,7 +121,7 @@ class Automatic1111(Host):
         scale = 1.0 if skipped else call.cfg_scale
         denoised = _guided(estimates, call, scale)
         step = DenoiseStep(call.x, call.sigma, denoised, scale, call.progress, call.step, skipped)
-        changes = call.run.changes(step, call.run.bridge(*self.target()), call.hires)
+        changes = call.run.changes(step, self.target, call.hires)
         if changes is None:
             return
         guided, uncond = (-c / per_image(call.sigma, c) for c in changes) if call.eps else changes

@@ -128,6 +128,9 @@ class Forge(Host):
         for entry in [entry for entry in loaded if self._patcher.is_clone(entry.model)]:
             loaded.remove(entry)
             entry.model_unload()
+        # The last generation's clone of the main model's patcher is there until the next one.
+        extra = shared.sd_model.forge_objects.unet.extra_model_patchers_during_sampling
+        extra[:] = [patcher for patcher in extra if patcher is not self._patcher]
         self._patcher = None
 
     def free_memory(self) -> None:
@@ -168,7 +171,7 @@ class Forge(Host):
         skipped = call.cfg_scale != 1 and (uncond is None or not bool(uncond.any()))
         x, sigma = args["input"].float(), args["sigma"].float()
         step = DenoiseStep(x, sigma, denoised.float(), call.cfg_scale, call.progress, call.step, skipped)
-        changes = call.run.changes(step, call.run.bridge(*self.target()), call.hires)
+        changes = call.run.changes(step, self.target, call.hires)
         if changes is None:
             return denoised
         if call.uncond_used and uncond is not None:

@@ -38,6 +38,7 @@ def _levels(denoiser: Any) -> Tensor:
         steps, encoded = sd_samplers_common.setup_img2img_steps(p)
     if isinstance(denoiser, CFGDenoiserTimesteps):
         timesteps = sampler.get_timesteps(p, steps).cpu()[:encoded]
-        return Schedule(shared.sd_model.alphas_cumprod).t_to_sigma(timesteps)
+        # The lowest is where the run ends, and no level at which a model is asked, unless there is no other.
+        return Schedule(shared.sd_model.alphas_cumprod).t_to_sigma(timesteps[1:] if len(timesteps) > 1 else timesteps)
     sigmas = sampler.get_sigmas(p, steps)
     return sigmas if encoded is None else sigmas[steps - encoded - 1 :]

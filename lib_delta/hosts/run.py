@@ -61,14 +61,17 @@ class Run:
             self._bridges[target, limit] = choose(self.model.report.family, target, limit)
         return self._bridges[target, limit]
 
-    def changes(self, step: DenoiseStep, bridge: Bridge, hires: bool) -> tuple[Tensor, Tensor] | None:
+    def changes(
+        self, step: DenoiseStep, target: Callable[[], tuple[Family, float]], hires: bool
+    ) -> tuple[Tensor, Tensor] | None:
         """Return what the delta changes in the target's guided and negative estimates; None for nothing.
 
-        A fault goes to ``on_fault``, which raises it, or lets the target's own estimates stand.
+        ``target`` tells what :meth:`bridge` takes.  A fault, be it that no bridge leads to what the
+        target has become, goes to ``on_fault``, which raises it, or lets the target's own estimates stand.
         """
         started = time.perf_counter()
-        guidance = DeltaGuidance(self.request.lambda_over_run(), bridge, self.sources[hires])
         try:
+            guidance = DeltaGuidance(self.request.lambda_over_run(), self.bridge(*target()), self.sources[hires])
             changes = guidance.changes(step)
         except Exception as error:  # whatever it is, the user hears of it
             self.fault = sentence(error, f"step {step.step + 1} of Delta Sampling")

@@ -8,6 +8,7 @@ comes out.  The samplers' callbacks in between find the run on their ``p``.
 from __future__ import annotations
 
 import difflib
+import gc
 import sys
 import traceback
 from abc import ABC, abstractmethod
@@ -149,8 +150,7 @@ class Host(ABC):
 
     def process(self, p: Any, arguments: Sequence[Any]) -> None:
         """Read what a generation asks for; what is wrong with it is raised when it samples."""
-        for label in (*infotext_labels().values(), HASHES):
-            p.extra_generation_params.pop(label, None)
+        _claim_nothing(p)
         try:
             setattr(p, REQUEST, _with_axes(Request.from_arguments(arguments), getattr(p, AXES, {})))
         except DeltaError as error:
@@ -158,6 +158,7 @@ class Host(ABC):
 
     def process_batch(self, p: Any) -> None:
         """Prepare a batch: its tags are known now, and ``params.txt`` is written next."""
+        _claim_nothing(p)  # what the batch before it had
         asked = getattr(p, REQUEST, None)
         if isinstance(asked, Request):
             asked = self._of_batch(p, asked)
@@ -349,6 +350,7 @@ class Host(ABC):
         if self._models is not None:
             self.forget()
             self._models.clear()
+            gc.collect()  # text encoder and prompt code refer to each other
             self.free_memory()
         return f"Unloaded {count} side model{'' if count == 1 else 's'}"
 
