@@ -47,6 +47,7 @@ class WebUI:
 
     def __init__(self, name: str, files: Files) -> None:
         self.name, self.files = name, files
+        self._native: dict[str, Any] = {}
         self.sd_models.folder = files.checkpoints
         self.sd_models.list_models()
         tokenizer = load_tokenizer(TOKENIZER)
@@ -112,21 +113,24 @@ class WebUI:
         return made.clone()
 
     def native(self, checkpoint: str | None = None, **changes: Any) -> Tensor:
-        """Generate without the extension on another checkpoint: that with the LoRA merged."""
+        """Generate without the extension on another checkpoint: that with the LoRA merged (loaded once)."""
         before = self.shared.sd_model
-        self.use(checkpoint or self.files.tuned)
+        info = self.sd_models.get_closet_checkpoint_match(checkpoint or self.files.tuned)
+        if info.filename not in self._native:
+            self._native[info.filename] = self.sd_models.load_model(info)
+        self.shared.sd_model = self._native[info.filename]
+        self.shared.sd_model.cond_stage_model_empty_prompt = getattr(before, "cond_stage_model_empty_prompt", None)
         try:
             return self.latents(**changes)
         finally:
             self.shared.sd_model = before
 
     def reset(self) -> None:
-        """Forget what a test has changed."""
+        """Forget what a test has changed; side models stay in memory."""
         shared, options = self.shared, self.shared.opts
         vars(options).clear()
         vars(options).update(shared.DEFAULTS)
         shared.state.interrupted = False
-        self.host.unload()
         self.callbacks.swallowed.clear()
         self.use(self.files.base)
 

@@ -33,10 +33,8 @@ class LoadedModel:
         self.model = SimpleNamespace(conditioning_key="crossattn")
         self.alphas_cumprod = network.alphas_cumprod()
         self.cond_stage_model = CondStage(self.networks)
-
-    @property
-    def cond_stage_model_empty_prompt(self):
-        return self.cond_stage_model([""])
+        # Encoded once, when the checkpoint is loaded: without any LoRA.
+        self.cond_stage_model_empty_prompt = self.cond_stage_model([""])
 
     def get_learned_conditioning(self, texts):
         sd_hijack.model_hijack.embedding_db.load_textual_inversion_embeddings()

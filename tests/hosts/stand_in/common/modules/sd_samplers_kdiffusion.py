@@ -46,7 +46,7 @@ class KDiffusionSampler(Sampler):
             return sampling.get_sigmas_karras(steps, float(table[0]), float(table[-1]))
         return self.model_wrap.get_sigmas(steps).cpu()
 
-    def arguments(self, p, sigmas):
+    def arguments(self, p, sigmas, x):
         """Return what the function takes besides the state."""
         arguments = {"eta": p.eta, "s_churn": p.s_churn, "n": len(sigmas) - 1, "sigmas": sigmas}
         arguments |= {"sigma_min": sigmas[-2], "sigma_max": sigmas[0]}
@@ -54,19 +54,18 @@ class KDiffusionSampler(Sampler):
         found = {name: value for name, value in arguments.items() if name in taken and value is not None}
         if "noise_sampler" in taken and self.config.options.get("brownian"):
             low, high = sigmas[sigmas > 0].min(), sigmas.max()
-            like = torch.zeros(p.batch_size, 4, *p.latent_size())
-            found["noise_sampler"] = sampling.BrownianTreeNoiseSampler(like, low, high, seed=p.seeds)
+            found["noise_sampler"] = sampling.BrownianTreeNoiseSampler(x, low, high, seed=p.seeds)
         return found
 
     def sample(self, p, x, cond, uncond):
         sigmas = self.get_sigmas(p, p.steps)
-        return self.run(p, p.steps, x * sigmas[0], (cond, uncond), **self.arguments(p, sigmas))
+        return self.run(p, p.steps, x * sigmas[0], (cond, uncond), **self.arguments(p, sigmas, x))
 
     def sample_img2img(self, p, x, noise, cond, uncond, steps=None):
         steps, encoded = setup_img2img_steps(p, steps)
         sigmas = self.get_sigmas(p, steps)[steps - encoded - 1 :]
         noisy = x + noise * sigmas[0]
-        return self.run(p, encoded + 1, noisy, (cond, uncond), x, **self.arguments(p, sigmas))
+        return self.run(p, encoded + 1, noisy, (cond, uncond), x, **self.arguments(p, sigmas, x))
 
 
 def _data(name, function, **options):

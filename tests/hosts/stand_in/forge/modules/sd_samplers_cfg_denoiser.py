@@ -65,16 +65,7 @@ class CFGDenoiser(torch.nn.Module):
         text_uncond = None if uncond is None else prompt_parser.reconstruct_cond_batch(uncond, self.step)
         if self.mask is not None:
             x = x * self.nmask + (self.init_latent + torch.randn_like(x) * s) * self.mask
-        script_callbacks.call(
-            "cfg_denoiser",
-            x=x,
-            sigma=sigma,
-            text_cond=text_cond,
-            text_uncond=text_uncond,
-            sampling_step=shared.state.sampling_step,
-            total_sampling_steps=shared.state.sampling_steps,
-            denoiser=self,
-        )
+        self._call("cfg_denoiser", x=x, sigma=sigma, text_cond=text_cond, text_uncond=text_uncond, denoiser=self)
         if self.p.is_hr_pass:
             cond_scale = self.p.hr_cfg
         if self._guidance_is_left_out(float(sigma[0]), s_min_uncond):
@@ -85,9 +76,15 @@ class CFGDenoiser(torch.nn.Module):
         if self.mask is not None:
             denoised = denoised * self.nmask + self.init_latent * self.mask
         self.sampler.last_latent = shared.state.current_latent = denoised
-        denoised = script_callbacks.call("cfg_after_cfg", x=denoised).x
+        denoised = self._call("cfg_after_cfg", x=denoised).x
         self.step += 1
         return (x - denoised) / s if self.timesteps else denoised
+
+    def _call(self, kind, **fields):
+        state = shared.state
+        return script_callbacks.call(
+            kind, sampling_step=state.sampling_step, total_sampling_steps=state.sampling_steps, **fields
+        )
 
     def _guidance_is_left_out(self, sigma, s_min_uncond):
         early = shared.opts.skip_early_cond
