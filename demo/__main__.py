@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from demo.pipeline import Adapter, Place, Settings
     from demo.sweep import Column, Judgement, OwnFiles, Plan
 
-PROMPTS = ("cat face", "ginger root", "castle", "pineapple", "volcano", "fox")
+# Names that the small target draws so that they are recognised.
+PROMPTS = ("christmas tree", "cupcake", "crescent moon", "lobster", "guitar", "paw prints")
 MODELS = Path(__file__).parent / "models"
 EXAMPLES = """examples:
   python run.py demo

@@ -228,11 +228,12 @@ def _samplers(workers: Workers, part: Task) -> dict[str, Figures]:
 
 
 def best_lambda(sweep: dict[str, Figures], content: float = 0.9) -> float:
-    """Return the lambda of most style among those that keep ``content``; of most content if none does."""
-    keeping = {k: v for k, v in sweep.items() if (v["content_ratio"] or 0) >= content}
+    """Return the lambda above 0 of most style among those that keep ``content``; of most of both if none does."""
+    above = {k: v for k, v in sweep.items() if float(k) > 0}
+    keeping = {k: v for k, v in above.items() if (v["content_ratio"] or 0) >= content}
     if keeping:
         return float(max(keeping, key=lambda k: keeping[k]["style_share"]))
-    return float(max(sweep, key=lambda k: (sweep[k]["content_ratio"] or 0, sweep[k]["style_share"])))
+    return float(max(above, key=lambda k: (above[k]["style_share"] * (above[k]["content_ratio"] or 0), float(k))))
 
 
 def best_hand_off(rows: dict[str, Figures], content: float) -> str:

@@ -128,9 +128,10 @@ class Forge(Host):
         for entry in [entry for entry in loaded if self._patcher.is_clone(entry.model)]:
             loaded.remove(entry)
             entry.model_unload()
-        # The last generation's clone of the main model's patcher is there until the next one.
-        extra = shared.sd_model.forge_objects.unet.extra_model_patchers_during_sampling
-        extra[:] = [patcher for patcher in extra if patcher is not self._patcher]
+        # The last generation's clones of the main model's patcher are there until the next one.
+        for patcher in (shared.sd_model.forge_objects.unet, *(entry.model for entry in loaded)):
+            extra = getattr(patcher, "extra_model_patchers_during_sampling", [])
+            extra[:] = [other for other in extra if other is not self._patcher]
         self._patcher = None
 
     def free_memory(self) -> None:
