@@ -1,0 +1,138 @@
+"""What Forge has of its own: patchers, its memory manager, and models that are replaced in mid-run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose samplers the stand-ins run")
+pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
+
+from small_files import make_files
+from stand_in_webui import WebUI, relative, running
+
+from lib_delta.errors import SettingError
+
+DELTA = {"base": "base", "loras": "ink"}
+HIRES = {"enable_hr": True, "hr_second_pass_steps": 2, "hr_cfg": 4.0}
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
+    with running("forge", make_files(tmp_path_factory.mktemp("forge"))) as webui:
+        yield webui
+
+
+@pytest.fixture
+def webui(started: WebUI) -> Iterator[WebUI]:
+    yield started
+    started.reset()
+    started.backend("memory_management").current_loaded_models.clear()
+
+
+def test_the_function_is_put_in_place_once_however_often_a_pass_starts(webui: WebUI) -> None:
+    for _ in range(3):
+        webui.generate(DELTA, n_iter=2, **HIRES)
+    options = webui.shared.sd_model.forge_objects.unet.model_options
+    assert len(options["sampler_post_cfg_function"]) == 1
+    assert "sampler_post_cfg_function" not in webui.shared.sd_model.forge_objects_original.unet.model_options
+
+
+def test_a_function_that_stays_behind_changes_nothing_without_a_run(webui: WebUI) -> None:
+    plain = webui.latents()
+    webui.generate(DELTA)
+    model = webui.shared.sd_model
+    model.forge_objects_original, kept = model.forge_objects.shallow_copy(), model.forge_objects_original
+    try:
+        assert torch.equal(webui.latents(), plain)
+    finally:
+        model.forge_objects_original = kept
+
+
+def test_other_extensions_functions_come_before_and_stay(webui: WebUI) -> None:
+    model, called = webui.shared.sd_model, []
+
+    def theirs(args: dict[str, Any]) -> torch.Tensor:
+        called.append(True)
+        return args["denoised"]
+
+    model.forge_objects_original.unet = model.forge_objects_original.unet.clone()
+    model.forge_objects_original.unet.set_model_sampler_post_cfg_function(theirs)
+    try:
+        assert relative(webui.latents(DELTA), webui.native()) < 1e-5
+    finally:
+        webui.shared.sd_model = None
+        webui.use("base")
+    assert len(called) == 4
+
+
+def test_a_refiner_that_replaces_the_patcher_in_mid_run(webui: WebUI) -> None:
+    def replace(params: Any) -> None:
+        if params.sampling_step == 1:
+            model = webui.shared.sd_model
+            model.forge_objects = model.forge_objects_original.shallow_copy()
+
+    wanted = webui.native(steps=5)
+    registered = webui.callbacks.registered["cfg_after_cfg"]
+    registered.append(replace)
+    try:
+        got = webui.latents(DELTA, steps=5)
+    finally:
+        registered.pop()
+    assert relative(got, wanted) < 1e-5
+
+
+def test_the_memory_manager_loads_the_side_model_with_the_main_one(
+    webui: WebUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = webui.backend("memory_management")
+    monkeypatch.setattr(memory, "device", SimpleNamespace(type="cuda"))
+    webui.host.unload()
+    seen = []
+    registered = webui.callbacks.registered["cfg_after_cfg"]
+    registered.append(lambda _params: seen.append(webui.shared.sd_model.forge_objects.unet))
+    try:
+        got = webui.latents(DELTA, n_iter=2, **HIRES)
+    finally:
+        registered.pop()
+    assert relative(got, webui.native(n_iter=2, **HIRES)) < 1e-5
+    assert {len(unet.extra_model_patchers_during_sampling) for unet in seen} == {1}
+    first, second = seen[0], seen[5]
+    pixels = 2 * 2  # the hires pass is twice as wide and high
+    assert second.extra_preserved_memory_during_sampling in (
+        first.extra_preserved_memory_during_sampling,
+        pixels * first.extra_preserved_memory_during_sampling,
+    )
+    side = webui.side_model.unet
+    entries = [entry for entry in memory.current_loaded_models if entry.model.model is side]
+    assert len(entries) == 1
+    del side
+    webui.host.unload()
+    assert not entries[0].loaded and entries[0] not in memory.current_loaded_models
+
+
+def test_the_batch_and_size_decide_how_much_room_is_asked_for(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webui.backend("memory_management"), "device", SimpleNamespace(type="cuda"))
+    webui.host.unload()
+    asked = []
+    for changes in ({}, {"batch_size": 2}, {"width": 128}):
+        webui.generate(DELTA, **changes)
+        asked.append(webui.shared.sd_model.forge_objects.unet.extra_preserved_memory_during_sampling)
+    assert asked[0] > 0 and asked[1:] == [2 * asked[0], 2 * asked[0]]
+
+
+@pytest.mark.parametrize(("flag", "family"), [("is_sd1", "SD1"), ("is_sd2", "SD2"), ("is_sdxl", "SDXL")])
+def test_the_family_of_the_main_checkpoint(webui: WebUI, flag: str, family: str) -> None:
+    from lib_delta.hosts.forge import family_of
+
+    assert family_of(SimpleNamespace(**{flag: True})).name == family
+
+
+def test_a_main_checkpoint_of_an_unknown_family_is_refused(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(webui.shared.sd_model), "is_sd1", False)
+    with pytest.raises(SettingError, match="does not know"):
+        webui.generate(DELTA)
