@@ -139,9 +139,16 @@ def write_lora(low_rank: dict[str, tuple[Tensor, Tensor]], path: Path) -> None:
         kohya = module.replace(UNET_PREFIX, "lora_unet_").replace(TEXT_PREFIX, "lora_te_").replace(".", "_")
         tensors |= {f"{kohya}.lora_down.weight": down, f"{kohya}.lora_up.weight": up}
         tensors[f"{kohya}.alpha"] = torch.tensor(ALPHA)
-    save_file(tensors, path)
+    _replace(tensors, path)
 
 
 def write(weights: dict[str, Tensor], path: Path) -> None:
     """Write a checkpoint."""
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, path)
+    _replace({name: weight.contiguous() for name, weight in weights.items()}, path)
+
+
+def _replace(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a file anew: one that is there may be mapped into memory."""
+    new = path.with_suffix(".new")
+    save_file(tensors, new)
+    new.replace(path)

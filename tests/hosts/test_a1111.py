@@ -45,7 +45,7 @@ def previews(webui: WebUI, made_by: Any, **changes: Any) -> list[torch.Tensor]:
 def test_previews_have_the_delta(webui: WebUI, sampler: str) -> None:
     wanted = previews(webui, webui.native, sampler_name=sampler)
     got = previews(webui, lambda **changes: webui.latents(DELTA, **changes), sampler_name=sampler)
-    assert [relative(a, b) < 1e-5 for a, b in zip(got, wanted)] == [True] * len(wanted)
+    assert [relative(a, b) < 1e-4 for a, b in zip(got, wanted)] == [True] * len(wanted)
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
@@ -55,7 +55,7 @@ def test_an_editing_model_has_two_rows_without_the_prompt(
     """Here both are the same, and the picture's own scale cancels out of what the LoRA changes."""
     model = type(webui.shared.sd_model)
     monkeypatch.setattr(model, "cond_stage_key", "edit")
-    changes = {"sampler_name": sampler, "init_latent": torch.zeros(2, 4, 8, 8), "batch_size": 2}
+    changes = {"sampler_name": sampler, "init_latent": torch.zeros(2, 4, 8, 8), "batch_size": 2, "steps": 5}
     process = webui.processing.StableDiffusionProcessingImg2Img
     monkeypatch.setattr(process, "image_cfg_scale", 1.7, raising=False)
     plain, wanted, got = webui.latents(**changes), webui.native(**changes), webui.latents(DELTA, **changes)

@@ -83,7 +83,7 @@ SAMPLERS = (
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler(webui: WebUI, sampler: str) -> None:
-    assert_exact(webui, sampler_name=sampler, steps=6)
+    assert_exact(webui, sampler_name=sampler, steps=5)
 
 
 PROMPTS: dict[str, dict[str, Any]] = {
@@ -133,17 +133,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clip skip": {"CLIP_stop_at_last_layers": 2},
     "skip early": {"skip_early_cond": 0.4},
     "NGMS at all steps": {"s_min_uncond_all": True},
-    "prompts padded": {"pad_cond_uncond": True},
-    "prompts padded as before 1.6": {"pad_cond_uncond_v0": True},
     "low-rank": {"delta_sampling_form": "low-rank factors (less memory)"},
 }
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("prompts", [{"prompt": f"a cat {WORD}"}, {"negative_prompt": f"blue {WORD}"}])
-def test_options(webui: WebUI, options: dict[str, Any], prompts: dict[str, Any]) -> None:
+def test_options(webui: WebUI, options: dict[str, Any]) -> None:
     vars(webui.shared.opts).update(options)
-    assert_exact(webui, s_min_uncond=8.0 if "s_min_uncond_all" in options else 0.0, **prompts)
+    assert_exact(webui, s_min_uncond=8.0 if "s_min_uncond_all" in options else 0.0)
+
+
+@pytest.mark.parametrize("option", ["pad_cond_uncond", "pad_cond_uncond_v0"])
+@pytest.mark.parametrize("prompts", [{"prompt": f"a cat {WORD}"}, {"negative_prompt": f"blue {WORD}"}])
+def test_prompts_padded_to_one_length(webui: WebUI, option: str, prompts: dict[str, Any]) -> None:
+    setattr(webui.shared.opts, option, True)
+    assert_exact(webui, **prompts)
 
 
 WITHOUT_GUIDANCE: dict[str, tuple[dict[str, Any], float]] = {
@@ -167,7 +171,7 @@ def test_and_where_guidance_is_left_out(
 HIRES = {"enable_hr": True, "hr_second_pass_steps": 3, "hr_cfg": 5.0}
 
 
-@pytest.mark.parametrize("sampler", ["Euler a", "DPM++ 2M", "DPM++ SDE", "DDIM", "UniPC"])
+@pytest.mark.parametrize("sampler", ["Euler a", "DPM++ SDE", "DDIM"])
 def test_hires_fix(webui: WebUI, sampler: str) -> None:
     assert_exact(webui, sampler_name=sampler, prompt="a [cat:dog:0.5] on a [mat:rug:1.5]", **HIRES)
 
@@ -213,8 +217,10 @@ def latent(batch: int = 1) -> torch.Tensor:
     return torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(8))
 
 
-@pytest.mark.parametrize("sampler", ["Euler a", "Heun", "DPM++ SDE", "DDIM", "UniPC"])
-@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(
+    ("sampler", "fixed"),
+    [("Euler a", False), ("Euler a", True), ("Heun", False), ("DPM++ SDE", False), ("DDIM", False), ("DDIM", True)],
+)
 def test_img2img(webui: WebUI, sampler: str, fixed: bool) -> None:
     webui.shared.opts.img2img_fix_steps = fixed
     assert_exact(webui, init_latent=latent(), sampler_name=sampler, steps=6, denoising_strength=0.7)
@@ -712,7 +718,9 @@ def test_a_base_that_is_kept_is_not_loaded_again(webui: WebUI) -> None:
 
 
 def test_changed_files_are_read_again(webui: WebUI, files: Files) -> None:
-    kept = {path: path.read_bytes() for path in (files.lora_file(), files.checkpoint("copy"))}
+    kept = {path: path.with_suffix(".kept") for path in (files.lora_file(), files.checkpoint("copy"))}
+    for path, aside in kept.items():
+        os.link(path, aside)
     weights = checkpoint(seed=7)
     other = lora_factors(weights, seed=8)
     try:
@@ -725,8 +733,8 @@ def test_changed_files_are_read_again(webui: WebUI, files: Files) -> None:
         webui.shared.sd_model = webui.sd_models.load_model(webui.sd_models.get_closet_checkpoint_match("copy"))
         assert_exact(webui, {"base": "copy"}, native="copy-tuned")
     finally:
-        for path, content in kept.items():
-            path.write_bytes(content)
+        for path, aside in kept.items():
+            aside.replace(path)
         files.checkpoint("copy-tuned").unlink(missing_ok=True)
         webui.sd_models.list_models()
 
@@ -784,7 +792,11 @@ def test_without_the_lora_extension_there_are_no_loras(webui: WebUI) -> None:
 def test_models_are_not_imported_before_the_first_delta(name: str) -> None:
     paths = [str(STAND_IN / name), str(STAND_IN / "common"), str(STAND_IN.parents[2])]
     code = (
-        "import sys; from lib_delta.hosts import host; host().start(); host().status(); host().unload()\n"
+        # k-diffusion is slow to import, and nothing is sampled here.
+        "import sys; from unittest.mock import MagicMock\n"
+        "k = MagicMock(); k.external.DiscreteSchedule = object; sys.modules['k_diffusion'] = k\n"
+        "sys.modules.update({'k_diffusion.sampling': k.sampling, 'k_diffusion.external': k.external})\n"
+        "from lib_delta.hosts import host; host().start(); host().status(); host().unload()\n"
         "print(host().name, *(m for m in sys.modules if m.startswith(('lib_delta.models', 'lib_delta.source'))))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

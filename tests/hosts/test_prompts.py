@@ -89,13 +89,13 @@ def test_a_schedule_is_padded_as_it_is_told_to() -> None:
 
 
 def embedded(tokens: list[list[int]], fixes: Any) -> tuple[Tensor, Any]:
-    embedding = nn.Embedding(10, 2)
+    embedding = nn.Embedding(10, 2).requires_grad_(False)
     embedding.weight.data.copy_(torch.stack((torch.arange(10.0), torch.zeros(10)), 1))
     model = SimpleNamespace(embeddings=SimpleNamespace(token_embedding=embedding))
     found = SimpleNamespace(fixes=fixes)
     tower: Any = SimpleNamespace(transformer=SimpleNamespace(text_model=model))
     insert_embeddings(tower, found)
-    return embedding(torch.tensor(tokens)).detach(), found
+    return embedding(torch.tensor(tokens)), found
 
 
 def inversion(*values: float) -> Any:
@@ -128,8 +128,8 @@ def test_without_inversions_nothing_is_replaced(fixes: Any) -> None:
 
 
 def test_the_vocabulary_itself_is_left_alone() -> None:
-    embedding = nn.Embedding(4, 2)
-    before = embedding.weight.detach().clone()
+    embedding = nn.Embedding(4, 2).requires_grad_(False)
+    before = embedding.weight.clone()
     found = SimpleNamespace(fixes=[[(0, inversion(9))]])
     model = SimpleNamespace(embeddings=SimpleNamespace(token_embedding=embedding))
     tower: Any = SimpleNamespace(transformer=SimpleNamespace(text_model=model))

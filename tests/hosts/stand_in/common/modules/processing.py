@@ -39,7 +39,7 @@ class StableDiffusionProcessing:
 
     prompt: Any = ""
     negative_prompt: str = ""
-    steps: int = 4
+    steps: int = 3
     cfg_scale: float = 4.0
     sampler_name: str = "Euler"
     scheduler: Any = None
