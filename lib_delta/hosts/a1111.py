@@ -106,15 +106,20 @@ class Automatic1111(Host):
         run: Run | None = getattr(params.denoiser.p, RUN, None)
         if run is None:
             return
-        hires = bool(getattr(params.denoiser.p, "is_hr_pass", False))
-        call = _call(run, hires, params)
-        if run.strength(call.progress, hires):
-            self._call = call
+        with run.watched("reading a step's state for Delta Sampling"):
+            hires = bool(getattr(params.denoiser.p, "is_hr_pass", False))
+            call = _call(run, hires, params)
+            if run.strength(call.progress, hires):
+                self._call = call
 
     def _after_model(self, params: Any) -> None:
         call, self._call = self._call, None
-        if call is None:
-            return
+        if call is not None:
+            with call.run.watched("adding the delta of Delta Sampling"):
+                self._add(call, params)
+
+    def _add(self, call: Call, params: Any) -> None:
+        """Edit the rows that the model gave so that guidance gives the target's estimate with the delta."""
         out = params.x.float()
         estimates = denoised_of(out, call.x[call.rows], call.sigma[call.rows]) if call.eps else out
         skipped = _uncond_skipped(params.x, call)

@@ -141,10 +141,14 @@ class Forge(Host):
         self._call = None
         denoiser = params.denoiser
         run: Run | None = getattr(denoiser.p, RUN, None)
-        if run is None:
-            return
+        if run is not None:
+            with run.watched("reading a step's state for Delta Sampling"):
+                self._call_of(run, denoiser, params.sigma)
+
+    def _call_of(self, run: Run, denoiser: Any, sigma: Tensor) -> None:
+        """Note what the post-CFG function has to know, if there is a delta to add."""
         hires = bool(getattr(denoiser.p, "is_hr_pass", False))
-        progress = pass_progress(denoiser)(params.sigma)
+        progress = pass_progress(denoiser)(sigma)
         if not run.strength(progress, hires):
             return
         scale = denoiser.sampler.sampler_extra_args["cond_scale"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -69,18 +70,24 @@ class Run:
         ``target`` tells what :meth:`bridge` takes.  A fault, be it that no bridge leads to what the
         target has become, goes to ``on_fault``, which raises it, or lets the target's own estimates stand.
         """
-        started = time.perf_counter()
-        try:
+        started, changes = time.perf_counter(), None
+        with self.watched(f"step {step.step + 1} of Delta Sampling"):
             guidance = DeltaGuidance(self.request.lambda_over_run(), self.bridge(*target()), self.sources[hires])
             changes = guidance.changes(step)
-        except Exception as error:  # whatever it is, the user hears of it
-            self.fault = sentence(error, f"step {step.step + 1} of Delta Sampling")
-            self.fault.__cause__ = error
-            self.on_fault(self.fault)
-            return None
-        self.steps += 1
-        self.seconds += time.perf_counter() - started
+            self.steps += 1
+            self.seconds += time.perf_counter() - started
         return changes
+
+    @contextmanager
+    def watched(self, doing: str) -> Iterator[None]:
+        """Let no fault in a WebUI's callback get lost: it ends the delta, and goes to ``on_fault``."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, the user hears of it
+            self.fault = sentence(error, doing)
+            if self.fault is not error:
+                self.fault.__cause__ = error
+            self.on_fault(self.fault)
 
     @property
     def applied(self) -> bool:
