@@ -530,6 +530,18 @@ def test_a_fault_leaves_the_plain_picture_where_the_user_wants_it(
     assert webui.callbacks.swallowed == []
 
 
+def test_a_sampler_whose_schedule_cannot_be_read_is_a_fault(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(_denoiser: Any) -> Any:
+        raise AttributeError("no schedule")
+
+    monkeypatch.setattr(sys.modules[type(webui.host).__module__], "pass_progress", unreadable)
+    with pytest.raises(DeltaError, match=r"reading a step's state .* failed \(AttributeError: no schedule\)"):
+        webui.generate(DELTA)
+    webui.shared.opts.delta_sampling_on_error = "go on without"
+    made = webui.generate(DELTA)
+    assert torch.equal(made.images, webui.latents()) and "Delta" not in made.infotexts[0]
+
+
 def test_weights_that_overflow_are_a_fault(webui: WebUI) -> None:
     with pytest.raises(DeltaError, match="not a number"):
         webui.generate({**DELTA, "loras": "ink:1e38"})
