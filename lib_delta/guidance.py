@@ -23,7 +23,8 @@ class DenoiseStep:
     ``x`` ``(N, C, H, W)`` is ``x0 + sigma * noise`` with ``sigma`` ``(N,)``, ``denoised`` the target's
     estimate of x0 after classifier-free guidance.  ``progress`` runs from 0 at the first step to 1
     at the last; ``step`` counts the evaluations.  ``uncond_skipped`` tells that the target did
-    without guidance in this step, to save time.
+    without guidance in this step, to save time; ``uncond_zero`` that nothing then stood in for the
+    estimate without the prompt (see :meth:`lib_delta.source.Source.deltas`).
     """
 
     x: Tensor
@@ -33,13 +34,14 @@ class DenoiseStep:
     progress: float
     step: int = 0
     uncond_skipped: bool = False
+    uncond_zero: bool = False
 
 
 class DeltaSource(Protocol):
     """Base and adapted model, as :class:`lib_delta.source.Source` brings them."""
 
     def deltas(
-        self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int, uncond_skipped: bool
+        self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int, uncond_skipped: bool, uncond_zero: bool
     ) -> tuple[Tensor, Tensor]:
         """Return ``D_adapted(x, sigma) - D_base(x, sigma)``, guided and for the negative prompt alone.
 
@@ -73,7 +75,9 @@ class DeltaGuidance:
         if strength == 0:
             return None
         x, sigma, crossing = self.bridge.to_source(step.x, step.sigma, step.denoised)
-        guided, uncond = self.source.deltas(x, sigma, step.cfg_scale, step.step, step.uncond_skipped)
+        guided, uncond = self.source.deltas(
+            x, sigma, step.cfg_scale, step.step, step.uncond_skipped, step.uncond_zero
+        )
         change = strength * self.bridge.delta_to_target(guided, crossing).float()
         if not torch.isfinite(change).all():
             raise DeltaError(

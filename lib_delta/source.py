@@ -77,7 +77,13 @@ class Source:
 
     @torch.no_grad()
     def deltas(
-        self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int = 0, uncond_skipped: bool = False
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cfg_scale: float,
+        step: int = 0,
+        uncond_skipped: bool = False,
+        uncond_zero: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return what the adaptation changes in the guided estimate, and in the one for the negative prompt.
 
@@ -87,23 +93,31 @@ class Source:
             cfg_scale: guidance scale; at 1 the unconditional half is not evaluated, and both deltas are one.
             step: the number of the step, for prompts that change.
             uncond_skipped: do without guidance, as the target did in this step.
+            uncond_zero: prompts joined by AND are then added to nothing (as Forge does), and not to
+                each image's first prompt (as AUTOMATIC1111 does).
 
         Returns:
             Two ``(N, C, H, W)`` in float32 on the device of ``x``; exactly 0 if nothing tells the two models apart.
         """
-        guided, uncond = self._estimates(x, sigma, cfg_scale, step, uncond_skipped)
+        guided, uncond = self._estimates(x, sigma, cfg_scale, step, uncond_skipped, uncond_zero)
         delta = _difference(guided, x)
         return delta, delta if uncond is guided else _difference(uncond, x)
 
     @torch.no_grad()
     def denoised(
-        self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int = 0, uncond_skipped: bool = False
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cfg_scale: float,
+        step: int = 0,
+        uncond_skipped: bool = False,
+        uncond_zero: bool = False,
     ) -> Tensor:
         """Return the guided estimates of base and adapted, ``(R, N, C, H, W)``; R is 1 if they are the same."""
-        return self._estimates(x, sigma, cfg_scale, step, uncond_skipped)[0]
+        return self._estimates(x, sigma, cfg_scale, step, uncond_skipped, uncond_zero)[0]
 
     def _estimates(
-        self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int, uncond_skipped: bool
+        self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int, uncond_skipped: bool, uncond_zero: bool
     ) -> tuple[Tensor, Tensor]:
         weight = self.unet.time_embed["0"].weight
         x, sigma = x.to(weight.device, torch.float32), sigma.to(weight.device, torch.float32)
@@ -122,8 +136,8 @@ class Source:
         if told.weights is None and not with_uncond:
             return cond, cond
         if not with_uncond:
-            # As WebUIs do: each image's first prompt stands in for the negative one, without guidance.
-            cfg_scale, uncond = 1.0, cond[:, told.first]
+            uncond = torch.zeros_like(x)[None] if uncond_zero else cond[:, told.first]
+            cfg_scale = 1.0
         if told.weights is None:
             return uncond + cfg_scale * (cond - uncond), uncond
         return _compose(cond, uncond, cfg_scale * told.weights.to(cond.device), told.images.to(cond.device)), uncond

@@ -171,15 +171,16 @@ class Forge(Host):
         denoised: Tensor = args["denoised"]
         if call is None:
             return denoised
-        # Where guidance is left out to save time there is a negative prompt, and no estimate for it (zeros or nothing).
+        # At CFG 1, and where guidance is left out to save time, there is no estimate for the negative prompt:
+        # zeros or nothing, to which the parts of a prompt joined by AND are then added.
         uncond: Tensor | None = args["uncond_denoised"]
-        skipped = call.cfg_scale != 1 and (uncond is None or not bool(uncond.any()))
+        skipped = uncond is None or not bool(uncond.any())
         x, sigma = args["input"].float(), args["sigma"].float()
-        step = DenoiseStep(x, sigma, denoised.float(), call.cfg_scale, call.progress, call.step, skipped)
+        step = DenoiseStep(x, sigma, denoised.float(), call.cfg_scale, call.progress, call.step, skipped, True)
         changes = call.run.changes(step, self.target, call.hires)
         if changes is None:
             return denoised
-        if call.uncond_used and uncond is not None:
+        if call.uncond_used and uncond is not None and not skipped:
             # In place, for what a function returns is the guided estimate alone.
             uncond += changes[1].to(uncond)
         return (denoised + changes[0]).to(denoised)

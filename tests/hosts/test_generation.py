@@ -57,9 +57,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     asked: list[int] = []
     original = Source.deltas
 
-    def deltas(self: Source, x: Any, sigma: Any, cfg_scale: float, step: int = 0, skipped: bool = False) -> Any:
+    def deltas(self: Source, x: Any, sigma: Any, cfg_scale: float, step: int = 0, *skipped: bool) -> Any:
         asked.append(step)
-        return original(self, x, sigma, cfg_scale, step, skipped)
+        return original(self, x, sigma, cfg_scale, step, *skipped)
 
     monkeypatch.setattr(Source, "deltas", deltas)
     return asked
@@ -158,12 +158,7 @@ WITHOUT_GUIDANCE: dict[str, tuple[dict[str, Any], float]] = {
 
 
 @pytest.mark.parametrize(("changes", "early"), WITHOUT_GUIDANCE.values(), ids=WITHOUT_GUIDANCE)
-def test_and_where_guidance_is_left_out(
-    webui: WebUI, request: pytest.FixtureRequest, changes: dict[str, Any], early: float
-) -> None:
-    if webui.name == "forge":
-        reason = "Forge then adds the parts up as they are; the source still adds them to a negative or first prompt"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_and_where_guidance_is_left_out(webui: WebUI, changes: dict[str, Any], early: float) -> None:
     webui.shared.opts.skip_early_cond = early
     assert_exact(webui, prompt="a cat AND a dog :0.6", batch_size=2, **changes)
 
@@ -480,8 +475,8 @@ def test_what_the_infotext_says(webui: WebUI) -> None:
 def deltas_with(monkeypatch: pytest.MonkeyPatch, at_step: int, what: Any) -> None:
     original = Source.deltas
 
-    def deltas(self: Source, x: Any, sigma: Any, cfg_scale: float, step: int = 0, skipped: bool = False) -> Any:
-        guided, uncond = original(self, x, sigma, cfg_scale, step, skipped)
+    def deltas(self: Source, x: Any, sigma: Any, cfg_scale: float, step: int = 0, *skipped: bool) -> Any:
+        guided, uncond = original(self, x, sigma, cfg_scale, step, *skipped)
         if step < at_step:
             return guided, uncond
         if isinstance(what, BaseException):
