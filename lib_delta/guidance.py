@@ -75,9 +75,7 @@ class DeltaGuidance:
         if strength == 0:
             return None
         x, sigma, crossing = self.bridge.to_source(step.x, step.sigma, step.denoised)
-        guided, uncond = self.source.deltas(
-            x, sigma, step.cfg_scale, step.step, step.uncond_skipped, step.uncond_zero
-        )
+        guided, uncond = self.source.deltas(x, sigma, step.cfg_scale, step.step, step.uncond_skipped, step.uncond_zero)
         change = strength * self.bridge.delta_to_target(guided, crossing).float()
         if not torch.isfinite(change).all():
             raise DeltaError(

@@ -151,6 +151,11 @@ def test_prompts_joined_by_and_are_weighted_against_the_negative_prompt() -> Non
     second = separately(unet, Conditioning(told.cond[1:2], first[:1]), 1.0)[0]
     expected = torch.stack((rows[0] - 0.5 * (second - rows[0]), rows[1]))
     torch.testing.assert_close(skipped, expected, atol=1e-3, rtol=1e-3)
+    source = Source(unet, EPS, told)
+    added = source.denoised(X, SIGMA, 4.0, uncond_skipped=True, uncond_zero=True)[0]
+    expected = torch.stack((rows[0] - 0.5 * second, 0.8 * rows[1]))
+    torch.testing.assert_close(added, expected, atol=1e-3, rtol=1e-3)
+    assert not source.deltas(X, SIGMA, 4.0, uncond_skipped=True, uncond_zero=True)[1].any()
 
 
 def test_prompts_may_change_from_step_to_step() -> None:
