@@ -59,7 +59,7 @@ class Source:
     ) -> None:
         """Take what base and adapted are told; ``adapted`` None means the same.
 
-        ``quantize`` asks at whole timesteps only, as ComfyUI does; A1111 and k-diffusion interpolate.
+        ``quantize`` asks at whole timesteps only, as ComfyUI and Forge do; A1111 and k-diffusion interpolate.
         """
         self.unet = unet
         self.parameterization = parameterization

@@ -1,8 +1,9 @@
 """Forge, and its relatives as far as they share its interfaces.
 
 Before each evaluation Forge calls back with the images' own rows; what was denoised passes through the
-UNet patcher's post-CFG functions, before masks are blended in and previews are taken.  A refiner
-replaces the patcher in mid-run, so the function is put in its place at every step.
+UNet patcher's post-CFG functions, before masks are blended in and previews are taken.  The patcher is
+given our function, and the side model to load beside the main one, before each pass; and once more where
+a refiner replaces it in mid-run.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 BACKEND = importlib.util.find_spec("backend") is not None
 memory = importlib.import_module("backend.memory_management" if BACKEND else "ldm_patched.modules.model_management")
 patching = importlib.import_module("backend.patcher.base" if BACKEND else "ldm_patched.modules.model_patcher")
+sampling = importlib.import_module("backend.sampling.sampling_function" if BACKEND else "modules_forge.forge_sampler")
 
 POST_CFG = "sampler_post_cfg_function"
 # What one row of a pass through an SD 1.5 UNet needs besides its weights, for each pixel of the latent.
@@ -105,20 +107,34 @@ class Forge(Host):
             )
 
     def before_sampling(self, p: Any) -> None:
-        """Tell the memory manager of the side model: it is loaded beside the main one."""
-        run: Run | None = getattr(p, RUN, None)
-        unet = p.sd_model.forge_objects.unet
-        if run is None or self._patcher is None or self._patcher in unet.extra_model_patchers_during_sampling:
+        """Put our function in place, and tell the memory manager to load the side model beside the main one."""
+        if getattr(p, RUN, None) is not None:
+            self._join(p, shared.sd_model.forge_objects)
+
+    def _join(self, p: Any, forge_objects: Any) -> None:
+        """Give the main model's patcher what it lacks of ours.
+
+        On a clone, for the next generation starts from the original; and before the clone is loaded, for
+        the memory manager loses sight of a model whose loaded patcher is not the one in use.
+        """
+        unet = forge_objects.unet
+        lacks_function = self._post_cfg not in unet.model_options.get(POST_CFG, [])
+        lacks_model = self._patcher is not None and self._patcher not in unet.extra_model_patchers_during_sampling
+        if not (lacks_function or lacks_model):
             return
         unet = unet.clone()
-        unet.add_extra_model_patcher_during_sampling(self._patcher)
-        # Both branches, each with and without the prompt.
-        pixels = 4 * p.batch_size * (p.width // 8) * (p.height // 8)
-        unet.add_extra_preserved_memory_during_sampling(pixels * ACTIVATION_BYTES)
-        p.sd_model.forge_objects.unet = unet
+        if lacks_function:
+            unet.set_model_sampler_post_cfg_function(self._post_cfg)
+        if lacks_model:
+            unet.add_extra_model_patcher_during_sampling(self._patcher)
+            unet.add_extra_preserved_memory_during_sampling(_room(p, self._patcher))
+        forge_objects.unet = unet
 
     def leave(self, model: SideModel) -> None:
         """Do nothing: the memory manager takes models away when it needs their room."""
+
+    def quantized(self) -> bool:
+        return True
 
     def forget(self) -> None:
         self._engine = None
@@ -143,9 +159,9 @@ class Forge(Host):
         run: Run | None = getattr(denoiser.p, RUN, None)
         if run is not None:
             with run.watched("reading a step's state for Delta Sampling"):
-                self._call_of(run, denoiser, params.sigma)
+                self._call_of(run, denoiser, params.x, params.sigma)
 
-    def _call_of(self, run: Run, denoiser: Any, sigma: Tensor) -> None:
+    def _call_of(self, run: Run, denoiser: Any, x: Tensor, sigma: Tensor) -> None:
         """Note what the post-CFG function has to know, if there is a delta to add."""
         hires = bool(getattr(denoiser.p, "is_hr_pass", False))
         progress = pass_progress(denoiser)(sigma)
@@ -157,14 +173,18 @@ class Forge(Host):
         self._call = Call(
             run, hires, progress, denoiser.step, float(scale), bool(getattr(denoiser, "need_last_noise_uncond", False))
         )
-        self._put_in_place(denoiser.inner_model.inner_model.forge_objects)
+        self._put_in_place(denoiser.p, denoiser.inner_model.inner_model.forge_objects, x)
 
-    def _put_in_place(self, forge_objects: Any) -> None:
-        """Make our function the last of the post-CFG functions, if it is not there yet."""
-        if self._post_cfg not in forge_objects.unet.model_options.get(POST_CFG, []):
-            unet = forge_objects.unet.clone()
-            unet.set_model_sampler_post_cfg_function(self._post_cfg)
-            forge_objects.unet = unet
+    def _put_in_place(self, p: Any, forge_objects: Any, x: Tensor) -> None:
+        """Make our function the last of the post-CFG functions."""
+        functions = forge_objects.unet.model_options.get(POST_CFG, [])
+        if self._post_cfg not in functions:
+            # A refiner: all models were unloaded, ours as well, and the main one alone is back.
+            self._join(p, forge_objects)
+            sampling.sampling_prepare(forge_objects.unet, x=x)
+        elif functions[-1] is not self._post_cfg:
+            functions.remove(self._post_cfg)
+            functions.append(self._post_cfg)
 
     def _after_guidance(self, args: dict[str, Any]) -> Tensor:
         call, self._call = self._call, None
@@ -184,6 +204,18 @@ class Forge(Host):
             # In place, for what a function returns is the guided estimate alone.
             uncond += changes[1].to(uncond)
         return (denoised + changes[0]).to(denoised)
+
+
+def _room(p: Any, patcher: Any) -> int:
+    """Return the bytes that the side model needs besides its parameters, which the memory manager counts itself."""
+    width, height = p.width, p.height
+    if getattr(p, "is_hr_pass", False):
+        width, height = p.hr_upscale_to_x or width, p.hr_upscale_to_y or height
+    # Both branches, each with and without the prompt.
+    activations = 4 * p.batch_size * (width // 8) * (height // 8) * ACTIVATION_BYTES
+    # The adapted layers' second weights are buffers; those in place are missing from what is free already.
+    waiting = [buffer for buffer in patcher.model.buffers() if buffer.device != patcher.load_device]
+    return activations + sum(buffer.nbytes for buffer in waiting)
 
 
 def family_of(model: Any) -> Family:

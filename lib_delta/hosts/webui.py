@@ -97,6 +97,10 @@ class Host(ABC):
     def before_sampling(self, p: Any) -> None:
         """Do what has to be done right before the sampler starts, once for each pass."""
 
+    def quantized(self) -> bool:
+        """Tell whether the WebUI asks its models at whole timesteps only, and not between them."""
+        return bool(getattr(shared.opts, "enable_quantization", False))
+
     # Lists.
 
     def checkpoints(self) -> list[str]:
@@ -316,7 +320,9 @@ class Host(ABC):
                 if adapted is not base or request.adapted_prompt:
                     prompts = _cleaned([request.adapted_prompt], len(told.prompts)) if request.adapted_prompt else None
                     adapted_told = engine.encode(adapted, prompts or told.prompts, told)
-                sources[hires] = Source(model.unet, model.parameterization, base_told, adapted_told)
+                sources[hires] = Source(
+                    model.unet, model.parameterization, base_told, adapted_told, quantize=self.quantized()
+                )
         return sources
 
     # What the user sees.

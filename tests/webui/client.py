@@ -19,6 +19,12 @@ SCRIPT = "Delta Sampling"
 class RefusedError(Exception):
     """The WebUI answered with an error; the text is its answer's."""
 
+    @property
+    def sentence(self) -> str:
+        """Return what went wrong; AUTOMATIC1111 and Forge have different names for it."""
+        answer = json.loads(str(self))
+        return str(answer.get("errors") or answer["message"])
+
 
 @dataclass(frozen=True)
 class Result:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
@@ -52,7 +51,7 @@ def refusal(webui: WebUI, delta: dict[str, Any], **changes: Any) -> str:
         webui.generate(delta, **changes)
     cause = caught.value.__cause__
     assert isinstance(cause, urllib.error.HTTPError) and cause.code == 500
-    return str(json.loads(str(caught.value))["errors"])
+    return caught.value.sentence
 
 
 Case = tuple[Callable[[Files], dict[str, Any]], str]

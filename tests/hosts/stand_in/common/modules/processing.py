@@ -104,9 +104,16 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
     hr_checkpoint_name: Any = None
     hr_cfg: float = 1.0
 
+    hr_upscale_to_x: int = 0
+    hr_upscale_to_y: int = 0
+
     def setup_prompts(self, number):
         super().setup_prompts(number)
         if self.enable_hr:
+            self.hr_upscale_to_x, self.hr_upscale_to_y = (
+                int(self.width * self.hr_scale),
+                int(self.height * self.hr_scale),
+            )
             prompts = [self.hr_prompt] * self.batch_size if self.hr_prompt else list(self.all_prompts)
             self.hr_prompts, _ = extra_networks.parse_prompts(prompts[: self.batch_size])
             self.hr_negative_prompts = [self.hr_negative_prompt or self.negative_prompt] * self.batch_size

@@ -40,5 +40,6 @@ def soft_empty_cache():
 def load_models_gpu(patchers):
     """Load patchers' models, unless they are loaded already."""
     for patcher in patchers:
-        if not any(patcher.is_clone(entry.model) for entry in current_loaded_models):
+        if not any(patcher is entry.model for entry in current_loaded_models):
+            current_loaded_models[:] = [entry for entry in current_loaded_models if not patcher.is_clone(entry.model)]
             current_loaded_models.append(LoadedModel(patcher))

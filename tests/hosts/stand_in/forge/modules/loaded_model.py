@@ -17,11 +17,8 @@ class Predictor:
         self.sigmas = ((1 - alphas) / alphas).sqrt().float()
 
     def timestep(self, sigma):
-        """Return the fractional timestep of noise levels, in the logarithm."""
-        table, wanted = self.sigmas.log(), sigma.log()
-        above = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
-        share = (wanted - table[above - 1]) / (table[above] - table[above - 1])
-        return (above - 1 + share).clamp(0, len(table) - 1)
+        """Return the whole timesteps nearest to noise levels, in the logarithm."""
+        return (sigma.log() - self.sigmas.log()[:, None]).abs().argmin(0).float()
 
 
 class KModel:

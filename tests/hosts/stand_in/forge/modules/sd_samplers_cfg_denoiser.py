@@ -3,7 +3,7 @@
 import math
 
 import torch
-from backend.memory_management import load_models_gpu
+from backend.sampling.sampling_function import sampling_prepare
 from k_diffusion.external import DiscreteSchedule
 from modules import prompt_parser, script_callbacks, shared
 from modules.sd_samplers_common import InterruptedException
@@ -15,12 +15,6 @@ class Linked(DiscreteSchedule):
     def __init__(self, sd_model):
         super().__init__(sd_model.forge_objects.unet.model.predictor.sigmas, quantize=False)
         self.inner_model = sd_model
-
-
-def prepare(sd_model):
-    """Have the model and what extensions have added to it on the device."""
-    unet = sd_model.forge_objects.unet
-    load_models_gpu([unet, *unet.extra_model_patchers_during_sampling])
 
 
 def model_for_sigmas(sd_model):
@@ -56,7 +50,7 @@ class CFGDenoiser(torch.nn.Module):
         if shared.state.interrupted:
             raise InterruptedException
         if self.step == 0:
-            prepare(self.inner_model.inner_model)
+            sampling_prepare(self.inner_model.inner_model.forge_objects.unet, x=x)
         if self.timesteps:
             sigma = self.inner_model.sigmas[sigma.round().long()]
             x = x * (1 + sigma**2).sqrt()[:, None, None, None]
