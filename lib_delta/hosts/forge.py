@@ -127,7 +127,7 @@ class Forge(Host):
             unet.set_model_sampler_post_cfg_function(self._post_cfg)
         if lacks_model:
             unet.add_extra_model_patcher_during_sampling(self._patcher)
-            unet.add_extra_preserved_memory_during_sampling(_room(p, self._patcher))
+            unet.add_extra_preserved_memory_during_sampling(_room_for(p, self._patcher))
         forge_objects.unet = unet
 
     def leave(self, model: SideModel) -> None:
@@ -206,16 +206,24 @@ class Forge(Host):
         return (denoised + changes[0]).to(denoised)
 
 
-def _room(p: Any, patcher: Any) -> int:
-    """Return the bytes that the side model needs besides its parameters, which the memory manager counts itself."""
+def _room_for(p: Any, patcher: Any) -> int:
+    """Return the bytes that the main model must leave to the side model, making room where there is too little.
+
+    The memory manager can leave a part of the main model in the CPU's memory, but not of a side model; and
+    it leaves a main model that is loaded already where it is.
+    """
     width, height = p.width, p.height
     if getattr(p, "is_hr_pass", False):
         width, height = p.hr_upscale_to_x or width, p.hr_upscale_to_y or height
     # Both branches, each with and without the prompt.
     activations = 4 * p.batch_size * (width // 8) * (height // 8) * ACTIVATION_BYTES
-    # The adapted layers' second weights are buffers; those in place are missing from what is free already.
-    waiting = [buffer for buffer in patcher.model.buffers() if buffer.device != patcher.load_device]
-    return activations + sum(buffer.nbytes for buffer in waiting)
+    # What is in place is missing from what is free already.
+    weights = (*patcher.model.parameters(), *patcher.model.buffers())
+    waiting = sum(weight.nbytes for weight in weights if weight.device != patcher.load_device)
+    device, room = patcher.load_device, activations + waiting
+    if device.type != "cpu" and waiting and memory.get_free_memory(device) < room + memory.minimum_inference_memory():
+        memory.unload_all_models()
+    return room
 
 
 def family_of(model: Any) -> Family:

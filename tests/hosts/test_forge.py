@@ -110,9 +110,10 @@ def test_the_memory_manager_knows_the_patchers_in_use(webui: WebUI) -> None:
     assert len(seen) == 4 and webui.callbacks.swallowed == []
 
 
-def second_weights(webui: WebUI) -> int:
-    """Return the size of the adapted layers' second weights, which the memory manager does not count."""
-    return sum(buffer.nbytes for buffer in webui.side_model.unet.buffers())
+def weights_of(webui: WebUI) -> int:
+    """Return the size of the side model's UNet, the adapted layers' second weights included."""
+    unet = webui.side_model.unet
+    return sum(weight.nbytes for weight in (*unet.parameters(), *unet.buffers()))
 
 
 def test_the_memory_manager_loads_the_side_model_with_the_main_one(
@@ -133,7 +134,7 @@ def test_the_memory_manager_loads_the_side_model_with_the_main_one(
     first, second = seen[0], seen[4]
     pixels = 2 * 2  # the hires pass is twice as wide and high
     side = webui.side_model.unet
-    weights = second_weights(webui)
+    weights = weights_of(webui)
     room = first.extra_preserved_memory_during_sampling - weights
     assert second.extra_preserved_memory_during_sampling - weights == pixels * room
     entries = [entry for entry in memory.current_loaded_models if entry.model.model is side]
@@ -150,8 +151,24 @@ def test_the_batch_and_size_decide_how_much_room_is_asked_for(webui: WebUI, monk
     for changes in ({}, {"batch_size": 2}, {"width": 128}):
         webui.generate(DELTA, **changes)
         room = webui.shared.sd_model.forge_objects.unet.extra_preserved_memory_during_sampling
-        asked.append(room - second_weights(webui))
+        asked.append(room - weights_of(webui))
     assert asked[0] > 0 and asked[1:] == [2 * asked[0], 2 * asked[0]]
+
+
+@pytest.mark.parametrize(("free", "kept"), [(2**40, True), (2**30, False)])
+def test_where_room_is_short_the_main_model_is_loaded_anew(
+    webui: WebUI, monkeypatch: pytest.MonkeyPatch, free: int, kept: bool
+) -> None:
+    memory = webui.backend("memory_management")
+    monkeypatch.setattr(memory, "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(memory, "free", free)
+    webui.host.unload()
+    webui.generate()
+    (main,) = memory.current_loaded_models
+    monkeypatch.setattr(main, "model_unload", lambda: unloaded.append(True))
+    unloaded: list[bool] = []
+    webui.generate(DELTA)
+    assert bool(unloaded) is not kept and len(memory.current_loaded_models) == 2
 
 
 @pytest.mark.parametrize(("flag", "family"), [("is_sd1", "SD1"), ("is_sd2", "SD2"), ("is_sdxl", "SDXL")])

@@ -3,6 +3,7 @@
 import torch
 
 device = torch.device("cpu")
+free = 2**40
 current_loaded_models = []
 caches_emptied = []
 
@@ -31,6 +32,20 @@ def unet_offload_device():
 
 def should_use_fp16(device):
     return False
+
+
+def get_free_memory(device):
+    return free
+
+
+def minimum_inference_memory():
+    return 2**30
+
+
+def unload_all_models():
+    for entry in current_loaded_models:
+        entry.model_unload()
+    current_loaded_models.clear()
 
 
 def soft_empty_cache():
