@@ -97,11 +97,13 @@ class Forge(Host):
 
     def enter(self, p: Any, model: SideModel) -> None:
         device = self.wanted_place()[0]
-        if device != memory.get_torch_device():
+        managed = device == memory.get_torch_device()
+        if self._patcher is not None and not (managed and self._patcher.model is model.unet):
+            self._drop_patcher()
+        if not managed:
             # Where the user wants it elsewhere, it is none of the memory manager's business.
-            self._patcher = None
             model.unet.to(device)
-        elif self._patcher is None or self._patcher.model is not model.unet:
+        elif self._patcher is None:
             self._patcher = patching.ModelPatcher(
                 model.unet, load_device=device, offload_device=memory.unet_offload_device()
             )
@@ -138,8 +140,11 @@ class Forge(Host):
 
     def forget(self) -> None:
         self._engine = None
-        if self._patcher is None:
-            return
+        if self._patcher is not None:
+            self._drop_patcher()
+
+    def _drop_patcher(self) -> None:
+        """Have the memory manager and the main model's patchers let go of a side model."""
         loaded = memory.current_loaded_models
         for entry in [entry for entry in loaded if self._patcher.is_clone(entry.model)]:
             loaded.remove(entry)

@@ -110,6 +110,14 @@ def test_the_memory_manager_knows_the_patchers_in_use(webui: WebUI) -> None:
     assert len(seen) == 4 and webui.callbacks.swallowed == []
 
 
+def test_the_memory_manager_lets_go_of_a_base_that_another_replaces(webui: WebUI) -> None:
+    memory = webui.backend("memory_management")
+    for base in ("base", "tuned"):
+        webui.generate({**DELTA, "base": base})
+        main, side = webui.shared.sd_model.forge_objects.unet.model, webui.side_model.unet
+        assert {id(entry.model.model) for entry in memory.current_loaded_models} == {id(main), id(side)}
+
+
 def weights_of(webui: WebUI) -> int:
     """Return the size of the side model's UNet, the adapted layers' second weights included."""
     unet = webui.side_model.unet
