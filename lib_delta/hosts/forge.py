@@ -18,7 +18,7 @@ import torch
 from modules import script_callbacks, shared
 from torch import Tensor
 
-from lib_delta.errors import SettingError
+from lib_delta.errors import DeltaError, SettingError
 from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
 from lib_delta.hosts.progress import pass_progress
@@ -159,11 +159,16 @@ class Forge(Host):
         memory.soft_empty_cache()
 
     def _before_model(self, params: Any) -> None:
-        self._call = None
+        missed, self._call = self._call, None
         denoiser = params.denoiser
         run: Run | None = getattr(denoiser.p, RUN, None)
         if run is not None:
             with run.watched("reading a step's state for Delta Sampling"):
+                if missed is not None and missed.run is run:
+                    raise DeltaError(
+                        f"the sampler {denoiser.p.sampler_name} or another extension leaves out what is added after "
+                        "guidance, and the delta with it: choose another sampler"
+                    )
                 self._call_of(run, denoiser, params.x, params.sigma)
 
     def _call_of(self, run: Run, denoiser: Any, x: Tensor, sigma: Tensor) -> None:
@@ -172,12 +177,18 @@ class Forge(Host):
         progress = pass_progress(denoiser)(sigma)
         if not run.strength(progress, hires):
             return
-        scale = denoiser.sampler.sampler_extra_args["cond_scale"]
+        extra = denoiser.sampler.sampler_extra_args
+        scale = extra["cond_scale"]
         if hires:
             scale = getattr(denoiser.p, "hr_cfg", scale)
-        self._call = Call(
-            run, hires, progress, denoiser.step, float(scale), bool(getattr(denoiser, "need_last_noise_uncond", False))
-        )
+        uncond_used = bool(getattr(denoiser, "need_last_noise_uncond", False))
+        # In reForge, samplers that want the estimate for the negative prompt put functions of theirs in place of all.
+        functions = (extra.get("model_options") or {}).get(POST_CFG)
+        if functions:
+            uncond_used = True
+            if self._post_cfg not in functions:
+                functions.append(self._post_cfg)
+        self._call = Call(run, hires, progress, denoiser.step, float(scale), uncond_used)
         self._put_in_place(denoiser.p, denoiser.inner_model.inner_model.forge_objects, x)
 
     def _put_in_place(self, p: Any, forge_objects: Any, x: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ pytest.importorskip("transformers", reason="transformers is not installed, whose
 from small_files import make_files
 from stand_in_webui import WebUI, relative, running
 
-from lib_delta.errors import SettingError
+from lib_delta.errors import DeltaError, SettingError
 
 DELTA = {"base": "base", "loras": "ink"}
 HIRES = {"enable_hr": True, "hr_second_pass_steps": 2, "hr_cfg": 4.0}
@@ -68,6 +69,48 @@ def test_other_extensions_functions_come_before_and_stay(webui: WebUI) -> None:
         webui.shared.sd_model = None
         webui.use("base")
     assert len(called) == 3
+
+
+def test_a_sampler_that_leaves_out_the_functions_is_a_fault(webui: WebUI) -> None:
+    def leave_out(params: Any) -> None:
+        params.denoiser.inner_model.inner_model.forge_objects.unet.model_options.pop("sampler_post_cfg_function", None)
+
+    registered = webui.callbacks.registered["cfg_denoiser"]
+    registered.append(leave_out)
+    try:
+        with pytest.raises(DeltaError, match="Euler or another extension leaves out"):
+            webui.generate(DELTA)
+    finally:
+        registered.pop()
+
+
+def test_a_sampler_that_puts_functions_of_its_own_in_place_of_all(
+    webui: WebUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As reForge's CFG++ samplers do."""
+    samplers = webui.module("sd_samplers")
+    create, asked = samplers.create_sampler, []
+
+    def own(args: dict[str, Any]) -> torch.Tensor:
+        asked.append(args["uncond_denoised"])
+        return args["denoised"]
+
+    def create_with_own(name: str) -> Any:
+        sampler = create(name)
+        function = sampler.func
+
+        @wraps(function)  # the signature tells the WebUI what to give
+        def run(*positional: Any, extra_args: dict[str, Any], **arguments: Any) -> torch.Tensor:
+            extra_args["model_options"] = {"sampler_post_cfg_function": [own]}
+            return function(*positional, extra_args=extra_args, **arguments)
+
+        sampler.func = run
+        return sampler
+
+    wanted = webui.native()
+    monkeypatch.setattr(samplers, "create_sampler", create_with_own)
+    assert relative(webui.latents(DELTA), wanted) < 1e-5
+    assert len(asked) == 3
 
 
 def test_a_refiner_that_replaces_the_patcher_in_mid_run(webui: WebUI) -> None:

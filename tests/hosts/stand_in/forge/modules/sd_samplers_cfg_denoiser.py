@@ -46,7 +46,7 @@ class CFGDenoiser(torch.nn.Module):
             self.model_wrap = self.make_inner_model(shared.sd_model)
         return self.model_wrap
 
-    def forward(self, x, sigma, cond, uncond, cond_scale, s_min_uncond, image_cond):
+    def forward(self, x, sigma, cond, uncond, cond_scale, s_min_uncond, image_cond, model_options=None):
         if shared.state.interrupted:
             raise InterruptedException
         if self.step == 0:
@@ -64,7 +64,8 @@ class CFGDenoiser(torch.nn.Module):
             cond_scale = self.p.hr_cfg
         if self._guidance_is_left_out(float(sigma[0]), s_min_uncond):
             cond_scale = 1.0
-        denoised, negative = self._guided(x, sigma, text_cond, text_uncond, numbered, cond_scale)
+        options = model_options or {}  # of a sampler's own, in reForge
+        denoised, negative = self._guided(x, sigma, text_cond, text_uncond, numbered, cond_scale, options)
         if self.need_last_noise_uncond:
             self.last_noise_uncond = (x - negative) / s
         if self.mask is not None:
@@ -86,8 +87,9 @@ class CFGDenoiser(torch.nn.Module):
             return True
         return bool((self.step % 2 or shared.opts.s_min_uncond_all) and s_min_uncond > 0 and sigma < s_min_uncond)
 
-    def _guided(self, x, sigma, text_cond, text_uncond, numbered, scale):
+    def _guided(self, x, sigma, text_cond, text_uncond, numbered, scale, options):
         unet = self.inner_model.inner_model.forge_objects.unet
+        options = {**unet.model_options, **options}
         # As many sub-prompts as every image has; all images share the weights of the last.
         parts = list(zip(*numbered))
         weights = [part[-1][1] for part in parts]
@@ -97,7 +99,7 @@ class CFGDenoiser(torch.nn.Module):
         if text_uncond is not None and not math.isclose(scale, 1.0):
             negative = unet.model.apply_model(x, sigma, text_uncond)
         denoised = negative + (positive - negative) * scale * sum(weights)
-        for function in unet.model_options.get("sampler_post_cfg_function", []):
+        for function in options.get("sampler_post_cfg_function", []):
             denoised = function(
                 {
                     "denoised": denoised,
@@ -106,7 +108,7 @@ class CFGDenoiser(torch.nn.Module):
                     "cond_denoised": positive,
                     "uncond_denoised": negative,
                     "model": unet.model,
-                    "model_options": unet.model_options,
+                    "model_options": options,
                     "sigma": sigma,
                     "input": x,
                 }
