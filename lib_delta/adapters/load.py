@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +16,7 @@ from lib_delta.adapters import boft, dora, dylora, full, glora, ia3, keys, loha,
 from lib_delta.adapters.dora import Dora
 from lib_delta.adapters.full import Tuned
 from lib_delta.adapters.keys import Place
+from lib_delta.adapters.lora import Lora
 from lib_delta.adapters.origin import family_of
 from lib_delta.adapters.protocol import Algorithm, LayerAdapter
 from lib_delta.adapters.trained import Trained
@@ -28,7 +29,7 @@ from lib_delta.models.unet import UNet
 ALGORITHMS = cast("tuple[Algorithm, ...]", (lora, loha, lokr, full, norm, ia3, oft, boft, glora, dylora))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdapterFile:
     """What a file adapts: layers by module path, of the UNet and of each text encoder.
 
@@ -56,6 +57,18 @@ class AdapterFile:
     def _layers(self) -> Iterator[LayerAdapter]:
         for layers in (self.unet, *self.text):
             yield from layers.values()
+
+    def with_rank(self, rank: int | None) -> AdapterFile:
+        """Return the same with the first ``rank`` ranks of its LoRAs alone, as DyLoRAs allow; None for all."""
+        if rank is None:
+            return self
+        if not any(isinstance(adapter, Lora) for adapter in self._layers()):
+            raise AdapterError(f"{self.name} has no ranks to choose from (dyn={rank}), and a LoRA is needed for that")
+
+        def cut(layers: Mapping[str, LayerAdapter]) -> dict[str, LayerAdapter]:
+            return {path: a.truncated(rank) if isinstance(a, Lora) else a for path, a in layers.items()}
+
+        return replace(self, unet=cut(self.unet), text=tuple(map(cut, self.text)))
 
     def report(self) -> str:
         """Say in one sentence what it is, what matched, and count and name what did not."""
