@@ -69,7 +69,12 @@ class Pick:
 
 def parse_picks(recipe: str) -> tuple[Pick, ...]:
     """Read a recipe; raises :class:`SettingError` that quotes what cannot be read."""
-    return tuple(parse_pick(_split(item, ":")) for item in _items(recipe))
+    return tuple(map(parse_single, _items(recipe)))
+
+
+def parse_single(text: str) -> Pick:
+    """Read a recipe of one pick, whose name may hold commas."""
+    return parse_pick(_split(text, ":"))
 
 
 def format_picks(picks: Sequence[Pick]) -> str:

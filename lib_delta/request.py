@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from lib_delta.errors import SettingError
-from lib_delta.recipe import Pick, format_picks, parse_pick, parse_picks, read_number, written
+from lib_delta.recipe import Pick, format_picks, parse_pick, parse_picks, parse_single, read_number, written
 from lib_delta.strength import CURVES, MAXIMUM, ROUNDING, Strength
 
 HIRES_PASSES = ("both", "first pass", "hires pass")
@@ -238,7 +238,7 @@ def _plain(about: Mapping[str, Any], kind: Any, value: Any) -> Any:
         if value is None or value == NONE:
             return ""
         if about["key"] == "loras" and isinstance(value, list) and all(isinstance(v, str) for v in value):
-            return ", ".join(value)
+            return format_picks([parse_single(text) for text in value])
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value

@@ -167,6 +167,8 @@ def read_adapter(
     if not found:
         raise origin.nothing_matches(name, list(tensors), unet, stated)
     text = tuple({p.path: a for p, a in found.items() if p.tower == i} for i in range(len(towers)))
+    for key, vectors in embeddings.items():
+        _refuse_embedding(name, key, vectors, unet)
     return AdapterFile(
         name,
         {p.path: a for p, a in found.items() if p.tower is None},
@@ -205,6 +207,15 @@ def _grouped(name: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Group]
         group.tensors[read.tensor] = read.as_stored(tensor)
         group.stored.append(key)
     return dict(groups), embeddings, unread
+
+
+def _refuse_embedding(name: str, key: str, vectors: Tensor, unet: UNet) -> None:
+    width = unet.config.context_width
+    if vectors.ndim != 2 or vectors.shape[1] != width or not torch.isfinite(vectors.float()).all():
+        raise AdapterError(
+            f"{name} brings an embedding {key!r} of shape {tuple(vectors.shape)},"
+            f" and finite vectors of width {width} are needed"
+        )
 
 
 def _layer(tensors: Mapping[str, Tensor], layer: nn.Module) -> LayerAdapter:

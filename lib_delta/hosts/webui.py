@@ -314,6 +314,7 @@ class Host(ABC):
         from lib_delta.source import Source
 
         engine = self.text_engine(model)
+        engine.hold(model.embeddings)
         sources = {}
         with model.text_on(self.text_device()) as base:
             for hires, told in _passes(p, request):
@@ -378,6 +379,10 @@ class TextEngine(ABC):
         cond = prompt_parser.get_multicond_learned_conditioning(self, list(prompts), *limits)
         uncond = prompt_parser.get_learned_conditioning(self, list(told.negative), *limits)
         return Schedules(cond.batch, uncond, self.padding())
+
+    @abstractmethod
+    def hold(self, embeddings: Mapping[str, Tensor]) -> None:
+        """Let prompts name these embeddings, ``(vectors, width)`` each, besides the user's own, and no others."""
 
     @abstractmethod
     def padding(self) -> Padding | None:
