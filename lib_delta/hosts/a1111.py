@@ -68,7 +68,7 @@ class Automatic1111(Host):
         return family_of(shared.sd_model), Schedule(shared.sd_model.alphas_cumprod).sigma_max
 
     def place(self) -> tuple[torch.device, torch.dtype]:
-        device: torch.device = devices.get_optimal_device()
+        device: torch.device = devices.device
         return device, torch.float32 if device.type == "cpu" else devices.dtype_unet
 
     def text_engine(self, model: SideModel) -> TextEngine:
@@ -86,13 +86,13 @@ class Automatic1111(Host):
 
     def enter(self, p: Any, model: SideModel) -> None:
         device = self.wanted_place()[0]
-        if device.type != "cpu" and _low_memory():
+        if _low_memory() and device.type == devices.device.type:
             lowvram.send_everything_to_cpu()
         model.unet.to(device)
 
     def leave(self, model: SideModel) -> None:
-        if model.device.type != "cpu" and _low_memory():
-            model.unet.to("cpu")
+        if _low_memory():
+            model.unet.to(devices.cpu)
             self.free_memory()
 
     def free_memory(self) -> None:
