@@ -305,10 +305,12 @@ def add_settings():
 
 
 def add_routes(_, app):
-    """Serve what API callers may give, and the status."""
-    app.add_api_route("/delta-sampling/schema", schema, methods=["GET"])
-    app.add_api_route("/delta-sampling/status", status, methods=["GET"])
+    """Serve what API callers may give, and the status, if the WebUI serves its API; behind the same password."""
     add_axes()  # without a user interface nothing else calls it
+    own = next((route for route in app.routes if getattr(route, "path", None) == "/sdapi/v1/options"), None)
+    if own is not None:
+        for path, answer in (("schema", schema), ("status", status)):
+            app.add_api_route(f"/delta-sampling/{path}", answer, methods=["GET"], dependencies=own.dependencies)
 
 
 def status():
