@@ -164,8 +164,9 @@ class DeltaSampling(scripts.Script):
                 min_width=130,
                 elem_id=self.elem_id("curve"),
             )
-            self._share(w, "first", "Curve start", default)
-            self._share(w, "last", "Curve end", default)
+            with gr.Column(scale=2, min_width=340), gr.Row(elem_classes=["delta-sampling-row"]):
+                self._share(w, "first", "Curve start", default)
+                self._share(w, "last", "Curve end", default)
         return picture, redraw
 
     def _share(self, w, name, label, default):
@@ -175,7 +176,7 @@ class DeltaSampling(scripts.Script):
             maximum=1,
             step=0.01,
             value=getattr(default, name),
-            min_width=130,
+            min_width=160,
             elem_id=self.elem_id(name),
         )
 
