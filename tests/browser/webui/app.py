@@ -129,6 +129,11 @@ def check_password(given: HTTPBasicCredentials = Depends(HTTPBasic())):  # noqa:
         raise HTTPException(status_code=401, detail="Incorrect username or password")
 
 
+def get_options():
+    """Return the settings: there are none."""
+    return {}
+
+
 def add_to_page(*texts):
     """Put scripts and styles into the head of the page, where the WebUI puts those of extensions."""
     original = gr.routes.templates.TemplateResponse
@@ -153,7 +158,7 @@ def main(port):
     )
     page.queue()
     app, _, _ = page.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, show_api=False)
-    app.add_api_route("/sdapi/v1/options", dict, methods=["GET"], dependencies=[Depends(check_password)])
+    app.add_api_route("/sdapi/v1/options", get_options, methods=["GET"], dependencies=[Depends(check_password)])
     script_callbacks.call("app_started", page, app)
     print("ready", flush=True)
     page.block_thread()
