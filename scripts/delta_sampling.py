@@ -164,8 +164,9 @@ class DeltaSampling(scripts.Script):
                 min_width=130,
                 elem_id=self.elem_id("curve"),
             )
-            self._share(w, "first", "Curve start", default)
-            self._share(w, "last", "Curve end", default)
+            with gr.Column(scale=2, min_width=340), gr.Row(elem_classes=["delta-sampling-row"]):
+                self._share(w, "first", "Curve start", default)
+                self._share(w, "last", "Curve end", default)
         return picture, redraw
 
     def _share(self, w, name, label, default):
@@ -175,7 +176,7 @@ class DeltaSampling(scripts.Script):
             maximum=1,
             step=0.01,
             value=getattr(default, name),
-            min_width=130,
+            min_width=160,
             elem_id=self.elem_id(name),
         )
 
@@ -305,10 +306,12 @@ def add_settings():
 
 
 def add_routes(_, app):
-    """Serve what API callers may give, and the status."""
-    app.add_api_route("/delta-sampling/schema", schema, methods=["GET"])
-    app.add_api_route("/delta-sampling/status", status, methods=["GET"])
+    """Serve what API callers may give, and the status, if the WebUI serves its API; behind the same password."""
     add_axes()  # without a user interface nothing else calls it
+    own = next((route for route in app.routes if getattr(route, "path", None) == "/sdapi/v1/options"), None)
+    if own is not None:
+        for path, answer in (("schema", schema), ("status", status)):
+            app.add_api_route(f"/delta-sampling/{path}", answer, methods=["GET"], dependencies=own.dependencies)
 
 
 def status():
