@@ -64,7 +64,7 @@ class Pick:
         }
         stated = [f"{key}={value}" for key, value in options.items() if value is not None]
         weight = [written(self.weight)] if self.weight != 1 or stated else []
-        return ":".join([_quoted(self.name), *weight, *stated])
+        return ":".join([quoted(self.name), *weight, *stated])
 
 
 def parse_picks(recipe: str) -> tuple[Pick, ...]:
@@ -152,7 +152,8 @@ def _split(text: str, signs: str) -> list[str]:
     return parts
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
+    """Write a name, between quotes where it could be read as something else."""
     plain = not re.search(r'[,:"\n\\]', name) and name == name.strip() and not _NUMBER.fullmatch(name)
     return name if plain else json.dumps(name, ensure_ascii=False)
 

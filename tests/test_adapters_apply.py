@@ -264,7 +264,7 @@ def test_a_saved_file_of_either_dialect_loads_and_reports_what_did_not_match(tmp
     )
     assert ldm.unet.keys() == diffusers.unet.keys() == pickled.unet.keys() == adapted_layers(unet).keys()
     assert ldm.unmatched == ("lora_unet_no_such_layer.alpha",) and diffusers.unmatched == ()
-    assert "1 of its 250 keys match no layer (lora_unet_no_such_layer.alpha)" in ldm.report()
+    assert "1 of its 250 keys match no layer" in ldm.report()
     outputs = []
     for adapter in (ldm, diffusers, pickled):
         attach(unet, [(adapter, 1.0)])

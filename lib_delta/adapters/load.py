@@ -71,7 +71,7 @@ class AdapterFile:
         return replace(self, unet=cut(self.unet), text=tuple(map(cut, self.text)))
 
     def report(self) -> str:
-        """Say in one sentence what it is, what matched, and count and name what did not."""
+        """Say in one sentence what it is, what matched, and count what did not."""
         kinds, ranks = " and ".join(self.algorithms()), self.ranks()
         if ranks:
             kinds += f" of rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
@@ -82,8 +82,7 @@ class AdapterFile:
             said += f", and brings the embedding{'s' * (len(self.embeddings) > 1)} {', '.join(self.embeddings)}"
         if not self.unmatched:
             return f"{said}."
-        shown = ", ".join(self.unmatched[:3]) + (", ..." if len(self.unmatched) > 3 else "")
-        return f"{said}; {len(self.unmatched)} of its {self.total} keys match no layer ({shown})."
+        return f"{said}; {len(self.unmatched)} of its {self.total} keys match no layer."
 
 
 def load_adapter(path: str | os.PathLike[str], unet: UNet, towers: Sequence[nn.Module] = ()) -> AdapterFile:

@@ -102,7 +102,9 @@ class Run:
 
     def summary(self) -> str:
         """Return what the run cost, in one line."""
+        reason = "" if self.fault is None else f": {self.fault}"
         if not self.steps:
-            return "Last run: no step had the delta"
+            return f"Last run: no step had the delta{reason}"
         passes = sum(source.evaluations for source in self.sources.values())
-        return f"Last run: delta in {self.steps} steps, {passes} passes of the side model, {self.seconds:.1f} s"
+        cost = f"{passes} passes of the side model, {self.seconds:.1f} s"
+        return f"Last run: delta in {self.steps} steps, {cost}{reason}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from modules import extra_networks, prompt_parser, script_callbacks, sd_models, sd_samplers, shared
+from modules import extra_networks, processing, prompt_parser, script_callbacks, sd_models, sd_samplers, shared
 
 from lib_delta.errors import DeltaError, SettingError
 from lib_delta.recipe import Pick
@@ -175,6 +175,8 @@ class Host(ABC):
             asked = request.with_tags([[str(item) for item in params.items] for params in data.get(TAG, [])])
             if asked.enabled and not asked.base:
                 asked = replace(asked, base=_named(option("base", NONE)))
+            if isinstance(p, processing.StableDiffusionProcessingImg2Img):
+                asked = replace(asked, hires="both")  # there is but one pass, whatever was sent over from txt2img
             return asked
         except DeltaError as error:
             return error
@@ -239,7 +241,7 @@ class Host(ABC):
         except Exception as error:  # whatever it is, the user hears of it
             fault = sentence(error, "loading the side model of Delta Sampling")
             self.unload()
-            self._last = f"Last run: no step had the delta, for {fault}"
+            self._last = f"Last run: no step had the delta: {fault}"
             if isinstance(fault, SettingError) or option("on_error", STOP) == STOP:
                 raise fault from None if fault is error else error
             _claim_nothing(p)
