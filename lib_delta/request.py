@@ -7,17 +7,20 @@ Nothing here knows of models; importing this module imports no torch.
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from lib_delta.errors import SettingError
-from lib_delta.strength import CURVES, MAXIMUM, Strength
+from lib_delta.recipe import Pick, format_picks, parse_pick, parse_picks, parse_single, read_number, written
+from lib_delta.strength import CURVES, MAXIMUM, ROUNDING, Strength
 
 HIRES_PASSES = ("both", "first pass", "hires pass")
+# For each LoRA picked, whether it counts.
+Active = tuple[bool, ...]
 NONE = "None"  # what dropdowns show for an empty choice, for one whose default is empty cannot be pasted into
 
 
@@ -49,7 +52,9 @@ class Request:
     )
     base: str = _setting("", "base", "Delta base", "SD 1.x checkpoint that the adaptations were made for")
     adapted: str = _setting("", "adapted", "Delta adapted", "fine-tuned checkpoint; empty is the base itself")
-    loras: str = _setting("", "loras", "Delta LoRAs", "LoRAs with weights, as in 'moxin:0.8, lineart:1:te=0.5'")
+    loras: str = _setting(
+        "", "loras", "Delta LoRAs", "LoRAs with weights and options, as in 'moxin:0.8, lineart:1:te=0.5:lbw=MIDD'"
+    )
     prompt: str = _setting("", "prompt", "Delta prompt", "prompt of the side model; empty is the main prompt")
     negative_prompt: str = _setting(
         "", "negative_prompt", "Delta negative prompt", "negative prompt of the side model; empty is the main one"
@@ -74,6 +79,21 @@ class Request:
     def picks(self) -> tuple[Pick, ...]:
         """Return the LoRAs picked."""
         return parse_picks(self.loras)
+
+    def active(self, progress: float) -> Active:
+        """Tell which of the LoRAs picked count at a point of the run."""
+        return tuple(pick.start - ROUNDING <= progress <= pick.end + ROUNDING for pick in self.picks())
+
+    def stages(self) -> set[Active]:
+        """Return the sets of LoRAs that count together at some point of the run."""
+        ends = sorted({0.0, 1.0, *(share for pick in self.picks() for share in (pick.start, pick.end))})
+        between = [(a + b) / 2 for a, b in itertools.pairwise(ends)]
+        return {self.active(progress) for progress in (*ends, *between)}
+
+    @property
+    def always(self) -> bool:
+        """Whether base and adapted model differ even where no LoRA counts."""
+        return bool(self.adapted or self.adapted_prompt)
 
     def in_pass(self, hires: bool) -> bool:
         """Tell whether the delta is wanted in the first or in the hires pass."""
@@ -139,7 +159,7 @@ class Request:
         for f in fields(self):
             value, label = getattr(self, f.name), f.metadata["infotext"]
             if label and (value != f.default or f.name == "strength"):
-                values[label] = f"{value:g}" if f.type == "float" else value
+                values[label] = written(value) if f.type == "float" else value
         for label in (_label("base"), _label("adapted")):
             if values.get(label) in hashes:
                 values[label] += f" [{hashes[values[label]]}]"
@@ -201,49 +221,6 @@ def schema() -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Pick:
-    """A LoRA by name, with its weight for the UNet and for the text encoder (None: the same)."""
-
-    name: str
-    weight: float = 1.0
-    text: float | None = None
-
-    @property
-    def text_weight(self) -> float:
-        """The weight for the text encoder."""
-        return self.weight if self.text is None else self.text
-
-    def __str__(self) -> str:
-        text = "" if self.text is None else f":te={self.text:g}"
-        weight = f":{self.weight:g}" if self.weight != 1 or text else ""
-        return f"{self.name}{weight}{text}"
-
-
-def parse_picks(recipe: str) -> tuple[Pick, ...]:
-    """Read ``moxin:0.8, lineart:1:te=0.5``; a LoRA without a weight has weight 1."""
-    return tuple(_parse_pick(part.strip().split(":")) for part in re.split(r"[,\n]", recipe) if part.strip())
-
-
-def format_picks(picks: Sequence[Pick]) -> str:
-    """Write picks as :func:`parse_picks` reads them."""
-    return ", ".join(map(str, picks))
-
-
-def _parse_pick(parts: Sequence[str]) -> Pick:
-    name, text = parts[0].strip(), ":".join(parts)
-    if not name:
-        raise SettingError(f"LoRA pick {text!r} has no name: NAME:weight is needed")
-    values: dict[str, float] = {}
-    for part in parts[1:]:
-        key, _, value = part.strip().rpartition("=")
-        target = {"": "weight", "unet": "weight", "te": "text"}.get(key)
-        if target is None or target in values:
-            raise SettingError(f"LoRA pick {text!r} cannot be read at {part!r}: NAME:weight:te=weight is needed")
-        values[target] = _number(value, f"LoRA pick {text!r} has weight")
-    return Pick(name, **values)
-
-
 def _read_tag(tag: Sequence[str]) -> tuple[Pick, float | None]:
     """Split ``<delta:NAME:lambda:weight=0.8:te=0.5>`` into what it picks and lambda."""
     named = [part for part in tag[1:] if "=" in part]
@@ -251,18 +228,8 @@ def _read_tag(tag: Sequence[str]) -> tuple[Pick, float | None]:
     shown = "<delta:" + ":".join(tag) + ">"
     if not tag or not tag[0].strip() or len(plain) > 1:
         raise SettingError(f"{shown} cannot be read: <delta:NAME:lambda> is needed")
-    pick = _parse_pick([tag[0], *(re.sub(r"^\s*weight=", "unet=", part) for part in named)])
-    return pick, _number(plain[0], f"{shown} has lambda") if plain else None
-
-
-def _number(text: str, where: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise SettingError(f"{where} {text!r}: a number is needed")
-    return value
+    pick = parse_pick([tag[0], *(re.sub(r"^\s*weight=", "unet=", part) for part in named)])
+    return pick, read_number(plain[0], f"{shown} has lambda") if plain else None
 
 
 def _plain(about: Mapping[str, Any], kind: Any, value: Any) -> Any:
@@ -271,7 +238,7 @@ def _plain(about: Mapping[str, Any], kind: Any, value: Any) -> Any:
         if value is None or value == NONE:
             return ""
         if about["key"] == "loras" and isinstance(value, list) and all(isinstance(v, str) for v in value):
-            return ", ".join(value)
+            return format_picks([parse_single(text) for text in value])
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value

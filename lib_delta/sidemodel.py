@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lib_delta.adapters.apply import AdaptedTower, Form, attach, detach, text_parameters
+from lib_delta.adapters.apply import AdaptedTower, Form, Weight, attach, detach, text_parameters
+from lib_delta.adapters.blocks import BlockWeights
 from lib_delta.adapters.load import AdapterFile, load_adapter
 from lib_delta.checkpoint import Report, WeightFile, load_unet
 from lib_delta.errors import CheckpointError, DeltaError
@@ -21,11 +23,24 @@ from lib_delta.parameterization import Parameterization, Schedule
 
 @dataclass(frozen=True)
 class AdapterPick:
-    """An adapter's file (a LoRA or a fine-tuned checkpoint) and its weights for UNet and text encoder."""
+    """An adapter's file (a LoRA or its like, or a fine-tuned checkpoint) and how strong it is where.
+
+    ``blocks`` are block weights for the UNet (:class:`BlockWeights`, empty: 1 for all), ``text_weight`` has
+    them already; ``rank`` is how many ranks of a DyLoRA are used.
+    """
 
     path: Path
     weight: float = 1.0
     text_weight: float = 1.0
+    blocks: str = ""
+    rank: int | None = None
+
+    def unet_weight(self) -> Weight:
+        """Return the weight for all of the UNet, or for each of its layers."""
+        if not self.blocks:
+            return self.weight
+        blocks = BlockWeights.parse(self.blocks)
+        return lambda path: self.weight * blocks.at(path)
 
 
 @dataclass(frozen=True)
@@ -63,8 +78,9 @@ class SideModel:
             self.report.prediction, Schedule.stable_diffusion(self.report.zero_terminal_snr)
         )
         self.adapters: tuple[AdapterFile, ...] = ()
-        self._files: dict[FileState, AdapterFile] = {}
-        self._text: dict[str, torch.Tensor] = {}
+        self._picks: tuple[AdapterPick, ...] = ()
+        self._form: Form = "merged"
+        self._files: dict[tuple[FileState, int | None], AdapterFile] = {}
         self._attached: object = None
 
     def adapt(self, picks: Sequence[AdapterPick], form: Form) -> None:
@@ -72,23 +88,47 @@ class SideModel:
 
         Raises :class:`AdapterError` for a file that cannot be used; the model is then the base alone.
         """
-        states = [FileState.of(pick.path) for pick in picks]
-        wanted = tuple(zip(states, picks)), form
+        try:
+            states = [FileState.of(pick.path) for pick in picks]
+            wanted = [(state, pick.rank) for state, pick in zip(states, picks)]
+            # Those that are no longer needed make room before others are read.
+            self._files = {key: file for key, file in self._files.items() if key in wanted}
+            for state, rank in wanted:
+                if (state, rank) not in self._files:
+                    self._files[state, rank] = load_adapter(state.path, self.unet, [self.tower]).with_rank(rank)
+            self.adapters = tuple(self._files[key] for key in wanted)
+        except BaseException:
+            self._release()
+            raise
+        self._picks, self._form = tuple(picks), form
+        self.activate()
+
+    # Outside of inference mode, in which hosts sample: what is made there could not be written to later.
+    @torch.inference_mode(False)
+    def activate(self, active: Sequence[bool] = ()) -> None:
+        """Have only those of the adapters count that are active; nothing is read or loaded anew.
+
+        ``active`` has a flag for each of them, in their order; those without one count.
+        """
+        wanted = self._active(active), self._form
         if wanted == self._attached:
             return
-        self._release()
-        for state in states:
-            if state not in self._files:
-                self._files[state] = load_adapter(state.path, self.unet, [self.tower])
-        self.adapters = tuple(self._files[state] for state in states)
-        attach(self.unet, [(file, pick.weight) for file, pick in zip(self.adapters, picks)], form)
-        self._text = text_parameters(self.tower, [(f, pick.text_weight) for f, pick in zip(self.adapters, picks)])
-        self._files = {state: self._files[state] for state in states}
+        self._attached = None
+        attach(self.unet, [(file, pick.unet_weight()) for file, pick in wanted[0]], self._form)
         self._attached = wanted
 
+    def _active(self, active: Sequence[bool]) -> list[tuple[AdapterFile, AdapterPick]]:
+        flags = itertools.chain(active, itertools.repeat(True))
+        return [(file, pick) for file, pick, on in zip(self.adapters, self._picks, flags) if on]
+
     def _release(self) -> None:
-        self._attached, self.adapters, self._text = None, (), {}
+        self._attached, self.adapters, self._picks, self._files = None, (), (), {}
         detach(self.unet)
+
+    @property
+    def embeddings(self) -> dict[str, torch.Tensor]:
+        """Textual inversions that came with the adapters, ``(vectors, width)`` by name."""
+        return {name: vectors for file in self.adapters for name, vectors in file.embeddings.items()}
 
     @property
     def device(self) -> torch.device:
@@ -107,15 +147,22 @@ class SideModel:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @contextmanager
-    def text_on(self, device: torch.device) -> Iterator[tuple[TextEncoder, TextEncoder]]:
-        """Have the text encoders of base and adapted on a device for a while; one and the same if nothing differs."""
+    def text_on(self, device: torch.device) -> Iterator[TextEncoder]:
+        """Have the base's text encoder on a device for a while."""
         home = next(self.tower.parameters()).device
-        self.tower.to(device)
         try:
-            changed = {name: tensor.to(device) for name, tensor in self._text.items()}
-            yield self.tower, AdaptedTower(self.tower, changed) if changed else self.tower
+            yield self.tower.to(device)
         finally:
             self.tower.to(home)
+
+    def adapted_tower(self, active: Sequence[bool] = ()) -> TextEncoder:
+        """Return the text encoder with the active adapters, where it is now; ``active`` as in :meth:`activate`.
+
+        It is the base's own if these change nothing about it.
+        """
+        chosen = [(file, pick.text_weight) for file, pick in self._active(active)]
+        changed = text_parameters(self.tower, chosen)
+        return AdaptedTower(self.tower, changed) if changed else self.tower
 
 
 def _refuse_unfit(name: str, report: Report) -> None:

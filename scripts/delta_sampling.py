@@ -17,7 +17,8 @@ from modules.ui_components import FormRow, InputAccordion
 from lib_delta.drawing import drawing
 from lib_delta.errors import SettingError
 from lib_delta.hosts import host
-from lib_delta.request import HIRES_PASSES, NONE, Request, from_infotext, parse_picks, schema
+from lib_delta.recipe import parse_picks, quoted
+from lib_delta.request import HIRES_PASSES, NONE, Request, from_infotext, schema
 from lib_delta.strength import CURVES, MAXIMUM
 
 TITLE = "Delta Sampling"
@@ -28,7 +29,9 @@ HELP = """<details class="delta-sampling-help"><summary>How to start</summary><o
 <li>Choose a <b>base checkpoint</b>: the SD 1.x model that your LoRA was made for.</li>
 <li>Add a <b>LoRA</b>, or choose a fine-tuned checkpoint as <b>adapted</b>, or both.</li>
 <li>Generate with any main checkpoint. <b>Lambda</b> is how much of the effect is added: start at 1.</li></ol>
-<p>In a prompt, <code>&lt;delta:NAME:lambda&gt;</code> does the same.</p></details>"""
+<p>In a prompt, <code>&lt;delta:NAME:lambda&gt;</code> does the same. A LoRA can have more than a weight:
+<code>name:0.8:te=0.5</code> (text encoder), <code>lbw=MIDD</code> (blocks, or 12, 17, 26 numbers),
+<code>start=0.2:end=0.8</code> (part of the run).</p></details>"""
 
 
 def restore(name, values):
@@ -78,6 +81,7 @@ class DeltaSampling(scripts.Script):
             picture, redraw = self._range(w, default)
             self._prompts(w)
             w["hires"] = gr.Radio(
+                visible=not is_img2img,
                 label="With hires fix, in",
                 choices=list(HIRES_PASSES),
                 value=default.hires,
@@ -112,7 +116,7 @@ class DeltaSampling(scripts.Script):
             with gr.Column(min_width=240), FormRow():
                 w["loras"] = gr.Textbox(
                     label="LoRAs",
-                    placeholder="name:weight, name:weight",
+                    placeholder="name:weight, name:weight:te=0.5",
                     value=default.loras,  # named, for pasting goes by the type of the widget's default
                     lines=1,
                     max_lines=4,
@@ -164,8 +168,9 @@ class DeltaSampling(scripts.Script):
                 min_width=130,
                 elem_id=self.elem_id("curve"),
             )
-            self._share(w, "first", "Curve start", default)
-            self._share(w, "last", "Curve end", default)
+            with gr.Column(scale=2, min_width=340), gr.Row(elem_classes=["delta-sampling-row"]):
+                self._share(w, "first", "Curve start", default)
+                self._share(w, "last", "Curve end", default)
         return picture, redraw
 
     def _share(self, w, name, label, default):
@@ -175,7 +180,7 @@ class DeltaSampling(scripts.Script):
             maximum=1,
             step=0.01,
             value=getattr(default, name),
-            min_width=130,
+            min_width=160,
             elem_id=self.elem_id(name),
         )
 
@@ -231,7 +236,7 @@ def with_lora(recipe, selected: gr.SelectData):
     name = selected.value
     if name == NONE:
         return recipe, NONE
-    parts = [part for part in (recipe.strip().rstrip(","), f"{name}:1") if part]
+    parts = [part for part in (recipe.strip().rstrip(","), f"{quoted(name)}:1") if part]
     try:
         known = any(pick.name == name for pick in parse_picks(recipe))
     except SettingError:  # half written: the user goes on from there
@@ -305,10 +310,12 @@ def add_settings():
 
 
 def add_routes(_, app):
-    """Serve what API callers may give, and the status."""
-    app.add_api_route("/delta-sampling/schema", schema, methods=["GET"])
-    app.add_api_route("/delta-sampling/status", status, methods=["GET"])
+    """Serve what API callers may give, and the status, if the WebUI serves its API; behind the same password."""
     add_axes()  # without a user interface nothing else calls it
+    own = next((route for route in app.routes if getattr(route, "path", None) == "/sdapi/v1/options"), None)
+    if own is not None:
+        for path, answer in (("schema", schema), ("status", status)):
+            app.add_api_route(f"/delta-sampling/{path}", answer, methods=["GET"], dependencies=own.dependencies)
 
 
 def status():

@@ -264,7 +264,7 @@ def test_a_saved_file_of_either_dialect_loads_and_reports_what_did_not_match(tmp
     )
     assert ldm.unet.keys() == diffusers.unet.keys() == pickled.unet.keys() == adapted_layers(unet).keys()
     assert ldm.unmatched == ("lora_unet_no_such_layer.alpha",) and diffusers.unmatched == ()
-    assert "1 of its keys match no layer (lora_unet_no_such_layer.alpha)" in ldm.report()
+    assert "1 of its 250 keys match no layer" in ldm.report()
     outputs = []
     for adapter in (ldm, diffusers, pickled):
         attach(unet, [(adapter, 1.0)])
@@ -295,8 +295,10 @@ def test_malformed_files_are_refused_with_file_and_key(ending: str, value: Tenso
 
 def test_unserved_algorithms_and_dialects_are_refused() -> None:
     unet = make_unet()
-    with pytest.raises(AdapterError, match="hada_w1_a.*not served"):
-        read_adapter("x", {"lora_unet_time_embed_0.hada_w1_a": torch.zeros(2, 2)}, unet)
+    parts = {"oft_blocks": torch.zeros(2, 2, 2), "lokr_w1": torch.zeros(2, 2)}
+    mixed = {f"lora_unet_time_embed_0.{name}": tensor for name, tensor in parts.items()}
+    with pytest.raises(AdapterError, match="lokr_w1, oft_blocks.*not served"):
+        read_adapter("x", mixed, unet)
     with pytest.raises(AdapterError, match="none of the 1 keys of x .foo.lora_A.weight."):
         read_adapter("x", {"foo.lora_A.weight": torch.zeros(2, 2)}, unet)
     doubled = locon(unet, ["time_embed.0"])

@@ -62,7 +62,7 @@ def diffusers_unet(family: str) -> nn.Module:
 
 def names(family: str) -> dict[str, Place]:
     with torch.device("meta"):
-        return keys.kohya_names(UNet(REAL[family]), ())
+        return keys.layer_names(UNet(REAL[family]), ())
 
 
 @pytest.mark.parametrize("family", REAL)
@@ -135,21 +135,79 @@ def test_one_text_encoder_is_te_and_two_are_te1_and_te2() -> None:
     path = "text_model.encoder.layers.1.self_attn.q_proj"
     layer = path.replace(".", "_")
     small, large = clip(projection=False), clip()
-    one, two = keys.kohya_names(unet, [small]), keys.kohya_names(unet, [small, large])
+    one, two = keys.layer_names(unet, [small]), keys.layer_names(unet, [small, large])
     assert one[f"lora_te_{layer}"] == Place(0, path)
     assert two[f"lora_te1_{layer}"] == Place(0, path) and two[f"lora_te2_{layer}"] == Place(1, path)
     assert two["lora_te2_text_projection"] == Place(1, "text_projection")
-    assert f"lora_te_{layer}" not in two and f"lora_te1_{layer}" not in one
+    # Some trainers number the encoder even where there is one.
+    assert f"lora_te_{layer}" not in two and one[f"lora_te1_{layer}"] == Place(0, path)
 
 
 def test_an_open_clip_encoder_is_addressed_by_the_names_of_transformers() -> None:
     text = TextConfig(16, 32, layers=2, positions=8, vocabulary=99, heads=2, activation="gelu")
     tower = TextEncoder(text, final_norm=True)
-    named = keys.kohya_names(UNet(config("SD2")), [tower])
+    named = keys.layer_names(UNet(config("SD2")), [tower])
     path = "transformer.text_model.encoder.layers.1.mlp.fc2"
     assert named["lora_te_text_model_encoder_layers_1_mlp_fc2"] == Place(0, path)
 
 
-def test_keys_split_at_the_first_dot() -> None:
-    assert keys.split("lora_unet_proj_in.lora_down.weight") == ("lora_unet_proj_in", "lora_down.weight")
-    assert keys.split("lora_unet_proj_in.alpha") == ("lora_unet_proj_in", "alpha")
+@pytest.mark.parametrize(
+    ("key", "layer", "tensor"),
+    [
+        (
+            "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight",
+            "lora_unet_mid_block_attentions_0_proj_in",
+            "down",
+        ),
+        (
+            "lycoris_unet_mid_block_attentions_0_proj_in.hada_w1_a",
+            "lora_unet_mid_block_attentions_0_proj_in",
+            "hada_w1_a",
+        ),
+        ("lycoris_mid_block_attentions_0_proj_in.alpha", "lora_unet_mid_block_attentions_0_proj_in", "alpha"),
+        (
+            "lycoris_te_text_model_encoder_layers_0_mlp_fc1.alpha",
+            "lora_te_text_model_encoder_layers_0_mlp_fc1",
+            "alpha",
+        ),
+        ("lycoris_text_model_encoder_layers_0_mlp_fc1.alpha", "lora_te_text_model_encoder_layers_0_mlp_fc1", "alpha"),
+        ("unet.mid_block.attentions.0.proj_in.lora_A.weight", "lora_unet_mid_block_attentions_0_proj_in", "down"),
+        ("unet.mid_block.attentions.0.proj_in.lora_B.default.weight", "lora_unet_mid_block_attentions_0_proj_in", "up"),
+        ("unet.mid_block.attentions.0.proj_in.lora.up.weight", "lora_unet_mid_block_attentions_0_proj_in", "up"),
+        (
+            "base_model.model.mid_block.attentions.0.proj_in.lora_A.weight",
+            "lora_unet_mid_block_attentions_0_proj_in",
+            "down",
+        ),
+        (
+            "base_model.model.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
+            "lora_te_text_model_encoder_layers_0_mlp_fc1",
+            "down",
+        ),
+        (
+            "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.down.weight",
+            "lora_te_text_model_encoder_layers_0_mlp_fc1",
+            "down",
+        ),
+        (
+            "mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.down.weight",
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0",
+            "down",
+        ),
+        ("diffusion_model.middle_block.1.proj_in.lora_A.weight", "lora_unet_middle_block_1_proj_in", "down"),
+        (
+            "base_model.model.mid_block.attentions.0.proj_in.lora_magnitude_vector",
+            "lora_unet_mid_block_attentions_0_proj_in",
+            "dora_scale",
+        ),
+    ],
+)
+def test_every_dialect_is_brought_to_the_names_of_kohya(key: str, layer: str, tensor: str) -> None:
+    found = keys.read(key)
+    assert found is not None and found.layer == layer
+    assert found.tensor == {"down": "lora_down.weight", "up": "lora_up.weight"}.get(tensor, tensor)
+
+
+@pytest.mark.parametrize("key", ["down_blocks.0.resnets.0.conv1.weight", "global_step", "lora_unet_proj_in.nonsense"])
+def test_keys_of_other_things_are_told(key: str) -> None:
+    assert keys.read(key) is None

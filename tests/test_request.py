@@ -13,12 +13,9 @@ from hypothesis import strategies as st
 
 from lib_delta.errors import SettingError
 from lib_delta.request import (
-    Pick,
     Request,
-    format_picks,
     from_infotext,
     infotext_labels,
-    parse_picks,
     schema,
 )
 
@@ -97,12 +94,6 @@ NAMES = (
     .map(str.strip)
     .filter(bool)
 )
-WEIGHTS = st.integers(-4000, 4000).map(lambda n: n / 1000)
-
-
-@given(st.lists(st.builds(Pick, NAMES, WEIGHTS, st.none() | WEIGHTS), max_size=4))
-def test_recipes_round_trip(picks):
-    assert list(parse_picks(format_picks(picks))) == picks
 
 
 @given(

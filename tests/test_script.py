@@ -251,11 +251,23 @@ def test_long_lists_are_cut_in_errors(webui):
 
 def test_schema_and_status_are_served_and_axes_are_there_without_a_user_interface(webui):
     webui.scripts.load_scripts(SCRIPTS)
-    routes = {}
-    app = SimpleNamespace(add_api_route=lambda path, answer, methods: routes.update({path: answer}))
-    webui.callbacks.call("app_started", None, app)
-    assert routes["/delta-sampling/schema"]() == schema()
-    assert routes["/delta-sampling/status"]() == {"host": "stand-in", "status": ["nothing is loaded"]}
+    guard, answers, guards = [object()], {}, []
+
+    def add_api_route(path, answer, methods, dependencies):
+        answers[path] = answer
+        guards.append(dependencies)
+
+    own = SimpleNamespace(path="/sdapi/v1/options", dependencies=guard)
+    webui.callbacks.call("app_started", None, SimpleNamespace(routes=[own], add_api_route=add_api_route))
+    assert answers["/delta-sampling/schema"]() == schema()
+    assert answers["/delta-sampling/status"]() == {"host": "stand-in", "status": ["nothing is loaded"]}
+    assert guards == [guard, guard]
+    assert webui.axis("Lambda")
+
+
+def test_without_the_webuis_api_nothing_is_served(webui):
+    webui.scripts.load_scripts(SCRIPTS)
+    webui.callbacks.call("app_started", None, SimpleNamespace(routes=[]))
     assert webui.axis("Lambda")
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lib_delta.adapters import keys
+from lib_delta.adapters.full import Tuned
 from lib_delta.adapters.load import AdapterFile
-from lib_delta.adapters.protocol import Bypassing, LayerAdapter
+from lib_delta.adapters.protocol import LayerAdapter
 from lib_delta.errors import SettingError
 from lib_delta.fork import ForkedLayer
 from lib_delta.models.text import TextEncoder
@@ -24,6 +25,8 @@ from lib_delta.models.unet import UNet
 
 Form = Literal["merged", "bypass"]
 Weighted = tuple[LayerAdapter, float]
+# One number for a whole adapter, or one for each layer, by its path.
+Weight = float | Callable[[str], float]
 
 
 class Merged(nn.Module):
@@ -45,15 +48,15 @@ class Merged(nn.Module):
 class Bypass(nn.Module):
     """The low-rank factors themselves, added to the layer's output (the smallest form)."""
 
-    def __init__(self, adapters: Sequence[tuple[Bypassing, float]]) -> None:
+    def __init__(self, adapters: Sequence[Weighted]) -> None:
         super().__init__()
         self.adapters = tuple(adapters)
 
     def forward(self, layer: ForkedLayer, x: Tensor) -> Tensor:
-        y = layer.base(x)
+        y = added = layer.base(x)
         for adapter, weight in self.adapters:
-            y = torch.add(y, adapter.bypass(layer, x), alpha=weight)
-        return y
+            added = torch.add(added, adapter.bypass(layer, x, y), alpha=weight)
+        return added
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bypass:
         super()._apply(fn, recurse)
@@ -61,20 +64,26 @@ class Bypass(nn.Module):
         return self
 
 
-def attach(unet: UNet, adapters: Sequence[tuple[AdapterFile, float]], form: Form = "merged") -> None:
+def attach(unet: UNet, adapters: Sequence[tuple[AdapterFile, Weight]], form: Form = "merged") -> None:
     """Give the UNet's layers a second branch: the sum of the adapters, each times its weight.
 
-    What was attached before is replaced.  Layers that no adapter of a weight other than 0 touches
-    stay shared.  In the form ``bypass``, layers with an adapter that needs whole weights are merged.
-    Raises :class:`SettingError` for a weight that is not finite or an unknown form.
+    What was attached before is replaced, and its memory is used again.  Layers that no adapter of a
+    weight other than 0 touches stay shared.  In the form ``bypass``, layers with an adapter that needs
+    whole weights are merged.  A fine-tuned checkpoint counts first: the others adapt what it has made.
+    Raises :class:`SettingError` for a weight that is not finite or an unknown form, with nothing attached.
     """
     if form not in ("merged", "bypass"):
         raise SettingError(f"form is {form!r}, and 'merged' or 'bypass' is needed")
-    weighted = _by_layer([(adapter.name, adapter.unet, weight) for adapter, weight in adapters])
-    adaptations = {path: _adaptation(_layer(unet, path), parts, form) for path, parts in weighted.items()}
-    detach(unet)
-    for path, adaptation in adaptations.items():
-        _layer(unet, path).adaptation = adaptation
+    try:
+        weighted = _by_layer([(adapter.name, adapter.unet, weight) for adapter, weight in adapters])
+        for path, layer in keys.layers(unet).items():
+            before, parts = layer.adaptation, weighted.get(path)
+            layer.adaptation = None  # type: ignore[assignment]
+            if parts:
+                layer.adaptation = _adaptation(layer, parts, form, before)  # type: ignore[arg-type]
+    except BaseException:
+        detach(unet)
+        raise
 
 
 def detach(unet: UNet) -> None:
@@ -84,7 +93,7 @@ def detach(unet: UNet) -> None:
 
 
 def text_parameters(
-    tower: nn.Module, adapters: Sequence[tuple[AdapterFile, float]], index: int = 0
+    tower: nn.Module, adapters: Sequence[tuple[AdapterFile, Weight]], index: int = 0
 ) -> dict[str, Tensor]:
     """Return the adapted parameters of a text encoder, by name; only those that change.
 
@@ -117,38 +126,45 @@ class AdaptedTower(TextEncoder):
         return cast("tuple[Tensor, Tensor | None]", functional_call(self, self._changed, (tokens, clip_skip)))
 
 
-def _by_layer(adapters: Sequence[tuple[str, Mapping[str, LayerAdapter], float]]) -> dict[str, list[Weighted]]:
+def _by_layer(adapters: Sequence[tuple[str, Mapping[str, LayerAdapter], Weight]]) -> dict[str, list[Weighted]]:
     layers: dict[str, list[Weighted]] = defaultdict(list)
     for name, parts, weight in adapters:
-        if not math.isfinite(weight):
-            raise SettingError(f"the weight of {name} is {weight}, and a finite number is needed")
-        if weight:
-            for path, adapter in parts.items():
-                layers[path].append((adapter, weight))
+        for path, adapter in parts.items():
+            own = weight(path) if callable(weight) else weight
+            if not math.isfinite(own):
+                raise SettingError(f"the weight of {name} is {own}, and a finite number is needed")
+            if own:
+                layers[path].append((adapter, own))
     return layers
 
 
-def _adaptation(layer: ForkedLayer, parts: Sequence[Weighted], form: Form) -> Merged | Bypass:
-    bypassing = [(adapter, weight) for adapter, weight in parts if isinstance(adapter, Bypassing)]
-    if form == "merged" or len(bypassing) < len(parts):
-        return Merged(*_merge(layer, parts))
+def _adaptation(layer: ForkedLayer, parts: Sequence[Weighted], form: Form, before: object) -> Merged | Bypass:
+    if form == "merged" or not all(adapter.bypasses for adapter, _ in parts):
+        return Merged(*_merge(layer, parts, before.weight if isinstance(before, Merged) else None))
     own = layer.weight
-    return Bypass([(adapter.map(lambda t: t.to(own.device, own.dtype)), weight) for adapter, weight in bypassing])
+    return Bypass([(adapter.map(lambda t: t.to(own.device, own.dtype)), weight) for adapter, weight in parts])
 
 
 @torch.no_grad()
-def _merge(layer: Any, parts: Sequence[Weighted]) -> tuple[Tensor, Tensor | None]:
-    """Return the layer's weight plus all differences, and its bias if that changes, summed in fp32."""
-    weight = layer.weight.float()
+def _merge(layer: Any, parts: Sequence[Weighted], into: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return the layer's weight plus all differences, and its bias if that changes, summed in fp32.
+
+    ``into`` is memory for the weight that may be overwritten.
+    """
+    weight: Tensor = layer.weight
+    if into is None or into.shape != weight.shape or into.dtype != weight.dtype or into.device != weight.device:
+        into = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    total = into.copy_(weight) if weight.dtype == torch.float32 else weight.to(torch.float32, copy=True).contiguous()
     own: Tensor | None = getattr(layer, "bias", None)
     bias: Tensor | None = None
-    for adapter, factor in parts:
-        weight = torch.add(weight, adapter.merged_difference(layer.weight), alpha=factor)
-        difference = None if own is None else adapter.bias_difference(own)
+    origin, own_bias = weight, own
+    tuned = [part for part in parts if isinstance(part[0], Tuned)]
+    for adapter, factor in (*tuned, *(part for part in parts if not isinstance(part[0], Tuned))):
+        if tuned and origin is weight and not isinstance(adapter, Tuned):
+            origin, own_bias = total.clone(), own if bias is None else bias
+        adapter.add_difference(total, origin, factor)
+        difference = None if own_bias is None else adapter.bias_difference(own_bias)
         if own is not None and difference is not None:
             bias = torch.add(own.float() if bias is None else bias, difference, alpha=factor)
-    return weight.to(layer.weight.dtype), None if own is None or bias is None else bias.to(own.dtype)
-
-
-def _layer(unet: UNet, path: str) -> ForkedLayer:
-    return cast(ForkedLayer, unet.get_submodule(path))
+    merged = total if total is into else into.copy_(total)
+    return merged, None if own is None or bias is None else bias.to(own.dtype)

@@ -7,21 +7,30 @@ bias (its "full" algorithm).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Size, Tensor
 
+from lib_delta.adapters.protocol import LayerAdapter, reshaped
 from lib_delta.errors import AdapterError
 
 DIFF, DIFF_BIAS = "diff", "diff_b"
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Tuned(LayerAdapter):
     """``W' = weight`` and ``b' = bias``: a layer of a fine-tuned checkpoint, in any shape of layer."""
 
     weight: Tensor
     bias: Tensor | None
+
+    @property
+    def algorithm(self) -> str:
+        return "full fine-tune"
+
+    @property
+    def changes_bias(self) -> bool:
+        return self.bias is not None
 
     def fit(self, shape: Size) -> Tuned:
         if self.bias is not None:
@@ -36,16 +45,27 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class Diff:
+class Diff(LayerAdapter):
     """``W' = W + weight`` and ``b' = b + bias``."""
 
     weight: Tensor
     bias: Tensor | None
+    name: str = "Full"
+
+    @property
+    def algorithm(self) -> str:
+        return self.name
+
+    @property
+    def changes_bias(self) -> bool:
+        return self.bias is not None
 
     def fit(self, shape: Size) -> Diff:
         if self.bias is not None:
             _shaped(self.bias, shape[:1], DIFF_BIAS)
-        return Diff(_shaped(self.weight, shape, DIFF), self.bias)
+        if self.weight.ndim != len(shape):  # a 1x1 convolution as a matrix, or the reverse
+            return replace(self, weight=reshaped(self.weight, tuple(shape), DIFF))
+        return replace(self, weight=_shaped(self.weight, shape, DIFF))
 
     def merged_difference(self, weight: Tensor) -> Tensor:
         return self.weight.to(weight.device).float()

@@ -1,16 +1,18 @@
 """The names that adapter files give to layers, mapped to the paths of the real modules.
 
-Trainers join a module's path with underscores, which module names contain themselves
-(``to_out``, ``transformer_blocks``).  So nothing is parsed: every layer of the model at hand is
-listed under each name it can have in a file, and a file's names are looked up.
+kohya's scripts join a module's path with underscores, which module names contain themselves
+(``to_out``, ``transformer_blocks``).  So paths are not parsed: every layer of the model at hand is
+listed under each name it can have (:func:`layer_names`), and a file's names, whatever their dialect,
+are brought to that form (:func:`read`) and looked up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from lib_delta.fork import ForkedLayer
 from lib_delta.models.unet import Downsample, ResBlock, SpatialTransformer, UNet, Upsample
@@ -96,8 +98,8 @@ def _kind(block: nn.Module, index: int) -> str:
     return "downsamplers.0" if isinstance(block, Downsample) else "upsamplers.0"
 
 
-def kohya_names(unet: UNet, towers: Sequence[nn.Module]) -> dict[str, Place]:
-    """List every layer under the names of kohya's sd-scripts and of LyCORIS.
+def layer_names(unet: UNet, towers: Sequence[nn.Module]) -> dict[str, Place]:
+    """List every layer under the names that :func:`read` gives: those of kohya's sd-scripts.
 
     UNet layers have two, after the original and after diffusers' modules
     (``lora_unet_input_blocks_1_1_proj_in``, ``lora_unet_down_blocks_0_attentions_0_proj_in``).
@@ -108,14 +110,97 @@ def kohya_names(unet: UNet, towers: Sequence[nn.Module]) -> dict[str, Place]:
         for name in (path, other):
             names[f"lora_unet_{name.replace('.', '_')}"] = Place(None, path)
     for tower, model in enumerate(towers):
-        prefix = "lora_te" if len(towers) == 1 else f"lora_te{tower + 1}"
+        prefixes = ("lora_te", "lora_te1") if len(towers) == 1 else (f"lora_te{tower + 1}",)
         for path in layers(model):
-            # Files name transformers' modules; ``models.text.TextEncoder`` holds these in ``transformer``.
-            names[f"{prefix}_{path.removeprefix('transformer.').replace('.', '_')}"] = Place(tower, path)
+            for prefix in prefixes:
+                # Files name transformers' modules; ``models.text.TextEncoder`` holds these in ``transformer``.
+                names[f"{prefix}_{path.removeprefix('transformer.').replace('.', '_')}"] = Place(tower, path)
     return names
 
 
-def split(key: str) -> tuple[str, str]:
-    """Split a file's key into the layer's name and the tensor's (``lora_down.weight``)."""
-    name, _, tensor = key.partition(".")
-    return name, tensor
+class Key(NamedTuple):
+    """What a file's key names: a layer and one of its tensors, both as kohya's scripts or LyCORIS call them.
+
+    ``as_stored`` turns the stored tensor into the one that has this name.
+    """
+
+    layer: str
+    tensor: str
+    as_stored: Callable[[Tensor], Tensor]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.mT if tensor.ndim == 2 else tensor
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.flatten()
+
+
+# Tensors that have one name in all dialects.
+_COMMON = (
+    r"lora_(?:up|down|mid)\.weight|alpha|dora_scale|diff|diff_b|w_norm|b_norm|weight|on_input"
+    r"|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t[12]|oft_blocks|oft_diag|rescale"
+    r"|[ab][12]\.weight|bm\.weight|(?:up|down)_list\.\d+|boft_s|boft_R|oft_r|ia3_l"
+)
+# And those that peft and diffusers name otherwise; an adapter's own name may stand inside (``lora_A.default.weight``).
+_RENAMED: tuple[tuple[str, str, Callable[[Tensor], Tensor]], ...] = (
+    (r"lora_A(?:\.\w+)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight", "lora_down.weight", _same),
+    (r"lora_B(?:\.\w+)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight", "lora_up.weight", _same),
+    # An embedding's factors make the transposed difference: (up @ down).T = down.T @ up.T.
+    (r"lora_embedding_A(?:\.\w+)?", "lora_up.weight", _transposed),
+    (r"lora_embedding_B(?:\.\w+)?", "lora_down.weight", _transposed),
+    (r"lora_magnitude_vector(?:\.\w+)?(?:\.weight)?", "dora_scale", _flat),
+    (r"oft_R(?:\.\w+)?\.weight", "oft_R", _same),
+)
+_IN_COMMON = re.compile(rf"(?P<layer>.+?)\.(?P<tensor>{_COMMON})(?:\.default)?")
+_IN_RENAMED = tuple((re.compile(rf"(?P<layer>.+?)\.(?:{names})"), name, as_) for names, name, as_ in _RENAMED)
+# diffusers' attention processors, 2023: the layer's name ends in the tensor's.
+_PROCESSOR = re.compile(r"(?P<block>.+)\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<side>up|down)\.weight")
+
+# What stands before a layer's path, and what kohya's scripts put there; the first that fits counts.
+_PREFIXES = (
+    (r"lora_(?:unet|te\d?)_", None),
+    (r"lycoris_(?=unet_|te\d?_)", "lora_"),
+    (r"lycoris_(?=text_model_)", "lora_te_"),
+    (r"lycoris_", "lora_unet_"),
+    (r"(?:base_model\.model\.)?text_encoder_(\d)\.", r"lora_te\1_"),
+    (r"(?:base_model\.model\.)?text_encoder\.(?:base_model\.model\.)?", "lora_te_"),
+    (r"(?:base_model\.model\.)?(?=text_model\.)", "lora_te_"),
+    (r"(?:base_model\.model\.)?unet\.(?:base_model\.model\.)?", "lora_unet_"),
+    (r"(?:base_model\.model\.)?(?:model\.)?(?:diffusion_model\.)?", "lora_unet_"),
+)
+
+
+def read(key: str) -> Key | None:
+    """Read a file's key in any of the dialects; None for a key that names no adapter's tensor.
+
+    Dialects: kohya (``lora_unet_..., lora_te_...``), LyCORIS (``lycoris_...``), diffusers and peft
+    (dotted paths behind ``unet.``, ``text_encoder.``, ``base_model.model.`` or nothing).
+    """
+    if found := _PROCESSOR.fullmatch(key):
+        inner = {"to_out": "to_out.0"}.get(found["layer"], found["layer"])
+        return Key(_layer_name(f"{found['block']}.{inner}"), f"lora_{found['side']}.weight", _same)
+    for pattern, name, as_stored in _IN_RENAMED:
+        if found := pattern.fullmatch(key):
+            return Key(_layer_name(found["layer"]), name, as_stored)
+    found = _IN_COMMON.fullmatch(key)
+    # A layer's own weight, in a model's file, is no adapter's, which have no dots in their names.
+    if found is None or (found["tensor"] in ("weight", "rescale") and "." in found["layer"]):
+        return None
+    return Key(_layer_name(found["layer"]), found["tensor"], _same)
+
+
+def _layer_name(path: str) -> str:
+    for prefix, instead in _PREFIXES:
+        if found := re.match(prefix, path):
+            name = path if instead is None else found.expand(instead) + path[found.end() :]
+            return name.replace(".", "_")
+    return path
+
+
+EMBEDDING = re.compile(r"bundle_emb\.(?P<name>.+)\.(?P<part>string_to_param\.\*|emb_params|clip_l)")

@@ -3,62 +3,90 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lib_delta.adapters import full, keys, lora
+from lib_delta.adapters import boft, dora, dylora, full, glora, ia3, keys, loha, lokr, lora, norm, oft, origin
+from lib_delta.adapters.dora import Dora
 from lib_delta.adapters.full import Tuned
 from lib_delta.adapters.keys import Place
+from lib_delta.adapters.lora import Lora
+from lib_delta.adapters.origin import family_of
 from lib_delta.adapters.protocol import Algorithm, LayerAdapter
+from lib_delta.adapters.trained import Trained
 from lib_delta.checkpoint import TEXT_PREFIXES, WeightFile, detect_family, unet_prefix
 from lib_delta.errors import AdapterError, CheckpointError
 from lib_delta.families import Family
 from lib_delta.models.text import load_towers
 from lib_delta.models.unet import UNet
 
-ALGORITHMS: tuple[Algorithm, ...] = (cast(Algorithm, lora), cast(Algorithm, full))
-
-# How names tell families that no layer of a served UNet can have.
-_FAMILY_NAMES = {
-    "lora_unet_double_blocks_": Family.FLUX,
-    "lora_unet_single_blocks_": Family.FLUX,
-    "lora_unet_joint_blocks_": Family.SD3,
-    "lora_unet_joint_transformer_blocks_": Family.SD3,
-    "lora_te3_": Family.SD3,
-    "lora_te2_": Family.SDXL,
-}
+ALGORITHMS = cast("tuple[Algorithm, ...]", (lora, loha, lokr, full, norm, ia3, oft, boft, glora, dylora))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdapterFile:
     """What a file adapts: layers by module path, of the UNet and of each text encoder.
 
-    ``unmatched`` are the file's keys that name no layer of the model at hand.
+    ``unmatched`` are the file's keys that name no layer of the model at hand, of ``total`` in all.
+    ``embeddings`` are textual inversions that came in the file, ``(vectors, width)`` by name.
+    ``stated`` is the family that the file's header names, if it names one.
     """
 
     name: str
     unet: Mapping[str, LayerAdapter]
     text: tuple[Mapping[str, LayerAdapter], ...] = ()
     unmatched: tuple[str, ...] = ()
+    total: int = 0
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    stated: str = ""
+
+    def algorithms(self) -> dict[str, int]:
+        """Return how many layers each algorithm adapts, the commonest first."""
+        return dict(Counter(adapter.algorithm for adapter in self._layers()).most_common())
+
+    def ranks(self) -> tuple[int, ...]:
+        """Return the ranks that occur, in order."""
+        return tuple(sorted({adapter.rank for adapter in self._layers() if adapter.rank is not None}))
+
+    def _layers(self) -> Iterator[LayerAdapter]:
+        for layers in (self.unet, *self.text):
+            yield from layers.values()
+
+    def with_rank(self, rank: int | None) -> AdapterFile:
+        """Return the same with the first ``rank`` ranks of its LoRAs alone, as DyLoRAs allow; None for all."""
+        if rank is None:
+            return self
+        if not any(isinstance(adapter, Lora) for adapter in self._layers()):
+            raise AdapterError(f"{self.name} has no ranks to choose from (dyn={rank}), and a LoRA is needed for that")
+
+        def cut(layers: Mapping[str, LayerAdapter]) -> dict[str, LayerAdapter]:
+            return {path: a.truncated(rank) if isinstance(a, Lora) else a for path, a in layers.items()}
+
+        return replace(self, unet=cut(self.unet), text=tuple(map(cut, self.text)))
 
     def report(self) -> str:
-        """Say in one sentence what matched, and count and name what did not."""
+        """Say in one sentence what it is, what matched, and count what did not."""
+        kinds, ranks = " and ".join(self.algorithms()), self.ranks()
+        if ranks:
+            kinds += f" of rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
         text = sum(map(len, self.text))
-        counts = f"{self.name} adapts {len(self.unet)} layers of the UNet and {text} of the text encoder"
+        said = f"{self.name} ({kinds or 'nothing changed'}) adapts {len(self.unet)} layers of the UNet"
+        said += f" and {text} of the text encoder"
+        if self.embeddings:
+            said += f", and brings the embedding{'s' * (len(self.embeddings) > 1)} {', '.join(self.embeddings)}"
         if not self.unmatched:
-            return f"{counts}."
-        shown = ", ".join(self.unmatched[:3]) + (", ..." if len(self.unmatched) > 3 else "")
-        return f"{counts}; {len(self.unmatched)} of its keys match no layer ({shown})."
+            return f"{said}."
+        return f"{said}; {len(self.unmatched)} of its {self.total} keys match no layer."
 
 
 def load_adapter(path: str | os.PathLike[str], unet: UNet, towers: Sequence[nn.Module] = ()) -> AdapterFile:
-    """Read an adapter for ``unet`` and its text encoders: a LoRA or LoCon, or a fine-tuned checkpoint.
+    """Read an adapter for ``unet`` and its text encoders: a LoRA or its like, or a fine-tuned checkpoint.
 
     The UNet of a memory-mapped checkpoint is read layer by layer, and stays mapped.  A checkpoint
     without text encoders leaves the base's as they are.
@@ -68,10 +96,12 @@ def load_adapter(path: str | os.PathLike[str], unet: UNet, towers: Sequence[nn.M
         with WeightFile.open(Path(path)) as file:
             prefix = unet_prefix(file.shapes)
             if prefix is None:
-                return read_adapter(file.name, _Tensors(file), unet, towers)
+                origin.refuse_other_kinds(file.name, file.shapes)
+                trained = Trained.beside(Path(path), file.metadata)
+                return read_adapter(file.name, _Tensors(file), unet, towers, trained, file.metadata)
             found = detect_family(file.shapes, file.name)
             if found is not family_of(unet):
-                raise _other_family(file.name, found.label, unet)
+                raise origin.other_family(file.name, found.label, unet)
             text = [(tower, tuned.state_dict()) for tower, tuned in zip(towers, _tuned_towers(file, found, towers))]
             return read_full(file.name, _Tensors(file.below(prefix)), unet, text)
     except CheckpointError as error:
@@ -103,47 +133,110 @@ class _Tensors(Mapping[str, Tensor]):
         return len(self._file.shapes)
 
 
-def read_adapter(name: str, tensors: Mapping[str, Tensor], unet: UNet, towers: Sequence[nn.Module] = ()) -> AdapterFile:
-    """Make an :class:`AdapterFile` of the tensors of the file ``name``; raises as :func:`load_adapter`."""
-    _refuse_other_family(name, tensors, unet)
-    names = keys.kohya_names(unet, towers)
-    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in tensors.items():
-        layer, below = keys.split(key)
-        groups[layer][below] = tensor
+def read_adapter(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    unet: UNet,
+    towers: Sequence[nn.Module] = (),
+    trained: Trained | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> AdapterFile:
+    """Make an :class:`AdapterFile` of the tensors of the file ``name``; raises as :func:`load_adapter`.
+
+    ``trained`` and ``metadata`` are what the trainer wrote beside the tensors, and in the file's header.
+    """
+    stated = origin.stated_family(metadata or {})
+    groups, embeddings, unmatched = _grouped(name, tensors)
+    origin.refuse_other_family(name, groups, unet)
+    names = keys.layer_names(unet, towers)
     found: dict[Place, LayerAdapter] = {}
-    unmatched: list[str] = []
-    for layer, parts in groups.items():
+    for layer, group in groups.items():
         place = names.get(layer)
         if place is None:
-            unmatched += [f"{layer}.{below}" for below in parts]
+            unmatched += group.stored
             continue
         if place in found:
             raise AdapterError(f"{name} names the layer {place.path} twice ({layer}), and one entry a layer is needed")
+        if trained is not None:
+            trained.complete(layer, group.tensors)
         try:
-            found[place] = _layer(parts, _weight(unet, towers, place).shape)
+            found[place] = _layer(group.tensors, _module(unet, towers, place))
         except AdapterError as error:
             raise AdapterError(f"{name} is malformed or for another model at {layer}: {error}") from error
     if not found:
-        sample = next(iter(tensors), "it is empty")
-        raise AdapterError(
-            f"none of the {len(tensors)} keys of {name} ({sample}) names a layer of the base model: "
-            f"a kohya LoRA or LoCon for {family_of(unet).label} is needed"
-        )
+        raise origin.nothing_matches(name, list(tensors), unet, stated)
     text = tuple({p.path: a for p, a in found.items() if p.tower == i} for i in range(len(towers)))
-    return AdapterFile(name, {p.path: a for p, a in found.items() if p.tower is None}, text, tuple(unmatched))
+    for key, vectors in embeddings.items():
+        _refuse_embedding(name, key, vectors, unet)
+    return AdapterFile(
+        name,
+        {p.path: a for p, a in found.items() if p.tower is None},
+        text,
+        tuple(unmatched),
+        len(tensors),
+        embeddings,
+        stated,
+    )
 
 
-def _layer(tensors: Mapping[str, Tensor], shape: torch.Size) -> LayerAdapter:
+@dataclass
+class Group:
+    """One layer's tensors by the names that :func:`keys.read` gives them, and the keys they are stored by."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    stored: list[str] = field(default_factory=list)
+
+
+def _grouped(name: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Group], dict[str, Tensor], list[str]]:
+    """Sort a file's tensors by layer; return them, the embeddings that came along, and the keys of other things."""
+    groups: dict[str, Group] = defaultdict(Group)
+    embeddings: dict[str, Tensor] = {}
+    unread: list[str] = []
+    for key, tensor in tensors.items():
+        if bundled := keys.EMBEDDING.fullmatch(key):
+            embeddings[bundled["name"]] = tensor
+            continue
+        read = keys.read(key)
+        if read is None:
+            unread.append(key)
+            continue
+        group = groups[read.layer]
+        if read.tensor in group.tensors:
+            raise AdapterError(f"{name} holds {read.tensor} of {read.layer} twice ({key}), and one is needed")
+        group.tensors[read.tensor] = read.as_stored(tensor)
+        group.stored.append(key)
+    return dict(groups), embeddings, unread
+
+
+def _refuse_embedding(name: str, key: str, vectors: Tensor, unet: UNet) -> None:
+    width = unet.config.context_width
+    if vectors.ndim != 2 or vectors.shape[1] != width or not torch.isfinite(vectors.float()).all():
+        raise AdapterError(
+            f"{name} brings an embedding {key!r} of shape {tuple(vectors.shape)},"
+            f" and finite vectors of width {width} are needed"
+        )
+
+
+def _layer(tensors: Mapping[str, Tensor], layer: nn.Module) -> LayerAdapter:
     for below, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        # Through fp32: smaller types know no such question, or lose the answer in a cast.
+        if not torch.isfinite(tensor.float()).all():
             raise AdapterError(f"{below} holds NaN or infinity, and finite numbers are needed")
+    adapter = _matched(tensors).fit(cast(Tensor, layer.weight).shape)
+    if adapter.changes_bias and getattr(layer, "bias", None) is None:
+        raise AdapterError("it changes a bias that the model's layer does not have")
+    return adapter
+
+
+def _matched(tensors: Mapping[str, Tensor]) -> LayerAdapter:
+    if dora.SCALE in tensors:
+        return Dora(_matched({k: t for k, t in tensors.items() if k != dora.SCALE}), tensors[dora.SCALE])
     for algorithm in ALGORITHMS:
         adapter = algorithm.match(tensors)
         if adapter is not None:
-            return cast(LayerAdapter, adapter.fit(shape))
+            return cast(LayerAdapter, adapter)
     names = ", ".join(sorted(tensors))
-    raise AdapterError(f"its tensors ({names}) are of an algorithm that is not served, and LoRA or LoCon is needed")
+    raise AdapterError(f"its tensors ({names}) are of an algorithm that is not served, or incomplete")
 
 
 def read_full(
@@ -165,7 +258,7 @@ def read_full(
     """
     width = next((tensors[k].shape[1] for k in tensors if k.endswith("attn2.to_k.weight")), None)
     if width is not None and width != unet.config.context_width:
-        raise _other_family(name, _described(width), unet)
+        raise origin.other_family(name, origin.described(width), unet)
     text = tuple(_tuned_layers(name, weights, tower) for tower, weights in towers)
     return AdapterFile(name, _tuned_layers(name, tensors, unet), text)
 
@@ -201,41 +294,6 @@ def _without_ones(tensor: Tensor) -> tuple[int, ...]:
     return tuple(n for n in tensor.shape if n != 1)
 
 
-def _weight(unet: UNet, towers: Sequence[nn.Module], place: Place) -> Tensor:
+def _module(unet: UNet, towers: Sequence[nn.Module], place: Place) -> nn.Module:
     model: nn.Module = unet if place.tower is None else towers[place.tower]
-    return cast(Tensor, model.get_submodule(place.path).weight)
-
-
-def family_of(unet: UNet) -> Family:
-    """Tell a UNet's family by its layout, whatever its width."""
-    if unet.config.label_width:
-        return Family.SDXL
-    return Family.SD2 if unet.config.linear_projection else Family.SD1
-
-
-def _context_widths(tensors: Mapping[str, Tensor]) -> Iterator[int]:
-    for key, tensor in tensors.items():
-        if key.endswith(("attn2_to_k.lora_down.weight", "attn2_to_k.diff")) and tensor.ndim >= 2:
-            yield tensor.shape[1]
-
-
-def _described(context_width: int) -> str:
-    label = next((f.label for f in Family if f.context_width == context_width), "another model")
-    return f"{label} (text {context_width} wide)"
-
-
-def _refuse_other_family(name: str, tensors: Mapping[str, Tensor], unet: UNet) -> None:
-    """Compare what the file's names and cross-attention say about its model with the model at hand."""
-    own = family_of(unet)
-    for key in tensors:
-        family = next((f for prefix, f in _FAMILY_NAMES.items() if key.startswith(prefix)), own)
-        if family is not own:
-            raise _other_family(name, family.label, unet)
-    width = next(_context_widths(tensors), unet.config.context_width)
-    if width != unet.config.context_width:
-        raise _other_family(name, _described(width), unet)
-
-
-def _other_family(name: str, found: str, unet: UNet) -> AdapterError:
-    needed = f"{family_of(unet).label} (text {unet.config.context_width} wide)"
-    return AdapterError(f"{name} is made for {found}, and one for the source's base model, {needed}, is needed")
+    return model.get_submodule(place.path)

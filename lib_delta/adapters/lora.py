@@ -7,13 +7,13 @@ Tucker core: LyCORIS (arXiv 2309.14859).  The tensors' names are those of kohya'
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Size, Tensor
 
+from lib_delta.adapters.protocol import LayerAdapter, matrix_or_convolution, require, reshaped, scale_of
 from lib_delta.errors import AdapterError
 from lib_delta.fork import ForkedLayer, Linear
 
@@ -21,7 +21,7 @@ UP, DOWN, MID, ALPHA = "lora_up.weight", "lora_down.weight", "lora_mid.weight", 
 
 
 @dataclass(frozen=True)
-class Lora:
+class Lora(LayerAdapter):
     """``dW = scale * up @ down``, or ``scale * up @ mid @ down`` with a Tucker core.
 
     For a linear layer ``down`` is ``(rank, in)`` and ``up`` is ``(out, rank)``.  For a convolution
@@ -34,17 +34,27 @@ class Lora:
     mid: Tensor | None
     scale: float
 
+    @property
+    def algorithm(self) -> str:
+        return "LoRA"
+
+    @property
+    def bypasses(self) -> bool:
+        return True
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
     def fit(self, shape: Size) -> Lora:
-        """Return the factors with the dimensions of a weight of ``shape`` (``(out, in)`` or ``(out, in, k, k)``)."""
-        if len(shape) not in (2, 4):
-            raise AdapterError(f"the model's layer has weights of shape {tuple(shape)}, which a LoRA cannot adapt")
+        matrix_or_convolution(shape, "a LoRA")
         kernel = tuple(shape[2:])
         if self.mid is None:
             core, inner = None, kernel
         else:
-            core, inner = _reshaped(self.mid, (self.up.shape[1], self.down.shape[0], *kernel), MID), (1,) * len(kernel)
-        up = _reshaped(self.up, (shape[0], self.up.shape[1], *(1,) * len(kernel)), UP)
-        down = _reshaped(self.down, (self.down.shape[0], shape[1], *inner), DOWN)
+            core, inner = reshaped(self.mid, (self.up.shape[1], self.down.shape[0], *kernel), MID), (1,) * len(kernel)
+        up = reshaped(self.up, (shape[0], self.up.shape[1], *(1,) * len(kernel)), UP)
+        down = reshaped(self.down, (self.down.shape[0], shape[1], *inner), DOWN)
         return dataclasses.replace(self, up=up, down=down, mid=core)
 
     def merged_difference(self, weight: Tensor) -> Tensor:
@@ -55,10 +65,15 @@ class Lora:
         core = (up @ mid.flatten(1)).unflatten(1, mid.shape[1:])  # (out, rank, k * k)
         return (core.transpose(1, 2) @ down).transpose(1, 2).mul(self.scale).reshape(weight.shape)
 
-    def bias_difference(self, bias: Tensor) -> None:
-        return None
+    def add_difference(self, total: Tensor, weight: Tensor, factor: float) -> None:
+        if self.mid is not None:
+            super().add_difference(total, weight, factor)
+            return
+        # In one go: a difference of the layer's size in between would double the time of a swap.
+        up, down = (t.to(weight.device).float().flatten(1) for t in (self.up, self.down))
+        total.view(len(total), -1).addmm_(up, down, alpha=factor * self.scale)
 
-    def bypass(self, layer: ForkedLayer, x: Tensor) -> Tensor:
+    def bypass(self, layer: ForkedLayer, x: Tensor, y: Tensor) -> Tensor:
         """Return ``up(down(x))``; the factor that has the layer's kernel takes its stride and padding."""
         if isinstance(layer, Linear):
             hidden = F.linear(x, self.down)
@@ -69,9 +84,11 @@ class Lora:
             hidden = layer.apply_weights(F.conv2d(x, self.down), self.mid, None)
         return F.conv2d(hidden.mul(self.scale), self.up)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Lora:
-        mid = None if self.mid is None else function(self.mid)
-        return dataclasses.replace(self, up=function(self.up), down=function(self.down), mid=mid)
+    def truncated(self, rank: int) -> Lora:
+        """Return the first ``rank`` ranks alone, as a DyLoRA is trained to serve (arXiv 2210.07558); scale stays."""
+        if self.mid is not None or rank >= self.rank:
+            return self
+        return dataclasses.replace(self, up=self.up[:, :rank], down=self.down[:rank])
 
 
 def match(tensors: Mapping[str, Tensor]) -> Lora | None:
@@ -82,9 +99,7 @@ def match(tensors: Mapping[str, Tensor]) -> Lora | None:
     """
     if not tensors.keys() & {UP, DOWN, MID} or tensors.keys() - {UP, DOWN, MID, ALPHA}:
         return None
-    for name in (UP, DOWN):
-        if name not in tensors:
-            raise AdapterError(f"{name} is missing, and a LoRA needs {UP} and {DOWN}")
+    require(tensors, (UP, DOWN), "a LoRA")
     up, down, mid = tensors[UP], tensors[DOWN], tensors.get(MID)
     for name in (UP, DOWN, MID):
         if name in tensors and tensors[name].ndim not in (2, 4):
@@ -93,25 +108,9 @@ def match(tensors: Mapping[str, Tensor]) -> Lora | None:
     inner = (rank, rank) if mid is None else (mid.shape[0], mid.shape[1])
     if (up.shape[1], rank) != inner or inner[0] != inner[1]:
         raise AdapterError(f"the ranks of its factors disagree ({_ranks(tensors)}), and they must be the same")
-    alpha = _scalar(tensors[ALPHA]) if ALPHA in tensors else float(rank)
-    return Lora(up, down, mid, alpha / rank)
-
-
-def _scalar(alpha: Tensor) -> float:
-    if alpha.numel() != 1 or not math.isfinite(alpha.item()):
-        raise AdapterError(f"alpha has shape {tuple(alpha.shape)} or is not finite, and one finite number is needed")
-    return float(alpha.item())
+    return Lora(up, down, mid, scale_of(tensors, rank))
 
 
 def _ranks(tensors: Mapping[str, Tensor]) -> str:
     shapes = {name: tuple(tensors[name].shape) for name in (UP, MID, DOWN) if name in tensors}
     return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-
-
-def _reshaped(factor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    """View a factor in the layer's number of dimensions: trainers store 1x1 convolutions either way."""
-    ones = (1,) * abs(len(shape) - factor.ndim)
-    padded = tuple(factor.shape) + ones if factor.ndim < len(shape) else tuple(factor.shape)
-    if padded != (shape + ones if factor.ndim > len(shape) else shape):
-        raise AdapterError(f"{name} has shape {tuple(factor.shape)} where the model's layer needs {shape}")
-    return factor.reshape(shape)

@@ -1,8 +1,8 @@
 """AUTOMATIC1111's WebUI, 1.9 and 1.10.
 
 ``CFGDenoiser`` calls back before the model, with the rows it is about to evaluate, and after it, with
-what came out.  Editing the latter in place, every row of an image alike, changes the guided result by
-just that much, before masks are blended in and previews are taken.
+what came out.  The latter is edited in place, so that guidance adds up to the target's estimate with
+the delta, before masks are blended in and previews are taken.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class Call:
 
     ``rows`` gives, for every row that the model evaluates, its image's number; ``weights`` for each
     image the weights of its prompts joined by AND.  In ``eps`` the rows that come out are noise.
-    ``uncond_used`` tells that the sampler (CFG++) works with the estimate for the negative prompt as well.
     """
 
     run: Run
@@ -45,7 +44,6 @@ class Call:
     weights: list[list[float]]
     rows: Tensor
     eps: bool
-    uncond_used: bool
     image_cfg_scale: float | None
 
 
@@ -68,7 +66,7 @@ class Automatic1111(Host):
         return family_of(shared.sd_model), Schedule(shared.sd_model.alphas_cumprod).sigma_max
 
     def place(self) -> tuple[torch.device, torch.dtype]:
-        device: torch.device = devices.get_optimal_device()
+        device: torch.device = devices.device
         return device, torch.float32 if device.type == "cpu" else devices.dtype_unet
 
     def text_engine(self, model: SideModel) -> TextEngine:
@@ -86,13 +84,13 @@ class Automatic1111(Host):
 
     def enter(self, p: Any, model: SideModel) -> None:
         device = self.wanted_place()[0]
-        if device.type != "cpu" and _low_memory():
+        if _low_memory() and device.type == devices.device.type:
             lowvram.send_everything_to_cpu()
         model.unet.to(device)
 
     def leave(self, model: SideModel) -> None:
-        if model.device.type != "cpu" and _low_memory():
-            model.unet.to("cpu")
+        if _low_memory():
+            model.unet.to(devices.cpu)
             self.free_memory()
 
     def free_memory(self) -> None:
@@ -158,7 +156,6 @@ def _call(run: Run, hires: bool, params: Any) -> Call:
         weights=weights,
         rows=rows,
         eps=timesteps,
-        uncond_used=bool(getattr(denoiser, "need_last_noise_uncond", False)),
         image_cfg_scale=denoiser.image_cfg_scale if without_prompt == 2 else None,
     )
 
@@ -186,10 +183,10 @@ def _guided(estimates: Tensor, call: Call, cfg_scale: float) -> Tensor:
 def _row_changes(guided: Tensor, uncond: Tensor, cfg_scale: float, call: Call) -> Tensor:
     """Return what to add to each row, so that guidance adds up to ``guided``.
 
-    The same for all rows would do, but for samplers that look at the negative prompt's rows by
-    themselves: these get ``uncond``, and the others what is then left to get.
+    The same for all rows would do, but CFG++ samplers look at the negative prompt's rows by themselves,
+    and previews and interrupted pictures are the prompt's: each gets what the adaptation changes in it.
     """
-    if not call.uncond_used or call.image_cfg_scale is not None:
+    if call.image_cfg_scale is not None:
         return guided[call.rows]
     share = cfg_scale * torch.tensor([sum(image) for image in call.weights]).to(guided)
     if not bool((share.abs() > 0.01).all()):

@@ -87,7 +87,7 @@ class Forge(Host):
 
     def text_engine(self, model: SideModel) -> TextEngine:
         if self._engine is None or self._engine[0] is not model:
-            name = "lib_delta.hosts.text_forge" if BACKEND else "lib_delta.hosts.text_a1111"
+            name = "lib_delta.hosts.text_forge" if BACKEND else "lib_delta.hosts.text_reforge"
             self._engine = model, importlib.import_module(name).Engine(model)
         return self._engine[1]
 

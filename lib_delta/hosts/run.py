@@ -13,7 +13,7 @@ from lib_delta.bridge import Bridge, choose
 from lib_delta.errors import DeltaError
 from lib_delta.families import Family
 from lib_delta.guidance import DeltaGuidance, DenoiseStep
-from lib_delta.request import Request
+from lib_delta.request import Active, Request
 from lib_delta.sidemodel import SideModel, sentence
 from lib_delta.source import Source
 
@@ -30,13 +30,14 @@ class Stop(BaseException):
 class Run:
     """The delta of one batch.
 
-    ``sources`` are the source as the first and as the hires pass tell it its prompts.  ``fault`` is
-    what ended the delta, where the user wants to go on without it.
+    ``sources`` are the source as the first and as the hires pass tell it its prompts, for each set of
+    LoRAs that counts at some point.  ``fault`` is what ended the delta, where the user wants to go on
+    without it.
     """
 
     request: Request
     model: SideModel
-    sources: dict[bool, Source]
+    sources: dict[tuple[bool, Active], Source]
     on_fault: Callable[[DeltaError], None]
     fault: DeltaError | None = None
     steps: int = 0
@@ -46,6 +47,8 @@ class Run:
     def strength(self, progress: float, hires: bool) -> float:
         """Return lambda at a step; 0 where nothing is to be done."""
         if self.fault is not None or not self.request.in_pass(hires):
+            return 0.0
+        if not (self.request.always or any(self.request.active(progress))):
             return 0.0
         return self.request.lambda_over_run().at(progress)
 
@@ -72,7 +75,10 @@ class Run:
         """
         started, changes = time.perf_counter(), None
         with self.watched(f"step {step.step + 1} of Delta Sampling"):
-            guidance = DeltaGuidance(self.request.lambda_over_run(), self.bridge(*target()), self.sources[hires])
+            active = self.request.active(step.progress)
+            self.model.activate(active)
+            source = self.sources[hires, active]
+            guidance = DeltaGuidance(self.request.lambda_over_run(), self.bridge(*target()), source)
             changes = guidance.changes(step)
             self.steps += 1
             self.seconds += time.perf_counter() - started
@@ -96,7 +102,9 @@ class Run:
 
     def summary(self) -> str:
         """Return what the run cost, in one line."""
+        reason = "" if self.fault is None else f": {self.fault}"
         if not self.steps:
-            return "Last run: no step had the delta"
+            return f"Last run: no step had the delta{reason}"
         passes = sum(source.evaluations for source in self.sources.values())
-        return f"Last run: delta in {self.steps} steps, {passes} passes of the side model, {self.seconds:.1f} s"
+        cost = f"{passes} passes of the side model, {self.seconds:.1f} s"
+        return f"Last run: delta in {self.steps} steps, {cost}{reason}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ from modules import sd_hijack, sd_hijack_clip, shared
 from modules.textual_inversion.textual_inversion import EmbeddingDatabase
 from torch import Tensor
 
+from lib_delta.hosts.bundled import BundledEmbeddings
 from lib_delta.hosts.prompts import Padding, insert_embeddings, pad_uncond, pad_with_empty
 from lib_delta.hosts.webui import TextEngine, Texts
 from lib_delta.models.text import load_tokenizer
@@ -41,7 +43,11 @@ class Engine(TextEngine, sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords):  # t
         sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords.__init__(self, wrapped, hijack)
         self._base = model.tower
         hijack.embedding_db = Embeddings(self, model.tower.config.width)
+        self._bundled = BundledEmbeddings(hijack.embedding_db, self.tokenize)
         insert_embeddings(model.tower, hijack)
+
+    def hold(self, embeddings: Mapping[str, Tensor]) -> None:
+        self._bundled.hold(embeddings)
 
     def padding(self) -> Padding | None:
         if shared.opts.pad_cond_uncond_v0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from backend.text_processing.classic_engine import ClassicTextProcessingEngine
 from modules import shared
 from torch import Tensor, nn
 
+from lib_delta.hosts.bundled import BundledEmbeddings
 from lib_delta.hosts.prompts import insert_embeddings
 from lib_delta.hosts.webui import TextEngine, Texts
 from lib_delta.models.text import load_tokenizer
@@ -36,7 +38,11 @@ class Engine(TextEngine, ClassicTextProcessingEngine):  # type: ignore[misc]
             embedding_expected_shape=model.tower.config.width,
             emphasis_name=shared.opts.emphasis,
         )
+        self._bundled = BundledEmbeddings(self.embeddings, self.tokenize)
         insert_embeddings(model.tower, self.embeddings)
+
+    def hold(self, embeddings: Mapping[str, Tensor]) -> None:
+        self._bundled.hold(embeddings)
 
     def padding(self) -> None:
         """Return nothing: Forge evaluates prompts of different lengths each by itself."""

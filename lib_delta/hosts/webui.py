@@ -18,10 +18,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from modules import extra_networks, prompt_parser, script_callbacks, sd_models, sd_samplers, shared
+from modules import extra_networks, processing, prompt_parser, script_callbacks, sd_models, sd_samplers, shared
 
 from lib_delta.errors import DeltaError, SettingError
-from lib_delta.request import HASHES, NONE, Pick, Request, infotext_labels
+from lib_delta.recipe import Pick
+from lib_delta.request import HASHES, NONE, Active, Request, infotext_labels
 
 if TYPE_CHECKING:
     import torch
@@ -178,6 +179,8 @@ class Host(ABC):
             asked = request.with_tags([[str(item) for item in params.items] for params in data.get(TAG, [])])
             if asked.enabled and not asked.base:
                 asked = replace(asked, base=_named(option("base", NONE)))
+            if isinstance(p, processing.StableDiffusionProcessingImg2Img):
+                asked = replace(asked, hires="both")  # there is but one pass, whatever was sent over from txt2img
             return asked
         except DeltaError as error:
             return error
@@ -242,7 +245,7 @@ class Host(ABC):
         except Exception as error:  # whatever it is, the user hears of it
             fault = sentence(error, "loading the side model of Delta Sampling")
             self.unload()
-            self._last = f"Last run: no step had the delta, for {fault}"
+            self._last = f"Last run: no step had the delta: {fault}"
             if isinstance(fault, SettingError) or option("on_error", STOP) == STOP:
                 raise fault from None if fault is error else error
             _claim_nothing(p)
@@ -264,9 +267,11 @@ class Host(ABC):
                 "Delta Sampling has nothing to add: choose a LoRA, an adapted checkpoint or an adapted prompt"
             )
         picks = [self._file_of(pick) for pick in request.picks()]
-        if request.adapted and self.checkpoint(request.adapted).filename != self.checkpoint(request.base).filename:
-            picks.insert(0, AdapterPick(Path(self.checkpoint(request.adapted).filename)))
-        model = self._load(Path(self.checkpoint(request.base).filename))
+        base = Path(self.checkpoint(request.base).filename)
+        adapted = Path(self.checkpoint(request.adapted).filename) if request.adapted else base
+        if adapted != base:
+            picks.append(AdapterPick(adapted))
+        model = self._load(base)
         model.adapt(picks, "bypass" if str(option("form", "")).startswith("low-rank") else "merged")
         sources = self._tell(p, request, model)
         run = Run(request, model, sources, lambda fault: self._fault(p, fault))
@@ -284,7 +289,7 @@ class Host(ABC):
     def _file_of(self, pick: Pick) -> Any:
         from lib_delta.sidemodel import AdapterPick
 
-        return AdapterPick(Path(self.lora(pick.name).filename), pick.weight, pick.text_weight)
+        return AdapterPick(Path(self.lora(pick.name).filename), pick.weight, pick.text_weight, pick.blocks, pick.rank)
 
     def wanted_place(self) -> tuple[torch.device, torch.dtype]:
         """Return where the side model computes and in which type, by the WebUI or by the settings."""
@@ -308,21 +313,24 @@ class Host(ABC):
 
     # Prompts.
 
-    def _tell(self, p: Any, request: Request, model: SideModel) -> dict[bool, Source]:
+    def _tell(self, p: Any, request: Request, model: SideModel) -> dict[tuple[bool, Active], Source]:
+        """Encode the prompts for each pass and for each set of LoRAs that counts at some point of it."""
         from lib_delta.source import Source
 
         engine = self.text_engine(model)
+        engine.hold(model.embeddings)
         sources = {}
-        with model.text_on(self.text_device()) as (base, adapted):
+        with model.text_on(self.text_device()) as base:
             for hires, told in _passes(p, request):
                 base_told = engine.encode(base, told.prompts, told)
-                adapted_told = None
-                if adapted is not base or request.adapted_prompt:
-                    prompts = _cleaned([request.adapted_prompt], len(told.prompts)) if request.adapted_prompt else None
-                    adapted_told = engine.encode(adapted, prompts or told.prompts, told)
-                sources[hires] = Source(
-                    model.unet, model.parameterization, base_told, adapted_told, quantize=self.quantized()
-                )
+                prompts = _cleaned([request.adapted_prompt], len(told.prompts)) if request.adapted_prompt else None
+                for active in request.stages():
+                    adapted, adapted_told = model.adapted_tower(active), None
+                    if adapted is not base or prompts:
+                        adapted_told = engine.encode(adapted, prompts or told.prompts, told)
+                    sources[hires, active] = Source(
+                        model.unet, model.parameterization, base_told, adapted_told, quantize=self.quantized()
+                    )
         return sources
 
     # What the user sees.
@@ -377,6 +385,10 @@ class TextEngine(ABC):
         cond = prompt_parser.get_multicond_learned_conditioning(self, list(prompts), *limits)
         uncond = prompt_parser.get_learned_conditioning(self, list(told.negative), *limits)
         return Schedules(cond.batch, uncond, self.padding())
+
+    @abstractmethod
+    def hold(self, embeddings: Mapping[str, Tensor]) -> None:
+        """Let prompts name these embeddings, ``(vectors, width)`` each, besides the user's own, and no others."""
 
     @abstractmethod
     def padding(self) -> Padding | None:

@@ -1,7 +1,9 @@
 """The accordion in a browser: what a user does with it, and what then arrives at the host."""
 
+import base64
 import json
 import re
+import urllib.error
 import urllib.request
 
 import pytest
@@ -263,13 +265,17 @@ def test_widgets_have_tooltips_in_both_tabs(open_page):
             assert tab.item(item).get_attribute("title"), item
 
 
-def test_the_schema_and_the_status_are_served(webui):
-    def get(path):
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        return json.load(opener.open(f"{webui}/delta-sampling/{path}"))
+def test_the_schema_and_the_status_are_served_with_the_webuis_own_password(webui):
+    def get(path, password):
+        header = base64.b64encode(f"user:{password}".encode()).decode()
+        request = urllib.request.Request(f"{webui}/delta-sampling/{path}", headers={"Authorization": f"Basic {header}"})
+        return json.load(urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request))
 
-    assert get("schema")["properties"]["lambda"]["maximum"] == 10
-    assert get("status")["host"] == "stand-in"
+    assert get("schema", "password")["properties"]["lambda"]["maximum"] == 10
+    assert get("status", "password")["host"] == "stand-in"
+    for path in ("schema", "status"):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            get(path, "guess")
 
 
 @pytest.mark.parametrize("name", ["txt2img", "img2img", "dark", "narrow"])

@@ -15,6 +15,8 @@ pytest.importorskip("transformers", reason="transformers is not installed, whose
 from small_files import make_files
 from stand_in_webui import WebUI, relative, running
 
+from lib_delta.models.unet import UNet
+
 DELTA = {"base": "base", "loras": "ink"}
 
 
@@ -46,6 +48,25 @@ def test_previews_have_the_delta(webui: WebUI, sampler: str) -> None:
     wanted = previews(webui, webui.native, sampler_name=sampler)
     got = previews(webui, lambda **changes: webui.latents(DELTA, **changes), sampler_name=sampler)
     assert [relative(a, b) < 1e-4 for a, b in zip(got, wanted)] == [True] * len(wanted)
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_what_is_made_of_the_prompt_alone_is_the_loras(webui: WebUI, sampler: str) -> None:
+    """Previews show it by default, and it is the picture of an interrupted run."""
+
+    def rows(made_by: Any) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        registered = webui.callbacks.registered["cfg_denoised"]
+        registered.append(lambda params: seen.append(params.x.clone()))
+        try:
+            made_by(sampler_name=sampler)
+        finally:
+            registered.pop()
+        return torch.stack(seen)
+
+    plain, wanted = rows(webui.latents), rows(webui.native)
+    got = rows(lambda **changes: webui.latents(DELTA, **changes))
+    assert float((got - wanted).norm() / (plain - wanted).norm()) < 1e-3
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
@@ -107,6 +128,63 @@ def denoised_once(webui: WebUI, k: float) -> torch.Tensor:
 def encoded(webui: WebUI, p: Any) -> tuple[torch.Tensor, torch.Tensor]:
     model = webui.shared.sd_model
     return model.get_learned_conditioning(p.prompts), model.get_learned_conditioning(p.negative_prompts)
+
+
+@pytest.fixture
+def moves(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens to the memory of a WebUI in a mode for little memory; its device is told from others by a number."""
+    seen: list[str] = []
+    device = torch.device("cpu", 0)
+    places = {device: "the WebUI's device", torch.device("cpu"): "the CPU"}
+    monkeypatch.setattr(webui.module("devices"), "device", device)
+    lowvram = webui.module("lowvram")
+    monkeypatch.setattr(lowvram, "is_enabled", lambda _model: True)
+    monkeypatch.setattr(lowvram, "send_everything_to_cpu", lambda: seen.append("the WebUI's models leave"))
+    original = UNet.to
+
+    def to(unet: UNet, place: Any) -> UNet:
+        seen.append(f"the side model goes to {places[place]}")
+        return original(unet, place)
+
+    monkeypatch.setattr(UNet, "to", to)
+    sampled = webui.processing.StableDiffusionProcessingTxt2Img.sample
+
+    def sample(p: Any, *arguments: Any, **named: Any) -> torch.Tensor:
+        seen.append("sampling")
+        return sampled(p, *arguments, **named)
+
+    monkeypatch.setattr(webui.processing.StableDiffusionProcessingTxt2Img, "sample", sample)
+    webui.host.unload()
+    return seen
+
+
+RETURNED = ["sampling", "the side model goes to the CPU"]
+
+
+def test_with_little_memory_the_side_model_comes_and_goes_with_each_batch(webui: WebUI, moves: list[str]) -> None:
+    webui.generate(DELTA, n_iter=2)
+    assert moves == ["the WebUI's models leave", "the side model goes to the WebUI's device", *RETURNED] * 2
+
+
+def test_with_little_memory_the_side_model_goes_when_sampling_fails(
+    webui: WebUI, moves: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the sampler broke")
+
+    monkeypatch.setattr(webui.module("sd_samplers"), "create_sampler", fail)
+    with pytest.raises(RuntimeError, match="the sampler broke"):
+        webui.generate(DELTA)
+    assert moves[-2:] == RETURNED
+
+
+def test_a_side_model_on_the_cpu_lets_the_webuis_models_stay(
+    webui: WebUI, moves: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webui.module("devices"), "device", torch.device("meta"))
+    monkeypatch.setattr(webui.shared.opts, "delta_sampling_device", "CPU", raising=False)
+    webui.generate(DELTA)
+    assert moves == ["the side model goes to the CPU", *RETURNED]
 
 
 def test_unloading_returns_cached_memory_to_the_system(webui: WebUI) -> None:

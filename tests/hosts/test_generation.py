@@ -757,7 +757,7 @@ def test_the_status_says_what_is_loaded_and_what_it_cost(webui: WebUI) -> None:
     webui.generate(DELTA, steps=5)
     lines = webui.host.status().splitlines()
     assert lines[0].startswith("base.safetensors: on cpu") and "float32" in lines[0]
-    assert "ink.safetensors adapts" in lines[1] and "match no layer" not in lines[1]
+    assert "ink.safetensors (LoRA of rank 4) adapts" in lines[1] and "match no layer" not in lines[1]
     assert lines[2].startswith("Last run: delta in 5 steps, 5 passes")
 
 

@@ -42,8 +42,8 @@ def branches(model: SideModel) -> torch.Tensor:
 
 @torch.no_grad()
 def texts(model: SideModel) -> list[torch.Tensor]:
-    with model.text_on(torch.device("cpu")) as towers:
-        return [tower.encode(TOKENS)[0] for tower in towers]
+    with model.text_on(torch.device("cpu")) as base:
+        return [tower.encode(TOKENS)[0] for tower in (base, model.adapted_tower())]
 
 
 @pytest.mark.parametrize("form", ["merged", "bypass"])
@@ -71,8 +71,8 @@ def test_the_base_itself_stays_as_it_is(files: Files, model: SideModel) -> None:
 
 def test_one_text_encoder_serves_both_where_it_is_not_adapted(files: Files, model: SideModel) -> None:
     model.adapt([AdapterPick(files.lora_file(), 1.0, 0.0)], "merged")
-    with model.text_on(torch.device("cpu")) as (base, adapted):
-        assert base is adapted
+    with model.text_on(torch.device("cpu")) as base:
+        assert base is model.adapted_tower()
 
 
 def test_files_that_stay_are_not_read_again(files: Files, model: SideModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ class WebUI:
 
     def _call(self, path: str, body: dict[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json", **password()})
         try:
             with urllib.request.urlopen(request, timeout=1800) as answer:
                 return json.loads(answer.read() or "null")
@@ -72,6 +73,12 @@ class WebUI:
         info = json.loads(answer["info"])
         pictures = [np.asarray(decode(picture).convert("RGB"), int) for picture in answer["images"]]
         return Result(np.stack(pictures), info["infotexts"], info.get("comments", ""))
+
+
+def password() -> dict[str, str]:
+    """Return the header for a WebUI that was started with ``--api-auth``, whose value is in ``WEBUI_AUTH``."""
+    user = os.environ.get("WEBUI_AUTH")
+    return {"Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"} if user else {}
 
 
 def decode(picture: str) -> Image.Image:

@@ -7,11 +7,13 @@ the denoiser.  Without a delta it must be the WebUI's own, bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-from client import Result, WebUI, encode
+from client import Result, WebUI, decode, encode
 from conftest import Files
 from PIL import Image
 
@@ -240,6 +242,44 @@ def test_the_delta_is_bounded_to_its_range_and_prompts_reach_it(webui: WebUI, fi
     everything = [full, late, early, told, adapted]
     for i, a in enumerate(everything):
         assert not any(np.array_equal(a, b) for b in everything[i + 1 :])
+
+
+def previews(webui: WebUI, generate: Callable[[], Result]) -> list[np.ndarray]:
+    """Return the different live previews of a generation, as many of them as are caught while it runs."""
+    seen: dict[bytes, np.ndarray] = {}
+    with ThreadPoolExecutor(1) as pool:
+        generation = pool.submit(generate)
+        while not generation.done():
+            encoded = webui.get("/sdapi/v1/progress")["current_image"]
+            if encoded:
+                preview = np.asarray(decode(encoded).convert("RGB"), int)
+                seen[preview.tobytes()] = preview
+    generation.result()
+    return list(seen.values())
+
+
+def among(preview: np.ndarray, others: list[np.ndarray]) -> bool:
+    return any(preview.shape == other.shape and np.abs(preview - other).max() <= NEAR for other in others)
+
+
+@pytest.mark.parametrize("content", ["Combined", "Prompt"])
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_live_previews_are_those_of_the_lora(webui: WebUI, files: Files, sampler: str, content: str) -> None:
+    """Of 20 steps enough are caught in both runs; which preview is of which step is not told."""
+    options = {"live_previews_enable": True, "show_progress_every_n_steps": 1, "show_progress_type": "Approx cheap"}
+    options |= {"live_preview_content": content}
+    before = webui.get("/sdapi/v1/options")
+    webui.options(**options)
+    try:
+        changes = {"sampler_name": sampler, "steps": 20}
+        plain = previews(webui, lambda: webui.generate(**changes))
+        wanted = previews(webui, lambda: native(webui, files, **changes))
+        got = previews(webui, lambda: webui.generate(delta(files), **changes))
+    finally:
+        webui.options(**{key: before[key] for key in options})
+    assert min(map(len, (plain, wanted, got))) >= 10
+    assert sum(among(preview, wanted) for preview in got) >= 0.7 * len(got)
+    assert sum(among(preview, plain) for preview in got) <= 0.2 * len(got)
 
 
 @pytest.mark.parametrize("target", ["sd2", "sdxl"])

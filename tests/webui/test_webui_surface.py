@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +44,21 @@ def test_the_schema_describes_the_defaults(webui: WebUI) -> None:
         assert about.get("minimum", value) <= value <= about.get("maximum", value), key
         assert value in about.get("enum", [value]), key
         assert about["description"], key
+
+
+def answer_without_password(webui: WebUI, path: str) -> int:
+    try:
+        with urllib.request.urlopen(webui.url + path, timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_without_a_password_schema_and_status_are_served_if_the_webuis_own_routes_are(webui: WebUI) -> None:
+    own = answer_without_password(webui, "/sdapi/v1/options")
+    assert own in (200, 401)
+    for path in ("schema", "status"):
+        assert answer_without_password(webui, f"/delta-sampling/{path}") == own
 
 
 def test_the_defaults_are_what_missing_keys_mean(webui: WebUI, files: Files) -> None:

@@ -15,6 +15,8 @@ ROOT = HERE.parents[2]
 sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
 
 import gradio as gr  # noqa: E402
+from fastapi import Depends, HTTPException  # noqa: E402
+from fastapi.security import HTTPBasic, HTTPBasicCredentials  # noqa: E402
 from modules import infotext_utils, script_callbacks, scripts  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 from stand_in_host import use_stand_in_host  # noqa: E402
@@ -121,6 +123,17 @@ def build():
     return page
 
 
+def check_password(given: HTTPBasicCredentials = Depends(HTTPBasic())):  # noqa: B008
+    """Let nobody use the API but one."""
+    if (given.username, given.password) != ("user", "password"):
+        raise HTTPException(status_code=401, detail="Incorrect username or password")
+
+
+def get_options():
+    """Return the settings: there are none."""
+    return {}
+
+
 def add_to_page(*texts):
     """Put scripts and styles into the head of the page, where the WebUI puts those of extensions."""
     original = gr.routes.templates.TemplateResponse
@@ -145,6 +158,7 @@ def main(port):
     )
     page.queue()
     app, _, _ = page.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, show_api=False)
+    app.add_api_route("/sdapi/v1/options", get_options, methods=["GET"], dependencies=[Depends(check_password)])
     script_callbacks.call("app_started", page, app)
     print("ready", flush=True)
     page.block_thread()

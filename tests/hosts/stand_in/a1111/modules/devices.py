@@ -2,13 +2,10 @@
 
 import torch
 
+cpu = torch.device("cpu")
 device = torch.device("cpu")
 dtype_unet = torch.float32
 collected = []
-
-
-def get_optimal_device():
-    return device
 
 
 def torch_gc():

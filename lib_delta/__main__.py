@@ -1,0 +1,61 @@
+"""Look at adapter files from the command line: ``python -m lib_delta inspect FILE``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from lib_delta.errors import DeltaError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status: 1 where a file cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m lib_delta", description="Look at what an adapter file holds.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    inspect = commands.add_parser("inspect", help="say what LoRA or LyCORIS files are and which layers they adapt")
+    inspect.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    inspect.add_argument("--base", type=Path, help="checkpoint to look up layers in (default: SD 1.5 as released)")
+    inspect.add_argument("--json", action="store_true", help="print JSON, one object for all files")
+    options = parser.parse_args(arguments)
+    return run_inspect(options.files, options.base, options.json)
+
+
+def run_inspect(files: list[Path], base: Path | None, as_json: bool) -> int:
+    """Print what each file is; a file that cannot be used is told in a sentence."""
+    # Only now: asking for help should not take the seconds that models' code takes to import.
+    from lib_delta.inspection import Reference, coverage
+
+    def report(file: Path) -> dict[str, object]:
+        try:
+            return coverage(file, reference)
+        except DeltaError as error:
+            return {"error": str(error)}
+
+    try:
+        reference = Reference.of_checkpoint(base) if base else Reference.sd15()
+    except DeltaError as error:
+        print(error, file=sys.stderr)
+        return 1
+    reports = {str(file): report(file) for file in files}
+    if as_json:
+        print(json.dumps(reports, indent=2, ensure_ascii=False))
+    else:
+        print("\n\n".join(_lines(file, found) for file, found in reports.items()))
+    return int(any("error" in found for found in reports.values()))
+
+
+def _lines(file: str, report: dict[str, object]) -> str:
+    width = max(map(len, report))
+    return "\n".join([file, *(f"  {key:<{width}}  {_shown(value)}" for key, value in report.items())])
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} ({count} layers)" for key, count in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
