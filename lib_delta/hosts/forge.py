@@ -33,6 +33,8 @@ memory = importlib.import_module("backend.memory_management" if BACKEND else "ld
 patching = importlib.import_module("backend.patcher.base" if BACKEND else "ldm_patched.modules.model_patcher")
 sampling = importlib.import_module("backend.sampling.sampling_function" if BACKEND else "modules_forge.forge_sampler")
 
+VERSION = getattr(importlib.import_module("modules_forge.forge_version"), "version", "") if not BACKEND else ""
+
 POST_CFG = "sampler_post_cfg_function"
 # What one row of a pass through an SD 1.5 UNet needs besides its weights, for each pixel of the latent.
 ACTIVATION_BYTES = 32 * 1024
@@ -56,7 +58,7 @@ class Call:
 class Forge(Host):
     """Stable Diffusion WebUI Forge; reForge where there is no package ``backend``."""
 
-    name = "Forge" if BACKEND else "reForge"
+    name = "Forge" if BACKEND else "Forge Classic" if VERSION == "classic" else "reForge"
 
     def __init__(self) -> None:
         super().__init__()
