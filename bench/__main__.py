@@ -1,4 +1,4 @@
-"""How much one forked pass saves over two separate ones: ``python -m bench``.
+"""How much one forked pass saves over two separate ones, and what it takes to swap a LoRA: ``python -m bench``.
 
 Everything is timed side by side in one run, A B A B, and given as the ratio of medians: seconds differ
 from machine to machine, ratios much less.
@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,27 @@ def main() -> None:
                 options.pairs,
             )
             print(f"| {title} | {form} | {times:.2f} |")
+    print("\n| layers adapted | form | one LoRA swapped for another, in plain passes | seconds |\n|---|---|---|---|")
+    for title, only in (("all", ""), ("attention", "attn")):
+        loras = [random_lora(unet, options.rank, only) for _ in range(2)]
+        for form in forms:
+            detach(unet)
+            plain = statistics.median(timed(once) for _ in range(options.pairs + 1))
+            attach(unet, [(loras[0], 1.0)], form)
+            # The first swap is a warm-up.
+            swaps = [partial(attach, unet, [(loras[i % 2], 1.0)], form) for i in range(1, options.pairs + 2)]
+            seconds = statistics.median([timed(swap) for swap in swaps][1:])
+            print(f"| {title} | {form} | {seconds / plain:.2f} | {seconds:.2f} |")
     detach(unet)
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Return how many seconds a call takes."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def alternate(adapt: Callable[[], None], restore: Callable[[], None], run: Callable[[], object], pairs: int) -> float:
@@ -91,12 +112,9 @@ def alternate(adapt: Callable[[], None], restore: Callable[[], None], run: Calla
     for pair in range(pairs + 1):
         for prepare, times in zip((adapt, restore), seconds, strict=True):
             prepare()
-            start = time.perf_counter()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            seconds_taken = timed(run)
             if pair:
-                times.append(time.perf_counter() - start)
+                times.append(seconds_taken)
     return statistics.median(seconds[0]) / statistics.median(seconds[1])
 
 

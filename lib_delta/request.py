@@ -211,6 +211,7 @@ def schema() -> dict[str, Any]:
         if "choices" in f.metadata:
             about["enum"] = list(f.metadata["choices"])
         properties[f.metadata["key"]] = about
+    properties["loras"] |= {"type": ["string", "array"], "items": {"type": "string"}}
     properties["enabled"]["default"] = True
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -18,8 +18,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 _OTHER_LAYERS: tuple[tuple[str, str], ...] = (
     (r"lora_unet_(single_transformer_blocks|single_blocks|double_blocks)_", Family.FLUX.label),
     (r"lora_unet_(joint_blocks|joint_transformer_blocks)_|lora_te3_", Family.SD3.label),
-    (r"lora_(unet_)?transformer_single_transformer_blocks_", Family.FLUX.label),
-    (r"lora_(unet_)?transformer_transformer_blocks_", "a transformer model (SD 3, Flux or later)"),
+    (r"lora_unet_(lora_)?transformer_single_transformer_blocks_", Family.FLUX.label),
+    (r"lora_unet_(lora_)?transformer_transformer_blocks_", "a transformer model (SD 3, Flux or later)"),
     (r"lora_te2_", Family.SDXL.label),
     (r"lora_unet_\w+(_1|attentions_\d)_transformer_blocks_[1-9]_", Family.SDXL.label),
     (r"lora_unet_(prior|down_blocks_\d_attentions_\d_attention)_", "Stable Cascade"),

@@ -273,6 +273,9 @@ class Host(ABC):
             picks.append(AdapterPick(adapted))
         model = self._load(base)
         model.adapt(picks, "bypass" if str(option("form", "")).startswith("low-rank") else "merged")
+        for file in model.adapters:
+            if file.unmatched:
+                p.comment(f"Delta Sampling: {file.report()}")
         sources = self._tell(p, request, model)
         run = Run(request, model, sources, lambda fault: self._fault(p, fault))
         run.bridge(*self.target())

@@ -168,3 +168,12 @@ def test_an_adapted_prompt_alone_is_an_adaptation(webui: WebUI) -> None:
     wanted = webui.latents(steps=STEPS, prompt=prompt)
     assert relative(webui.latents(told, steps=STEPS), wanted) < 1e-4  # main = base, so the delta is the whole way
     assert torch.equal(webui.latents(told, steps=STEPS, prompt=prompt), wanted)  # the same prompt: nothing to add
+
+
+def test_keys_without_a_layer_are_told_below_the_picture(webui: WebUI) -> None:
+    extra = {**load_file(webui.files.lora_file()), "lora_unet_no_such_layer.alpha": torch.tensor(1.0)}
+    save_file(extra, webui.files.lora_file("partly"))
+    webui.host.refresh_loras()
+    made = webui.generate({"base": "base", "loras": "partly, ink"}, steps=STEPS)
+    (comment,) = made.comments
+    assert "partly.safetensors" in comment and f"1 of its {len(extra)} keys match no layer" in comment
