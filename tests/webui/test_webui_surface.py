@@ -256,7 +256,8 @@ def test_the_status_names_what_is_loaded_and_what_the_last_run_cost(webui: WebUI
     webui.generate(files.delta(loras=f"{files.lora}, {files.unmatched_lora}"))
     base, first, second, last = status(webui)
     assert re.match(rf"{files.sd1}\S*: on \S+, \d+ MB \(\w+\)$", base)
-    assert re.match(rf"{files.lora}\S* \(LoRA of rank \d+\) adapts \d\d+ layers of the UNet and \d\d+ of the text encoder\.$", first)
+    layers = r"\d\d+ layers of the UNet and \d\d+ of the text encoder"
+    assert re.match(rf"{files.lora}\S* \(LoRA of rank \d+\) adapts {layers}\.$", first)
     assert re.match(rf"{files.unmatched_lora}\S* .*adapts .*; \d+ of its keys match no layer \(.*bricks.*\)\.$", second)
     assert re.match(r"Last run: delta in 4 steps, \d+ passes of the side model, [\d.]+ s$", last)
 
