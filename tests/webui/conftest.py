@@ -106,13 +106,13 @@ def webui(running: WebUI, files: Files) -> Iterator[WebUI]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Ask the WebUI which samplers and schedulers it has."""
-    for name, path, key in (
-        ("subtests_of_samplers", "/sdapi/v1/samplers", "name"),
-        ("subtests_of_schedulers", "/sdapi/v1/schedulers", "label"),
+    for name, path, key, lacking in (
+        ("subtests_of_samplers", "/sdapi/v1/samplers", "name", ()),
+        ("subtests_of_schedulers", "/sdapi/v1/schedulers", "label", (RefusedError,)),  # not every WebUI has them
     ):
         if name in metafunc.fixturenames:
             url = os.environ.get("WEBUI_URL")
             values = []
-            with contextlib.suppress(RefusedError):  # not every WebUI has schedulers
+            with contextlib.suppress(*lacking):
                 values = [entry[key] for entry in WebUI(url.rstrip("/")).get(path)] if url else []
             metafunc.parametrize(name, values)
