@@ -6,14 +6,16 @@ in them can run), both in the key names of the original Stable Diffusion release
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
@@ -80,7 +82,11 @@ class PickleReader:
             raise CheckpointError(
                 f"{path.name} holds no dictionary of weights: a Stable Diffusion checkpoint is needed"
             )
+        if isinstance(embedded := content.get("string_to_param"), dict):
+            # A textual inversion of the WebUI, which is to be told as such.
+            content = {f"string_to_param.{k}": v for k, v in embedded.items()}
         self._tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        _refuse_claims_beyond(path, self._tensors)
         self.shapes: Shapes = {k: tuple(v.shape) for k, v in self._tensors.items()}
 
     def tensor(self, key: str) -> Tensor:
@@ -97,7 +103,10 @@ def _load_weights_only(path: Path) -> object:
     """
     try:
         with path.open("rb") as stream:
+            _refuse_inflating(path.name, stream)
             return torch.load(stream, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path.name} is damaged or holds Python objects besides weights, which are not loaded for safety:"
@@ -105,6 +114,56 @@ def _load_weights_only(path: Path) -> object:
         ) from error
     except Exception as error:  # a broken pickle raises whatever its bytes spell
         raise CheckpointError(f"{path.name} is a truncated or damaged PyTorch file: download it again") from error
+
+
+def _records(stream: BinaryIO) -> list[zipfile.ZipInfo] | None:
+    """Return the records of a zip file, None for the older format; the stream is left at its start."""
+    is_zip = stream.read(4) == b"PK\x03\x04"
+    stream.seek(0)
+    if not is_zip:
+        return None
+    with zipfile.ZipFile(stream) as archive:
+        records = archive.infolist()
+    stream.seek(0)
+    return records
+
+
+def _refuse_inflating(name: str, stream: BinaryIO) -> None:
+    """Refuse zip files that would unpack to more than they hold; PyTorch writes none that are compressed."""
+    records = _records(stream) or []
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records) or _sizes(records) > size:
+        raise CheckpointError(f"{name} is a compressed archive, which is not read: PyTorch's own file is needed")
+
+
+def _sizes(records: Iterable[zipfile.ZipInfo]) -> int:
+    return sum(record.file_size for record in records)
+
+
+def _refuse_claims_beyond(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not stored number by number, or that claim more memory than the file has filled.
+
+    A view may repeat what it shows, and what was unpickled may state any size for the data it lies in.
+    """
+    with path.open("rb") as stream:
+        records = _records(stream)
+        size = stream.seek(0, os.SEEK_END)
+    filled = None if records is None else {record.file_size for record in records}
+    storages: dict[int, int] = {}
+    for key, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise CheckpointError(
+                f"{path.name} holds {key} in a form that is not served (sparse, quantised or without data):"
+                " plain weights are needed"
+            )
+        storage = tensor.untyped_storage()
+        claimed = storage.nbytes()
+        if tensor.numel() * tensor.element_size() > claimed or (filled is not None and claimed not in filled):
+            raise CheckpointError(f"{path.name} is damaged: its weight {key} is larger than what is stored of it")
+        storages[storage.data_ptr()] = claimed
+    if sum(storages.values()) > size:
+        raise CheckpointError(f"{path.name} is damaged: its weights claim more memory than the file has")
 
 
 def _open(path: Path) -> Reader:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters_helpers import adapted_layers, inputs, locon, make_unet
+from adapters_helpers import adapted_layers, diffusers_twin, inputs, locon, make_unet
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -152,22 +152,6 @@ def test_settings_are_checked_before_anything_is_attached() -> None:
     with pytest.raises(SettingError, match="form is 'fused'"):
         attach(unet, [(adapter, 1.0)], "fused")  # type: ignore[arg-type]
     assert all(layer.adaptation is None for layer in keys.layers(unet).values())
-
-
-def diffusers_twin(unet: UNet) -> nn.Module:
-    """Return diffusers' UNet with the same weights as a tiny SD-1.x one."""
-    twin = pytest.importorskip("diffusers").UNet2DConditionModel(
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=24,
-        attention_head_dim=8,
-    )
-    paths = keys.diffusers_paths(unet)
-    state = {f"{paths[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": v for k, v in unet.state_dict().items()}
-    twin.load_state_dict(state)
-    return twin.requires_grad_(False).eval()
 
 
 @pytest.mark.parametrize("form", FORMS)

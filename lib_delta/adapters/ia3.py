@@ -67,17 +67,22 @@ class Ia3(LayerAdapter):
 
 def match(tensors: Mapping[str, Tensor]) -> Ia3 | None:
     """Make a layer's (IA)^3 of its tensors; raises :class:`AdapterError` for vectors of other shapes."""
-    if tensors.keys() == {PEFT}:
+    if PEFT in tensors and not tensors.keys() - {PEFT, ON_INPUT}:
         multiplier = tensors[PEFT].float()
         if multiplier.ndim not in (2, 4) or multiplier.numel() != max(multiplier.shape[:2]):
             raise AdapterError(f"{PEFT} has shape {tuple(multiplier.shape)}, and (out, 1) or (1, in) is needed")
-        sides = {True: multiplier.shape[0] == 1, False: multiplier.shape[1] == 1}
-        on_input = None if all(sides.values()) else sides[True]
+        on_input = _stated_side(tensors)
+        # A convolution's has one shape for either side.
+        if on_input is None and multiplier.ndim == 2 and multiplier.numel() > 1:
+            on_input = multiplier.shape[0] == 1
         return Ia3(multiplier - 1, on_input, with_bias=True)
     if WEIGHT not in tensors or tensors.keys() - {WEIGHT, ON_INPUT}:
         return None
-    on_input = bool(number(tensors[ON_INPUT], ON_INPUT)) if ON_INPUT in tensors else None
     change = tensors[WEIGHT]
     if change.numel() != max(change.shape, default=1):
         raise AdapterError(f"{WEIGHT} has shape {tuple(change.shape)}, and one number an output or input is needed")
-    return Ia3(change, on_input)
+    return Ia3(change, _stated_side(tensors))
+
+
+def _stated_side(tensors: Mapping[str, Tensor]) -> bool | None:
+    return bool(number(tensors[ON_INPUT], ON_INPUT)) if ON_INPUT in tensors else None

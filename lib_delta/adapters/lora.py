@@ -54,7 +54,10 @@ class Lora(LayerAdapter):
         else:
             core, inner = reshaped(self.mid, (self.up.shape[1], self.down.shape[0], *kernel), MID), (1,) * len(kernel)
         up = reshaped(self.up, (shape[0], self.up.shape[1], *(1,) * len(kernel)), UP)
-        down = reshaped(self.down, (self.down.shape[0], shape[1], *inner), DOWN)
+        wanted = (self.down.shape[0], shape[1], *inner)
+        # The blocks of a DyLoRA keep a convolution's factor as a matrix.
+        flat = self.down.shape == (wanted[0], Size(wanted[1:]).numel())
+        down = self.down.reshape(wanted) if flat else reshaped(self.down, wanted, DOWN)
         return dataclasses.replace(self, up=up, down=down, mid=core)
 
     def merged_difference(self, weight: Tensor) -> Tensor:

@@ -140,7 +140,11 @@ def constrained(tensors: Mapping[str, Tensor]) -> Tensor:
 def cayley(skew: Tensor) -> Tensor:
     """Return ``(I + Q) (I - Q)^-1`` for skew-symmetric Q ``(..., b, b)``: an orthogonal matrix."""
     eye = torch.eye(skew.shape[-1], device=skew.device)
-    return torch.linalg.solve(eye - skew, eye + skew)  # the two commute
+    rotations, failed = torch.linalg.solve_ex(eye - skew, eye + skew)  # the two commute
+    # No skew-symmetric matrix fails, but where its numbers are beyond fp32's precision.
+    if failed.any() or not torch.isfinite(rotations).all():
+        raise AdapterError("its rotations cannot be computed from numbers so large")
+    return rotations
 
 
 def _peft_rotations(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -150,8 +154,8 @@ def _peft_rotations(tensors: Mapping[str, Tensor]) -> Tensor:
     inverse itself, which peft takes of the matrix with the other sign.
     """
     vectors = tensors[PEFT].float()
-    side = (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2
-    if vectors.ndim != 2 or side * (side - 1) // 2 != vectors.shape[-1]:
+    side = (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2 if vectors.ndim == 2 else 0
+    if side < 2 or side * (side - 1) // 2 != vectors.shape[-1]:
         raise AdapterError(f"{PEFT} has shape {tuple(vectors.shape)}, and upper triangles of square blocks are needed")
     rows, columns = torch.triu_indices(side, side, 1)
     skew = torch.zeros(len(vectors), side, side)
@@ -160,6 +164,7 @@ def _peft_rotations(tensors: Mapping[str, Tensor]) -> Tensor:
     terms = int(tensors[PEFT_TERMS].item()) if PEFT_TERMS in tensors else 5
     if terms == 0:
         return cayley(-skew)
+    terms = 4 if terms == 3 else terms  # as peft has it
     total, power = torch.eye(side).repeat(len(vectors), 1, 1), skew
     for i in range(1, terms):
         total = total + power * (1 if i == terms - 1 and i > 1 else 2)

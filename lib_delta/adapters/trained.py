@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_delta.adapters import lora, oft
+from lib_delta.adapters import ia3, lokr, lora, oft
 from lib_delta.errors import AdapterError
 
 CONFIG = "adapter_config.json"
 HEADER = "lora_adapter_metadata"
 _LARGEST_CONFIG = 2**20  # bytes
+_LARGEST_ALPHA, _MOST_TERMS = 1e12, 100  # far above what anybody trains with
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,19 @@ class Trained:
         if config is None:
             return
         if oft.PEFT in tensors:
-            terms = int(config.get("num_cayley_neumann_terms", 5)) if config.get("use_cayley_neumann", True) else 0
-            tensors[oft.PEFT_TERMS] = torch.tensor(terms)
+            tensors[oft.PEFT_TERMS] = torch.tensor(_terms(config))
+        endings = config.get("feedforward_modules")
+        if ia3.PEFT in tensors and isinstance(endings, list):
+            on_input = any(layer.endswith(str(ending).replace(".", "_")) for ending in endings)
+            tensors[ia3.ON_INPUT] = torch.tensor(float(on_input))
         rank = _rank(tensors)
-        if rank is None or lora.ALPHA in tensors:
-            return
         alpha = _by_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", config.get("alpha")))
-        if not isinstance(alpha, (int, float)):
+        if lora.ALPHA in tensors or not isinstance(alpha, (int, float)):
+            return
+        if not abs(alpha) < _LARGEST_ALPHA:
+            raise AdapterError(f"adapter_config says {alpha} for alpha of {layer}, and a finite number is needed")
+        if rank is None:
+            _scale_whole_factors(tensors, alpha, _by_pattern(config.get("rank_pattern"), layer, config.get("r")))
             return
         stated = math.sqrt(rank) * alpha if config.get("use_rslora") else alpha
         tensors[lora.ALPHA] = torch.tensor(float(stated))
@@ -71,9 +78,25 @@ def _rank(tensors: Mapping[str, Tensor]) -> int | None:
     return next((tensors[name].shape[0] for name in named if name in tensors and tensors[name].ndim), None)
 
 
+def _terms(config: Mapping[str, Any]) -> int:
+    """Return how many terms of the series stand for the inverse in peft's OFT; 0 for the inverse itself."""
+    if not config.get("use_cayley_neumann", True):
+        return 0
+    terms = config.get("num_cayley_neumann_terms", 5)
+    if not isinstance(terms, int) or not 0 < terms <= _MOST_TERMS:
+        raise AdapterError(f"adapter_config says {terms!r} for num_cayley_neumann_terms, which is no number of terms")
+    return terms
+
+
+def _scale_whole_factors(tensors: dict[str, Tensor], alpha: float, rank: Any) -> None:
+    """Scale a LoKr of two whole factors, whose rank the tensors do not tell, as peft does."""
+    if lokr.W1 in tensors and lokr.W2 in tensors and isinstance(rank, int) and rank > 0:
+        tensors[lokr.W1] = tensors[lokr.W1].float() * (alpha / rank)
+
+
 def _by_pattern(patterns: Any, layer: str, default: Any) -> Any:
     """Return the value of the pattern that ends the layer's name, as peft looks it up."""
-    for pattern, value in (patterns or {}).items():
+    for pattern, value in (patterns if isinstance(patterns, dict) else {}).items():
         if re.fullmatch(rf"(.*_)?{re.escape(str(pattern).replace('.', '_'))}", layer):
             return value
     return default
