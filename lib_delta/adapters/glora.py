@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from lib_delta.adapters.lora import Lora
-from lib_delta.adapters.protocol import LayerAdapter, matrix_or_convolution, require, reshaped, scale_of
+from lib_delta.adapters.lora import ALPHA, Lora
+from lib_delta.adapters.protocol import LayerAdapter, matrix_or_convolution, number, require, reshaped
 from lib_delta.errors import AdapterError
 from lib_delta.fork import ForkedLayer, Linear
 
@@ -31,7 +31,7 @@ class Glora(LayerAdapter):
     a1: Tensor
     a2: Tensor
     b: Lora
-    scale: float
+    alpha: float | None
 
     @property
     def algorithm(self) -> str:
@@ -45,6 +45,11 @@ class Glora(LayerAdapter):
     def rank(self) -> int:
         return self.b.rank
 
+    @property
+    def scale(self) -> float:
+        """Return alpha over the rank; without an alpha, 1."""
+        return self.b.scale
+
     def fit(self, shape: Size) -> Glora:
         matrix_or_convolution(shape, "a GLoRA")
         inputs, ones = shape[1], (1,) * len(shape[2:])
@@ -52,12 +57,17 @@ class Glora(LayerAdapter):
         if (a1.shape[0], b.up.shape[0]) != (inputs, shape[0]):
             # Files of the first versions name the factors the other way round.
             a1, a2, b = a2, a1, dataclasses.replace(b, up=b.down, down=b.up)
+        # Square factors leave open until now which of their sides is the rank.
         rank = a1.shape[1]
+        ranks = (rank, a2.shape[0], b.up.shape[1], b.down.shape[0])
+        if len(set(ranks)) > 1:
+            raise AdapterError(f"the ranks of its factors disagree {ranks}, and must be the same")
+        scale = 0.0 if rank == 0 else 1.0 if self.alpha is None else self.alpha / rank
         return dataclasses.replace(
             self,
             a1=reshaped(a1, (inputs, rank, *ones), A1),
             a2=reshaped(a2, (rank, inputs, *ones), A2),
-            b=b.fit(shape),
+            b=dataclasses.replace(b, scale=scale).fit(shape),
         )
 
     def merged_difference(self, weight: Tensor) -> Tensor:
@@ -76,22 +86,11 @@ class Glora(LayerAdapter):
 
 def match(tensors: Mapping[str, Tensor]) -> Glora | None:
     """Make a layer's GLoRA of its tensors; a missing ``alpha`` counts as the rank."""
-    if not tensors.keys() & {A1, A2, B1, B2, BM} or tensors.keys() - {A1, A2, B1, B2, BM, "alpha"}:
+    if not tensors.keys() & {A1, A2, B1, B2, BM} or tensors.keys() - {A1, A2, B1, B2, BM, ALPHA}:
         return None
     require(tensors, (A1, A2, B1, B2), "a GLoRA")
     a1, a2, b1, b2 = (tensors[name] for name in (A1, A2, B1, B2))
     if any(t.ndim not in (2, 4) for t in (a1, a2, b1, b2)):
         raise AdapterError("the factors of its GLoRA need 2 or 4 dimensions each")
-    rank = _rank(a1, a2, b1, b2)
-    scale = scale_of(tensors, rank)
-    return Glora(a1, a2, Lora(b1, b2, tensors.get(BM), scale), scale)
-
-
-def _rank(a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor) -> int:
-    """Return the number that the factors share: inside (a1 @ a2), or outside in files of the first versions."""
-    if a1.shape[1] == a2.shape[0] == b1.shape[1] == b2.shape[0]:
-        return a1.shape[1]
-    if a2.shape[1] == a1.shape[0] == b2.shape[1] == b1.shape[0]:
-        return a1.shape[0]
-    shapes = ", ".join(str(tuple(t.shape)) for t in (a1, a2, b1, b2))
-    raise AdapterError(f"the ranks of its factors disagree ({shapes}), and must be the same")
+    alpha = number(tensors[ALPHA], ALPHA) if ALPHA in tensors else None
+    return Glora(a1, a2, Lora(b1, b2, tensors.get(BM), 1.0), alpha)
