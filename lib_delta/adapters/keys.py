@@ -165,6 +165,8 @@ _PROCESSOR = re.compile(r"(?P<block>.+)\.processor\.(?P<layer>to_q|to_k|to_v|to_
 # What stands before a layer's path, and what kohya's scripts put there; the first that fits counts.
 _PREFIXES = (
     (r"lora_(?:unet|te\d?)_", None),
+    # kohya's scripts call the layers of an OFT so.
+    (r"oft_(?=unet_)", "lora_"),
     (r"lycoris_(?=unet_|te\d?_)", "lora_"),
     (r"lycoris_(?=text_model_)", "lora_te_"),
     (r"lycoris_", "lora_unet_"),
