@@ -573,25 +573,38 @@ def _text_layers(prefix: str, width: int, layers: int, inner: int) -> Shapes:
 # Files.
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file of fp16 numbers."""
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write a safetensors file of numbers of one type."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    write_stream(path, shapes, iter(tensors.values()), metadata)
+    write_stream(path, shapes, iter(tensors.values()), metadata, dtype)
+
+
+STORED = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def write_stream(
-    path: Path, shapes: Mapping[str, Shape], tensors: Iterator[Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    shapes: Mapping[str, Shape],
+    tensors: Iterator[Tensor],
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write a safetensors file of fp16 numbers, which need not be in memory together."""
+    """Write a safetensors file of numbers of one type, which need not be in memory together."""
     header: dict[str, Any] = {"__metadata__": dict(metadata or {})}
     at = 0
     for key, shape in shapes.items():
-        end = at + 2 * prod(shape)
-        header[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [at, end]}
+        end = at + dtype.itemsize * prod(shape)
+        header[key] = {"dtype": STORED[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
-            stream.write(tensor.half().contiguous().numpy().tobytes())
+            raw = tensor.to(dtype).contiguous().flatten().view(torch.uint8)
+            stream.write(raw.numpy().tobytes())
