@@ -194,7 +194,8 @@ def _grouped(name: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Group]
     unread: list[str] = []
     for key, tensor in tensors.items():
         if bundled := keys.EMBEDDING.fullmatch(key):
-            embeddings[bundled["name"]] = tensor
+            # A single vector may come without the dimension that counts vectors.
+            embeddings[bundled["name"]] = tensor[None] if tensor.ndim == 1 else tensor
             continue
         read = keys.read(key)
         if read is None:
