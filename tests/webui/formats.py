@@ -280,6 +280,7 @@ FORMATS: dict[str, Format] = {
     "lora": LORA,
     "lora-no-alpha": replace(LORA, make=partial(lora, alpha=False)),
     "lora-bf16": replace(LORA, dtype=torch.bfloat16),
+    "lora-pt": replace(LORA, ending="pt"),
     "lora-matrices": replace(LORA, make=lora_as_matrices, unet=POINTS),
     "lora-convolutions": replace(LORA, make=lora_as_convolutions, unet=LINEAR),
     "lora-text-only": replace(LORA, unet="nothing"),
