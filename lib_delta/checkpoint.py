@@ -99,12 +99,14 @@ class PickleReader:
 def _load_weights_only(path: Path) -> object:
     """Unpickle tensors and nothing else.
 
-    The file is opened here because hosts rename files whose loading by name failed.
+    The file is opened here because hosts rename files whose loading by name failed; and torch's loader is
+    called where it is defined, because hosts put their own in the place of ``torch.load``, one of which
+    (AUTOMATIC1111's) leaves the stream where its check had read to.
     """
     try:
         with path.open("rb") as stream:
             _refuse_inflating(path.name, stream)
-            return torch.load(stream, map_location="cpu", weights_only=True)
+            return torch.serialization.load(stream, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:

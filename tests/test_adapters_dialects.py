@@ -156,7 +156,7 @@ def test_attention_processors_of_2023(tmp_path: Path) -> None:
 
 
 def test_the_bundled_embeddings_of_onetrainer_come_along(tmp_path: Path) -> None:
-    word, two = torch.randn(3, 16), torch.randn(1, 16)
+    word, two = torch.randn(3, 24), torch.randn(1, 24)
     tensors = {
         **DIALECTS["kohya, diffusers' names"](),
         "bundle_emb.my-word.string_to_param.*": word,
