@@ -25,7 +25,8 @@ from demo.metrics import Judges
 from demo.pipeline import Settings
 from demo.samplers import NAMES
 from demo.train import export
-from demo.train.denoisers import BASE, BASE_TEXT, TARGET, TARGET_TEXT, Conditioned, LowRank
+from demo.train.adapters import Adapter, low_rank
+from demo.train.denoisers import BASE, BASE_TEXT, TARGET, TARGET_TEXT, Conditioned
 from demo.train.vae import CONFIG
 from lib_delta.models.vae import VAE
 
@@ -52,7 +53,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = shaken(Conditioned(BASE, BASE_TEXT, vocabulary), 1)
     export.sd1(folder / "base.safetensors", base, autoencoder)
     export.sd2(folder / "target.safetensors", shaken(Conditioned(TARGET, TARGET_TEXT, vocabulary), 2), autoencoder)
-    export.lora(folder / "lineart.safetensors", shaken(LowRank(base.unet, 4), 3))
+    export.adapter(folder / "lineart.safetensors", shaken(Adapter(base.unet, low_rank(4)), 3))
     export.unet_only(folder / "tuned.safetensors", shaken(base, 4))
     export.metrics(folder / "metrics.safetensors", Judges())
     names = EMOJI + [f"emoji {i}" for i in range(1563 - len(EMOJI))]
