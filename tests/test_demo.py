@@ -180,6 +180,21 @@ def test_own_files_take_weights_and_fine_tuned_checkpoints(models: Path, tmp_pat
     assert np.abs(pictures["tuned"][3] - pictures["merged"][3]).max() > 2
 
 
+def test_without_a_base_an_adapter_is_put_on_the_embedded_one(models: Path, tmp_path: Path) -> None:
+    drawn = {}
+    for name, options in {
+        "as it is": [],
+        "named": ["--lora", str(models / "lineart.safetensors")],
+        "tuned": ["--adapted", str(models / "tuned.safetensors")],
+    }.items():
+        out = tmp_path / f"{name}.png"
+        assert embedded(models, out, "--lambdas", "1", *options) == 0
+        drawn[name] = cells(out, 1, 4)[0]
+    assert (drawn["named"] == drawn["as it is"]).all()
+    assert (drawn["tuned"][0] == drawn["as it is"][0]).all()
+    assert (drawn["tuned"][1] != drawn["as it is"][1]).any()
+
+
 def test_a_larger_size_is_decoded_whole(models: Path, out: Path) -> None:
     lora = ["--lora", str(models / "lineart.safetensors")]
     assert own(models, out, "--prompt", "fox", "--lambdas", "1", "--size", "128", "--dtype", "bf16", *lora) == 0
