@@ -44,12 +44,11 @@ def there(models: Path) -> dict[str, str]:
 def measure(
     workers: Workers, models: Path, prompts: tuple[str, ...], seeds: tuple[int, ...], settings: Settings
 ) -> dict[str, Any]:
-    """Measure each file alone and as a delta; returns tables ``{"lambda 1": {"LoRA": figures}}``."""
+    """Measure each file's delta; returns tables ``{"lambda 1": {"LoRA": figures}}``."""
     target, files = Task("target", prompts, seeds, settings), there(models)
-    ways = {"alone": replace(target, kind="adapted")}
-    ways |= {f"lambda {v:g}": replace(target, kind="delta", strength=Strength(v)) for v in LAMBDAS}
-    tasks = {(way, name): replace(task, adapter=file) for way, task in ways.items() for name, file in files.items()}
-    results = workers.run({"target": target, **{" of ".join(key): task for key, task in tasks.items()}})
+    ways = {f"lambda {v:g}": replace(target, kind="delta", strength=Strength(v)) for v in LAMBDAS}
+    tasks = {f"{way} of {name}": replace(ways[way], adapter=file) for way in ways for name, file in files.items()}
+    results = workers.run({"target": target, "alone of LoRA": replace(target, kind="adapted"), **tasks})
     draws = _draws(len(prompts))
     means = {key: draws @ _by_prompt(result) for key, result in results.items()}
     ends = means["target"], means["alone of LoRA"]

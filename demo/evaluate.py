@@ -14,6 +14,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from demo import algorithms
 from demo.embedded import MODELS
 from demo.pipeline import Settings
@@ -194,7 +196,9 @@ def _show(figures: dict[str, Any], options: argparse.Namespace, settings: Settin
             print(table(figures[key], title), end="\n\n")
         print(table(baseline["img2img_by_strength"], "img2img strength"))
         print(f"\nbest lambda {figures['best_lambda']}")
-    algorithms.sheet(options.models, settings).save(options.out.with_name("algorithms.png"), optimize=True)
+    sheet = algorithms.sheet(options.models, settings)
+    # 64 colours: what is shown is mostly black and white, and the file a quarter as large.
+    sheet.quantize(64, dither=Image.Dither.NONE).save(options.out.with_name("algorithms.png"), optimize=True)
     for title, rows in figures["algorithms"].items():
         if isinstance(rows, dict):
             print(f"\n{algorithms.table(rows, title)}")

@@ -42,14 +42,13 @@ def measured(tmp_path: Path) -> dict[str, Any]:
     return algorithms.measure(cast(Workers, MadeUp()), tmp_path, PROMPTS, (0, 1), Settings())
 
 
-def test_the_files_that_are_there_are_measured_in_every_way(measured: dict[str, Any]) -> None:
+def test_the_files_that_are_there_are_measured_at_every_lambda(measured: dict[str, Any]) -> None:
     assert measured.pop("cases") == 100
-    assert measured.keys() == {"alone", "lambda 1", "lambda 1.5"}
+    assert measured.keys() == {"lambda 1", "lambda 1.5"}
     assert all(list(rows) == ["LoRA", "LoHa", "OFT"] for rows in measured.values())
 
 
 def test_style_is_the_share_of_the_way_to_what_the_lora_draws_alone(measured: dict[str, Any]) -> None:
-    assert measured["alone"]["LoRA"]["style_share"] == 1
     assert measured["lambda 1"]["LoRA"]["style_share"] == pytest.approx(0.5, abs=1e-3)
     assert measured["lambda 1.5"]["LoHa"]["style_share"] == pytest.approx(0.6 / 0.8 + 0.05 / 0.8, abs=1e-3)
     assert measured["lambda 1"]["LoHa"]["style_difference"] == pytest.approx(0.05 / 0.8, abs=1e-3)
