@@ -197,8 +197,8 @@ def _show(figures: dict[str, Any], options: argparse.Namespace, settings: Settin
         print(table(baseline["img2img_by_strength"], "img2img strength"))
         print(f"\nbest lambda {figures['best_lambda']}")
     sheet = algorithms.sheet(options.models, settings)
-    # 64 colours: what is shown is mostly black and white, and the file a quarter as large.
-    sheet.quantize(64, dither=Image.Dither.NONE).save(options.out.with_name("algorithms.png"), optimize=True)
+    # 256 colours: what is shown is mostly black and white, and the file far smaller.
+    sheet.quantize(256, dither=Image.Dither.NONE).save(options.out.with_name("algorithms.png"), optimize=True)
     for title, rows in figures["algorithms"].items():
         if isinstance(rows, dict):
             print(f"\n{algorithms.table(rows, title)}")
