@@ -24,10 +24,11 @@ MODELS = Path(__file__).parent / "models"
 EXAMPLES = """examples:
   python run.py demo
   python run.py demo --prompt "red apple" --prompt rocket --lambdas 0,1,2 --range 0.5 1
+  python run.py demo --lora demo/models/lineart-loha.safetensors
   python run.py demo --target sd21.safetensors --base v1-5.safetensors --lora style.safetensors:0.8 \\
       --prompt "a lighthouse" --size 512
 """
-OWN_FILES = ("target", "base", "lora", "adapted", "device", "dtype", "prediction", "form", "tokenizer")
+OWN_FILES = ("target", "base", "device", "dtype", "prediction", "form", "tokenizer")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_picture_options(out.add_argument_group("pictures"))
-    _add_own_files(out.add_argument_group("your own files, in place of the embedded models"))
+    _add_own_files(out.add_argument_group("your own files, in place of the embedded models or beside them"))
     output = out.add_argument_group("output")
     output.add_argument(
         "--out", type=Path, default=Path("out/demo.png"), help="the .png to write (default: %(default)s)"
@@ -84,7 +85,8 @@ def _add_own_files(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--target", type=Path, metavar="FILE", help="the checkpoint that draws: SD 1.x, SD 2.x or SDXL")
     add("--base", type=Path, metavar="FILE", help="the checkpoint that the adapter was made for")
-    add("--lora", action="append", metavar="FILE[:WEIGHT]", help="a LoRA or LoCon for the base, may be repeated")
+    add("--lora", action="append", metavar="FILE[:WEIGHT]",
+        help="an adapter for the base or, without one, the embedded base; may be repeated")  # fmt: skip
     add("--adapted", type=Path, metavar="FILE", help="a fine-tuned checkpoint of the base, in place of or beside LoRAs")
     add("--prediction", choices=("eps", "v"), help="what the target predicts, where its file does not say")
     add("--form", choices=("merged", "bypass"), help="adapted weights (default: merged), or factors alone: less memory")
@@ -102,12 +104,16 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run of the demo shows; ``judgements`` is empty for the user's own files."""
+    """What a run of the demo shows; ``judgements`` is empty for the user's own files.
+
+    ``adapters`` are those that were named; without one, the embedded LoRA was attached.
+    """
 
     plan: Plan
     where: str
     columns: Sequence[Column]
     judgements: Sequence[Judgement] = ()
+    adapters: Sequence[Adapter] = ()
     files: OwnFiles | None = None
 
 
@@ -168,26 +174,31 @@ def _draw_embedded(options: argparse.Namespace) -> Result:
     from demo.sweep import embedded_sweep, judge_column
 
     plan = _plan(options, Settings())
-    embedded = Embedded.load(options.models)
+    adapters = _adapters(options)
+    embedded = Embedded.load(options.models, adapters)
     columns = embedded_sweep(embedded, plan)
     judgements = [judge_column(embedded.judges, embedded.names, plan.prompts, column) for column in columns]
-    return Result(plan, "CPU, fp32", columns, judgements)
+    return Result(plan, "CPU, fp32", columns, judgements, adapters)
 
 
 def _draw_own(options: argparse.Namespace) -> Result:
-    from demo.pipeline import Adapter, Settings
+    from demo.pipeline import Settings
     from demo.sweep import OwnFiles, own_sweep
 
     plan = _plan(options, Settings(steps=25, cfg=7.0, size=512))
-    adapters = [_lora(text) for text in options.lora or ()]
-    if options.adapted:
-        adapters.append(Adapter(options.adapted))
+    adapters = _adapters(options)
     place = _place(options.device, options.dtype)
     files = OwnFiles(
         options.target, options.base, adapters, options.form or "merged", options.prediction, options.tokenizer
     )
     where = f"{place.device}, {str(place.dtype).removeprefix('torch.')}"
-    return Result(plan, where, own_sweep(files, plan, place), files=files)
+    return Result(plan, where, own_sweep(files, plan, place), adapters=adapters, files=files)
+
+
+def _adapters(options: argparse.Namespace) -> list[Adapter]:
+    from demo.pipeline import Adapter
+
+    return [_lora(text) for text in options.lora or ()] + [Adapter(path) for path in (options.adapted,) if path]
 
 
 def _lora(text: str) -> Adapter:
@@ -271,6 +282,7 @@ def _record(result: Result, picture: Path, seconds: float) -> dict[str, Any]:
         **asdict(result.plan.settings),
         "prompts": list(result.plan.prompts),
         "seed": result.plan.seed,
+        "adapters": [{"path": str(a.path), "weight": a.weight} for a in result.adapters],
         "strengths": [asdict(strength) for strength in result.plan.strengths],
     }
     files = None if result.files is None else json.loads(json.dumps(asdict(result.files), default=str))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from demo.metrics import Judges, load_judges
 from demo.pipeline import AdaptedModel, Adapter, Model, Place, load_model
 
 MODELS = Path(__file__).parent / "models"
+LORA = "lineart.safetensors"
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """Base, target, the base with its line-art LoRA, and what judges their pictures."""
+    """Base, target, the base with its line-art LoRA or other adapters, and what judges their pictures."""
 
     base: Model
     target: Model
@@ -23,14 +25,14 @@ class Embedded:
     names: list[str]
 
     @classmethod
-    def load(cls, folder: Path = MODELS, adapter: str = "lineart.safetensors") -> Embedded:
-        """Load the models on the CPU; ``adapter`` names the LoRA or the full fine-tune."""
+    def load(cls, folder: Path = MODELS, adapters: Sequence[Adapter] = ()) -> Embedded:
+        """Load the models on the CPU; without ``adapters`` it is the line-art LoRA that is attached."""
         place, tokenizer = Place.cpu(), folder / "tokenizer"
         base = load_model(folder / "base.safetensors", place, tokenizer)
         return cls(
             base=base,
             target=load_model(folder / "target.safetensors", place, tokenizer),
-            adapted=AdaptedModel(base, [Adapter(folder / adapter)]),
+            adapted=AdaptedModel(base, adapters or [Adapter(folder / LORA)]),
             judges=load_judges(folder / "metrics.safetensors"),
             names=json.loads((folder / "names.json").read_text("utf-8")),
         )

@@ -1,4 +1,4 @@
-"""The evidence: style, content and diversity over lambda, baselines, ranges and samplers (``python -m demo.evaluate``).
+"""The evidence: style, content and diversity over lambda, ranges, samplers, algorithms (``python -m demo.evaluate``).
 
 Every figure is measured on the same prompts and seeds.  The share of style is the way from the target
 alone (0) to the adapted model alone (1); content is relative to the target alone.
@@ -10,166 +10,23 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-import torch.multiprocessing
-from torch import Tensor
-from tqdm import tqdm
+from PIL import Image
 
-from demo.embedded import MODELS, Embedded
-from demo.metrics import Scores, judge
-from demo.pipeline import Alone, Batch, Branch, Denoiser, Model, Settings, decode, draw, with_delta
-from demo.samplers import NAMES, denoise_from, noise_levels
+from demo import algorithms
+from demo.embedded import MODELS
+from demo.pipeline import Settings
+from demo.samplers import NAMES
+from demo.studio import Ends, Figures, Task, Workers
 from lib_delta.strength import Strength
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 HAND_OFFS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 RANGES = ((0.0, 0.33), (0.33, 0.67), (0.67, 1.0))
 SAMPLERS = ("ddim", "ddpm", "euler", "heun", "dpm_2", "dpmpp_2m", "gradient_estimation", "unipc")
-PROMPTS_AT_ONCE = 6
-Figures = dict[str, float | None]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One set of pictures to make and judge: every prompt with every seed.
-
-    ``kind`` is what draws: the ``target``, the ``adapted`` model, the target with the ``delta`` of
-    ``strength``, or ``img2img``: the target redrawing the last ``share`` of the steps of ``start``,
-    the adapted model's latents.
-    """
-
-    kind: Literal["target", "adapted", "delta", "img2img"]
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    settings: Settings
-    strength: Strength = field(default_factory=Strength)
-    share: float = 0.0
-    start: Tensor | None = None
-
-    @property
-    def title(self) -> str:
-        """What the progress bar says."""
-        detail = {
-            "delta": f" {self.strength.value:g} {self.strength.start:g}-{self.strength.end:g}",
-            "img2img": f" {self.share:g}",
-        }
-        return f"{self.settings.sampler} {self.kind}{detail.get(self.kind, '')}"
-
-
-@dataclass(frozen=True)
-class Result:
-    scores: Scores
-    latents: Tensor
-
-
-class Studio:
-    """Makes and judges the pictures of tasks with the embedded models."""
-
-    def __init__(self, models: Path) -> None:
-        torch.set_num_threads(1)
-        self.embedded = Embedded.load(models)
-
-    def run(self, task: Task) -> Result:
-        """Make and judge one task's pictures."""
-        latents, seeds = [], len(task.seeds)
-        for first in range(0, len(task.prompts), PROMPTS_AT_ONCE):
-            batch = Batch(task.prompts[first : first + PROMPTS_AT_ONCE], task.seeds)
-            latents.append(self._latents(task, batch, slice(first * seeds, (first + PROMPTS_AT_ONCE) * seeds)))
-        made = torch.cat(latents)
-        model = self.embedded.base if task.kind == "adapted" else self.embedded.target
-        pictures = decode(model, made).unflatten(0, (len(task.prompts), seeds))
-        names = torch.tensor([self.embedded.names.index(prompt) for prompt in task.prompts])
-        return Result(judge(self.embedded.judges, pictures, names), made)
-
-    def _latents(self, task: Task, batch: Batch, rows: slice) -> Tensor:
-        base, model, settings = self.embedded.base, self.embedded.target, task.settings
-        if task.kind == "adapted":
-            return self._draw(
-                Branch(self.embedded.adapted.source(batch, settings), settings.cfg, adapted=True), base, batch, settings
-            )
-        target = Alone(model, batch, settings)
-        if task.kind == "target":
-            return self._draw(target, model, batch, settings)
-        if task.kind == "delta":
-            source = self.embedded.adapted.source(batch, settings)
-            return self._draw(with_delta(target, model, source, base, task.strength, settings), model, batch, settings)
-        assert task.start is not None
-        return self._redraw(target, task.start[rows], task.share, batch, settings)
-
-    def _draw(self, denoiser: Denoiser, model: Model, batch: Batch, settings: Settings) -> Tensor:
-        return draw(denoiser, model, batch, settings, torch.device("cpu"))
-
-    def _redraw(self, target: Alone, start: Tensor, share: float, batch: Batch, settings: Settings) -> Tensor:
-        model = self.embedded.target
-        levels = noise_levels(settings.steps, model.parameterization.schedule)
-        levels = levels[settings.steps - round(share * settings.steps) :]
-        # A noise of its own, as img2img draws it: the one that made the picture would bring it back.
-        noise = Batch(batch.prompts, [seed + 10_000 for seed in batch.seeds]).noise(model, settings)
-        with torch.no_grad():
-            return denoise_from(settings.sampler, target, start + levels[0] * noise, levels, batch.seeds[0])
-
-
-_studio: Studio | None = None
-
-
-def _open_studio(models: Path) -> None:
-    global _studio
-    _studio = Studio(models)
-
-
-def _run(task: Task) -> Result:
-    assert _studio is not None
-    return _studio.run(task)
-
-
-class Workers:
-    """Runs tasks in processes of one thread each, with one progress bar."""
-
-    def __init__(self, models: Path, jobs: int) -> None:
-        context = torch.multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(jobs, context, _open_studio, (models,))
-
-    def run(self, tasks: dict[str, Task]) -> dict[str, Result]:
-        """Return each task's result under its key."""
-        futures = {key: self._pool.submit(_run, task) for key, task in tasks.items()}
-        for future in tqdm(as_completed(futures.values()), total=len(futures), desc=next(iter(tasks.values())).title):
-            future.result()
-        return {key: future.result() for key, future in futures.items()}
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-
-@dataclass(frozen=True)
-class Ends:
-    """The two ends of the scale: what target and adapted model draw alone."""
-
-    target: Scores
-    adapted: Scores
-
-    def figures(self, scores: Scores) -> Figures:
-        """Express scores as shares of the way, rounded for print."""
-        return {
-            "style_share": round(_share(scores.style, self.target.style, self.adapted.style), 3),
-            "ink_share": round(_share(scores.ink, self.target.ink, self.adapted.ink), 3),
-            "content_ratio": _ratio(scores.content, self.target.content),
-            "near_ratio": _ratio(scores.near, self.target.near),
-            "diversity": round(scores.diversity, 3),
-        }
-
-
-def _ratio(value: float, whole: float) -> float | None:
-    # Of a target that shows no emoji at all nothing can be kept or lost.
-    return round(value / whole, 3) if whole else None
-
-
-def _share(value: float, start: float, end: float) -> float:
-    return (value - start) / (end - start)
 
 
 def evidence(
@@ -292,12 +149,34 @@ def chosen_prompts(names: Sequence[str], count: int) -> list[str]:
 
 
 def main() -> None:
+    options = _options()
+    names = json.loads((options.models / "names.json").read_text("utf-8"))
+    settings = Settings(options.sampler, options.steps, options.cfg, options.source_cfg)
+    workers, seeds = Workers(options.models, options.jobs), tuple(range(options.seeds))
+    try:
+        if options.only:
+            figures = json.loads(options.out.read_text("utf-8"))
+            settings = Settings(**figures["settings"])
+        else:
+            chosen = tuple(chosen_prompts(names, options.prompts))
+            figures = evidence(workers, chosen, seeds, settings, options.fewer_prompts)
+        chosen = tuple(chosen_prompts(names, options.algorithm_prompts))
+        figures["algorithms"] = algorithms.measure(workers, options.models, chosen, seeds, settings)
+    finally:
+        workers.close()
+    options.out.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+    _show(figures, options, settings)
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="evaluate", description="Measure what Delta Sampling does with the embedded models."
     )
     parser.add_argument("--prompts", type=int, default=100, help="emoji names, spread over the alphabet")
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each name")
     parser.add_argument("--fewer-prompts", type=int, default=15, help="names for the tables of ranges and samplers")
+    parser.add_argument("--algorithm-prompts", type=int, default=25, help="names for the tables of algorithms")
+    parser.add_argument("--only", choices=("algorithms",), help="measure this anew and keep the rest of --out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--sampler", choices=NAMES, default=Settings.sampler)
     parser.add_argument("--steps", type=int, default=Settings.steps)
@@ -305,22 +184,25 @@ def main() -> None:
     parser.add_argument("--source-cfg", type=float, help="of base and adapted model in the delta (the target's)")
     parser.add_argument("--models", type=Path, default=MODELS, help="the folder of the models")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("evidence.json"))
-    options = parser.parse_args()
-    names = json.loads((options.models / "names.json").read_text("utf-8"))
-    settings = Settings(options.sampler, options.steps, options.cfg, options.source_cfg)
-    workers = Workers(options.models, options.jobs)
-    try:
-        chosen = tuple(chosen_prompts(names, options.prompts))
-        figures = evidence(workers, chosen, tuple(range(options.seeds)), settings, options.fewer_prompts)
-    finally:
-        workers.close()
-    options.out.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
-    baseline = figures["baseline"]
-    plot(figures["lambda"], baseline["img2img_by_strength"], options.out.with_suffix(".png"))
-    for key, title in (("lambda", "lambda"), ("range", "range of the run"), ("samplers", "sampler")):
-        print(table(figures[key], title), end="\n\n")
-    print(table(baseline["img2img_by_strength"], "img2img strength"))
-    print(f"\nbest lambda {figures['best_lambda']}; written to {options.out} and {options.out.with_suffix('.png')}")
+    return parser.parse_args()
+
+
+def _show(figures: dict[str, Any], options: argparse.Namespace, settings: Settings) -> None:
+    """Print what was measured as tables, and draw the plot and the sheet of algorithms beside ``--out``."""
+    if options.only is None:
+        baseline = figures["baseline"]
+        plot(figures["lambda"], baseline["img2img_by_strength"], options.out.with_suffix(".png"))
+        for key, title in (("lambda", "lambda"), ("range", "range of the run"), ("samplers", "sampler")):
+            print(table(figures[key], title), end="\n\n")
+        print(table(baseline["img2img_by_strength"], "img2img strength"))
+        print(f"\nbest lambda {figures['best_lambda']}")
+    sheet = algorithms.sheet(options.models, settings)
+    # 256 colours: what is shown is mostly black and white, and the file far smaller.
+    sheet.quantize(256, dither=Image.Dither.NONE).save(options.out.with_name("algorithms.png"), optimize=True)
+    for title, rows in figures["algorithms"].items():
+        if isinstance(rows, dict):
+            print(f"\n{algorithms.table(rows, title)}")
+    print(f"\nwritten to {options.out}, and pictures beside it")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from demo.metrics import Judges
 from demo.pipeline import Settings
 from demo.samplers import NAMES
 from demo.train import export
-from demo.train.denoisers import BASE, BASE_TEXT, TARGET, TARGET_TEXT, Conditioned, LowRank
+from demo.train.adapters import Adapter, low_rank
+from demo.train.denoisers import BASE, BASE_TEXT, TARGET, TARGET_TEXT, Conditioned
 from demo.train.vae import CONFIG
 from lib_delta.models.vae import VAE
 
@@ -52,7 +53,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = shaken(Conditioned(BASE, BASE_TEXT, vocabulary), 1)
     export.sd1(folder / "base.safetensors", base, autoencoder)
     export.sd2(folder / "target.safetensors", shaken(Conditioned(TARGET, TARGET_TEXT, vocabulary), 2), autoencoder)
-    export.lora(folder / "lineart.safetensors", shaken(LowRank(base.unet, 4), 3))
+    export.adapter(folder / "lineart.safetensors", shaken(Adapter(base.unet, low_rank(4)), 3))
     export.unet_only(folder / "tuned.safetensors", shaken(base, 4))
     export.metrics(folder / "metrics.safetensors", Judges())
     names = EMOJI + [f"emoji {i}" for i in range(1563 - len(EMOJI))]
@@ -177,6 +178,21 @@ def test_own_files_take_weights_and_fine_tuned_checkpoints(models: Path, tmp_pat
     assert np.abs(pictures["merged"] - pictures["bypass"]).max() <= 2
     assert np.abs(pictures["merged"][3] - pictures["merged"][2]).max() > 2
     assert np.abs(pictures["tuned"][3] - pictures["merged"][3]).max() > 2
+
+
+def test_without_a_base_an_adapter_is_put_on_the_embedded_one(models: Path, tmp_path: Path) -> None:
+    drawn = {}
+    for name, options in {
+        "as it is": [],
+        "named": ["--lora", str(models / "lineart.safetensors")],
+        "tuned": ["--adapted", str(models / "tuned.safetensors")],
+    }.items():
+        out = tmp_path / f"{name}.png"
+        assert embedded(models, out, "--lambdas", "1", *options) == 0
+        drawn[name] = cells(out, 1, 4)[0]
+    assert (drawn["named"] == drawn["as it is"]).all()
+    assert (drawn["tuned"][0] == drawn["as it is"][0]).all()
+    assert (drawn["tuned"][1] != drawn["as it is"][1]).any()
 
 
 def test_a_larger_size_is_decoded_whole(models: Path, out: Path) -> None:

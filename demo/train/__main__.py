@@ -4,6 +4,7 @@ Each stage runs in a process of its own, saves as it goes and is skipped once th
 is done, so a run that was stopped goes on where it was.  On a CPU every process has one thread and
 stages that do not need each other run side by side, one per core.  ``--further`` starts from the
 models that are there instead of from nothing: the autoencoder stays, base and target train on.
+``--stage`` runs one stage alone; an adapter so trains on the base in ``demo/models`` if the cache has none.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from demo.train import export
+from demo.train import adapters, export
 from demo.train.common import Run
 from demo.train.data import Emoji, load
 from demo.train.denoisers import (
@@ -30,11 +32,11 @@ from demo.train.denoisers import (
     TARGET_TEXT,
     VARIANTS,
     Conditioned,
-    LowRank,
     latent_variants,
+    load_conditioned,
+    train_adapter,
     train_conditioned,
     train_full,
-    train_lora,
     white_latent,
 )
 from demo.train.metrics import train_metrics
@@ -44,7 +46,6 @@ from lib_delta.checkpoint import WeightFile, load_vae
 from lib_delta.models.vae import VAE
 
 MODELS = Path(__file__).parents[1] / "models"
-RANK = 8
 RUNS = {
     "vae-colour": Run(steps=250, batch=16, rate=2e-3, warmup=50, average=0.97),
     "vae": Run(steps=900, batch=16, rate=2e-3, average=0.99),
@@ -53,16 +54,28 @@ RUNS = {
     "target-text": Run(steps=1200, batch=64, rate=2e-3, seed=12, average=0.99),
     "target": Run(steps=24500, batch=16, rate=4e-4, seed=2),
     "lineart": Run(steps=1500, batch=24, rate=2e-3, seed=3),
+    "lineart-loha": Run(steps=600, batch=16, rate=2e-3, warmup=50, seed=3, average=0.99),
+    "lineart-lokr": Run(steps=800, batch=16, rate=3e-3, warmup=50, seed=3, average=0.99),
+    "lineart-ia3": Run(steps=600, batch=16, rate=4e-2, warmup=50, seed=3, average=0.99),
+    "lineart-oft": Run(steps=800, batch=16, rate=3e-3, warmup=50, seed=3, average=0.99),
     "lineart-full": Run(steps=600, batch=24, rate=5e-4, seed=4),
     "metrics": Run(steps=12000, batch=48, rate=2e-3, seed=5),
+}
+# The same style by every algorithm of adapters.
+ADAPTERS = {
+    "lineart": adapters.low_rank(adapters.LORA_RANK),
+    "lineart-loha": adapters.hadamard(adapters.LOHA_RANK),
+    "lineart-lokr": adapters.kronecker(adapters.LOKR_FACTOR),
+    "lineart-ia3": adapters.multiplied(),
+    "lineart-oft": adapters.rotated(adapters.OFT_BLOCK),
 }
 NEEDS: dict[str, tuple[str, ...]] = {
     "vae": (),
     "metrics": (),
     "base": ("vae",),
     "target": ("vae",),
-    "lineart": ("base",),
     "lineart-full": ("base",),
+    **dict.fromkeys(ADAPTERS, ("base",)),
 }
 
 
@@ -87,17 +100,16 @@ class Workshop:
             "vae": self.vae,
             "base": self.base,
             "target": self.target,
-            "lineart": self.lineart,
             "lineart-full": self.full,
             "metrics": self.metrics,
+            **{name: partial(self.adapter, name) for name in ADAPTERS},
         }
         stages[stage]()
         self._mark(stage).touch()
 
     def vae(self) -> None:
         if self.further:
-            with WeightFile.open(MODELS / "base.safetensors") as file:
-                torch.save(load_vae(file).state_dict(), self.cache / "vae.pt")
+            torch.save(self._landed_vae().state_dict(), self.cache / "vae.pt")
             return
         torch.manual_seed(RUNS["vae"].seed)
         torch.save(
@@ -105,9 +117,17 @@ class Workshop:
         )
 
     def trained_vae(self) -> VAE:
+        """Return the autoencoder of this cache, or else that of the base in ``demo/models``."""
+        stored = self.cache / "vae.pt"
+        if not stored.exists():
+            return self._landed_vae()
         vae = VAE(CONFIG)
-        vae.load_state_dict(torch.load(self.cache / "vae.pt", weights_only=True))
+        vae.load_state_dict(torch.load(stored, weights_only=True))
         return vae.requires_grad_(False)
+
+    def _landed_vae(self) -> VAE:
+        with WeightFile.open(MODELS / "base.safetensors") as file:
+            return load_vae(file)
 
     def latents(self, name: str, strong: int) -> tuple[Tensor, Tensor]:
         vae = self.trained_vae()
@@ -124,8 +144,12 @@ class Workshop:
         export.sd1(MODELS / "base.safetensors", model, self.trained_vae())
 
     def trained_base(self) -> Conditioned:
-        model = Conditioned(BASE, BASE_TEXT, int(self.tokens.max()) + 1)
-        model.load_state_dict(torch.load(self.cache / "base.pt", weights_only=True))
+        """Return the base of this cache, or else the one in ``demo/models``."""
+        model, stored = Conditioned(BASE, BASE_TEXT, int(self.tokens.max()) + 1), self.cache / "base.pt"
+        if stored.exists():
+            model.load_state_dict(torch.load(stored, weights_only=True))
+        else:
+            load_conditioned(model, MODELS / "base.safetensors")
         return model
 
     def target(self) -> None:
@@ -137,11 +161,17 @@ class Workshop:
         )
         export.sd2(MODELS / "target.safetensors", model, self.trained_vae())
 
-    def lineart(self) -> None:
-        base = self.trained_base()
-        factors = train_lora(base, self.tokens, *self.latents("lineart", VARIANTS), RANK, self.cache, RUNS["lineart"])
-        assert isinstance(factors, LowRank)
-        export.lora(MODELS / "lineart.safetensors", factors)
+    def adapter(self, stage: str) -> None:
+        trained = train_adapter(
+            stage,
+            ADAPTERS[stage],
+            self.trained_base(),
+            self.tokens,
+            *self.latents("lineart", VARIANTS),
+            self.cache,
+            RUNS[stage],
+        )
+        export.adapter(MODELS / f"{stage}.safetensors", trained)
 
     def full(self) -> None:
         model = train_full(

@@ -1,4 +1,4 @@
-"""Train the denoisers: base, its line-art LoRA, its line-art fine-tune, and the target.
+"""Train the denoisers: base, its line-art adapters, its line-art fine-tune, and the target.
 
 Loss: Ho et al. 2020 (arXiv 2006.11239) for eps, Salimans & Ho 2022 (arXiv 2202.00512) for v, weighted
 by min-SNR-5 (Hang et al. 2023, arXiv 2303.09556) with a floor.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from demo.train.adapters import Adapter, Kind
 from demo.train.common import Run, train
 from demo.train.data import augment, to_float
 from demo.train.vae import SCALE
@@ -267,65 +268,25 @@ def train_reading(name: str, model: Conditioned, tokens: Tensor, latents: Tensor
     return trained.model.text.requires_grad_(True)
 
 
-class LowRank(nn.Module):
-    """LoRA factors for every linear and convolution weight of a UNet, under kohya's names."""
-
-    def __init__(self, unet: UNet, rank: int) -> None:
-        super().__init__()
-        self.rank = rank
-        self.paths = [n for n, m in unet.named_modules() if isinstance(m, (Linear, Conv2d))]
-        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
-        for path in self.paths:
-            weight = unet.get_submodule(path).weight
-            assert isinstance(weight, Tensor)
-            inner = min(rank, weight.shape[0], weight[0].numel())
-            down = torch.empty(inner, *weight.shape[1:])
-            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-            self.down[path.replace(".", "_")] = nn.Parameter(down)
-            self.up[path.replace(".", "_")] = nn.Parameter(torch.zeros(weight.shape[0], inner))
-
-    def merged(self, unet: UNet) -> dict[str, Tensor]:
-        """Return the adapted weights by parameter name."""
-        weights = dict(unet.named_parameters())
-        out = {}
-        for path in self.paths:
-            key, weight = path.replace(".", "_"), weights[f"{path}.weight"]
-            out[f"{path}.weight"] = weight + (self.up[key] @ self.down[key].flatten(1)).view_as(weight)
-        return out
-
-    def export(self) -> dict[str, Tensor]:
-        """Return the factors as a kohya file holds them; alpha is the rank, so that the scale is 1."""
-        tensors = {}
-        for path in self.paths:
-            key = path.replace(".", "_")
-            down, up = self.down[key].detach(), self.up[key].detach()
-            tensors[f"lora_unet_{key}.lora_down.weight"] = down
-            tensors[f"lora_unet_{key}.lora_up.weight"] = up[:, :, None, None] if down.ndim == 4 else up
-            tensors[f"lora_unet_{key}.alpha"] = torch.tensor(float(down.shape[0]))
-        return tensors
-
-
 @torch.no_grad()
 def all_contexts(model: Conditioned, tokens: Tensor) -> Tensor:
     """Encode every prompt once, for training with a frozen text encoder."""
     return torch.cat([model.context(part) for part in tokens.split(200)])
 
 
-def train_lora(
-    base: Conditioned, tokens: Tensor, latents: Tensor, white: Tensor, rank: int, folder: Path, run: Run
-) -> LowRank:
-    """Train LoRA factors on a frozen base."""
+def train_adapter(
+    name: str, kind: Kind, base: Conditioned, tokens: Tensor, latents: Tensor, white: Tensor, folder: Path, run: Run
+) -> Adapter:
+    """Train an adapter of any kind on a frozen base."""
     contexts = all_contexts(base, tokens)
     unet = base.unet.requires_grad_(False)
     torch.manual_seed(run.seed)
-    factors = LowRank(unet, rank)
+    adapter = Adapter(unet, kind)
 
     def predict(noisy: Tensor, t: Tensor, index: Tensor) -> Tensor:
-        return functional_call(unet, factors.merged(unet), (noisy[None], t, contexts[index][None]))[0]
+        return functional_call(unet, adapter.merged(unet), (noisy[None], t, contexts[index][None]))[0]
 
-    return cast(
-        LowRank, train("lineart", factors, denoising_loss(predict, latents, white, "eps", run.batch), folder, run)
-    )
+    return cast(Adapter, train(name, adapter, denoising_loss(predict, latents, white, "eps", run.batch), folder, run))
 
 
 def train_full(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from demo.train.denoisers import Conditioned, LowRank
+from demo.train.adapters import Adapter
+from demo.train.denoisers import Conditioned
 from lib_delta.models import unet, vae
 
 
@@ -31,17 +31,9 @@ def unet_only(path: Path, model: Conditioned) -> None:
     _save(path, _below(unet.PREFIX, model.unet), {})
 
 
-def lora(path: Path, factors: LowRank) -> None:
-    """Write a kohya LoRA."""
-    rank = str(factors.rank)
-    metadata = {
-        "ss_base_model_version": "sd_v1",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": rank,
-        "ss_network_alpha": rank,
-        "ss_network_args": json.dumps({"conv_dim": rank, "conv_alpha": rank}),
-    }
-    _save(path, factors.export(), metadata)
+def adapter(path: Path, trained: Adapter) -> None:
+    """Write an adapter as kohya's scripts and LyCORIS do."""
+    _save(path, trained.export(), trained.kind.metadata)
 
 
 def metrics(path: Path, model: nn.Module) -> None:

@@ -1,0 +1,185 @@
+"""Sets of pictures by the embedded models, made and judged in several processes."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.multiprocessing
+from torch import Tensor
+from tqdm import tqdm
+
+from demo.embedded import LORA, Embedded
+from demo.metrics import Scores, judge
+from demo.pipeline import (
+    AdaptedModel,
+    Adapter,
+    Alone,
+    Batch,
+    Branch,
+    Denoiser,
+    Model,
+    Settings,
+    decode,
+    draw,
+    with_delta,
+)
+from demo.samplers import denoise_from, noise_levels
+from lib_delta.strength import Strength
+
+PROMPTS_AT_ONCE = 6
+Figures = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One set of pictures to make and judge: every prompt with every seed.
+
+    ``kind`` is what draws: the ``target``, the ``adapted`` model, the target with the ``delta`` of
+    ``strength``, or ``img2img``: the target redrawing the last ``share`` of the steps of ``start``,
+    the adapted model's latents.  ``adapter`` names the file that makes the adapted model.
+    """
+
+    kind: Literal["target", "adapted", "delta", "img2img"]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    settings: Settings
+    strength: Strength = field(default_factory=Strength)
+    share: float = 0.0
+    start: Tensor | None = None
+    adapter: str = LORA
+
+    @property
+    def title(self) -> str:
+        """What the progress bar says."""
+        detail = {
+            "delta": f" {self.strength.value:g} {self.strength.start:g}-{self.strength.end:g}",
+            "img2img": f" {self.share:g}",
+        }
+        return f"{self.settings.sampler} {self.kind}{detail.get(self.kind, '')}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task's pictures score, in all and prompt by prompt, and their latents."""
+
+    scores: Scores
+    by_prompt: tuple[Scores, ...]
+    latents: Tensor
+
+
+class Studio:
+    """Makes and judges the pictures of tasks with the embedded models."""
+
+    def __init__(self, models: Path) -> None:
+        torch.set_num_threads(1)
+        self.models, self.adapter = models, LORA
+        self.embedded = Embedded.load(models)
+
+    def run(self, task: Task) -> Result:
+        """Make and judge one task's pictures."""
+        self._attach(task.adapter)
+        latents, seeds = [], len(task.seeds)
+        for first in range(0, len(task.prompts), PROMPTS_AT_ONCE):
+            batch = Batch(task.prompts[first : first + PROMPTS_AT_ONCE], task.seeds)
+            latents.append(self._latents(task, batch, slice(first * seeds, (first + PROMPTS_AT_ONCE) * seeds)))
+        made = torch.cat(latents)
+        model = self.embedded.base if task.kind == "adapted" else self.embedded.target
+        pictures = decode(model, made).unflatten(0, (len(task.prompts), seeds))
+        names = torch.tensor([self.embedded.names.index(prompt) for prompt in task.prompts])
+        judges = self.embedded.judges
+        by_prompt = tuple(judge(judges, pictures[i : i + 1], names[i : i + 1]) for i in range(len(names)))
+        return Result(judge(judges, pictures, names), by_prompt, made)
+
+    def _attach(self, adapter: str) -> None:
+        if adapter != self.adapter:
+            adapted = AdaptedModel(self.embedded.base, [Adapter(self.models / adapter)])
+            self.embedded, self.adapter = replace(self.embedded, adapted=adapted), adapter
+
+    def _latents(self, task: Task, batch: Batch, rows: slice) -> Tensor:
+        base, model, settings = self.embedded.base, self.embedded.target, task.settings
+        if task.kind == "adapted":
+            return self._draw(
+                Branch(self.embedded.adapted.source(batch, settings), settings.cfg, adapted=True), base, batch, settings
+            )
+        target = Alone(model, batch, settings)
+        if task.kind == "target":
+            return self._draw(target, model, batch, settings)
+        if task.kind == "delta":
+            source = self.embedded.adapted.source(batch, settings)
+            return self._draw(with_delta(target, model, source, base, task.strength, settings), model, batch, settings)
+        assert task.start is not None
+        return self._redraw(target, task.start[rows], task.share, batch, settings)
+
+    def _draw(self, denoiser: Denoiser, model: Model, batch: Batch, settings: Settings) -> Tensor:
+        return draw(denoiser, model, batch, settings, torch.device("cpu"))
+
+    def _redraw(self, target: Alone, start: Tensor, share: float, batch: Batch, settings: Settings) -> Tensor:
+        model = self.embedded.target
+        levels = noise_levels(settings.steps, model.parameterization.schedule)
+        levels = levels[settings.steps - round(share * settings.steps) :]
+        # A noise of its own, as img2img draws it: the one that made the picture would bring it back.
+        noise = Batch(batch.prompts, [seed + 10_000 for seed in batch.seeds]).noise(model, settings)
+        with torch.no_grad():
+            return denoise_from(settings.sampler, target, start + levels[0] * noise, levels, batch.seeds[0])
+
+
+_studio: Studio | None = None
+
+
+def _open_studio(models: Path) -> None:
+    global _studio
+    _studio = Studio(models)
+
+
+def _run(task: Task) -> Result:
+    assert _studio is not None
+    return _studio.run(task)
+
+
+class Workers:
+    """Runs tasks in processes of one thread each, with one progress bar."""
+
+    def __init__(self, models: Path, jobs: int) -> None:
+        context = torch.multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(jobs, context, _open_studio, (models,))
+
+    def run(self, tasks: dict[str, Task]) -> dict[str, Result]:
+        """Return each task's result under its key."""
+        futures = {key: self._pool.submit(_run, task) for key, task in tasks.items()}
+        for future in tqdm(as_completed(futures.values()), total=len(futures), desc=next(iter(tasks.values())).title):
+            future.result()
+        return {key: future.result() for key, future in futures.items()}
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The two ends of the scale: what target and adapted model draw alone."""
+
+    target: Scores
+    adapted: Scores
+
+    def figures(self, scores: Scores) -> Figures:
+        """Express scores as shares of the way, rounded for print."""
+        return {
+            "style_share": round(_share(scores.style, self.target.style, self.adapted.style), 3),
+            "ink_share": round(_share(scores.ink, self.target.ink, self.adapted.ink), 3),
+            "content_ratio": _ratio(scores.content, self.target.content),
+            "near_ratio": _ratio(scores.near, self.target.near),
+            "diversity": round(scores.diversity, 3),
+        }
+
+
+def _ratio(value: float, whole: float) -> float | None:
+    # Of a target that shows no emoji at all nothing can be kept or lost.
+    return round(value / whole, 3) if whole else None
+
+
+def _share(value: float, start: float, end: float) -> float:
+    return (value - start) / (end - start)
