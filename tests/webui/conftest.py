@@ -93,6 +93,7 @@ RESET = {
     "s_min_uncond_all": False,
     "skip_early_cond": 0,
     "pad_cond_uncond": False,
+    "enable_quantization": False,
     "delta_sampling_on_error": "stop",
     "delta_sampling_cache": 1,
 }
