@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 SCRIPT = "Delta Sampling"
@@ -91,3 +92,11 @@ def encode(picture: Image.Image) -> str:
     stream = io.BytesIO()
     picture.save(stream, "PNG")
     return base64.b64encode(stream.getvalue()).decode()
+
+
+def skip_without_infotexts(webui: WebUI) -> None:
+    """Skip a test of infotexts that come through the API where the WebUI refuses its own pictures' as well."""
+    try:
+        webui.post("/sdapi/v1/txt2img", {"infotext": webui.generate().infotexts[0]})
+    except RefusedError as error:
+        pytest.skip(f"this WebUI does not take its own infotexts ({error.sentence})")

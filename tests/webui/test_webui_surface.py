@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from client import SCRIPT, RefusedError, WebUI, decode
+from client import SCRIPT, RefusedError, WebUI, decode, skip_without_infotexts
 from conftest import Files
 
 TYPES = {"boolean": bool, "number": (int, float), "string": str, "array": list}
@@ -146,10 +146,7 @@ def test_an_infotext_makes_the_same_picture_again(webui: WebUI, files: Files) ->
     """The API fills what is not given from ``infotext``, as pasting does in the browser."""
     first = webui.generate(all_settings(files))
     body = {"infotext": first.infotexts[0], "override_settings_restore_afterwards": True}
-    try:
-        webui.post("/sdapi/v1/txt2img", {**body, "infotext": webui.generate().infotexts[0]})
-    except RefusedError as error:
-        pytest.skip(f"this WebUI does not take its own infotexts ({error.sentence})")
+    skip_without_infotexts(webui)
     answer = webui.post("/sdapi/v1/txt2img", body)
     again = np.asarray(decode(answer["images"][0]).convert("RGB"), int)
     assert texts_of(json.loads(answer["info"])["infotexts"][0]) == all_texts(files)
