@@ -22,7 +22,6 @@ _OTHER_LAYERS: tuple[tuple[str, str], ...] = (
     (r"lora_unet_(lora_)?transformer_transformer_blocks_", "a transformer model (SD 3, Flux or later)"),
     (r"lora_te2_", Family.SDXL.label),
     (r"lora_unet_\w+(_1|attentions_\d)_transformer_blocks_[1-9]_", Family.SDXL.label),
-    (r"lora_unet_(prior|down_blocks_\d_attentions_\d_attention)_", "Stable Cascade"),
     (r"lora_unet_(blocks|layers|transformer_blocks)_\d+_", "a transformer model (of the kind of DiT)"),
 )
 # Families as headers name them: kohya's ``ss_base_model_version``, and ``modelspec.architecture``.

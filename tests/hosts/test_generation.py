@@ -221,6 +221,11 @@ def test_img2img(webui: WebUI, sampler: str, fixed: bool) -> None:
     assert_exact(webui, init_latent=latent(), sampler_name=sampler, steps=6, denoising_strength=0.7)
 
 
+def test_img2img_has_its_delta_whatever_txt2img_said_of_hires_fix(webui: WebUI) -> None:
+    for hires in ("first pass", "hires pass"):
+        assert_exact(webui, {"hires": hires}, init_latent=latent(), denoising_strength=0.7)
+
+
 @pytest.mark.parametrize("sampler", ["Euler a", "DDIM"])
 def test_inpainting_leaves_what_is_outside_the_mask(webui: WebUI, sampler: str) -> None:
     mask = torch.zeros(4, 8, 8)

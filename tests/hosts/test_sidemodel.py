@@ -75,6 +75,21 @@ def test_one_text_encoder_serves_both_where_it_is_not_adapted(files: Files, mode
         assert base is model.adapted_tower()
 
 
+def test_the_text_encoder_has_no_layers_that_webuis_patch(
+    files: Files, model: SideModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AUTOMATIC1111's manual_cast replaces these functions, and casts weights there and back in them."""
+    model.adapt([AdapterPick(files.lora_file())], "merged")
+    wanted = texts(model)
+
+    def patched(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError(f"{type(self).__name__} is patched")
+
+    for kind in (torch.nn.Linear, torch.nn.LayerNorm):
+        monkeypatch.setattr(kind, "forward", patched)
+    assert all(torch.equal(a, b) for a, b in zip(texts(model), wanted))
+
+
 def test_files_that_stay_are_not_read_again(files: Files, model: SideModel) -> None:
     model.adapt([AdapterPick(files.lora_file())], "merged")
     (read,) = model.adapters
