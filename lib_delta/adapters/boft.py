@@ -10,21 +10,23 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lib_delta.adapters.oft import BLOCKS, CONSTRAINT, RESCALE, Oft, cayley, constrained
+from lib_delta.adapters.oft import BLOCKS, CONSTRAINT, RESCALE, Unsolved, cayley, constrained, half_skew
 from lib_delta.errors import AdapterError
 
 PEFT, PEFT_SCALE = "boft_R", "boft_s"
 
 
-def match(tensors: Mapping[str, Tensor]) -> Oft | None:
+def match(tensors: Mapping[str, Tensor]) -> Unsolved | None:
     """Make a layer's BOFT of its tensors, ``(factors, blocks, b, b)``."""
     if PEFT in tensors and not tensors.keys() - {PEFT, PEFT_SCALE}:
-        data = _even(tensors[PEFT], PEFT).float()
-        return Oft(cayley(0.5 * (data.mT - data)), tensors.get(PEFT_SCALE), on_input=True, butterfly="peft")
+        data = _even(tensors[PEFT], PEFT)
+        _, count, side, _ = data.shape
+        return Unsolved(count, side, lambda: cayley(half_skew(data)), tensors.get(PEFT_SCALE), True, "peft")
     if BLOCKS not in tensors or tensors[BLOCKS].ndim != 4 or tensors.keys() - {BLOCKS, RESCALE, CONSTRAINT}:
         return None
-    _even(tensors[BLOCKS], BLOCKS)
-    return Oft(cayley(constrained(tensors)), tensors.get(RESCALE), butterfly="lycoris")
+    _, count, side, _ = _even(tensors[BLOCKS], BLOCKS).shape
+    rescale = tensors.get(RESCALE)
+    return Unsolved(count, side, lambda: cayley(constrained(tensors)), rescale, butterfly="lycoris")
 
 
 def _even(blocks: Tensor, name: str) -> Tensor:

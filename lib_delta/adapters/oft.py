@@ -8,9 +8,8 @@ before 0.16 (``oft_r``) and since (``oft_R``).
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,19 +56,7 @@ class Oft(LayerAdapter):
         return self.factors.shape[1] * self.factors.shape[2]
 
     def fit(self, shape: Size) -> Oft:
-        matrix_or_convolution(shape, "an OFT")
-        wanted = shape[1:].numel() if self.on_input else shape[0]
-        factors = self.factors
-        if self.factors.shape[1] == 1 and wanted % self.factors.shape[2] == 0 and self.butterfly == "none":
-            # One block that all share.
-            factors = factors.expand(-1, wanted // factors.shape[2], -1, -1)
-        if factors.shape[1] * factors.shape[2] != wanted:
-            found = f"{factors.shape[1]} blocks of {factors.shape[2]}"
-            raise AdapterError(f"its rotations are {found} where the model's layer needs {wanted} entries in all")
-        if self.rescale is not None and self.rescale.numel() != shape[0]:
-            raise AdapterError(f"rescale has {self.rescale.numel()} numbers where the model's layer needs {shape[0]}")
-        rescale = None if self.rescale is None else self.rescale.flatten()
-        return dataclasses.replace(self, factors=factors, rescale=rescale)
+        return self  # made for its layer by Unsolved
 
     def turn(self, entries: Tensor) -> Tensor:
         """Return M times ``entries`` ``(width, ...)``."""
@@ -109,19 +96,58 @@ class Oft(LayerAdapter):
         return (new if self.rescale is None else new * self.rescale.view(shape)) - old
 
 
-def match(tensors: Mapping[str, Tensor]) -> Oft | None:
+@dataclass(frozen=True)
+class Unsolved:
+    """Rotations before their layer is known: a file may hold many more than any layer has, so only :meth:`fit` solves.
+
+    ``make`` returns the factors ``(m, count or 1, side, side)``; the rest is as in :class:`Oft`.
+    """
+
+    count: int
+    side: int
+    make: Callable[[], Tensor]
+    rescale: Tensor | None = None
+    on_input: bool = False
+    butterfly: Butterfly = "none"
+
+    def fit(self, shape: Size) -> Oft:
+        """Return the rotations for a weight of ``shape``; raise :class:`AdapterError` if they are not for one."""
+        matrix_or_convolution(shape, "an OFT")
+        wanted = shape[1:].numel() if self.on_input else shape[0]
+        # One block may be shared by all.
+        shared = self.count == 1 and self.butterfly == "none" and wanted % self.side == 0
+        if not shared and self.count * self.side != wanted:
+            found = f"{self.count} blocks of {self.side}"
+            raise AdapterError(f"its rotations are {found} where the model's layer needs {wanted} entries in all")
+        if self.rescale is not None and self.rescale.numel() != shape[0]:
+            raise AdapterError(f"rescale has {self.rescale.numel()} numbers where the model's layer needs {shape[0]}")
+        factors = self.make()
+        if shared:
+            factors = factors.expand(-1, wanted // self.side, -1, -1)
+        return Oft(factors, None if self.rescale is None else self.rescale.flatten(), self.on_input, self.butterfly)
+
+
+def match(tensors: Mapping[str, Tensor]) -> Unsolved | None:
     """Make a layer's OFT of its tensors; a constraint of 0 or none leaves the angles free."""
     rescale = tensors.get(RESCALE)
     if DIAGONAL in tensors and not tensors.keys() - {DIAGONAL, RESCALE, CONSTRAINT}:
-        return Oft(_blocks(tensors[DIAGONAL], DIAGONAL, 3)[None].mT, rescale)
+        given = _blocks(tensors[DIAGONAL], DIAGONAL, 3)
+        return Unsolved(len(given), given.shape[-1], lambda: given.float()[None].mT, rescale)
     if PEFT_OLD in tensors and tensors.keys() == {PEFT_OLD}:
         data = _blocks(tensors[PEFT_OLD], PEFT_OLD, 3)
-        return Oft(cayley(0.5 * (data.mT - data))[None].mT)
+        return Unsolved(len(data), data.shape[-1], lambda: cayley(half_skew(data))[None].mT)
     if PEFT in tensors and not tensors.keys() - {PEFT, PEFT_TERMS}:
-        return Oft(_peft_rotations(tensors)[None], on_input=True)
+        side = _triangle_side(tensors[PEFT])
+        return Unsolved(len(tensors[PEFT]), side, lambda: _peft_rotations(tensors, side)[None], on_input=True)
     if BLOCKS not in tensors or tensors[BLOCKS].ndim != 3 or tensors.keys() - {BLOCKS, RESCALE, CONSTRAINT}:
         return None
-    return Oft(cayley(constrained(tensors))[None].mT, rescale)
+    blocks = _blocks(tensors[BLOCKS], BLOCKS, 3)
+    return Unsolved(len(blocks), blocks.shape[-1], lambda: cayley(constrained(tensors))[None].mT, rescale)
+
+
+def half_skew(data: Tensor) -> Tensor:
+    """Return peft's skew-symmetric matrices ``(..., b, b)``, with the sign that :func:`cayley` takes."""
+    return 0.5 * (data.mT.float() - data.float())
 
 
 def constrained(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -129,7 +155,7 @@ def constrained(tensors: Mapping[str, Tensor]) -> Tensor:
 
     The constraint that files hold in ``alpha`` counts for each of the layer's outputs.
     """
-    blocks = _blocks(tensors[BLOCKS], BLOCKS, tensors[BLOCKS].ndim)
+    blocks = tensors[BLOCKS].float()
     skew = blocks - blocks.mT
     limit = number(tensors[CONSTRAINT], CONSTRAINT) if CONSTRAINT in tensors else 0.0
     limit *= blocks.shape[-3] * blocks.shape[-1]
@@ -147,16 +173,20 @@ def cayley(skew: Tensor) -> Tensor:
     return rotations
 
 
-def _peft_rotations(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the rotations ``(n, b, b)`` of the inputs from the upper triangles ``(n, b * (b - 1) / 2)``.
+def _triangle_side(vectors: Tensor) -> int:
+    side = (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2 if vectors.ndim == 2 else 0
+    if side < 2 or side * (side - 1) // 2 != vectors.shape[-1] or not len(vectors):
+        raise AdapterError(f"{PEFT} has shape {tuple(vectors.shape)}, and upper triangles of square blocks are needed")
+    return side
+
+
+def _peft_rotations(tensors: Mapping[str, Tensor], side: int) -> Tensor:
+    """Return the rotations ``(n, b, b)`` of the inputs from the upper triangles ``(n, b * (b - 1) / 2)``, b the side.
 
     peft stands a series of five terms for the inverse unless told otherwise; ``oft_terms`` 0 is the
     inverse itself, which peft takes of the matrix with the other sign.
     """
     vectors = tensors[PEFT].float()
-    side = (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2 if vectors.ndim == 2 else 0
-    if side < 2 or side * (side - 1) // 2 != vectors.shape[-1]:
-        raise AdapterError(f"{PEFT} has shape {tuple(vectors.shape)}, and upper triangles of square blocks are needed")
     rows, columns = torch.triu_indices(side, side, 1)
     skew = torch.zeros(len(vectors), side, side)
     skew[:, rows, columns] = vectors
@@ -175,4 +205,4 @@ def _peft_rotations(tensors: Mapping[str, Tensor]) -> Tensor:
 def _blocks(tensor: Tensor, name: str, dimensions: int) -> Tensor:
     if tensor.ndim != dimensions or tensor.shape[-1] != tensor.shape[-2] or tensor.numel() == 0:
         raise AdapterError(f"{name} has shape {tuple(tensor.shape)}, and square blocks are needed")
-    return tensor.float()
+    return tensor
