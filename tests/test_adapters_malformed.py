@@ -328,7 +328,7 @@ def test_no_file_takes_more_memory_than_a_few_times_its_size(tmp_path: Path) -> 
     assert len(lines) == len(BOMBS)
     for (grown, said), path, bomb in zip(lines, paths, BOMBS):
         assert said != "loaded", bomb
-        assert int(grown) < 8 * path.stat().st_size + 16 * 2**20, (bomb, grown, said)
+        assert int(grown) < 4 * path.stat().st_size + 16 * 2**20, (bomb, grown, said)
 
 
 # Random damage.
