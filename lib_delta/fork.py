@@ -113,6 +113,11 @@ def cat(*tensors: Tensor, dim: int) -> Tensor:
     return torch.cat(expand(*tensors), dim)
 
 
+def add_to_adapted(x: Tensor, added: Tensor) -> Tensor:
+    """Add ``(N, ...)`` to the adapted model's branch of ``(R, N, ...)``, which forks here if it had not before."""
+    return torch.stack((x[0], x[-1] + added))
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Multi-head attention of ``(R, N, T, C)`` queries over ``(R, N, S, C)`` keys and values."""
     q, k, v = expand(q, k, v)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lib_delta import fork
 from lib_delta.errors import CheckpointError
 from lib_delta.fork import Conv2d, GroupNorm, LayerNorm, Linear
+from lib_delta.injection import Attended, Injection
 
 PREFIX = "model.diffusion_model."
 
@@ -151,9 +152,13 @@ class CrossAttention(nn.Module):
         self.to_v = Linear(context_width, width, bias=False)
         self.to_out = nn.ModuleDict({"0": Linear(width, width)})
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, attended: Attended | None = None) -> Tensor:
         context = x if context is None else context
-        return self.to_out["0"](fork.attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+        q = self.to_q(x)
+        h = fork.attention(q, self.to_k(context), self.to_v(context), self.heads)
+        if attended is not None:
+            h = fork.add_to_adapted(h, attended(q[-1], self.heads))
+        return self.to_out["0"](h)
 
 
 class GEGLU(nn.Module):
@@ -187,9 +192,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
         self.norm1, self.norm2, self.norm3 = LayerNorm(width), LayerNorm(width), LayerNorm(width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, injection: Injection) -> Tensor:
         x = self.attn1(self.norm1(x)) + x
-        x = self.attn2(self.norm2(x), context) + x
+        x = self.attn2(self.norm2(x), context, injection.attended.get(self.attn2)) + x
         return self.ff(self.norm3(x)) + x
 
 
@@ -207,7 +212,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, injection: Injection) -> Tensor:
         size = x.shape[-2:]
         h = self.norm(x)
         if not self.linear:
@@ -216,7 +221,7 @@ class SpatialTransformer(nn.Module):
         if self.linear:
             h = self.proj_in(h)
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, context, injection)
         if self.linear:
             h = self.proj_out(h)
         h = h.transpose(2, 3).unflatten(3, size)
@@ -246,8 +251,8 @@ class Upsample(nn.Module):
         return self.conv(enlarged.unflatten(0, x.shape[:2]))
 
 
-class UNet(nn.Module):
-    """Predicts noise, velocity or flow from a noisy latent, its timestep and the text."""
+class Encoder(nn.Module):
+    """The half of the UNet that ControlNets are copies of: embeddings, encoder and middle block."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -256,44 +261,67 @@ class UNet(nn.Module):
         self.time_embed = _two_layer_mlp(config.model_channels, emb)
         if config.label_width:
             self.label_emb = nn.ModuleList([_two_layer_mlp(config.label_width, emb)])
-
-        def block(in_channels: int, out_channels: int, depth: int) -> nn.ModuleList:
-            parts: list[nn.Module] = [ResBlock(in_channels, out_channels, emb)]
-            if depth:
-                parts.append(SpatialTransformer(out_channels, depth, config))
-            return nn.ModuleList(parts)
-
         channels = config.model_channels
         self.input_blocks = nn.ModuleList([nn.ModuleList([Conv2d(config.in_channels, channels, 3)])])
-        skips, depths = [channels], iter(config.depth_in)
-        last = len(config.levels) - 1
+        self.skips = [channels]  # the channels of what each input block hands to the decoder
+        depths, last = iter(config.depth_in), len(config.levels) - 1
         for level, (width, count) in enumerate(zip(config.levels, config.res_blocks)):
             for _ in range(count):
-                self.input_blocks.append(block(channels, width, next(depths)))
+                self.input_blocks.append(_block(channels, width, next(depths), config))
                 channels = width
-                skips.append(channels)
+                self.skips.append(channels)
             if level < last:
                 self.input_blocks.append(nn.ModuleList([Downsample(channels)]))
-                skips.append(channels)
-
-        middle: list[nn.Module] = [ResBlock(channels, channels, emb)]
-        if config.depth_middle:
-            middle.append(SpatialTransformer(channels, config.depth_middle, config))
+                self.skips.append(channels)
+        middle = _block(channels, channels, config.depth_middle, config)
         self.middle_block = nn.ModuleList([*middle, ResBlock(channels, channels, emb)])
 
+    def embed(self, t: Tensor, label: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Embed timesteps ``(N,)`` and, for SDXL, the label ``(R, N, label_width)``, as ``(R, N, C)``."""
+        emb = timestep_embedding(t, self.config.model_channels).to(dtype)[None]
+        emb = _mlp(self.time_embed, emb)
+        if not self.config.label_width:
+            return emb
+        if label is None:
+            raise ValueError("this UNet (SDXL) needs a label embedding: pooled text and image size")
+        return emb + _mlp(self.label_emb[0], label)
+
+    def encode(self, x: Tensor, emb: Tensor, context: Tensor, injection: Injection) -> list[Tensor]:
+        """Return the outputs of every input block and of the middle block."""
+        outputs: list[Tensor] = []
+        h = x
+        for number, parts in enumerate(self.input_blocks):
+            h = injection.after(number, _run(parts, h, emb, context, injection))
+            outputs.append(h)
+        return [*outputs, _run(self.middle_block, h, emb, context, injection)]
+
+
+class UNet(Encoder):
+    """Predicts noise, velocity or flow from a noisy latent, its timestep and the text."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        channels, skips = self.skips[-1], list(self.skips)
         self.output_blocks = nn.ModuleList()
         depths = iter(config.depth_out)
-        for level in range(last, -1, -1):
+        for level in range(len(config.levels) - 1, -1, -1):
             width, count = config.levels[level], config.res_blocks[level]
             for i in range(count + 1):
-                parts = block(channels + skips.pop(), width, next(depths))
+                parts = _block(channels + skips.pop(), width, next(depths), config)
                 if level > 0 and i == count:
                     parts.append(Upsample(width))
                 channels = width
                 self.output_blocks.append(parts)
         self.out = nn.ModuleDict({"0": GroupNorm(channels), "2": Conv2d(channels, config.out_channels, 3)})
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        label: Tensor | None = None,
+        injection: Injection = Injection(),  # noqa: B008 (it is frozen)
+    ) -> Tensor:
         """Evaluate the network, both branches at once.
 
         Args:
@@ -301,38 +329,40 @@ class UNet(nn.Module):
             t: continuous timesteps ``(N,)``, 0 to 999.
             context: encoded text ``(R, N, T, context_width)``.
             label: pooled text and size embedding ``(R, N, label_width)``, for SDXL.
+            injection: what the adapted model gets besides, of a ControlNet or an image prompt.
 
         Returns:
             The prediction ``(R', N, C, H, W)``; ``R'`` is 1 if nothing told the branches apart.
         """
-        emb = timestep_embedding(t, self.config.model_channels).to(x.dtype)[None]
-        emb = _mlp(self.time_embed, emb)
-        if self.config.label_width:
-            if label is None:
-                raise ValueError("this UNet (SDXL) needs a label embedding: pooled text and image size")
-            emb = emb + _mlp(self.label_emb[0], label)
-
-        def run(parts: nn.ModuleList, h: Tensor) -> Tensor:
-            for part in parts:
-                if isinstance(part, ResBlock):
-                    h = part(h, emb)
-                elif isinstance(part, SpatialTransformer):
-                    h = part(h, context)
-                elif isinstance(part, Upsample):
-                    h = part(h, skips[-1].shape[-2:])
-                else:
-                    h = part(h)
-            return h
-
-        skips: list[Tensor] = []
-        h = x
-        for parts in self.input_blocks:
-            h = run(parts, h)
-            skips.append(h)
-        h = run(self.middle_block, h)
+        emb = self.embed(t, label, x.dtype)
+        *skips, h = injection.into_decoder(self.encode(x, emb, context, injection))
         for parts in self.output_blocks:
-            h = run(parts, fork.cat(h, skips.pop(), dim=2))
+            h = fork.cat(h, skips.pop(), dim=2)
+            h = _run(parts, h, emb, context, injection, skips[-1].shape[-2:] if skips else None)
         return self.out["2"](F.silu(self.out["0"](h)))
+
+
+def _block(in_channels: int, out_channels: int, depth: int, config: UNetConfig) -> nn.ModuleList:
+    parts: list[nn.Module] = [ResBlock(in_channels, out_channels, 4 * config.model_channels)]
+    if depth:
+        parts.append(SpatialTransformer(out_channels, depth, config))
+    return nn.ModuleList(parts)
+
+
+def _run(
+    parts: nn.ModuleList, h: Tensor, emb: Tensor, context: Tensor, injection: Injection, size: torch.Size | None = None
+) -> Tensor:
+    """Evaluate one block; ``size`` is what an upsampling part enlarges to."""
+    for part in parts:
+        if isinstance(part, ResBlock):
+            h = part(h, emb)
+        elif isinstance(part, SpatialTransformer):
+            h = part(h, context, injection)
+        elif isinstance(part, Upsample):
+            h = part(h, size)
+        else:
+            h = part(h)
+    return h
 
 
 def _two_layer_mlp(inputs: int, width: int) -> nn.ModuleDict:
