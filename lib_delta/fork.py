@@ -11,11 +11,18 @@ The layers are classes of our own that call ``torch.nn.functional`` directly.  W
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lib_delta.memory import free_memory
+
+# How much the scores of one call of attention may take where they are held whole: enough to keep a device busy.
+SCORE_BYTES = 512 * 2**20
 
 
 class Adaptation(Protocol):
@@ -35,6 +42,8 @@ class ForkedLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.adaptation: Adaptation | None = None
+        # The one branch that is evaluated, where the two are evaluated one after the other (:func:`alone`).
+        self.branch: int | None = None
 
     def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Compute the layer for ``x`` of shape ``(N, ...)`` with the given weights."""
@@ -45,9 +54,11 @@ class ForkedLayer(nn.Module):
         return self.apply_weights(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(R, N, ...)`` to ``(R', N, ...)``; ``R'`` is 2 where the layer is adapted."""
-        if self.adaptation is None:
+        """Map ``(R, N, ...)`` to ``(R', N, ...)``; ``R'`` is 2 where the layer is adapted and no branch is alone."""
+        if self.adaptation is None or self.branch == 0:
             return self.base(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        if self.branch == 1:
+            return self.adaptation(self, x[0])[None]
         return torch.stack((self.base(x[0]), self.adaptation(self, x[-1])))
 
 
@@ -102,6 +113,24 @@ class LayerNorm(ForkedLayer):
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
+@contextmanager
+def alone(model: nn.Module, branch: int) -> Iterator[None]:
+    """Have a model's layers evaluate one branch only, on activations of ``R = 1``."""
+    layers = [layer for layer in model.modules() if isinstance(layer, ForkedLayer)]
+    try:
+        for layer in layers:
+            layer.branch = branch
+        yield
+    finally:
+        for layer in layers:
+            layer.branch = None
+
+
+def forks(model: nn.Module) -> bool:
+    """Tell whether any layer of a model is adapted."""
+    return any(isinstance(layer, ForkedLayer) and layer.adaptation is not None for layer in model.modules())
+
+
 def expand(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Give ``(R, N, ...)`` tensors the same number of branches (a view, no copy)."""
     branches = max(t.shape[0] for t in tensors)
@@ -123,5 +152,33 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     q, k, v = expand(q, k, v)
     branches, batch = q.shape[:2]
     split = [t.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
-    out = F.scaled_dot_product_attention(*split)
-    return out.transpose(1, 2).flatten(2).unflatten(0, (branches, batch))
+    return attend(*split).transpose(1, 2).flatten(2).unflatten(0, (branches, batch))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of ``(N, heads, T, C)`` queries over ``(N, heads, S, C)`` keys and values.
+
+    Where torch has no fused kernel (Apple's and Intel's devices, DirectML, older ROCm) it holds a number for each pair
+    of query and key, 17 GB at 128x128 latents in fp16; there, the queries are taken in slices.
+    """
+    slices = 1 if _fused(q, k, v) else _slices(q, k)
+    if slices == 1:
+        return F.scaled_dot_product_attention(q, k, v)
+    return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.chunk(slices, 2)], 2)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Tell whether torch would take a kernel that never holds all scores."""
+    try:
+        return torch._fused_sdp_choice(q, k, v) != 0
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False  # a device without any, or a torch that does not say
+
+
+def _slices(q: Tensor, k: Tensor) -> int:
+    scores = 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()  # before softmax and after it
+    if scores <= SCORE_BYTES // 8:
+        return 1
+    free = free_memory(q.device)
+    room = SCORE_BYTES if free is None else min(SCORE_BYTES, free // 2)
+    return min(q.shape[2], -(-scores // max(room, 1)))

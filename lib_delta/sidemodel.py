@@ -17,6 +17,7 @@ from lib_delta.adapters.load import AdapterFile, load_adapter
 from lib_delta.checkpoint import Report, WeightFile, load_unet
 from lib_delta.errors import CheckpointError, DeltaError
 from lib_delta.families import Family
+from lib_delta.memory import out_of_memory
 from lib_delta.models.text import TextEncoder, load_towers
 from lib_delta.parameterization import Parameterization, Schedule
 
@@ -203,13 +204,6 @@ class SideModels:
 
     def __iter__(self) -> Iterator[SideModel]:
         return iter(tuple(self._models.values()))
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out, on a GPU or in RAM."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "memory" in str(error) and "alloc" in str(error)
 
 
 def sentence(error: BaseException, doing: str) -> DeltaError:

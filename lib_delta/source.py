@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lib_delta.fork import expand
+from lib_delta.fork import alone, expand, forks
+from lib_delta.memory import out_of_memory, release_cached
 from lib_delta.models.unet import UNet
 from lib_delta.parameterization import Parameterization
 
@@ -46,7 +47,8 @@ Prompts = Callable[[int], Conditioning]
 class Source:
     """A base UNet with its adaptations attached, ready to be asked for the delta.
 
-    ``evaluations`` counts the passes through the UNet (one serves base and adapted, cond and uncond).
+    ``evaluations`` counts the passes through the UNet: one serves base and adapted, cond and uncond, unless memory is
+    too short for all of them at once.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Source:
         self.parameterization = parameterization
         self.quantize = quantize
         self.evaluations = 0
+        self._parts = 1
         self._told = [_prompts(base)] if adapted is None else [_prompts(base), _prompts(adapted)]
         self._joined: tuple[list[Conditioning], _Joined] | None = None
 
@@ -126,11 +129,8 @@ class Source:
         rows = torch.cat((told.images, torch.arange(len(x)))) if with_uncond else told.images
         context, label = told.model_rows(with_uncond)
         model_x, t = self.parameterization.model_input(x[rows], sigma[rows], self.quantize)
-        with without_autocast(weight.device):
-            output = self.unet(
-                model_x[None].to(weight.dtype), t, context.to(weight), None if label is None else label.to(weight)
-            )
-        self.evaluations += 1
+        label = None if label is None else label.to(weight)
+        output = self._evaluated(_Batch(model_x.to(weight.dtype), t, context.to(weight), label))
         denoised = self.parameterization.denoised(output.float(), x[rows], sigma[rows])
         cond, uncond = denoised[:, : len(told.images)], denoised[:, len(told.images) :]
         if told.weights is None and not with_uncond:
@@ -142,12 +142,71 @@ class Source:
             return uncond + cfg_scale * (cond - uncond), uncond
         return _compose(cond, uncond, cfg_scale * told.weights.to(cond.device), told.images.to(cond.device)), uncond
 
+    def _evaluated(self, batch: _Batch) -> Tensor:
+        """Return the UNet's output ``(R, rows, C, H, W)``, in as many parts as memory asks for; that is remembered.
+
+        First base and adapted go apart, then cond and uncond, then images.
+        """
+        while True:
+            try:
+                with without_autocast(batch.x.device):
+                    return self._in_parts(batch)
+            except Exception as error:
+                most = len(batch.x) * len(self._branches(batch))
+                if not out_of_memory(error) or self._parts >= most:
+                    raise
+            # Only out here has the error let go of what the failed pass had computed.
+            self._parts = min(2 * self._parts, most)
+            release_cached(batch.x.device)
+
+    def _in_parts(self, batch: _Batch) -> Tensor:
+        branches = self._branches(batch) if self._parts > 1 else (None,)
+        pieces = batch.split(min(len(batch.x), self._parts // len(branches)))
+        output = torch.cat([torch.cat([piece.evaluate(self.unet, b) for piece in pieces], 1) for b in branches])
+        self.evaluations += len(branches) * len(pieces)
+        return output
+
+    def _branches(self, batch: _Batch) -> tuple[int | None, ...]:
+        return (0, 1) if batch.forks or forks(self.unet) else (None,)
+
     def _at(self, step: int, batch: int) -> _Joined:
         """Join what the models are told at a step; while it stays the same, it is joined once."""
         told = [prompts(step) for prompts in self._told]
         if self._joined is None or any(a is not b for a, b in zip(self._joined[0], told)):
             self._joined = told, _join(told, batch)
         return self._joined[1]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the UNet is given for some rows: latents ``(rows, C, H, W)``, timesteps ``(rows,)``, what it is told.
+
+    Contexts are ``(R, rows, T, C)``, labels ``(R, rows, L)``.
+    """
+
+    x: Tensor
+    t: Tensor
+    context: Tensor
+    label: Tensor | None
+
+    @property
+    def forks(self) -> bool:
+        """Whether base and adapted are told apart already here."""
+        return len(self.context) > 1 or (self.label is not None and len(self.label) > 1)
+
+    def split(self, count: int) -> list[_Batch]:
+        """Return the rows in ``count`` parts."""
+        labels = [None] * count if self.label is None else self.label.tensor_split(count, 1)
+        rows = zip(self.x.tensor_split(count), self.t.tensor_split(count), self.context.tensor_split(count, 1), labels)
+        return [_Batch(*part) for part in rows]
+
+    def evaluate(self, unet: UNet, branch: int | None) -> Tensor:
+        """Return the UNet's output ``(R, rows, C, H, W)``, of both branches or of one of them alone."""
+        if branch is None:
+            return unet(self.x[None], self.t, self.context, self.label)
+        context, label = (None if t is None else t[min(branch, len(t) - 1)][None] for t in (self.context, self.label))
+        with alone(unet, branch):
+            return unet(self.x[None], self.t, context, label)
 
 
 @dataclass(frozen=True)

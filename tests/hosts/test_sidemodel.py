@@ -14,7 +14,8 @@ from small_files import TEXT_PREFIX, UNET_PREFIX, Files, checkpoint, make_files,
 
 from lib_delta.adapters.apply import Form
 from lib_delta.errors import AdapterError, CheckpointError, DeltaError, SettingError
-from lib_delta.sidemodel import AdapterPick, FileState, SideModel, SideModels, out_of_memory, sentence
+from lib_delta.memory import out_of_memory
+from lib_delta.sidemodel import AdapterPick, FileState, SideModel, SideModels, sentence
 
 FP32 = torch.float32
 
@@ -205,6 +206,13 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
         (MemoryError(), True),
         (torch.cuda.OutOfMemoryError("CUDA out of memory"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:80] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB)"), True),
+        (RuntimeError("Invalid buffer size: 16.00 GB"), True),
+        (RuntimeError("Could not allocate tensor with 4294967296 bytes. There is not enough GPU video memory"), True),
+        (RuntimeError("Allocation is out of device memory on current platform."), True),
+        (RuntimeError("index 5 is out of bounds for the memory format"), False),
         (RuntimeError("shapes do not match"), False),
         (ValueError("can't allocate memory"), False),
     ],

@@ -1,0 +1,37 @@
+"""Memory: how much a device has left, and how errors say that it ran out."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+# CUDA and ROCm, MPS, DirectML, XPU and the CPU each have words of their own.
+_SHORT = re.compile(
+    r"(out of|not enough|can't allocate|could not allocate|failed to allocate) ((gpu|video|device|host) )*memory"
+    r"|could not allocate tensor|invalid buffer size|alloc_failed|out_of_(device|host)_memory",
+    re.IGNORECASE,
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out, on a GPU or in RAM."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_SHORT.search(str(error)))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return how many bytes a device can still give, None where it does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    limit = getattr(torch.mps, "recommended_max_memory", None) if device.type == "mps" else None
+    return None if limit is None else max(0, limit() - torch.mps.current_allocated_memory())
+
+
+def release_cached(device: torch.device) -> None:
+    """Have a device's allocator give back what it keeps for later, so that pieces of it can be joined."""
+    release = getattr(getattr(torch, device.type, None), "empty_cache", None)
+    if release is not None:
+        release()
