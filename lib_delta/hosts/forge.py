@@ -33,7 +33,7 @@ memory = importlib.import_module("backend.memory_management" if BACKEND else "ld
 patching = importlib.import_module("backend.patcher.base" if BACKEND else "ldm_patched.modules.model_patcher")
 sampling = importlib.import_module("backend.sampling.sampling_function" if BACKEND else "modules_forge.forge_sampler")
 
-VERSION = getattr(importlib.import_module("modules_forge.forge_version"), "version", "") if not BACKEND else ""
+VERSION = getattr(importlib.import_module("modules_forge.forge_version"), "version", "")
 
 POST_CFG = "sampler_post_cfg_function"
 # What one row of a pass through an SD 1.5 UNet needs besides its weights, for each pixel of the latent.
@@ -56,9 +56,9 @@ class Call:
 
 
 class Forge(Host):
-    """Stable Diffusion WebUI Forge; reForge where there is no package ``backend``."""
+    """Stable Diffusion WebUI Forge and Forge Neo; reForge and Forge Classic where there is no package ``backend``."""
 
-    name = "Forge" if BACKEND else "Forge Classic" if VERSION == "classic" else "reForge"
+    name = {"neo": "Forge Neo", "classic": "Forge Classic"}.get(VERSION, "Forge" if BACKEND else "reForge")
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,6 +136,19 @@ class Forge(Host):
 
     def leave(self, model: SideModel) -> None:
         """Do nothing: the memory manager takes models away when it needs their room."""
+
+    def keep_schedule(self, p: Any) -> Callable[[], None]:
+        """Return what takes the rescale to zero terminal SNR back: the WebUI does it for pictures that succeed only."""
+        predictor: Any = getattr(p.sd_model.forge_objects.unet.model, "predictor", None)
+        if not hasattr(predictor, "set_sigmas"):
+            return super().keep_schedule(p)
+        sigmas = predictor.sigmas.clone()
+
+        def restore() -> None:
+            if not torch.equal(predictor.sigmas, sigmas.to(predictor.sigmas)):
+                predictor.set_sigmas(sigmas.to(predictor.sigmas))
+
+        return restore
 
     def quantized(self) -> bool:
         return True

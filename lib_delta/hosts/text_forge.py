@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import backend
 from backend.args import dynamic_args
+from backend.text_processing import classic_engine
 from backend.text_processing.classic_engine import ClassicTextProcessingEngine
 from modules import shared
 from torch import Tensor, nn
@@ -19,6 +23,7 @@ from lib_delta.models.text import load_tokenizer
 from lib_delta.sidemodel import SideModel
 from lib_delta.source import without_autocast
 
+NOTES = "last_extra_generation_params"
 TOKENIZER = Path("huggingface", "runwayml", "stable-diffusion-v1-5", "tokenizer")
 
 
@@ -29,15 +34,16 @@ class Engine(TextEngine, ClassicTextProcessingEngine):  # type: ignore[misc]
         # The WebUI's class wraps the token embedding of what it is given: a bare frame, not our encoder.
         frame = SimpleNamespace(token_embedding=nn.Embedding(1, 1))
         encoder = SimpleNamespace(transformer=SimpleNamespace(text_model=SimpleNamespace(embeddings=frame)))
-        ClassicTextProcessingEngine.__init__(
-            self,
-            text_encoder=encoder,
-            tokenizer=load_tokenizer(Path(backend.__path__[0], TOKENIZER)),
-            embedding_dir=dynamic_args["embedding_dir"],
-            embedding_key="clip_l",
-            embedding_expected_shape=model.tower.config.width,
-            emphasis_name=shared.opts.emphasis,
-        )
+        about: dict[str, Any] = {
+            "text_encoder": encoder,
+            "tokenizer": load_tokenizer(Path(backend.__path__[0], TOKENIZER)),
+            "embedding_dir": dynamic_args["embedding_dir"],
+            "embedding_key": "clip_l",
+            "embedding_expected_shape": model.tower.config.width,
+        }
+        if "emphasis_name" in inspect.signature(ClassicTextProcessingEngine.__init__).parameters:
+            about["emphasis_name"] = shared.opts.emphasis  # elsewhere (Forge Neo) it is read at every call
+        ClassicTextProcessingEngine.__init__(self, **about)
         self._bundled = BundledEmbeddings(self.embeddings, self.tokenize)
         insert_embeddings(model.tower, self.embeddings)
 
@@ -48,7 +54,8 @@ class Engine(TextEngine, ClassicTextProcessingEngine):  # type: ignore[misc]
         """Return nothing: Forge evaluates prompts of different lengths each by itself."""
 
     def get_learned_conditioning(self, texts: Texts) -> Tensor:
-        encoded: Tensor = self(list(texts))
+        with _notes_kept():
+            encoded: Tensor = self(list(texts))
         return encoded
 
     def encode_with_transformers(self, tokens: Tensor) -> Tensor:
@@ -57,3 +64,20 @@ class Engine(TextEngine, ClassicTextProcessingEngine):  # type: ignore[misc]
         with without_autocast(device):
             hidden, _ = self.tower.encode(tokens.to(device), max(1, int(shared.opts.CLIP_stop_at_last_layers)))
         return hidden
+
+
+@contextmanager
+def _notes_kept() -> Iterator[None]:
+    """Leave what the WebUI has noted of its own prompts as it is.
+
+    It goes into the infotext of the next picture, whose prompts are none of those encoded in between.
+    """
+    # Forge has a dictionary that it replaces, Forge Neo one that it empties.
+    keeper: Any = dynamic_args if hasattr(dynamic_args, NOTES) else classic_engine
+    notes = dict(getattr(keeper, NOTES, {}))
+    try:
+        yield
+    finally:
+        held = getattr(keeper, NOTES, {})
+        held.clear()
+        held.update(notes)

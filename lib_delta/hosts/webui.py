@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import gc
+import inspect
 import sys
 import traceback
 from abc import ABC, abstractmethod
@@ -97,6 +98,10 @@ class Host(ABC):
     @abstractmethod
     def before_sampling(self, p: Any) -> None:
         """Do what has to be done right before the sampler starts, once for each pass."""
+
+    def keep_schedule(self, p: Any) -> Callable[[], None]:
+        """Return what gives the main model its noise schedule of now back, where an error would leave another."""
+        return lambda: None
 
     def quantized(self) -> bool:
         """Tell whether the WebUI asks its models at whole timesteps only, and not between them."""
@@ -196,9 +201,15 @@ class Host(ABC):
             else:
                 p.sample = own
 
+        undo = self.keep_schedule(p)
+
         def with_delta(*arguments: Any, **named: Any) -> Tensor:
             restore()
-            return self._sample(p, asked, lambda: sample(*arguments, **named))
+            try:
+                return self._sample(p, asked, lambda: sample(*arguments, **named))
+            except BaseException:
+                undo()
+                raise
 
         p.sample = with_delta
 
@@ -384,7 +395,7 @@ class TextEngine(ABC):
         from lib_delta.hosts.prompts import Schedules
 
         self.tower = tower
-        limits = (told.steps, told.hires_steps, getattr(shared.opts, "use_old_scheduling", False))
+        limits = _limits(told)
         cond = prompt_parser.get_multicond_learned_conditioning(self, list(prompts), *limits)
         uncond = prompt_parser.get_learned_conditioning(self, list(told.negative), *limits)
         return Schedules(cond.batch, uncond, self.padding())
@@ -400,6 +411,14 @@ class TextEngine(ABC):
     @abstractmethod
     def get_learned_conditioning(self, texts: Texts) -> Tensor:
         """Encode texts without AND and prompt editing, as the prompt parser asks for it."""
+
+
+def _limits(told: Told) -> tuple[Any, ...]:
+    """Return what the WebUI's prompt parser takes besides model and prompts; Forge Neo has no old scheduling."""
+    limits = told.steps, told.hires_steps
+    if "use_old_scheduling" not in inspect.signature(prompt_parser.get_learned_conditioning).parameters:
+        return limits
+    return *limits, getattr(shared.opts, "use_old_scheduling", False)
 
 
 def option(name: str, default: Any) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor
 from lib_delta.models.text import load_tokenizer
 
 STAND_IN = Path(__file__).parent / "stand_in"
+FORGES = ("forge", "neo")
 PACKAGES = ("modules", "modules_forge", "backend", "networks", "lib_delta.hosts")
 
 
@@ -52,7 +53,7 @@ class WebUI:
         self.sd_models.list_models()
         tokenizer = load_tokenizer(TOKENIZER)
         self.module("loaded_model").tokenizer = tokenizer
-        if name == "forge":
+        if name in FORGES:
             self.backend("args").dynamic_args["embedding_dir"] = str(files.embeddings)
         else:
             self.module("sd_hijack").model_hijack.embedding_db.add_embedding_dir(str(files.embeddings))
@@ -60,7 +61,8 @@ class WebUI:
         self.host = importlib.import_module("lib_delta.hosts").host()
         self.host.start()
         self.callbacks.call("before_ui")
-        importlib.import_module(f"lib_delta.hosts.text_{name}").load_tokenizer = lambda *_: tokenizer
+        text = "forge" if name in FORGES else name
+        importlib.import_module(f"lib_delta.hosts.text_{text}").load_tokenizer = lambda *_: tokenizer
         self.use(files.base)
 
     @staticmethod
@@ -144,7 +146,7 @@ class WebUI:
 @contextmanager
 def running(name: str, files: Files) -> Iterator[WebUI]:
     """Have the stand-in's packages in the place of any other, for a while."""
-    paths = [str(STAND_IN / name), str(STAND_IN / "common")]
+    paths = folders(name)
     kept = {key: module for key, module in sys.modules.items() if _belongs(key)}
     _drop()
     sys.path[:0] = paths
@@ -156,6 +158,11 @@ def running(name: str, files: Files) -> Iterator[WebUI]:
             sys.path.remove(path)
         _drop()
         sys.modules.update(kept)
+
+
+def folders(name: str) -> list[str]:
+    """Return where a stand-in's packages are; Forge Neo is Forge, but for some modules."""
+    return [str(STAND_IN / folder) for folder in (name, *(["forge"] if name == "neo" else []), "common")]
 
 
 def _belongs(key: str) -> bool:

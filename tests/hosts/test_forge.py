@@ -14,7 +14,7 @@ pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose s
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
 
 from small_files import make_files
-from stand_in_webui import WebUI, relative, running
+from stand_in_webui import FORGES, WebUI, relative, running
 
 from lib_delta.errors import DeltaError, SettingError
 
@@ -22,9 +22,9 @@ DELTA = {"base": "base", "loras": "ink"}
 HIRES = {"enable_hr": True, "hr_second_pass_steps": 2, "hr_cfg": 4.0}
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
-    with running("forge", make_files(tmp_path_factory.mktemp("forge"))) as webui:
+@pytest.fixture(scope="module", params=FORGES)
+def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
+    with running(request.param, make_files(tmp_path_factory.mktemp(request.param))) as webui:
         yield webui
 
 
@@ -233,3 +233,26 @@ def test_a_main_checkpoint_of_an_unknown_family_is_refused(webui: WebUI, monkeyp
     monkeypatch.setattr(type(webui.shared.sd_model), "is_sd1", False)
     with pytest.raises(SettingError, match="does not know"):
         webui.generate(DELTA)
+
+
+def test_what_the_side_model_is_told_is_not_said_of_the_next_picture(webui: WebUI) -> None:
+    webui.shared.opts.emphasis = "No norm"
+    webui.generate({**DELTA, "prompt": "a (cat:1.3), zwx"}, prompt="a mat", negative_prompt="")
+    said = webui.generate(prompt="a dog", negative_prompt="").infotexts[0]
+    assert "Emphasis" not in said and "TI" not in said
+    said = webui.generate({**DELTA, "prompt": "a mat"}, prompt="a (cat:1.3), zwx", negative_prompt="").infotexts[0]
+    assert "Emphasis: No norm" in said and "TI: zwx" in said
+
+
+def test_an_error_leaves_the_main_models_noise_schedule_as_it_was(webui: WebUI) -> None:
+    plain, predictor = webui.latents(), webui.shared.sd_model.forge_objects.unet.model.predictor
+    sigmas = predictor.sigmas.clone()
+    webui.shared.opts.sd_noise_schedule = "Zero Terminal SNR"
+    rescaled = webui.latents()
+    made = webui.generate(DELTA)
+    assert "Delta lambda" in made.infotexts[0] and not torch.equal(made.images, rescaled)
+    with pytest.raises(SettingError, match="there is no LoRA"):
+        webui.generate({**DELTA, "loras": "nowhere"})
+    assert torch.equal(predictor.sigmas, sigmas)
+    webui.shared.opts.sd_noise_schedule = "Default"
+    assert torch.equal(webui.latents(), plain) and not torch.equal(rescaled, plain)

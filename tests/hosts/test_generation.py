@@ -24,7 +24,7 @@ pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose s
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
 
 from small_files import Files, checkpoint, lora_factors, make_files, with_lora, write, write_lora
-from stand_in_webui import STAND_IN, WebUI, relative, running
+from stand_in_webui import FORGES, STAND_IN, WebUI, folders, relative, running
 
 from lib_delta.errors import CheckpointError, DeltaError, SettingError
 from lib_delta.source import Source
@@ -34,7 +34,7 @@ DELTA = {"base": "base", "loras": "ink"}
 WORD = "thing, " * 40  # more than one chunk of tokens
 
 
-@pytest.fixture(scope="module", params=["a1111", "forge"])
+@pytest.fixture(scope="module", params=["a1111", "forge", "neo"])
 def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
     with running(request.param, make_files(tmp_path_factory.mktemp(request.param))) as webui:
         yield webui
@@ -119,7 +119,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def test_images_that_are_told_differently_by_and(webui: WebUI) -> None:
-    if webui.name == "forge":
+    if webui.name in FORGES:
         pytest.skip("Forge gives all images of a batch the number and weights of sub-prompts of the last")
     assert_exact(webui, prompt=["a cat AND a dog :1.2 AND a mat :-0.4", "a mat AND a :0.5"], batch_size=2)
 
@@ -800,9 +800,9 @@ def test_without_the_lora_extension_there_are_no_loras(webui: WebUI) -> None:
         sys.modules["networks"] = networks
 
 
-@pytest.mark.parametrize("name", ["a1111", "forge"])
+@pytest.mark.parametrize("name", ["a1111", "forge", "neo"])
 def test_models_are_not_imported_before_the_first_delta(name: str) -> None:
-    paths = [str(STAND_IN / name), str(STAND_IN / "common"), str(STAND_IN.parents[2])]
+    paths = [*folders(name), str(STAND_IN.parents[2])]
     code = (
         # k-diffusion is slow to import, and nothing is sampled here.
         "import sys; from unittest.mock import MagicMock\n"
@@ -813,4 +813,4 @@ def test_models_are_not_imported_before_the_first_delta(name: str) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == [{"a1111": "AUTOMATIC1111", "forge": "Forge"}[name]]
+    assert run.stdout.strip() == {"a1111": "AUTOMATIC1111", "forge": "Forge", "neo": "Forge Neo"}[name]

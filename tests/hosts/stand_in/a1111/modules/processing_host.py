@@ -1,6 +1,7 @@
 """How a generation runs in AUTOMATIC1111."""
 
 import torch
+from modules import shared
 
 without_gradients = torch.no_grad
 
@@ -13,3 +14,16 @@ def negative_is_needed(p):
 def restore_model(p):
     """Nothing is put back between the passes."""
     return False
+
+
+def parser_options():
+    """What the prompt parser is told besides the steps."""
+    return (shared.opts.use_old_scheduling,)
+
+
+def take_notes(p):
+    """What is noted of prompts is the model's own."""
+
+
+def sample(p, **conds):
+    return p.sample(**conds)

@@ -6,7 +6,14 @@ from typing import Any
 import torch
 
 from modules import extra_networks, prompt_parser, sd_models, sd_samplers, shared
-from modules.processing_host import negative_is_needed, restore_model, without_gradients
+from modules.processing_host import (
+    negative_is_needed,
+    parser_options,
+    restore_model,
+    sample,
+    take_notes,
+    without_gradients,
+)
 
 
 class ScriptRunner:
@@ -72,11 +79,12 @@ class StableDiffusionProcessing:
         return torch.randn(self.batch_size, 4, *size)
 
     def conds(self, prompts, negative, steps, hires_steps=None):
-        limits = steps, hires_steps, shared.opts.use_old_scheduling
+        limits = steps, hires_steps, *parser_options()
         cond = prompt_parser.get_multicond_learned_conditioning(shared.sd_model, prompts, *limits)
         uncond = None
         if negative_is_needed(self):
             uncond = prompt_parser.get_learned_conditioning(shared.sd_model, negative, *limits)
+        take_notes(self)
         return cond, uncond
 
     def setup_prompts(self, number):
@@ -181,7 +189,7 @@ def process_images(p):
                 p.scripts.process_batch(p)
             total = sd_samplers.find_sampler_config(p.sampler_name).total_steps(p.steps)
             p.c, p.uc = p.conds(p.prompts, p.negative_prompts, total)
-            pictures.append(p.sample(conditioning=p.c, unconditional_conditioning=p.uc, seeds=p.seeds))
+            pictures.append(sample(p, conditioning=p.c, unconditional_conditioning=p.uc, seeds=p.seeds))
             said = ", ".join(f"{key}: {value}" for key, value in p.extra_generation_params.items())
             texts += [f"{prompt}\nSteps: {p.steps}, {said}" for prompt in p.prompts]
     made = Processed(torch.cat(pictures), texts, p.comments)

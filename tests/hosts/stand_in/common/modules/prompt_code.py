@@ -75,6 +75,38 @@ def encode(engine, tokenizer, texts, embeddings, found):
     return torch.cat(encoded, 1)
 
 
+class ForgeEngine:
+    """Forge's text engine; replaces the token embedding of the encoder that it is given."""
+
+    def __init__(self, text_encoder, tokenizer, embedding_dir, embedding_expected_shape):
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.embeddings = EmbeddingFiles(embedding_expected_shape)
+        if isinstance(embedding_dir, str):
+            self.embeddings.add_embedding_dir(embedding_dir)
+            self.embeddings.read(lambda e: self.embeddings.register_ids(self.tokenize([e.name])[0], e))
+        frame = text_encoder.transformer.text_model.embeddings
+        frame.token_embedding = EmbeddingsWithFixes(frame.token_embedding, self.embeddings)
+        assert frame.token_embedding.wrapped.weight is not None
+        self.clip_skip = 1
+
+    def tokenize(self, texts):
+        return self.tokenizer(texts, truncation=False, add_special_tokens=False)["input_ids"]
+
+    def encode_and_note(self, texts, emphasis, notes):
+        """Encode texts, and note for the picture's text what is in them."""
+        ends = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        chunks = [c for tokens in self.tokenize(list(texts)) for c in chunks_of(tokens, self.embeddings, *ends)]
+        used = {fix.embedding.name for _, fixes in chunks for fix in fixes}
+        if used:
+            notes["TI"] = ", ".join(filter(None, (notes.get("TI"), *sorted(used))))
+        if emphasis != "Original" and any("(" in text or "[" in text for text in texts):
+            notes["Emphasis"] = emphasis
+        return encode(self, self.tokenizer, texts, self.embeddings, self.embeddings)
+
+    def encode_with_transformers(self, tokens):
+        return self.text_encoder(tokens, self.clip_skip)[0]
+
+
 class EmbeddingsWithFixes(torch.nn.Module):
     """A token embedding in which learned vectors take the place of what they stand for."""
 

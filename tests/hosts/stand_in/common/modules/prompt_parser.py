@@ -1,86 +1,12 @@
-"""Prompt editing ``[a:b:when]`` and ``[a|b]``, and prompts joined by AND: the shapes of the WebUI's own parser."""
+"""The prompt parser, which can be told to count steps as it did in old versions."""
 
-import re
-from collections import namedtuple
-
-import torch
-
-ScheduledPromptConditioning = namedtuple("ScheduledPromptConditioning", ["end_at_step", "cond"])
-EDIT = re.compile(r"\[([^\[\]:|]*):([^\[\]:|]*):([\d.]+)\]")
-TURNS = re.compile(r"\[([^\[\]:]*\|[^\[\]:]*)\]")
-WEIGHT = re.compile(r"\s*:\s*([-+]?[\d.]+)\s*$")
-
-
-class Part:
-    """One of the prompts joined by AND."""
-
-    def __init__(self, schedules, weight):
-        self.schedules, self.weight = schedules, weight
-
-
-class MulticondLearnedConditioning:
-    """For each prompt its parts."""
-
-    def __init__(self, batch):
-        self.batch = batch
-
-
-def schedule(prompt, steps, hires_steps=None):
-    """Return ``(end_at_step, text)`` pairs; in a hires pass times go on from where the first pass ended."""
-    before, passes, count = (0, 0.0, steps) if hires_steps is None else (steps, 1.0, hires_steps)
-
-    def when(text):
-        moment = (float(text) - passes) * count if "." in text else int(text) - before
-        return min(count, int(moment))
-
-    def at(step):
-        text = EDIT.sub(lambda m: m[1] if step <= when(m[3]) else m[2], prompt)
-        return TURNS.sub(lambda m: m[1].split("|")[(step - 1) % len(m[1].split("|"))], text)
-
-    ends = {count, *(when(m[3]) for m in EDIT.finditer(prompt))}
-    if TURNS.search(prompt):
-        ends.update(range(1, count + 1))
-    return [(end, at(end)) for end in sorted(ends) if end >= 1]
+from modules import prompt_grammar
+from modules.prompt_grammar import reconstruct_cond_batch, reconstruct_multicond_batch, schedule  # noqa: F401
 
 
 def get_learned_conditioning(model, prompts, steps, hires_steps=None, use_old_scheduling=False):
-    """Return a schedule of encoded texts for each prompt; a prompt's texts are encoded together."""
-    schedules = []
-    for prompt in prompts:
-        times = schedule(prompt, steps, hires_steps)
-        encoded = model.get_learned_conditioning([text for _, text in times])
-        schedules.append([ScheduledPromptConditioning(end, cond) for (end, _), cond in zip(times, encoded)])
-    return schedules
+    return prompt_grammar.get_learned_conditioning(model, prompts, steps, hires_steps)
 
 
 def get_multicond_learned_conditioning(model, prompts, steps, hires_steps=None, use_old_scheduling=False):
-    """Do the same for prompts joined by AND."""
-    batch = []
-    for prompt in prompts:
-        parts = []
-        for text in re.split(r"\bAND\b", prompt):
-            weight = WEIGHT.search(text)
-            text = WEIGHT.sub("", text)
-            (schedules,) = get_learned_conditioning(model, [text], steps, hires_steps)
-            parts.append(Part(schedules, float(weight[1]) if weight else 1.0))
-        batch.append(parts)
-    return MulticondLearnedConditioning(batch)
-
-
-def _holding(entries, step):
-    return next((entry.cond for entry in entries if step <= entry.end_at_step), entries[0].cond)
-
-
-def reconstruct_cond_batch(schedules, step):
-    """Return what holds at a step, ``(N, T, C)``; lengths have to be the same."""
-    return torch.stack([_holding(entries, step) for entries in schedules])
-
-
-def reconstruct_multicond_batch(conds, step):
-    """Return for each prompt its parts' ``(row, weight)``, and the rows; shorter ones repeat their last vector."""
-    rows, numbered = [], []
-    for parts in conds.batch:
-        numbered.append([(len(rows) + i, part.weight) for i, part in enumerate(parts)])
-        rows += [_holding(part.schedules, step) for part in parts]
-    longest = max(map(len, rows))
-    return numbered, torch.stack([torch.cat((row, row[-1:].repeat(longest - len(row), 1))) for row in rows])
+    return prompt_grammar.get_multicond_learned_conditioning(model, prompts, steps, hires_steps)

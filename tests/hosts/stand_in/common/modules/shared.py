@@ -11,6 +11,7 @@ DEFAULTS = {
     "pad_cond_uncond": False,
     "pad_cond_uncond_v0": False,
     "s_min_uncond_all": False,
+    "sd_noise_schedule": "Default",
     "skip_early_cond": 0.0,
     "use_old_scheduling": False,
 }

@@ -16,6 +16,9 @@ class Predictor:
         alphas = network.alphas_cumprod().double()
         self.sigmas = ((1 - alphas) / alphas).sqrt().float()
 
+    def set_sigmas(self, sigmas):
+        self.sigmas = sigmas.float()
+
     def timestep(self, sigma):
         """Return the whole timesteps nearest to noise levels, in the logarithm."""
         return (sigma.log() - self.sigmas.log()[:, None]).abs().argmin(0).float()

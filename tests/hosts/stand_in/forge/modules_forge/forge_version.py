@@ -1,0 +1,3 @@
+"""Which Forge it is."""
+
+version = "2.0.1v1.10.1"

@@ -1,0 +1,5 @@
+"""Forge Neo's engine, where it differs from Forge's."""
+
+from pkgutil import extend_path
+
+__path__ = extend_path(__path__, __name__)

@@ -1,0 +1,17 @@
+"""The WebUI's prompt code around a text encoder; how emphasis works is an option, read at every call."""
+
+from modules import prompt_code, shared
+
+from backend.args import dynamic_args
+
+
+class ClassicTextProcessingEngine(prompt_code.ForgeEngine):
+    """As Forge's, but for what it is told and where it takes notes."""
+
+    def __init__(
+        self, text_encoder, tokenizer, embedding_dir=None, embedding_key="clip_l", embedding_expected_shape=768
+    ):
+        super().__init__(text_encoder, tokenizer, embedding_dir, embedding_expected_shape)
+
+    def __call__(self, texts):
+        return self.encode_and_note(texts, shared.opts.emphasis, dynamic_args.last_extra_generation_params)

@@ -1,0 +1,1 @@
+"""The package by which Forge is known."""

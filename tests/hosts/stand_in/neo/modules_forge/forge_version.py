@@ -1,0 +1,3 @@
+"""Which Forge it is."""
+
+version = "neo"
