@@ -13,7 +13,7 @@ from torch import Tensor
 from demo.samplers import run_levels, sample
 from lib_delta.adapters.apply import AdaptedTower, Form, attach, text_parameters
 from lib_delta.adapters.load import load_adapter
-from lib_delta.bridge import choose
+from lib_delta.bridges import choose
 from lib_delta.checkpoint import WeightFile, load_unet, load_vae
 from lib_delta.errors import CheckpointError
 from lib_delta.families import Family

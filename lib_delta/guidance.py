@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib_delta.bridge import Bridge
+from lib_delta.bridges import Bridge
 from lib_delta.errors import DeltaError
+from lib_delta.families import Family
 from lib_delta.strength import Strength
 
 
@@ -123,3 +124,18 @@ class DeltaDenoiser:
         step = DenoiseStep(x, sigma, denoised, self.cfg_scale, self.progress(sigma), self.steps)
         self.steps += 1
         return self.guidance(step)
+
+
+LEAST_CFG, OWN_CFG = 3.0, 5.0
+
+
+def side_cfg(main: float, base: Family, target: Family, asked: float | None = None) -> float:
+    """Return the guidance scale of the side model where the main one runs at ``main``.
+
+    ``asked`` is the user's number; None is automatic: the main one's, unless that is below 3.  Few-step
+    and distilled models run at 1 or 2, where a ``base`` of another family says little; it then gets 5.
+    A target of the base's own family keeps its scale, so that the delta is what the adapter does to it.
+    """
+    if asked is not None:
+        return asked
+    return main if main >= LEAST_CFG or base is target else OWN_CFG

@@ -7,9 +7,10 @@ import torch
 from conftest import randn
 from torch import Tensor
 
-from lib_delta.bridge import IdentityBridge, NoiseLimitBridge, ScaleBridge
+from lib_delta.bridges import IdentityBridge, NoiseLimitBridge, ScaleBridge
 from lib_delta.errors import DeltaError
-from lib_delta.guidance import DeltaDenoiser, DeltaGuidance, DenoiseStep
+from lib_delta.families import Family
+from lib_delta.guidance import DeltaDenoiser, DeltaGuidance, DenoiseStep, side_cfg
 from lib_delta.strength import Strength
 
 X, DENOISED = 3 * randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
@@ -114,3 +115,10 @@ def test_the_range_holds_over_a_run() -> None:
     changed = [bool((model(X, torch.full((2,), s)) != X / 2).any()) for s in (16.0, 4.0, 1.0, 0.25)]
     assert changed == [False, True, True, False]
     assert model.steps == 4
+
+
+def test_the_side_model_has_a_scale_of_its_own_where_the_main_one_says_little() -> None:
+    assert side_cfg(7.0, Family.SD1, Family.SDXL) == 7.0
+    assert side_cfg(1.0, Family.SD1, Family.SDXL) == 5.0
+    assert side_cfg(1.0, Family.SD1, Family.SD1) == 1.0
+    assert side_cfg(1.0, Family.SD1, Family.SD1, asked=2.5) == 2.5

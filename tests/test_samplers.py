@@ -10,7 +10,7 @@ import torch
 from conftest import randn
 from torch import Tensor
 
-from lib_delta.bridge import IdentityBridge
+from lib_delta.bridges import IdentityBridge
 from lib_delta.guidance import DeltaDenoiser, DeltaGuidance, DenoiseStep
 from lib_delta.parameterization import Parameterization, Schedule, denoiser, eps_of, from_timestep_space
 from lib_delta.strength import Strength

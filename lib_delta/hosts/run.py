@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lib_delta.bridge import Bridge, choose
+from lib_delta.bridges import Bridge, choose
 from lib_delta.errors import DeltaError
 from lib_delta.families import Family
 from lib_delta.guidance import DeltaGuidance, DenoiseStep

@@ -611,7 +611,7 @@ def test_a_file_that_cannot_be_read(webui: WebUI, files: Files, on_error: str) -
 def test_a_checkpoint_of_an_unknown_family_in_the_hires_pass(
     webui: WebUI, monkeypatch: pytest.MonkeyPatch, on_error: str
 ) -> None:
-    """No bridge leads there: it must not end in a picture that claims what it has not."""
+    """Its latents are not what the bridge there is for: it must not end in a picture that claims what it has not."""
     webui.shared.opts.delta_sampling_on_error = on_error
     load = webui.sd_models.load_model
 
@@ -622,11 +622,11 @@ def test_a_checkpoint_of_an_unknown_family_in_the_hires_pass(
 
     monkeypatch.setattr(webui.sd_models, "load_model", load_as_sd3)
     if on_error == "stop":
-        with pytest.raises(DeltaError, match="SD 3"):
+        with pytest.raises(DeltaError, match="sd1-sd3 is for latents of 16 channels"):
             webui.generate(DELTA, hr_checkpoint_name="copy", **HIRES)
     else:
         made = webui.generate(DELTA, hr_checkpoint_name="copy", **HIRES)
-        assert "Delta" not in made.infotexts[0] and "SD 3" in made.comments[0]
+        assert "Delta" not in made.infotexts[0] and "sd1-sd3" in made.comments[0]
     assert webui.callbacks.swallowed == []
 
 

@@ -1,0 +1,33 @@
+"""Bridges: the target's noisy state seen in the source's latent space, and the delta carried back.
+
+The target's own step gives all that is needed: from ``x``, ``sigma`` and its denoised estimate, the
+noise is known.  A bridge maps the clean part into the source's latent and noises it again there, so
+no second state is carried along and every sampler of the target works as it is.
+"""
+
+from lib_delta.bridges.choice import FORMS, Form, Size, bridged, choose, status
+from lib_delta.bridges.composed import Composed
+from lib_delta.bridges.identity import IdentityBridge
+from lib_delta.bridges.learned import LearnedBridge
+from lib_delta.bridges.noise_limit import NoiseLimitBridge
+from lib_delta.bridges.protocol import Bridge, Crossing
+from lib_delta.bridges.resolution import Noise, ResolutionBridge
+from lib_delta.bridges.scale import ScaleBridge
+
+__all__ = [
+    "FORMS",
+    "Bridge",
+    "Composed",
+    "Crossing",
+    "Form",
+    "IdentityBridge",
+    "LearnedBridge",
+    "Noise",
+    "NoiseLimitBridge",
+    "ResolutionBridge",
+    "ScaleBridge",
+    "Size",
+    "bridged",
+    "choose",
+    "status",
+]

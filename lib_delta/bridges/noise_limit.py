@@ -1,0 +1,33 @@
+"""Keep the source within the noise it was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lib_delta.bridges.identity import SameSize
+from lib_delta.bridges.protocol import Crossing
+from lib_delta.parameterization import per_image
+
+
+@dataclass(frozen=True)
+class NoiseLimitBridge(SameSize):
+    """Show the source no more noise than ``sigma_max``.
+
+    A target of zero terminal SNR starts at a sigma in the thousands, and one of flow matching at any,
+    where an eps model's estimate is its error magnified.  Above ``sigma_max`` the source is shown the
+    same clean part and the same noise at ``sigma_max``.
+    """
+
+    sigma_max: float
+
+    def to_source(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor, Crossing]:
+        limited = sigma.clamp(max=self.sigma_max)
+        share = per_image(limited / sigma, x)
+        # Images within the limit keep their x bit for bit.
+        return torch.where(share < 1, denoised + share * (x - denoised), x), limited, Crossing(denoised)
+
+    def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
+        return delta

@@ -1,0 +1,79 @@
+"""Evaluate the source at the size that it was made for, and not at the target's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib_delta.bridges.protocol import Crossing
+from lib_delta.errors import SettingError
+
+Noise = Literal["averaged", "unit"]
+STEP = 8  # a UNet halves its latents three times
+
+
+@dataclass(frozen=True)
+class ResolutionBridge:
+    """Average latents of the source's space down to about ``side * side``, and enlarge the delta again.
+
+    Latents of up to ``limit * limit`` pass as they are.  The aspect is kept as far as multiples of 8
+    allow.  ``noise`` says what becomes of the noise: it is ``averaged`` with the rest, and the source
+    is asked at the lower sigma that this leaves (averaging 2x2 halves it); or it is kept at ``unit``
+    variance, and the source is asked at the target's sigma.
+    """
+
+    side: int
+    limit: int
+    noise: Noise = "averaged"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.side <= self.limit:
+            raise SettingError(f"resolution bridge: side must be from 1 to the limit {self.limit}, not {self.side}")
+        if self.noise not in get_args(Noise):
+            raise SettingError(
+                f"resolution bridge: noise must be one of {', '.join(get_args(Noise))}, not {self.noise!r}"
+            )
+
+    @property
+    def label(self) -> str:
+        return ""
+
+    def source_size(self, height: int, width: int) -> tuple[int, int]:
+        if height * width <= self.limit**2:
+            return height, width
+        shrink = self.side / math.sqrt(height * width)
+        # An elongated picture must not get longer along one side.
+        across = [max(STEP, round(length * shrink / STEP) * STEP) for length in (height, width)]
+        return min(height, across[0]), min(width, across[1])
+
+    def to_source(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor, Crossing]:
+        full = (x.shape[-2], x.shape[-1])
+        size = self.source_size(*full)
+        if size == full:
+            return x, sigma, Crossing(denoised, target=denoised)
+        clean = F.interpolate(denoised, size, mode="area")
+        crossing = Crossing(clean, target=denoised)
+        if self.noise == "averaged":
+            return F.interpolate(x, size, mode="area"), sigma * _noise_left(full, size), crossing
+        # Every noise is picked at most once, so that what is picked is white again.
+        return clean + F.interpolate(x - denoised, size, mode="nearest"), sigma, crossing
+
+    def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
+        assert crossing.target is not None
+        size = crossing.target.shape[-2:]
+        return delta if delta.shape[-2:] == size else F.interpolate(delta, size, mode="bicubic", align_corners=False)
+
+
+def _noise_left(full: tuple[int, int], size: tuple[int, int]) -> float:
+    """Return the deviation of averaged white noise of unit variance; where averages differ, that of their mean."""
+    return math.sqrt(math.prod(_mean_share(*lengths) for lengths in zip(full, size)))
+
+
+def _mean_share(full: int, size: int) -> float:
+    """Return the mean of 1 / n, n being how many of ``full`` points each of ``size`` averages takes."""
+    ends = [(i * full // size, -(-(i + 1) * full // size)) for i in range(size)]
+    return sum(1 / (end - start) for start, end in ends) / size

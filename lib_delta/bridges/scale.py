@@ -1,0 +1,46 @@
+"""The published code's assumption about SDXL: latents that differ by a factor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from lib_delta.bridges.identity import SameSize
+from lib_delta.bridges.protocol import Crossing
+from lib_delta.errors import SettingError
+
+Form = Literal["same_snr", "published"]
+
+
+@dataclass(frozen=True)
+class ScaleBridge(SameSize):
+    """The latents agree up to their scale factors, which is not so of the released SD 1.x and SDXL.
+
+    It is kept for parity with the published code, and to compare.  ``k`` is the source's scale factor
+    over the target's.  The ``same_snr`` form scales the whole state, ``x_s = k * x`` at ``k * sigma``.
+    The ``published`` form (the node that comes with arXiv 2512.03056) keeps the noise level:
+    ``x_s = k * denoised + sigma * noise`` at ``sigma``.
+    """
+
+    k: float
+    form: Form = "same_snr"
+
+    def __post_init__(self) -> None:
+        if not self.k > 0:
+            raise SettingError(f"scale bridge: k must be above 0, not {self.k}")
+        if self.form not in get_args(Form):
+            raise SettingError(f"scale bridge: form must be one of {', '.join(get_args(Form))}, not {self.form!r}")
+
+    @property
+    def label(self) -> str:
+        return f"scale alone ({self.form})"
+
+    def to_source(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor, Crossing]:
+        if self.form == "same_snr":
+            return self.k * x, self.k * sigma, Crossing(self.k * denoised)
+        return self.k * denoised + (x - denoised), sigma, Crossing(self.k * denoised)
+
+    def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
+        return delta / self.k

@@ -1,0 +1,89 @@
+"""The tiny autoencoders of the released latent spaces: TAESD and its kin, by Ollin Boer Bohan (MIT).
+
+They are distilled from the released autoencoders, fast enough for previews, and stand for them where
+the autoencoders themselves are not at hand.  Keys are those of the release's own ``nn.Sequential``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib_delta.checkpoint import WeightFile, fill
+from lib_delta.errors import CheckpointError
+
+WIDTH = 64
+FACTOR = 8  # picture pixels per latent pixel, along one side
+PARTS = ("encoder", "decoder")
+
+
+class Block(nn.Module):
+    """Three convolutions, and what came in added."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(3):
+            layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
+        self.conv = nn.Sequential(*layers[:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x) + x)
+
+
+class SoftClamp(nn.Module):
+    """Keep latents within what the decoder was trained on."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return 3 * torch.tanh(z / 3)
+
+
+def _convolution(channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
+
+
+def encoder(latent_channels: int) -> nn.Sequential:
+    """Return pictures ``(N, 3, H, W)`` in 0..1 to latents ``(N, C, H/8, W/8)``, in the scale denoising models see."""
+    layers: list[nn.Module] = [nn.Conv2d(3, WIDTH, 3, padding=1), Block(WIDTH)]
+    for _ in range(3):
+        layers += [_convolution(WIDTH, stride=2), *(Block(WIDTH) for _ in range(3))]
+    return nn.Sequential(*layers, nn.Conv2d(WIDTH, latent_channels, 3, padding=1))
+
+
+def decoder(latent_channels: int) -> nn.Sequential:
+    """Return latents ``(N, C, H/8, W/8)``, in the scale denoising models see, to pictures ``(N, 3, H, W)`` in 0..1."""
+    layers: list[nn.Module] = [SoftClamp(), nn.Conv2d(latent_channels, WIDTH, 3, padding=1), nn.ReLU()]
+    for _ in range(3):
+        layers += [*(Block(WIDTH) for _ in range(3)), nn.Upsample(scale_factor=2), _convolution(WIDTH)]
+    return nn.Sequential(*layers, Block(WIDTH), nn.Conv2d(WIDTH, 3, 3, padding=1))
+
+
+def load(path: Path, part: str) -> nn.Sequential:
+    """Read one file; ``part`` is "encoder" or "decoder".
+
+    Raises :class:`CheckpointError` if the file is not that part of a tiny autoencoder.
+    """
+    with WeightFile.open(path) as file:
+        channels = _latent_channels(file.shapes, part)
+        if channels is None:
+            raise CheckpointError(f"{path.name} is not the {part} of a tiny autoencoder (TAESD)")
+        with torch.device("meta"):
+            module = encoder(channels) if part == "encoder" else decoder(channels)
+        fill(module, {key: file.tensor(key) for key in file.shapes}, path.name, torch.float32, "cpu")
+    return module
+
+
+def _latent_channels(shapes: Mapping[str, tuple[int, ...]], part: str) -> int | None:
+    """Read the channels of the latents off the first (decoder) or the last (encoder) convolution."""
+    numbers = [int(m[1]) for key in shapes if (m := re.match(r"(\d+)\.", key))]
+    first, last = shapes.get("1.weight"), shapes.get(f"{max(numbers, default=0)}.weight")
+    if part == "decoder" and first is not None and last is not None and last[0] == 3:
+        return first[1]
+    if part == "encoder" and shapes.get("0.weight", ())[1:2] == (3,) and last is not None:
+        return last[0]
+    return None

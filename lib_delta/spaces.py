@@ -1,0 +1,56 @@
+"""The latent spaces of the released autoencoders: several families of models may share one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+@dataclass(frozen=True)
+class Traits:
+    """A denoising model sees ``scale_factor * (latent - shift)`` of what the autoencoder gives."""
+
+    key: str
+    label: str
+    channels: int
+    scale_factor: float
+    shift: float = 0.0
+
+
+class Space(Enum):
+    """A latent space; scale factors and shifts come from each release's own configuration.
+
+    The last two are known by name only, so that a message can say what no bridge leads to.
+    """
+
+    SD1 = Traits("sd1", "SD 1.x/2.x", 4, 0.18215)
+    SDXL = Traits("sdxl", "SDXL", 4, 0.13025)
+    SD3 = Traits("sd3", "SD 3", 16, 1.5305, 0.0609)
+    FLUX1 = Traits("flux1", "FLUX.1", 16, 0.3611, 0.1159)
+    FLUX2 = Traits("flux2", "FLUX.2", 128, 1.0)
+    WAN21 = Traits("wan21", "Wan 2.1", 16, 1.0)
+
+    @property
+    def key(self) -> str:
+        """The name in files."""
+        return self.value.key
+
+    @property
+    def label(self) -> str:
+        """The name for messages."""
+        return self.value.label
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return self.value.channels
+
+    @property
+    def scale_factor(self) -> float:
+        """What the autoencoder's latents are multiplied by before the denoising model sees them."""
+        return self.value.scale_factor
+
+    @property
+    def shift(self) -> float:
+        """What is taken from the autoencoder's latents before they are scaled."""
+        return self.value.shift
