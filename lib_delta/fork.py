@@ -32,6 +32,10 @@ class Adaptation(Protocol):
         """Return what the adapted model's layer gives for ``x`` of shape ``(N, ...)``."""
         ...
 
+    def forked(self, layer: ForkedLayer, x: Tensor) -> Tensor:
+        """Return what both models' layers give, ``(2, N, ...)``, for ``x`` of shape ``(R, N, ...)``."""
+        return torch.stack((layer.base(x[0]), self(layer, x[-1])))
+
 
 class ForkedLayer(nn.Module):
     """A layer that serves both branches: shared by default, forked where an adaptation is attached."""
@@ -59,7 +63,7 @@ class ForkedLayer(nn.Module):
             return self.base(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         if self.branch == 1:
             return self.adaptation(self, x[0])[None]
-        return torch.stack((self.base(x[0]), self.adaptation(self, x[-1])))
+        return self.adaptation.forked(self, x)
 
 
 class Linear(ForkedLayer):
@@ -140,6 +144,11 @@ def expand(*tensors: Tensor) -> tuple[Tensor, ...]:
 def cat(*tensors: Tensor, dim: int) -> Tensor:
     """Concatenate ``(R, N, ...)`` tensors along ``dim`` after giving them the same branches."""
     return torch.cat(expand(*tensors), dim)
+
+
+def spread(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Give ``(R, N, ...)`` a row of its own for each of ``rows`` ``(M,)``, numbers of images, if it has not yet."""
+    return x if rows is None or x.shape[1] == len(rows) else x.index_select(1, rows)
 
 
 def add_to_adapted(x: Tensor, added: Tensor) -> Tensor:

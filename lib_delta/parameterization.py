@@ -38,6 +38,7 @@ class Schedule:
             raise SettingError("a noise schedule needs at least two values of alphas_cumprod between 0 and 1")
         self.alphas_cumprod = alphas
         self.log_sigmas = ((1 - alphas) / alphas).log() / 2
+        self._tables: dict[torch.device, Tensor] = {}
 
     @classmethod
     def stable_diffusion(cls, zero_terminal_snr: bool = False) -> Schedule:
@@ -76,8 +77,11 @@ class Schedule:
         return torch.lerp(table[t.floor().long()], table[t.ceil().long()], t.frac()).exp()
 
     def _table(self, device: torch.device) -> Tensor:
-        # float() first: not every device has float64.
-        return self.log_sigmas.float().to(device)
+        # Once for each device: it is asked in every step.
+        if device not in self._tables:
+            # float() first: not every device has float64.
+            self._tables[device] = self.log_sigmas.float().to(device)
+        return self._tables[device]
 
 
 def _rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lib_delta.fork import alone, expand, forks
 from lib_delta.memory import out_of_memory, release_cached
-from lib_delta.models.unet import UNet
+from lib_delta.models.unet import Text, UNet
 from lib_delta.parameterization import Parameterization
 
 Weights = tuple[tuple[float, ...], ...]
+# Prompts may alternate from step to step: of so many at a time is known what layers make of them.
+MOST_PROMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Source:
         self.evaluations = 0
         self._parts = 1
         self._told = [_prompts(base)] if adapted is None else [_prompts(base), _prompts(adapted)]
-        self._joined: tuple[list[Conditioning], _Joined] | None = None
+        self._joined: OrderedDict[tuple[int, ...], tuple[list[Conditioning], _Joined]] = OrderedDict()
 
     def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int = 0, uncond_skipped: bool = False) -> Tensor:
         """Return ``D_adapted(x, sigma) - D_base(x, sigma)``, each after classifier-free guidance.
@@ -124,14 +127,12 @@ class Source:
     ) -> tuple[Tensor, Tensor]:
         weight = self.unet.time_embed["0"].weight
         x, sigma = x.to(weight.device, torch.float32), sigma.to(weight.device, torch.float32)
-        told = self._at(step, len(x))
-        with_uncond = not uncond_skipped and (cfg_scale != 1 or told.weights is not None)
-        rows = torch.cat((told.images, torch.arange(len(x)))) if with_uncond else told.images
-        context, label = told.model_rows(with_uncond)
-        model_x, t = self.parameterization.model_input(x[rows], sigma[rows], self.quantize)
-        label = None if label is None else label.to(weight)
-        output = self._evaluated(_Batch(model_x.to(weight.dtype), t, context.to(weight), label))
-        denoised = self.parameterization.denoised(output.float(), x[rows], sigma[rows])
+        joined = self._at(step, len(x))
+        with_uncond = not uncond_skipped and (cfg_scale != 1 or joined.weights is not None)
+        told = joined.on(weight.device, weight.dtype, with_uncond)
+        model_x, t = self.parameterization.model_input(x, sigma, self.quantize)
+        output = self._evaluated(_Batch(model_x.to(weight.dtype), t, told.text, told.label))
+        denoised = self.parameterization.denoised(output.float(), x[told.rows], sigma[told.rows])
         cond, uncond = denoised[:, : len(told.images)], denoised[:, len(told.images) :]
         if told.weights is None and not with_uncond:
             return cond, cond
@@ -140,7 +141,7 @@ class Source:
             cfg_scale = 1.0
         if told.weights is None:
             return uncond + cfg_scale * (cond - uncond), uncond
-        return _compose(cond, uncond, cfg_scale * told.weights.to(cond.device), told.images.to(cond.device)), uncond
+        return _compose(cond, uncond, cfg_scale * told.weights, told.images), uncond
 
     def _evaluated(self, batch: _Batch) -> Tensor:
         """Return the UNet's output ``(R, rows, C, H, W)``, in as many parts as memory asks for; that is remembered.
@@ -152,7 +153,7 @@ class Source:
                 with without_autocast(batch.x.device):
                     return self._in_parts(batch)
             except Exception as error:
-                most = len(batch.x) * len(self._branches(batch))
+                most = batch.rows * len(self._branches(batch))
                 if not out_of_memory(error) or self._parts >= most:
                     raise
             # Only out here has the error let go of what the failed pass had computed.
@@ -160,8 +161,11 @@ class Source:
             release_cached(batch.x.device)
 
     def _in_parts(self, batch: _Batch) -> Tensor:
-        branches = self._branches(batch) if self._parts > 1 else (None,)
-        pieces = batch.split(min(len(batch.x), self._parts // len(branches)))
+        if self._parts == 1:
+            self.evaluations += 1
+            return batch.evaluate(self.unet, None)
+        branches = self._branches(batch)
+        pieces = batch.split(min(batch.rows, self._parts // len(branches)))
         output = torch.cat([torch.cat([piece.evaluate(self.unet, b) for piece in pieces], 1) for b in branches])
         self.evaluations += len(branches) * len(pieces)
         return output
@@ -172,41 +176,66 @@ class Source:
     def _at(self, step: int, batch: int) -> _Joined:
         """Join what the models are told at a step; while it stays the same, it is joined once."""
         told = [prompts(step) for prompts in self._told]
-        if self._joined is None or any(a is not b for a, b in zip(self._joined[0], told)):
-            self._joined = told, _join(told, batch)
-        return self._joined[1]
+        key = (batch, *map(id, told))
+        if key not in self._joined:
+            # What is told is kept with it, or another's id may be the same.
+            self._joined[key] = told, _join(told, batch)
+        self._joined.move_to_end(key)
+        while len(self._joined) > MOST_PROMPTS:
+            self._joined.popitem(last=False)
+        return self._joined[key][1]
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What the UNet is given for some rows: latents ``(rows, C, H, W)``, timesteps ``(rows,)``, what it is told.
+    """What the UNet is given: latents ``(N, C, H, W)``, timesteps ``(N,)``, and what their M rows are told.
 
-    Contexts are ``(R, rows, T, C)``, labels ``(R, rows, L)``.
+    Labels are ``(R, M, L)``.
     """
 
     x: Tensor
     t: Tensor
-    context: Tensor
+    text: Text
     label: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """The number of rows, of which an image has one for each prompt."""
+        return self.text.context.shape[1]
 
     @property
     def forks(self) -> bool:
         """Whether base and adapted are told apart already here."""
-        return len(self.context) > 1 or (self.label is not None and len(self.label) > 1)
+        return len(self.text.context) > 1 or (self.label is not None and len(self.label) > 1)
 
     def split(self, count: int) -> list[_Batch]:
-        """Return the rows in ``count`` parts."""
+        """Return the rows in ``count`` parts, that share nothing and keep nothing."""
+        rows = self.text.rows
+        x, t = (self.x, self.t) if rows is None else (self.x[rows], self.t[rows])
         labels = [None] * count if self.label is None else self.label.tensor_split(count, 1)
-        rows = zip(self.x.tensor_split(count), self.t.tensor_split(count), self.context.tensor_split(count, 1), labels)
-        return [_Batch(*part) for part in rows]
+        contexts = map(Text, self.text.context.tensor_split(count, 1))
+        return [_Batch(*part) for part in zip(x.tensor_split(count), t.tensor_split(count), contexts, labels)]
 
     def evaluate(self, unet: UNet, branch: int | None) -> Tensor:
-        """Return the UNet's output ``(R, rows, C, H, W)``, of both branches or of one of them alone."""
+        """Return the UNet's output ``(R, M, C, H, W)``, of both branches or of one of them alone."""
         if branch is None:
-            return unet(self.x[None], self.t, self.context, self.label)
-        context, label = (None if t is None else t[min(branch, len(t) - 1)][None] for t in (self.context, self.label))
+            return unet(self.x[None], self.t, self.text, self.label)
+        context = self.text.context[min(branch, len(self.text.context) - 1)][None]
+        label = None if self.label is None else self.label[min(branch, len(self.label) - 1)][None]
         with alone(unet, branch):
-            return unet(self.x[None], self.t, context, label)
+            return unet(self.x[None], self.t, Text(context), label)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """What base and adapted are told in a pass, on its device: nothing is moved there from step to step."""
+
+    text: Text
+    label: Tensor | None
+    rows: Tensor
+    images: Tensor
+    first: Tensor
+    weights: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -222,9 +251,27 @@ class _Joined:
     images: Tensor
     first: Tensor
     weights: Tensor | None
+    placed: dict[tuple[torch.device, torch.dtype, bool], _Placed] = field(default_factory=dict)
 
-    def model_rows(self, with_uncond: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the context and label of all rows: cond, then uncond if it is asked for."""
+    def on(self, device: torch.device, dtype: torch.dtype, with_uncond: bool) -> _Placed:
+        """Return what the rows of a pass are told: cond, then uncond if it is asked for."""
+        key = device, dtype, with_uncond
+        if key not in self.placed:
+            context, label = self._model_rows(with_uncond)
+            images = self.images.to(device)
+            rows = torch.cat((images, torch.arange(len(self.first), device=device))) if with_uncond else images
+            shared = rows if len(rows) > len(self.first) else None
+            self.placed[key] = _Placed(
+                Text(context.to(device, dtype), shared, {}),
+                None if label is None else label.to(device, dtype),
+                rows,
+                images,
+                self.first.to(device),
+                None if self.weights is None else self.weights.to(device),
+            )
+        return self.placed[key]
+
+    def _model_rows(self, with_uncond: bool) -> tuple[Tensor, Tensor | None]:
         if not with_uncond:
             return self.contexts[0], None if self.labels is None else self.labels[0]
         label = None if self.labels is None else torch.cat(expand(*self.labels), 1)

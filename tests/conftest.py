@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib_delta.fork import ForkedLayer
+from lib_delta.fork import Adaptation, ForkedLayer
 from lib_delta.models.unet import UNet, UNetConfig
 
 TINY = UNetConfig(
@@ -45,7 +45,7 @@ def tiny_unet(config: UNetConfig = TINY, seed: int = 0) -> UNet:
 
 
 @dataclass(frozen=True)
-class NewWeights:
+class NewWeights(Adaptation):
     """An adaptation that replaces a layer's weights."""
 
     weight: Tensor

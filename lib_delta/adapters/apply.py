@@ -19,7 +19,7 @@ from lib_delta.adapters.full import Tuned
 from lib_delta.adapters.load import AdapterFile
 from lib_delta.adapters.protocol import LayerAdapter
 from lib_delta.errors import SettingError
-from lib_delta.fork import ForkedLayer
+from lib_delta.fork import Adaptation, ForkedLayer
 from lib_delta.models.text import TextEncoder
 from lib_delta.models.unet import UNet
 
@@ -29,7 +29,7 @@ Weighted = tuple[LayerAdapter, float]
 Weight = float | Callable[[str], float]
 
 
-class Merged(nn.Module):
+class Merged(nn.Module, Adaptation):
     """A second weight and, where it changes, a second bias, in the layer's dtype (the fastest form)."""
 
     # Buffers follow the model from device to device; not persistent, they are no part of its weights.
@@ -45,7 +45,7 @@ class Merged(nn.Module):
         return layer.apply_weights(x, self.weight, layer.bias if self.bias is None else self.bias)
 
 
-class Bypass(nn.Module):
+class Bypass(nn.Module, Adaptation):
     """The low-rank factors themselves, added to the layer's output (the smallest form)."""
 
     def __init__(self, adapters: Sequence[Weighted]) -> None:
@@ -53,10 +53,24 @@ class Bypass(nn.Module):
         self.adapters = tuple(adapters)
 
     def forward(self, layer: ForkedLayer, x: Tensor) -> Tensor:
-        y = added = layer.base(x)
+        y = layer.base(x)
+        return self._added(layer, x, y, y.clone() if len(self.adapters) > 1 else y)
+
+    def forked(self, layer: ForkedLayer, x: Tensor) -> Tensor:
+        """Compute the base's layer once, over the rows of both branches."""
+        y = layer.base(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        if len(x) == 1:
+            y = torch.cat((y, y))
+        # What is added must not be seen by the next adapter, which adapts the base as well.
+        base = y[1].clone() if len(self.adapters) > 1 else y[1]
+        self._added(layer, x[-1], base, y[1])
+        return y
+
+    def _added(self, layer: ForkedLayer, x: Tensor, base: Tensor, total: Tensor) -> Tensor:
+        """Add what the adapters make of ``x`` and of the base's output to ``total``, in place."""
         for adapter, weight in self.adapters:
-            added = torch.add(added, adapter.bypass(layer, x, y), alpha=weight)
-        return added
+            adapter.add_bypass(total, layer, x, base, weight)
+        return total
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bypass:
         super()._apply(fn, recurse)

@@ -87,6 +87,14 @@ class Lora(LayerAdapter):
             hidden = layer.apply_weights(F.conv2d(x, self.down), self.mid, None)
         return F.conv2d(hidden.mul(self.scale), self.up)
 
+    def add_bypass(self, total: Tensor, layer: ForkedLayer, x: Tensor, y: Tensor, factor: float) -> None:
+        if not (isinstance(layer, Linear) and total.is_contiguous()):
+            super().add_bypass(total, layer, x, y, factor)
+            return
+        # In one go: no output of the layer's size in between.
+        hidden = F.linear(x, self.down).flatten(0, -2)
+        total.view(-1, total.shape[-1]).addmm_(hidden, self.up.t(), alpha=factor * self.scale)
+
     def truncated(self, rank: int) -> Lora:
         """Return the first ``rank`` ranks alone, as a DyLoRA is trained to serve (arXiv 2210.07558); scale stays."""
         if self.mid is not None or rank >= self.rank:

@@ -69,6 +69,10 @@ class LayerAdapter(ABC):
         """Return what is added to the layer's output ``y`` for ``x`` of shape ``(N, ...)``."""
         raise NotImplementedError(f"{self.algorithm} has no bypass form")
 
+    def add_bypass(self, total: Tensor, layer: ForkedLayer, x: Tensor, y: Tensor, factor: float) -> None:
+        """Add ``factor`` times :meth:`bypass` to ``total`` of the shape of ``y``, which may be ``y`` itself."""
+        total.add_(self.bypass(layer, x, y), alpha=factor)
+
     def map(self: Own, function: Callable[[Tensor], Tensor]) -> Own:
         """Return the same adapter with ``function`` applied to its tensors (a move, a cast)."""
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]

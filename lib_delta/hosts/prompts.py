@@ -70,19 +70,19 @@ class Schedules:
         self._parts = [part for image in cond for part in image]
         self._weights = tuple(tuple(float(part.weight) for part in image) for image in cond)
         self._uncond = uncond
-        self._now: tuple[list[int], Conditioning] | None = None
+        self._known: dict[tuple[int, ...], Conditioning] = {}
 
     def __call__(self, step: int) -> Conditioning:
-        """Return what holds at a step: the same object for as long as nothing changes."""
+        """Return what holds at a step: the same object for as long as nothing changes, and again when it returns."""
         schedules = [*(part.schedules for part in self._parts), *self._uncond]
-        holding = [_holding(schedule, step) for schedule in schedules]
-        if self._now is None or self._now[0] != holding:
+        holding = tuple(_holding(schedule, step) for schedule in schedules)
+        if holding not in self._known:
             told = [schedule[i].cond for schedule, i in zip(schedules, holding)]
             count = len(self._parts)
             halves = _stack(told[:count]), _stack(told[count:])
             cond, uncond = halves if self._pad is None else self._pad(*halves)
-            self._now = holding, Conditioning(cond, uncond, weights=self._weights)
-        return self._now[1]
+            self._known[holding] = Conditioning(cond, uncond, weights=self._weights)
+        return self._known[holding]
 
 
 def _holding(schedule: Sequence[Entry], step: int) -> int:

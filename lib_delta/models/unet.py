@@ -123,6 +123,53 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), -1)
 
 
+@dataclass(frozen=True)
+class Text:
+    """What the rows of a pass are told.
+
+    ``context`` is the encoded text ``(R, M, T, C)``.  Rows that share an image, as cond and uncond do, are one until
+    they meet their texts: ``rows`` ``(M,)`` then has the number of each one's image among the N that the pass is given.
+    ``known`` keeps keys and values from pass to pass, where prompts stay; None keeps nothing.
+    """
+
+    context: Tensor
+    rows: Tensor | None = None
+    known: dict[CrossAttention, _KeysValues] | None = None
+
+    @classmethod
+    def of(cls, context: Tensor | Text) -> Text:
+        """Return a context as it is or as one whose rows are the pass's own."""
+        return context if isinstance(context, Text) else cls(context)
+
+    def keys_values(self, layer: CrossAttention) -> tuple[Tensor, Tensor]:
+        """Return what a layer makes of the context, ``(R, M, T, C)`` each."""
+        found = None if self.known is None else self.known.get(layer)
+        if found is None or not found.current(layer):
+            found = _KeysValues(
+                layer.to_k(self.context),
+                layer.to_v(self.context),
+                (layer.to_k.weight, layer.to_v.weight, layer.to_k.adaptation, layer.to_v.adaptation),
+            )
+            if self.known is not None:
+                self.known[layer] = found
+        return found.keys, found.values
+
+
+@dataclass(frozen=True)
+class _KeysValues:
+    """A layer's keys and values, and the weights that they were made with."""
+
+    keys: Tensor
+    values: Tensor
+    made_with: tuple[object, ...]
+
+    def current(self, layer: CrossAttention) -> bool:
+        """Tell whether the layer still has those weights, in the same place."""
+        now = (layer.to_k.weight, layer.to_v.weight, layer.to_k.adaptation, layer.to_v.adaptation)
+        same = all(a is b for a, b in zip(self.made_with, now))
+        return same and (self.keys.device, self.keys.dtype) == (layer.to_k.weight.device, layer.to_k.weight.dtype)
+
+
 class ResBlock(nn.Module):
     """Two convolutions with the timestep's embedding added between them."""
 
@@ -134,9 +181,10 @@ class ResBlock(nn.Module):
         self.out_layers = nn.ModuleDict({"0": GroupNorm(out_channels), "3": Conv2d(out_channels, out_channels, 3)})
         self.skip_connection = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, rows: Tensor | None = None) -> Tensor:
         h = self.in_layers["2"](F.silu(self.in_layers["0"](x)))
-        h = h + self.emb_layers["1"](F.silu(emb))[..., None, None]
+        shift = self.emb_layers["1"](F.silu(emb))
+        h = h + (shift if shift.shape[1] == h.shape[1] else fork.spread(shift, rows))[..., None, None]
         h = self.out_layers["3"](F.silu(self.out_layers["0"](h)))
         return (x if self.skip_connection is None else self.skip_connection(x)) + h
 
@@ -152,10 +200,10 @@ class CrossAttention(nn.Module):
         self.to_v = Linear(context_width, width, bias=False)
         self.to_out = nn.ModuleDict({"0": Linear(width, width)})
 
-    def forward(self, x: Tensor, context: Tensor | None = None, attended: Attended | None = None) -> Tensor:
-        context = x if context is None else context
+    def forward(self, x: Tensor, text: Text | None = None, attended: Attended | None = None) -> Tensor:
         q = self.to_q(x)
-        h = fork.attention(q, self.to_k(context), self.to_v(context), self.heads)
+        k, v = (self.to_k(x), self.to_v(x)) if text is None else text.keys_values(self)
+        h = fork.attention(q, k, v, self.heads)
         if attended is not None:
             h = fork.add_to_adapted(h, attended(q[-1], self.heads))
         return self.to_out["0"](h)
@@ -192,9 +240,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
         self.norm1, self.norm2, self.norm3 = LayerNorm(width), LayerNorm(width), LayerNorm(width)
 
-    def forward(self, x: Tensor, context: Tensor, injection: Injection) -> Tensor:
-        x = self.attn1(self.norm1(x)) + x
-        x = self.attn2(self.norm2(x), context, injection.attended.get(self.attn2)) + x
+    def forward(self, x: Tensor, text: Text, injection: Injection) -> Tensor:
+        x = fork.spread(self.attn1(self.norm1(x)) + x, text.rows)
+        x = self.attn2(self.norm2(x), text, injection.attended.get(self.attn2)) + x
         return self.ff(self.norm3(x)) + x
 
 
@@ -212,7 +260,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor, injection: Injection) -> Tensor:
+    def forward(self, x: Tensor, text: Text, injection: Injection) -> Tensor:
         size = x.shape[-2:]
         h = self.norm(x)
         if not self.linear:
@@ -221,13 +269,14 @@ class SpatialTransformer(nn.Module):
         if self.linear:
             h = self.proj_in(h)
         for block in self.transformer_blocks:
-            h = block(h, context, injection)
+            h = block(h, text, injection)
         if self.linear:
             h = self.proj_out(h)
-        h = h.transpose(2, 3).unflatten(3, size)
+        # Transposed only in name, it would turn all that follows to channels-last, and weights with it in each pass.
+        h = h.transpose(2, 3).unflatten(3, size).contiguous()
         if not self.linear:
             h = self.proj_out(h)
-        return h + x
+        return h + fork.spread(x, text.rows)
 
 
 class Downsample(nn.Module):
@@ -286,14 +335,16 @@ class Encoder(nn.Module):
             raise ValueError("this UNet (SDXL) needs a label embedding: pooled text and image size")
         return emb + _mlp(self.label_emb[0], label)
 
-    def encode(self, x: Tensor, emb: Tensor, context: Tensor, injection: Injection) -> list[Tensor]:
+    def encode(self, x: Tensor, emb: Tensor, context: Tensor | Text, injection: Injection) -> list[Tensor]:
         """Return the outputs of every input block and of the middle block."""
+        text = Text.of(context)
         outputs: list[Tensor] = []
         h = x
         for number, parts in enumerate(self.input_blocks):
-            h = injection.after(number, _run(parts, h, emb, context, injection))
+            h = injection.after(number, _run(parts, h, emb, text, injection))
             outputs.append(h)
-        return [*outputs, _run(self.middle_block, h, emb, context, injection)]
+        outputs.append(_run(self.middle_block, h, emb, text, injection))
+        return [fork.spread(output, text.rows) for output in outputs]
 
 
 class UNet(Encoder):
@@ -318,7 +369,7 @@ class UNet(Encoder):
         self,
         x: Tensor,
         t: Tensor,
-        context: Tensor,
+        context: Tensor | Text,
         label: Tensor | None = None,
         injection: Injection = Injection(),  # noqa: B008 (it is frozen)
     ) -> Tensor:
@@ -327,18 +378,22 @@ class UNet(Encoder):
         Args:
             x: latents ``(R, N, C, H, W)``, scaled as the model expects its input; any H, W.
             t: continuous timesteps ``(N,)``, 0 to 999.
-            context: encoded text ``(R, N, T, context_width)``.
-            label: pooled text and size embedding ``(R, N, label_width)``, for SDXL.
+            context: encoded text ``(R, N, T, context_width)``, or a :class:`Text` of M rows for the N images.
+            label: pooled text and size embedding ``(R, N or M, label_width)``, for SDXL.
             injection: what the adapted model gets besides, of a ControlNet or an image prompt.
 
         Returns:
-            The prediction ``(R', N, C, H, W)``; ``R'`` is 1 if nothing told the branches apart.
+            The prediction ``(R', N or M, C, H, W)``; ``R'`` is 1 if nothing told the branches apart.
         """
+        text = Text.of(context)
+        if label is not None or injection != Injection():
+            # Rows are told apart from the start.
+            x, t = fork.spread(x, text.rows), fork.spread(t[None], text.rows)[0]
         emb = self.embed(t, label, x.dtype)
-        *skips, h = injection.into_decoder(self.encode(x, emb, context, injection))
+        *skips, h = injection.into_decoder(self.encode(x, emb, text, injection))
         for parts in self.output_blocks:
             h = fork.cat(h, skips.pop(), dim=2)
-            h = _run(parts, h, emb, context, injection, skips[-1].shape[-2:] if skips else None)
+            h = _run(parts, h, emb, text, injection, skips[-1].shape[-2:] if skips else None)
         return self.out["2"](F.silu(self.out["0"](h)))
 
 
@@ -350,14 +405,14 @@ def _block(in_channels: int, out_channels: int, depth: int, config: UNetConfig) 
 
 
 def _run(
-    parts: nn.ModuleList, h: Tensor, emb: Tensor, context: Tensor, injection: Injection, size: torch.Size | None = None
+    parts: nn.ModuleList, h: Tensor, emb: Tensor, text: Text, injection: Injection, size: torch.Size | None = None
 ) -> Tensor:
     """Evaluate one block; ``size`` is what an upsampling part enlarges to."""
     for part in parts:
         if isinstance(part, ResBlock):
-            h = part(h, emb)
+            h = part(h, emb, text.rows)
         elif isinstance(part, SpatialTransformer):
-            h = part(h, context, injection)
+            h = part(h, text, injection)
         elif isinstance(part, Upsample):
             h = part(h, size)
         else:
