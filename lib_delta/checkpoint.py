@@ -1,34 +1,33 @@
 """Reading checkpoints: what a model file is, and its UNet and autoencoder as modules.
 
-Formats: safetensors (by memory map) and PyTorch's zip or pickle files (weights only, so that no code
-in them can run), both in the key names of the original Stable Diffusion release, "LDM layout".
+Formats: safetensors and PyTorch's own files, both read by :mod:`lib_delta.formats` (so that no code in them can
+run), in the key names of the original Stable Diffusion release, "LDM layout".
 """
 
 from __future__ import annotations
 
-import os
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from lib_delta.errors import CheckpointError
 from lib_delta.families import SERVED, Family
+from lib_delta.formats import zip_records
+from lib_delta.formats.reading import Shapes
+from lib_delta.formats.safetensors_file import SafetensorsReader
+from lib_delta.formats.torch_file import TorchFileReader
 from lib_delta.models import unet, vae
 from lib_delta.models.unet import UNet, UNetConfig
 from lib_delta.models.vae import VAE, VAEConfig
 from lib_delta.parameterization import Prediction
 
-Shapes = Mapping[str, tuple[int, ...]]
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -43,131 +42,6 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
-# The package has no types.
-_safe_open: Callable[..., Any] = safe_open
-
-
-class SafetensorsReader:
-    """A safetensors file; every tensor is a view of the file's memory map."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._file = _safe_open(str(path), framework="pt", device="cpu")
-            self.metadata: Mapping[str, str] = self._file.metadata() or {}
-            self.shapes: Shapes = {k: tuple(self._file.get_slice(k).get_shape()) for k in self._file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path.name} is a truncated or damaged safetensors file ({error}): download it again"
-            ) from error
-
-    def tensor(self, key: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(key)
-        return tensor
-
-    def close(self) -> None:
-        self._file.__exit__(None, None, None)
-
-
-class PickleReader:
-    """A ``.ckpt`` or ``.pt`` file, read whole."""
-
-    metadata: Mapping[str, str] = {}
-
-    def __init__(self, path: Path) -> None:
-        content = _load_weights_only(path)
-        for name in ("state_dict", "model", "params_ema"):
-            if isinstance(content, dict) and isinstance(content.get(name), dict):
-                content = content[name]
-        if not isinstance(content, dict):
-            raise CheckpointError(
-                f"{path.name} holds no dictionary of weights: a Stable Diffusion checkpoint is needed"
-            )
-        if isinstance(embedded := content.get("string_to_param"), dict):
-            # A textual inversion of the WebUI, which is to be told as such.
-            content = {f"string_to_param.{k}": v for k, v in embedded.items()}
-        self._tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-        _refuse_claims_beyond(path, self._tensors)
-        self.shapes: Shapes = {k: tuple(v.shape) for k, v in self._tensors.items()}
-
-    def tensor(self, key: str) -> Tensor:
-        return self._tensors[key]
-
-    def close(self) -> None:
-        self._tensors = {}
-
-
-def _load_weights_only(path: Path) -> object:
-    """Unpickle tensors and nothing else.
-
-    The file is opened here because hosts rename files whose loading by name failed; and torch's loader is
-    called where it is defined, because hosts put their own in the place of ``torch.load``, one of which
-    (AUTOMATIC1111's) leaves the stream where its check had read to.
-    """
-    try:
-        with path.open("rb") as stream:
-            _refuse_inflating(path.name, stream)
-            return torch.serialization.load(stream, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path.name} is damaged or holds Python objects besides weights, which are not loaded for safety:"
-            " convert it to safetensors"
-        ) from error
-    except Exception as error:  # a broken pickle raises whatever its bytes spell
-        raise CheckpointError(f"{path.name} is a truncated or damaged PyTorch file: download it again") from error
-
-
-def _records(stream: BinaryIO) -> list[zipfile.ZipInfo] | None:
-    """Return the records of a zip file, None for the older format; the stream is left at its start."""
-    is_zip = stream.read(4) == b"PK\x03\x04"
-    stream.seek(0)
-    if not is_zip:
-        return None
-    with zipfile.ZipFile(stream) as archive:
-        records = archive.infolist()
-    stream.seek(0)
-    return records
-
-
-def _refuse_inflating(name: str, stream: BinaryIO) -> None:
-    """Refuse zip files that would unpack to more than they hold; PyTorch writes none that are compressed."""
-    records = _records(stream) or []
-    size = stream.seek(0, os.SEEK_END)
-    stream.seek(0)
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records) or _sizes(records) > size:
-        raise CheckpointError(f"{name} is a compressed archive, which is not read: PyTorch's own file is needed")
-
-
-def _sizes(records: Iterable[zipfile.ZipInfo]) -> int:
-    return sum(record.file_size for record in records)
-
-
-def _refuse_claims_beyond(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not stored number by number, or that claim more memory than the file has filled.
-
-    A view may repeat what it shows, and what was unpickled may state any size for the data it lies in.
-    """
-    with path.open("rb") as stream:
-        records = _records(stream)
-        size = stream.seek(0, os.SEEK_END)
-    filled = None if records is None else {record.file_size for record in records}
-    storages: dict[int, int] = {}
-    for key, tensor in tensors.items():
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise CheckpointError(
-                f"{path.name} holds {key} in a form that is not served (sparse, quantised or without data):"
-                " plain weights are needed"
-            )
-        storage = tensor.untyped_storage()
-        claimed = storage.nbytes()
-        if tensor.numel() * tensor.element_size() > claimed or (filled is not None and claimed not in filled):
-            raise CheckpointError(f"{path.name} is damaged: its weight {key} is larger than what is stored of it")
-        storages[storage.data_ptr()] = claimed
-    if sum(storages.values()) > size:
-        raise CheckpointError(f"{path.name} is damaged: its weights claim more memory than the file has")
-
-
 def _open(path: Path) -> Reader:
     """Choose the reader by the file's content, for names are often wrong."""
     try:
@@ -177,8 +51,8 @@ def _open(path: Path) -> Reader:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): a model file is needed") from error
     if start[8:9] == b"{":
         return SafetensorsReader(path)
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        return PickleReader(path)
+    if start.startswith((zip_records.START, b"\x80")):
+        return TorchFileReader(path)
     raise CheckpointError(f"{path.name} {_what_it_is(start)}: a .safetensors, .ckpt or .pt checkpoint is needed")
 
 
@@ -197,7 +71,7 @@ def _what_it_is(start: bytes) -> str:
 class WeightFile:
     """An open model file, or the part of one below a prefix.
 
-    Tensors are read when asked for: from the memory map for safetensors, with no second copy.
+    Tensors are read when asked for, and stay what they are whatever becomes of the file.
     Raises :class:`CheckpointError` for files that are unreadable, damaged or of another format.
     """
 
@@ -230,7 +104,7 @@ class WeightFile:
         """Return one tensor as it is stored."""
         try:
             return self._reader.tensor(self.prefix + key)
-        except (SafetensorError, RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError) as error:
             raise CheckpointError(f"{self.name} has no readable weight {self.prefix}{key} ({error})") from error
 
     def below(self, prefix: str) -> WeightFile:
@@ -394,7 +268,6 @@ def load_unet(
 ) -> tuple[UNet, Report]:
     """Build the UNet of a checkpoint (or UNet-only file) and say what the file is.
 
-    Weights that are stored in ``dtype`` stay in the file's memory map where ``device`` is the CPU.
     ``prediction`` overrides :func:`detect_prediction`, whose default for SD 2.x is a guess.
     Raises :class:`CheckpointError` for files of another kind or family, and for missing weights.
     """

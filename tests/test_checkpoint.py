@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ from lib_delta.families import Family
 from lib_delta.models.unet import PREFIX, UNet, UNetConfig
 from lib_delta.models.vae import VAE, VAEConfig
 
+ROOT = Path(__file__).parents[1]
 NARROW: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
@@ -251,17 +254,42 @@ def test_quantised_files_are_refused(tmp_path: Path) -> None:
         load(path)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's memory map from /proc")
-def test_safetensors_weights_are_the_file_s_own_pages(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.safetensors", {k: v.half() for k, v in sd1().items()})
-    unet, _ = load(path, dtype=torch.float16)
-    mapped = [
-        line.split()[0].split("-")
-        for line in Path("/proc/self/maps").read_text().splitlines()
-        if line.endswith(str(path))
-    ]
-    ranges = [(int(first, 16), int(last, 16)) for first, last in mapped]
-    assert all(any(a <= v.data_ptr() < b for a, b in ranges) for v in unet.state_dict().values())
+OVERWRITE = """
+import sys, torch
+from lib_delta.checkpoint import WeightFile, load_unet
+with WeightFile.open(sys.argv[1]) as file:
+    unet, _ = load_unet(file, torch.float16)
+before = sum(float(weight.float().sum()) for weight in unet.parameters())
+open(sys.argv[1], "wb").close()
+assert sum(float(weight.float().sum()) for weight in unet.parameters()) == before
+"""
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_weights_outlive_their_file(tmp_path: Path, suffix: str) -> None:
+    """A mapped file that is overwritten ends the process (SIGBUS), hence a process of its own."""
+    path, tensors = tmp_path / f"a.{suffix}", {k: v.half() for k, v in sd1().items()}
+    if suffix == "ckpt":
+        torch.save(tensors, path)
+    else:
+        save(path, tensors)
+    assert subprocess.run([sys.executable, "-c", OVERWRITE, str(path)], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+@pytest.mark.parametrize("change", ["overwritten", "cut off"])
+def test_a_file_that_changes_while_it_is_read_is_told(tmp_path: Path, suffix: str, change: str) -> None:
+    path, tensors = tmp_path / f"a.{suffix}", sd1()
+    if suffix == "ckpt":
+        torch.save(tensors, path)
+    else:
+        save(path, tensors)
+    content = path.read_bytes()
+    with WeightFile.open(path) as file:
+        path.write_bytes(content if change == "overwritten" else content[: len(content) // 2])
+        os.utime(path, ns=(1, 1))
+        with pytest.raises(CheckpointError, match=rf"^a\.{suffix} was changed while it was read: try again"):
+            load_unet(file)
 
 
 @pytest.mark.parametrize("nested", [True, False])
