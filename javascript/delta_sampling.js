@@ -74,16 +74,26 @@ function deltaSamplingDrawing(tab) {
     checkSoon();
 }
 
-// The log below the gallery is written at the end of each generation, failed ones included.
+// The log below the gallery is written at the end of each generation, failed and plain ones included.
 function deltaSamplingStatus(tab) {
     const log = gradioApp().querySelector(`#html_log_${tab}`);
-    const enabled = deltaSamplingElement(tab, "enabled-checkbox")?.querySelector("input");
-    if (!log || !enabled) return;
+    const refresh = deltaSamplingElement(tab, "refresh_status");
+    if (!log || !refresh) return;
     let waiting;
     new MutationObserver(() => {
         clearTimeout(waiting);
-        if (enabled.checked) waiting = setTimeout(() => deltaSamplingElement(tab, "refresh_status").click(), 300);
+        waiting = setTimeout(() => refresh.click(), 300);
     }).observe(log, {childList: true, subtree: true, characterData: true});
+}
+
+// The WebUI explains every "None" on the page as that of its own list of scripts; here it means something else.
+function deltaSamplingOwnTips(tab) {
+    const settings = deltaSamplingElement(tab, "settings");
+    settings?.addEventListener("mouseover", (event) => {
+        for (let node = event.target; node && node !== settings; node = node.parentElement) {
+            if (node.title && !node.id.startsWith(`script_${tab}_delta_sampling_`)) node.title = "";
+        }
+    }, true);
 }
 
 onUiLoaded(() => {
@@ -92,5 +102,6 @@ onUiLoaded(() => {
         deltaSamplingSlider(tab);
         deltaSamplingDrawing(tab);
         deltaSamplingStatus(tab);
+        deltaSamplingOwnTips(tab);
     }
 });

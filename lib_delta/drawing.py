@@ -68,7 +68,7 @@ def _in_part(strength: Strength) -> bool:
 
 def _limited(value: Any, start: Any, end: Any, curve: Any, first: Any, last: Any) -> Strength:
     if None in (value, start, end, first, last):
-        raise SettingError("strength: a number is missing")
+        raise SettingError("a number is missing")
     start, end, first, last = (min(max(share, 0.0), 1.0) for share in (start, end, first, last))
     return Strength(min(max(value, 0.0), MAXIMUM), start, end, curve, first, last)
 

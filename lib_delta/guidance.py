@@ -80,8 +80,9 @@ class DeltaGuidance:
         change = strength * self.bridge.delta_to_target(guided, crossing).float()
         if not torch.isfinite(change).all():
             raise DeltaError(
-                f"the source's delta is not a number at step {step.step} (sigma {float(step.sigma.max()):.4g}): "
-                "run the base model in fp32 or bf16, or check its adapters"
+                f"the side model's delta is not a number at step {step.step + 1} "
+                f"(sigma {float(step.sigma.max()):.4g}): "
+                "choose bf16 or fp32 in Settings > Delta Sampling, or, if that is chosen, smaller weights of its LoRAs"
             )
         if uncond is guided:
             return change, change

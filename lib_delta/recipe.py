@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lib_delta.adapters.blocks import BlockWeights
-from lib_delta.errors import SettingError
+from lib_delta.errors import SettingError, shortened, shown
 
 OPTIONS = "te=weight, lbw=blocks, start=share, end=share, dyn=rank"
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
@@ -42,7 +42,7 @@ class Pick:
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.end <= 1:
             raise SettingError(
-                f"LoRA {self.name!r} is to count from {self.start:g} to {self.end:g}: "
+                f"LoRA {shown(self.name)} is to count from {self.start:g} to {self.end:g}: "
                 "two shares of the run from 0 to 1 are needed, the earlier first"
             )
         if self.blocks:
@@ -86,13 +86,15 @@ def parse_pick(parts: Sequence[str]) -> Pick:
     """Read one pick, given as the texts between its colons."""
     name, text = _unquoted(parts[0].strip()), ":".join(parts)
     if not name:
-        raise SettingError(f"LoRA pick {text!r} has no name: NAME:weight is needed")
+        raise SettingError(f"LoRA pick {shown(text)} has no name: NAME:weight is needed")
     values: dict[str, str] = {}
     for part in parts[1:]:
         key, _, value = part.strip().partition("=") if "=" in part else ("", "", part.strip())
         field = {"": "weight", "unet": "weight", "te": "text", "lbw": "blocks", "dyn": "rank"}.get(key, key)
         if field not in ("weight", "text", "blocks", "start", "end", "rank") or field in values:
-            raise SettingError(f"LoRA pick {text!r} cannot be read at {part!r}: NAME:weight is needed, and {OPTIONS}")
+            raise SettingError(
+                f"LoRA pick {shown(text)} cannot be read at {shown(part)}: NAME:weight is needed, and {OPTIONS}"
+            )
         values[field] = value.strip()
     return Pick(name, **_typed(values, text))  # type: ignore[arg-type]
 
@@ -104,10 +106,10 @@ def _typed(values: Mapping[str, str], text: str) -> dict[str, float | int | str]
             typed[field] = ",".join(part.strip() for part in value.split(","))
         elif field == "rank":
             if not value.isdecimal() or int(value) < 1:
-                raise SettingError(f"LoRA pick {text!r} has dyn={value}: a whole number of ranks is needed")
+                raise SettingError(f"LoRA pick {shown(text)} has dyn={shortened(value)}: a whole number is needed")
             typed[field] = int(value)
         else:
-            typed[field] = read_number(value, f"LoRA pick {text!r} has {'weight' if field == 'text' else field}")
+            typed[field] = read_number(value, f"LoRA pick {shown(text)} has {'weight' if field == 'text' else field}")
     return typed
 
 
@@ -118,7 +120,7 @@ def read_number(text: str, where: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise SettingError(f"{where} {text!r}: a number is needed")
+        raise SettingError(f"{where} {shown(text)}: a number is needed")
     return value
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from lib_delta.errors import SettingError
+from lib_delta.errors import SettingError, shortened, shown
 from lib_delta.recipe import Pick, format_picks, parse_pick, parse_picks, parse_single, read_number, written
 from lib_delta.strength import CURVES, MAXIMUM, ROUNDING, Strength
 
@@ -34,7 +34,8 @@ class Request:
 
     In each field's metadata: ``key``, its name for the API; ``infotext``, its name in a picture's
     text; ``help``; and what values are allowed.  The order is that of positional arguments.
-    Raises :class:`SettingError` for values that are not allowed.
+    Raises :class:`SettingError` for values that are not allowed, if a delta is wanted: what stands in an
+    accordion that is off, or beside a lambda of 0, is nobody's business.
     """
 
     enabled: bool = _setting(False, "enabled", "", "whether the delta is added")
@@ -67,10 +68,17 @@ class Request:
     )
 
     def __post_init__(self) -> None:
+        if self.enabled is False or _is_zero(self.strength):
+            return
         for setting in fields(self):
             _check(setting.metadata, setting.type, getattr(self, setting.name))
         self.lambda_over_run()
         self.picks()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a delta is asked for at all."""
+        return self.enabled and self.strength != 0
 
     def lambda_over_run(self) -> Strength:
         """Return lambda as a function of progress."""
@@ -100,30 +108,33 @@ class Request:
         return self.hires == "both" or (self.hires == "hires pass") == hires
 
     @classmethod
-    def from_arguments(cls, arguments: Sequence[Any]) -> Request:
+    def from_arguments(cls, arguments: Sequence[Any], **changes: Any) -> Request:
         """Read what a script is called with: one dictionary of named keys, or values in the fields' order.
 
         Missing ones have their defaults.  Hosts pad API calls with the defaults of the accordion, so
-        what follows a dictionary is left out.
+        what follows a dictionary is left out.  ``changes`` are fields to have in place of what was given,
+        before anything is checked.
         """
         if arguments and isinstance(arguments[0], Mapping):
-            return cls.from_named(arguments[0])
+            return cls.from_named(arguments[0], **changes)
         known = fields(cls)
         if len(arguments) > len(known):
             raise SettingError(f"Delta Sampling takes {len(known)} arguments, and {len(arguments)} were given")
-        return cls(**{f.name: _plain(f.metadata, f.type, value) for f, value in zip(known, arguments)})
+        return cls(**{f.name: _plain(f.metadata, f.type, value) for f, value in zip(known, arguments)} | changes)
 
     @classmethod
-    def from_named(cls, named: Mapping[str, Any]) -> Request:
+    def from_named(cls, named: Mapping[str, Any], **changes: Any) -> Request:
         """Read named keys; a dictionary without "enabled" means that it is."""
         by_key = {f.metadata["key"]: f for f in fields(cls)}
-        for key in named:
-            if key not in by_key:
-                near = difflib.get_close_matches(str(key), by_key, 1)
-                hint = f": is {near[0]!r} meant?" if near else f", only {', '.join(by_key)}"
-                raise SettingError(f"Delta Sampling has no argument {key!r}{hint}")
-        given = {by_key[key].name: _plain(by_key[key].metadata, by_key[key].type, v) for key, v in named.items()}
-        return cls(**{"enabled": True, **given})
+        given: dict[str, Any] = {"enabled": True}
+        given |= {f.name: _plain(f.metadata, f.type, named[key]) for key, f in by_key.items() if key in named}
+        request = cls(**given | changes)
+        unknown = next((key for key in named if key not in by_key), None)
+        if unknown is not None and request.wanted:
+            near = difflib.get_close_matches(str(unknown), by_key, 1)
+            hint = f": is {near[0]!r} meant?" if near else f", only {', '.join(by_key)}"
+            raise SettingError(f"Delta Sampling has no argument {shown(unknown)}{hint}")
+        return request
 
     def with_tags(self, tags: Sequence[Sequence[str]]) -> Request:
         """Apply ``<delta:NAME:lambda>`` tags of a prompt, each given as the texts between its colons.
@@ -147,6 +158,17 @@ class Request:
             loras=format_picks([*before, *(pick for pick, _ in read)]),
         )
 
+    def overruled(self, other: Request) -> str:
+        """Say what ``other``, which came of this by a prompt's tags, has another value of; empty for nothing."""
+        weights = {pick.name: pick.weight for pick in self.picks()} if self.wanted else {}
+        said = [f"lambda {other.strength:g} (here {self.strength:g})"] if other.strength != self.strength else []
+        said += [
+            f"weight {pick.weight:g} of {shown(pick.name)} (here {weights[pick.name]:g})"
+            for pick in (other.picks() if other.wanted else ())
+            if weights.get(pick.name, pick.weight) != pick.weight
+        ]
+        return " and ".join(said)
+
     def infotext(self, hashes: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return what a picture that got the delta says: lambda, and whatever is not the default.
 
@@ -161,15 +183,82 @@ class Request:
             if label and (value != f.default or f.name == "strength"):
                 values[label] = written(value) if f.type == "float" else value
         for label in (_label("base"), _label("adapted")):
-            if values.get(label) in hashes:
-                values[label] += f" [{hashes[values[label]]}]"
+            name = values.get(label, "")
+            if name in hashes or name.endswith("]"):  # or else the end of such a name would be taken for its hash
+                values[label] = f"{name} [{hashes.get(name, '')}]"
+        values = {label: _escaped(value) for label, value in values.items()}
         lora_hashes = [f"{pick.name}: {hashes[pick.name]}" for pick in self.picks() if pick.name in hashes]
         if lora_hashes:
             values[HASHES] = ", ".join(lora_hashes)
         return values
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What a batch asks for in its first pass and in that of hires fix, whose prompt may have tags of its own."""
+
+    first: Request
+    hires: Request
+
+    def of(self, hires: bool) -> Request:
+        """Return what a pass asks for."""
+        return self.hires if hires else self.first
+
+    @property
+    def wanted(self) -> bool:
+        """Whether either pass wants a delta."""
+        return self.first.wanted or self.hires.wanted
+
+    def picks(self) -> tuple[Pick, ...]:
+        """Return the LoRAs of both passes: those of the hires pass follow, where they are others."""
+        return self._of_pass(False) + (() if self._same else self._of_pass(True))
+
+    @property
+    def _same(self) -> bool:
+        return self.first.loras == self.hires.loras
+
+    def _of_pass(self, hires: bool) -> tuple[Pick, ...]:
+        return self.of(hires).picks() if self._same or self.of(hires).wanted else ()
+
+    def active(self, progress: float, hires: bool) -> Active:
+        """Tell which of :meth:`picks` count at a point of a pass."""
+        return self._placed(self.of(hires).active(progress) if self._of_pass(hires) else (), hires)
+
+    def stages(self, hires: bool) -> set[Active]:
+        """Return the sets of LoRAs that count together at some point of a pass."""
+        stages = self.of(hires).stages() if self._of_pass(hires) else {()}
+        return {self._placed(stage, hires) for stage in stages}
+
+    def _placed(self, active: Active, hires: bool) -> Active:
+        if self._same:
+            return active
+        before, after = len(self._of_pass(False)), len(self._of_pass(True))
+        return (False,) * before + active if hires else active + (False,) * after
+
+    def claimed(self, accordion: Request) -> Request:
+        """Return what a picture says: pasted, with the tags in its prompts, it asks for the same again."""
+        if self.first == self.hires:
+            return self.first
+        if not self.hires.wanted:
+            return replace(self.first, hires="first pass")
+        if not self.first.wanted:
+            return replace(self.hires, hires="hires pass")
+        loras = accordion.loras if accordion.enabled else ""
+        return replace(self.first, strength=accordion.strength, loras=loras)
+
+
 HASHES = "Delta LoRA hashes"
+SKIPPED = "Delta not applied"
+
+
+def _escaped(text: str) -> str:
+    """Write a text so that the WebUI's parser gives it back, which takes quotes off and blanks away.
+
+    Texts with commas, colons and line ends are quoted by the WebUI itself.
+    """
+    if re.search("[,:\n]", text):
+        return text
+    return json.dumps(text, ensure_ascii=False) if text != text.strip() or re.fullmatch('".*"', text) else text
 
 
 def _label(name: str) -> str:
@@ -190,7 +279,10 @@ def from_infotext(values: Mapping[str, str], name: str) -> Any:
     setting = next(f for f in fields(Request) if f.name == name)
     if name == "enabled":
         return _label("strength") in values
-    text = values.get(setting.metadata["infotext"])
+    label = setting.metadata["infotext"]
+    text = values.get(label)
+    if f"{label}-1" in values and f"{label}-2" in values:  # the WebUI has taken it for a picture's size
+        text = f"{values[f'{label}-1']}x{values[f'{label}-2']}"
     if text is None:
         return setting.default
     if setting.type == "float":
@@ -198,7 +290,7 @@ def from_infotext(values: Mapping[str, str], name: str) -> Any:
             return float(text)
         except ValueError:
             return setting.default
-    return re.sub(r" \[\w+\]$", "", text) if name in ("base", "adapted") else text
+    return re.sub(r" \[\w*\]$", "", text) if name in ("base", "adapted") else text
 
 
 def schema() -> dict[str, Any]:
@@ -226,23 +318,34 @@ def _read_tag(tag: Sequence[str]) -> tuple[Pick, float | None]:
     """Split ``<delta:NAME:lambda:weight=0.8:te=0.5>`` into what it picks and lambda."""
     named = [part for part in tag[1:] if "=" in part]
     plain = [part for part in tag[1:] if "=" not in part]
-    shown = "<delta:" + ":".join(tag) + ">"
+    written_tag = shortened("<delta:" + ":".join(tag) + ">")
     if not tag or not tag[0].strip() or len(plain) > 1:
-        raise SettingError(f"{shown} cannot be read: <delta:NAME:lambda> is needed")
+        raise SettingError(f"{written_tag} cannot be read: <delta:NAME:lambda> is needed")
     pick = parse_pick([tag[0], *(re.sub(r"^\s*weight=", "unet=", part) for part in named)])
-    return pick, read_number(plain[0], f"{shown} has lambda") if plain else None
+    return pick, read_number(plain[0], f"{written_tag} has lambda") if plain else None
 
 
 def _plain(about: Mapping[str, Any], kind: Any, value: Any) -> Any:
     """Turn what widgets and JSON give into a field's own type, where nothing is lost."""
     if kind == "str":
-        if value is None or value == NONE:
+        if value is None or (value == NONE and about["key"] in ("base", "adapted", "loras")):
             return ""
         if about["key"] == "loras" and isinstance(value, list) and all(isinstance(v, str) for v in value):
-            return format_picks([parse_single(text) for text in value])
+            return _joined(value)
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value
+
+
+def _joined(picks: Sequence[str]) -> str:
+    try:
+        return format_picks([parse_single(text) for text in picks])
+    except SettingError:
+        return ", ".join(picks)  # what is wrong with it is said if it is wanted
+
+
+def _is_zero(strength: Any) -> bool:
+    return isinstance(strength, (int, float)) and not isinstance(strength, bool) and strength == 0
 
 
 def _check(about: Mapping[str, Any], kind: Any, value: Any) -> None:
@@ -259,4 +362,5 @@ def _check(about: Mapping[str, Any], kind: Any, value: Any) -> None:
     if good and "choices" in about:
         good = value in about["choices"]
     if not good:
-        raise SettingError(f"Delta Sampling's {about['key']!r} must be {needed}, not {json.dumps(value, default=str)}")
+        given = shortened(json.dumps(value, default=str))
+        raise SettingError(f"Delta Sampling's {about['key']!r} must be {needed}, not {given}")

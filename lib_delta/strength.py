@@ -6,13 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lib_delta.errors import SettingError
+from lib_delta.errors import SettingError, shown
 
 Curve = Literal["constant", "linear", "cosine", "sigmoid"]
 
 CURVES: tuple[str, ...] = get_args(Curve)
 MAXIMUM = 10.0
 SIGMOID_STEEPNESS = 10.0
+# As the accordion and the API call them.
+NAMES = {"value": "lambda", "first": "curve start", "last": "curve end"}
 # Progress is a quotient: a step that lies on a limit of the range must not fall out of it by rounding.
 ROUNDING = 1e-6
 
@@ -40,11 +42,11 @@ class Strength:
             given = getattr(self, name)
             # Written so that nan, which compares false with everything, is refused as well.
             if not 0 <= given <= maximum:
-                raise SettingError(f"strength: {name} must be between 0 and {maximum:g}, not {given}")
+                raise SettingError(f"{NAMES.get(name, name)} must be between 0 and {maximum:g}, not {given}")
         if self.start > self.end:
-            raise SettingError(f"strength: start ({self.start}) must not come after end ({self.end})")
+            raise SettingError(f"start ({self.start}) must not come after end ({self.end})")
         if self.curve not in get_args(Curve):
-            raise SettingError(f"strength: curve must be one of {', '.join(get_args(Curve))}, not {self.curve!r}")
+            raise SettingError(f"curve must be one of {', '.join(get_args(Curve))}, not {shown(self.curve)}")
 
     def at(self, progress: float) -> float:
         """Return lambda at ``progress`` (0 the first step, 1 the last)."""

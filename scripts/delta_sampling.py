@@ -3,6 +3,7 @@
 What it does with them is in ``lib_delta``; which WebUI runs is known to ``lib_delta.hosts`` alone.
 """
 
+import re
 import sys
 from dataclasses import fields
 from functools import partial
@@ -15,7 +16,7 @@ from modules.ui_common import create_refresh_button
 from modules.ui_components import FormRow, InputAccordion
 
 from lib_delta.drawing import drawing
-from lib_delta.errors import SettingError
+from lib_delta.errors import SettingError, shortened
 from lib_delta.hosts import host
 from lib_delta.recipe import parse_picks, quoted
 from lib_delta.request import HIRES_PASSES, NONE, Request, from_infotext, schema
@@ -369,6 +370,8 @@ def set_axis(target, p, value, values):
     """Note one axis' value for a cell; cells are shallow copies of one object, so the dictionary is a new one."""
     if target in CHECKPOINT_FIELDS:
         value = find_checkpoint(value)
+    if target == "loras" and value in host().loras():
+        value = quoted(value)  # a name may hold what separates LoRAs
     if value == NONE:
         value = ""
     p.delta_sampling_axes = {**getattr(p, "delta_sampling_axes", {}), "enabled": True, target: value}
@@ -383,13 +386,13 @@ def confirm_axis(label, target, p, values):
                 raise SettingError(f'{label} "{value:g}" is not allowed: a number from {low:g} to {high:g} is')
         elif target in CHECKPOINT_FIELDS:
             if find_checkpoint(value) is None:
-                raise SettingError(f'{label} "{value}" is no checkpoint: {listed(checkpoint_choices())}')
+                raise SettingError(f'{label} "{shortened(value)}" is no checkpoint: {listed(checkpoint_choices())}')
         elif target == "curve" and value not in CURVES:
-            raise SettingError(f'{label} "{value}" is not allowed: {listed(CURVES)}')
-        elif target == "loras" and value != NONE:
+            raise SettingError(f'{label} "{shortened(value)}" is not allowed: {listed(CURVES)}')
+        elif target == "loras" and value not in (NONE, *host().loras()):
             for pick in parse_picks(value):
                 if pick.name not in host().loras():
-                    raise SettingError(f'{label} "{pick.name}" is no LoRA: {listed(lora_choices())}')
+                    raise SettingError(f'{label} "{shortened(pick.name)}" is no LoRA: {listed(lora_choices())}')
 
 
 def find_checkpoint(name):
@@ -397,14 +400,22 @@ def find_checkpoint(name):
     known = checkpoint_choices()
     if name in known:
         return name
-    found = [other for other in known if short_name(other) == short_name(name)]
-    return found[0] if len(found) == 1 else None
+    for short in (short_name, lambda checkpoint: short_name(without_hash(checkpoint))):
+        found = [other for other in known if short(other) == short(name)]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def short_name(checkpoint):
-    """Return a checkpoint's name without folder, ending, hash and case."""
-    name = PurePath(checkpoint.partition(" [")[0].replace("\\", "/")).name.casefold()
+    """Return a checkpoint's name without folder, ending and case."""
+    name = PurePath(checkpoint.replace("\\", "/")).name.casefold()
     return name.removesuffix(".safetensors").removesuffix(".ckpt")
+
+
+def without_hash(checkpoint):
+    """Return a checkpoint's title without the hash at its end, if that is one."""
+    return re.sub(r" \[\w+\]$", "", checkpoint)
 
 
 def listed(names, shown=12):

@@ -91,7 +91,7 @@ def test_an_exactly_zero_delta_changes_nothing() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_delta_that_is_not_a_number_stops_the_generation(bad: float) -> None:
-    with pytest.raises(DeltaError, match=r"not a number at step 3 \(sigma 2\)"):
+    with pytest.raises(DeltaError, match=r"not a number at step 4 \(sigma 2\)"):
         DeltaGuidance(Strength(1.0), IdentityBridge(), RecordingSource(bad))(step())
 
 

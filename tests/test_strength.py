@@ -47,13 +47,13 @@ def test_a_range_of_a_single_moment_is_served(curve: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"value": -0.1}, "value must be between 0 and 10"),
-        ({"value": 10.5}, "value must be between 0 and 10"),
-        ({"value": math.nan}, "value must be between 0 and 10"),
+        ({"value": -0.1}, "lambda must be between 0 and 10"),
+        ({"value": 10.5}, "lambda must be between 0 and 10"),
+        ({"value": math.nan}, "lambda must be between 0 and 10"),
         ({"start": -0.1}, "start must be between 0 and 1"),
         ({"end": 1.1}, "end must be between 0 and 1"),
         ({"start": 0.6, "end": 0.5}, "start .* must not come after end"),
-        ({"first": 2.0}, "first must be between 0 and 1"),
+        ({"first": 2.0}, "curve start must be between 0 and 1"),
         ({"curve": "step"}, "curve must be one of constant, linear, cosine, sigmoid"),
     ],
 )

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lib_delta.errors import SettingError
+from lib_delta.errors import SettingError, shown
 
 _ALL = ("BASE", *(f"IN{i:02}" for i in range(12)), "M00", *(f"OUT{i:02}" for i in range(12)))
 _WITH_ATTENTION = tuple(f"IN{i:02}" for i in (1, 2, 4, 5, 7, 8))
@@ -56,7 +56,7 @@ class BlockWeights:
             numbers = []
         if layout is None or not numbers or not all(map(math.isfinite, numbers)):
             raise SettingError(
-                f"block weights {text!r} cannot be read: {', '.join(PRESETS)}, or 12, 17 or 26 numbers are needed"
+                f"block weights {shown(text)} cannot be read: {', '.join(PRESETS)}, or 12, 17 or 26 numbers are needed"
             )
         given = dict(zip(layout, numbers))
         return cls(tuple((block, given.get(block, 0.0)) for block in _ALL))

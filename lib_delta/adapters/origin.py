@@ -118,7 +118,7 @@ def described(context_width: int) -> str:
 def other_family(name: str, found: str, unet: UNet) -> AdapterError:
     """Say that a file is made for another family than the model at hand."""
     needed = f"{family_of(unet).label} (text {unet.config.context_width} wide)"
-    return AdapterError(f"{name} is made for {found}, and one for the source's base model, {needed}, is needed")
+    return AdapterError(f"{name} is made for {found}, and one for the base model, {needed}, is needed")
 
 
 def nothing_matches(name: str, stored: Sequence[str], unet: UNet, stated: str) -> AdapterError:

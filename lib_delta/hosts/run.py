@@ -13,9 +13,10 @@ from lib_delta.bridges import Bridge, choose
 from lib_delta.errors import DeltaError
 from lib_delta.families import Family
 from lib_delta.guidance import DeltaGuidance, DenoiseStep
-from lib_delta.request import Active, Request
+from lib_delta.request import Active, Passes
 from lib_delta.sidemodel import SideModel, sentence
 from lib_delta.source import Source
+from lib_delta.strength import ROUNDING
 
 
 class Stop(BaseException):
@@ -32,25 +33,30 @@ class Run:
 
     ``sources`` are the source as the first and as the hires pass tell it its prompts, for each set of
     LoRAs that counts at some point.  ``fault`` is what ended the delta, where the user wants to go on
-    without it.
+    without it.  ``effective`` tells that it was other than zero, ``interrupted`` that the user ended the run.
     """
 
-    request: Request
+    asked: Passes
     model: SideModel
     sources: dict[tuple[bool, Active], Source]
     on_fault: Callable[[DeltaError], None]
     fault: DeltaError | None = None
     steps: int = 0
     seconds: float = 0.0
+    effective: bool = False
+    interrupted: bool = False
+    _points: dict[bool, list[float]] = field(default_factory=dict)
     _bridges: dict[tuple[Family, float | None], Bridge] = field(default_factory=dict)
 
     def strength(self, progress: float, hires: bool) -> float:
         """Return lambda at a step; 0 where nothing is to be done."""
-        if self.fault is not None or not self.request.in_pass(hires):
+        request = self.asked.of(hires)
+        if self.fault is not None or not (request.wanted and request.in_pass(hires)):
             return 0.0
-        if not (self.request.always or any(self.request.active(progress))):
+        self._points.setdefault(hires, []).append(progress)
+        if not (request.always or any(request.active(progress))):
             return 0.0
-        return self.request.lambda_over_run().at(progress)
+        return request.lambda_over_run().at(progress)
 
     def bridge(self, target: Family, sigma_max: float) -> Bridge:
         """Return the way to the source from a target, which a refiner or hires pass may change in mid-run.
@@ -75,12 +81,13 @@ class Run:
         """
         started, changes = time.perf_counter(), None
         with self.watched(f"step {step.step + 1} of Delta Sampling"):
-            active = self.request.active(step.progress)
+            active = self.asked.active(step.progress, hires)
             self.model.activate(active)
             source = self.sources[hires, active]
-            guidance = DeltaGuidance(self.request.lambda_over_run(), self.bridge(*target()), source)
+            guidance = DeltaGuidance(self.asked.of(hires).lambda_over_run(), self.bridge(*target()), source)
             changes = guidance.changes(step)
             self.steps += 1
+            self.effective = self.effective or (changes is not None and any(bool(c.any()) for c in changes))
             self.seconds += time.perf_counter() - started
         return changes
 
@@ -98,13 +105,44 @@ class Run:
     @property
     def applied(self) -> bool:
         """Whether the picture is what was asked for, and not the target's own."""
-        return self.fault is None and self.steps > 0
+        return self.fault is None and self.steps > 0 and self.effective
+
+    def reason(self) -> str:
+        """Return why the picture is the target's own; empty if it is not, or if the user ended the run."""
+        if self.fault is not None:
+            return str(self.fault)
+        if self.effective or self.interrupted:
+            return ""
+        if self.steps:
+            return "nothing told the base and the adapted model apart"
+        return self._why_no_step()
+
+    def _why_no_step(self) -> str:
+        passes = {hires: self.asked.of(hires) for hires in (False, True)}
+        wanted = {hires: request for hires, request in passes.items() if request.wanted and request.in_pass(hires)}
+        hires, request = next(((h, r) for h, r in wanted.items() if h in self._points), (None, None))
+        if hires is None or request is None:
+            only = "hires" if True in wanted else "first"
+            return f"the delta is wanted in the {only} pass alone, and there was none"
+        points = sorted(set(self._points[hires]))
+        curve = request.lambda_over_run()
+        if not any(request.start - ROUNDING <= point <= request.end + ROUNDING for point in points):
+            at = ", ".join(f"{point:.2g}" for point in points[:8]) + (", ..." if len(points) > 8 else "")
+            return f"no step lies between start {request.start:g} and end {request.end:g} (they are at {at})"
+        if not any(curve.at(point) for point in points):
+            return "the curve leaves nothing of lambda at any step"
+        return "no LoRA counts at any step in the range"
 
     def summary(self) -> str:
         """Return what the run cost, in one line."""
-        reason = "" if self.fault is None else f": {self.fault}"
+        why = self.reason()
+        reason = f": {why}" if why else ""
         if not self.steps:
             return f"Last run: no step had the delta{reason}"
         passes = sum(source.evaluations for source in self.sources.values())
-        cost = f"{passes} passes of the side model, {self.seconds:.1f} s"
-        return f"Last run: delta in {self.steps} steps, {cost}{reason}"
+        cost = f"{_counted(passes, 'pass', 'es')} of the side model, {self.seconds:.1f} s"
+        return f"Last run: delta in {_counted(self.steps, 'step')}, {cost}{reason}"
+
+
+def _counted(number: int, of_what: str, plural: str = "s") -> str:
+    return f"{number} {of_what}{'' if number == 1 else plural}"

@@ -7,8 +7,8 @@ comes out.  The samplers' callbacks in between find the run on their ``p``.
 
 from __future__ import annotations
 
-import difflib
 import gc
+import importlib
 import inspect
 import sys
 import traceback
@@ -21,9 +21,22 @@ from typing import TYPE_CHECKING, Any
 
 from modules import extra_networks, processing, prompt_parser, script_callbacks, sd_models, sd_samplers, shared
 
-from lib_delta.errors import DeltaError, SettingError
-from lib_delta.recipe import Pick
-from lib_delta.request import HASHES, NONE, Active, Request, infotext_labels
+from lib_delta.errors import DeltaError, SettingError, near, shown
+from lib_delta.hosts import tags
+from lib_delta.hosts.cell import claim_in_grid, is_cell, picture_of
+from lib_delta.hosts.settings import (
+    FORMS,
+    ON_ERROR,
+    PRECISIONS,
+    STOP,
+    bases_kept,
+    device_wanted,
+    one_of,
+    option,
+    warn_once,
+)
+from lib_delta.recipe import Pick, format_picks
+from lib_delta.request import HASHES, NONE, SKIPPED, Active, Passes, Request, infotext_labels
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +50,6 @@ if TYPE_CHECKING:
     from lib_delta.source import Source
 
 REQUEST, RUN, AXES = "delta_sampling_request", "delta_sampling_run", "delta_sampling_axes"
-TAG = "delta"
-STOP = "stop"
 Texts = Sequence[str]
 
 
@@ -60,6 +71,8 @@ class Host(ABC):
     def __init__(self) -> None:
         self._models: SideModels | None = None
         self._last = "Nothing has run yet"
+        # The job of the last XYZ cell, and the cell's values.
+        self._cell: tuple[float | None, dict[str, Any]] = None, {}
 
     # What differs from WebUI to WebUI.
 
@@ -111,7 +124,13 @@ class Host(ABC):
 
     def checkpoints(self) -> list[str]:
         """Return the names of the WebUI's checkpoints."""
-        return sorted((_checkpoint_name(info) for info in sd_models.checkpoints_list.values()), key=str.lower)
+        return sorted(self._checkpoint_names().values(), key=str.lower)
+
+    def _checkpoint_names(self) -> dict[str, str]:
+        """Return the names by which checkpoints are chosen, by their files: with folder where two have the same."""
+        infos = list(sd_models.checkpoints_list.values())
+        short = [_checkpoint_name(info) for info in infos]
+        return {info.filename: info.name if short.count(name) > 1 else name for info, name in zip(infos, short)}
 
     def refresh_checkpoints(self) -> None:
         """Look for new checkpoints."""
@@ -133,9 +152,14 @@ class Host(ABC):
 
     def checkpoint(self, name: str) -> Any:
         """Find a checkpoint as the WebUI does, by title, name, file or hash; raises :class:`SettingError`."""
-        found = sd_models.get_closet_checkpoint_match(name) if name else None
+        by_name = {own: file for file, own in self._checkpoint_names().items()}
+        found = next((i for i in sd_models.checkpoints_list.values() if i.filename == by_name.get(name)), None)
+        if found is None and name:
+            found = sd_models.get_closet_checkpoint_match(name)
         if found is None:
-            raise SettingError(f"there is no checkpoint {name!r} for Delta Sampling{_near(name, self.checkpoints())}")
+            raise SettingError(
+                f"there is no checkpoint {shown(name)} for Delta Sampling{near(name, self.checkpoints())}"
+            )
         return found
 
     def lora(self, name: str) -> Any:
@@ -148,7 +172,7 @@ class Host(ABC):
             by_case = {key.lower(): network for key, network in networks.items()}
             found = by_case.get(name.lower())
         if found is None:
-            raise SettingError(f"there is no LoRA {name!r} for Delta Sampling{_near(name, self.loras())}")
+            raise SettingError(f"there is no LoRA {shown(name)} for Delta Sampling{near(name, self.loras())}")
         return found
 
     # A generation.
@@ -161,36 +185,81 @@ class Host(ABC):
     def process(self, p: Any, arguments: Sequence[Any]) -> None:
         """Read what a generation asks for; what is wrong with it is raised when it samples."""
         _claim_nothing(p)
+        self._last = "Last run: no delta was asked for"
+        axes = self._axes_of(p)
         try:
-            setattr(p, REQUEST, _with_axes(Request.from_arguments(arguments), getattr(p, AXES, {})))
+            setattr(p, REQUEST, Request.from_arguments(arguments, **_fields_of(axes)))
         except DeltaError as error:
             setattr(p, REQUEST, error)
+
+    def _axes_of(self, p: Any) -> dict[str, Any]:
+        """Return an XYZ cell's values; a generation within the cell's, as that of a face, has them as well."""
+        job = getattr(shared.state, "time_start", None)
+        own: dict[str, Any] | None = getattr(p, AXES, None)
+        if own is not None:
+            self._cell = job, own
+        elif job is not None and self._cell[0] == job:
+            setattr(p, AXES, self._cell[1])
+        return getattr(p, AXES, {})
 
     def process_batch(self, p: Any) -> None:
         """Prepare a batch: its tags are known now, and ``params.txt`` is written next."""
         _claim_nothing(p)  # what the batch before it had
-        asked = getattr(p, REQUEST, None)
-        if isinstance(asked, Request):
-            asked = self._of_batch(p, asked)
-        if asked is None or (isinstance(asked, Request) and not (asked.enabled and asked.strength)):
+        request: Request | DeltaError | None = getattr(p, REQUEST, None)
+        if request is None:
             return
-        if isinstance(asked, Request):
-            p.extra_generation_params.update(asked.infotext(self._hashes(asked)))
+        for sentence in tags.drop_unfollowed(p, getattr(p, "iteration", 0)):
+            p.comment(f"Delta Sampling: {sentence}.")
+        asked = request if isinstance(request, DeltaError) else self._of_batch(p, request)
+        if isinstance(asked, Passes) and isinstance(request, Request):
+            self._claim(p, asked, request)
+            if not asked.wanted:
+                return
         self._wrap_sample(p, asked)
 
-    def _of_batch(self, p: Any, request: Request) -> Request | DeltaError:
-        data = getattr(p, "extra_network_data", None) or {}
+    def _claim(self, p: Any, asked: Passes, accordion: Request) -> None:
+        if asked.wanted:
+            claims = self._claims(asked.claimed(accordion))
+            p.extra_generation_params.update(claims)
+            said = accordion.overruled(asked.first) if accordion.enabled and not getattr(p, AXES, {}) else ""
+            if said:
+                p.comment(f"Delta Sampling: the prompt's <delta:...> asks for {said}, and that counts.")
+        elif asked.first.enabled and is_cell(p):
+            claim_in_grid(p, self._claims(asked.first))
+
+    def _claims(self, request: Request) -> dict[str, str]:
+        """Return what a picture says of a request, with names by which the WebUI finds the same files."""
+        names = self._checkpoint_names()
+
+        def named(name: str) -> str:
+            info = self.checkpoint(name) if name else None
+            return "" if info is None else names.get(info.filename, _checkpoint_name(info))
+
         try:
-            asked = request.with_tags([[str(item) for item in params.items] for params in data.get(TAG, [])])
-            if asked.enabled and not asked.base:
+            request = replace(request, base=named(request.base), adapted=named(request.adapted))
+        except SettingError:
+            return request.infotext()  # the same error comes out when the batch samples
+        return request.infotext(self._hashes(request))
+
+    def _of_batch(self, p: Any, accordion: Request) -> Passes | DeltaError:
+        axes = getattr(p, AXES, {})
+
+        def read(of_prompt: list[list[str]]) -> Request:
+            if axes.get("strength") == 0:
+                return accordion
+            asked = _with_axes(accordion.with_tags(of_prompt), axes)
+            if asked.wanted and not asked.base:
                 asked = replace(asked, base=_named(option("base", NONE)))
             if isinstance(p, processing.StableDiffusionProcessingImg2Img):
                 asked = replace(asked, hires="both")  # there is but one pass, whatever was sent over from txt2img
             return asked
+
+        try:
+            return tags.passes_of(p, read)
         except DeltaError as error:
             return error
 
-    def _wrap_sample(self, p: Any, asked: Request | DeltaError) -> None:
+    def _wrap_sample(self, p: Any, asked: Passes | DeltaError) -> None:
         """Put the delta around this batch's ``p.sample``; on the instance, and only until it is called."""
         own = p.__dict__.get("sample")
         sample = p.sample
@@ -203,21 +272,35 @@ class Host(ABC):
 
         undo = self.keep_schedule(p)
 
-        def with_delta(*arguments: Any, **named: Any) -> Tensor:
+        def with_delta(*arguments: Any, **named: Any) -> Tensor | list[Tensor]:
             restore()
             try:
                 return self._sample(p, asked, lambda: sample(*arguments, **named))
+            except DeltaError as error:
+                undo()
+                self._last = f"Last run: no delta: {error}"
+                if not is_cell(p):
+                    raise
+                # The plot would leave the cell black, and tell the console alone.
+                _not_applied(p, error)
+                if isinstance(asked, Passes):
+                    claim_in_grid(p, self._claims(asked.first))
+                return picture_of(p, str(error))
             except BaseException:
                 undo()
                 raise
 
         p.sample = with_delta
 
-    def _sample(self, p: Any, asked: Request | DeltaError, sample: Callable[[], Tensor]) -> Tensor:
+    def _sample(self, p: Any, asked: Passes | DeltaError, sample: Callable[[], Tensor]) -> Tensor:
         from lib_delta.hosts.run import Stop
 
         if isinstance(asked, DeltaError):
             raise asked
+        if {"loras", "adapted"} & getattr(p, AXES, {}).keys() and not _adds(asked):
+            _claim_nothing(p)  # such a cell of a plot is the plain picture
+            claim_in_grid(p, self._claims(asked.first))
+            return sample()
         run = self._prepared(p, asked)
         if run is None:
             return sample()
@@ -231,9 +314,14 @@ class Host(ABC):
             self._finish(p, run)
 
     def _finish(self, p: Any, run: Run) -> None:
+        run.interrupted = bool(shared.state.interrupted or shared.state.skipped)
         self._last = run.summary()
         if not run.applied:
             _claim_nothing(p)
+            if run.fault is None and run.reason():
+                p.comment(f"Delta Sampling: {run.reason()}: the picture is as it would be without it.")
+        if run.fault is not None and one_of("on_error", ON_ERROR) != STOP:
+            p.extra_generation_params[SKIPPED] = str(run.fault)
         if run.fault is not None:
             self.unload()
         else:
@@ -243,52 +331,54 @@ class Host(ABC):
         """Clean up after a generation."""
         for name in (REQUEST, AXES):
             p.__dict__.pop(name, None)
-        if int(option("cache", 1)) == 0:
+        if bases_kept() == 0:
             self.unload()
 
-    def _prepared(self, p: Any, request: Request) -> Run | None:
+    def _prepared(self, p: Any, asked: Passes) -> Run | None:
         """Load and tell the source; None where that failed and the user wants to go on without."""
         from lib_delta.sidemodel import sentence
 
         shared.state.textinfo = "Delta Sampling: loading the side model"
         try:
-            return self._prepare(p, request)
+            return self._prepare(p, asked)
         except Exception as error:  # whatever it is, the user hears of it
             fault = sentence(error, "loading the side model of Delta Sampling")
             self.unload()
             self._last = f"Last run: no step had the delta: {fault}"
-            if isinstance(fault, SettingError) or option("on_error", STOP) == STOP:
+            if isinstance(fault, SettingError) or one_of("on_error", ON_ERROR) == STOP:
                 raise fault from None if fault is error else error
-            _claim_nothing(p)
+            _not_applied(p, fault)
             _go_on_without(p, fault, error)
             return None
         finally:
             shared.state.textinfo = None
 
-    def _prepare(self, p: Any, request: Request) -> Run:
+    def _prepare(self, p: Any, asked: Passes) -> Run:
         from lib_delta.hosts.run import Run
         from lib_delta.sidemodel import AdapterPick
 
+        request = asked.first if asked.first.wanted else asked.hires
         if not request.base:
             raise SettingError(
-                "Delta Sampling needs the SD 1.x checkpoint that the LoRA was made for: choose a base checkpoint"
+                "Delta Sampling needs the SD 1.x checkpoint that the LoRA was made for: choose a base checkpoint, "
+                "or one for always in Settings > Delta Sampling > Default base checkpoint"
             )
-        if not (request.adapted or request.picks() or request.adapted_prompt):
+        if not _adds(asked):
             raise SettingError(
                 "Delta Sampling has nothing to add: choose a LoRA, an adapted checkpoint or an adapted prompt"
             )
-        picks = [self._file_of(pick) for pick in request.picks()]
-        base = Path(self.checkpoint(request.base).filename)
-        adapted = Path(self.checkpoint(request.adapted).filename) if request.adapted else base
+        picks = [self._file_of(pick) for pick in asked.picks()]
+        base = self._file_named(p, request.base)
+        adapted = self._file_named(p, request.adapted) if request.adapted else base
         if adapted != base:
             picks.append(AdapterPick(adapted))
         model = self._load(base)
-        model.adapt(picks, "bypass" if str(option("form", "")).startswith("low-rank") else "merged")
+        model.adapt(picks, "merged" if one_of("form", FORMS) == FORMS[0] else "bypass")
         for file in model.adapters:
             if file.unmatched:
                 p.comment(f"Delta Sampling: {file.report()}")
-        sources = self._tell(p, request, model)
-        run = Run(request, model, sources, lambda fault: self._fault(p, fault))
+        sources = self._tell(p, asked, model)
+        run = Run(asked, model, sources, lambda fault: self._fault(p, fault))
         run.bridge(*self.target())
         self.enter(p, model)
         return run
@@ -298,7 +388,7 @@ class Host(ABC):
 
         if self._models is None:
             self._models = SideModels()
-        return self._models.get(path, self.wanted_place()[1], max(1, int(option("cache", 1))))
+        return self._models.get(path, self.wanted_place()[1], max(1, bases_kept()))
 
     def _file_of(self, pick: Pick) -> Any:
         from lib_delta.sidemodel import AdapterPick
@@ -310,24 +400,36 @@ class Host(ABC):
         import torch
 
         device, dtype = self.place()
-        wanted = option("device", "Automatic")
+        wanted = device_wanted(_is_device)
         if wanted == "CPU":
             device, dtype = torch.device("cpu"), torch.float32
         elif wanted != "Automatic":
             device = torch.device(wanted)
         types = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-        return device, types.get(option("precision", "Automatic"), dtype)
+        dtype = types.get(one_of("precision", PRECISIONS), dtype)
+        if device.type == "cpu" and dtype == torch.float16:
+            warn_once("a CPU does not compute in fp16: the side models run in fp32")
+            dtype = torch.float32
+        return device, dtype
+
+    def _file_named(self, p: Any, name: str) -> Path:
+        """Return a checkpoint's file, and say so where the name does not tell which one it is."""
+        found = self.checkpoint(name)
+        same = [info for info in sd_models.checkpoints_list.values() if _checkpoint_name(info) == name]
+        if name not in _names_of(found) or len(same) > 1:
+            p.comment(f"Delta Sampling: for {shown(name)}, {shown(found.name)} was taken.")
+        return Path(found.filename)
 
     def _fault(self, p: Any, fault: DeltaError) -> None:
         from lib_delta.hosts.run import Stop
 
-        if option("on_error", STOP) == STOP:
+        if one_of("on_error", ON_ERROR) == STOP:
             raise Stop(fault)
         _go_on_without(p, fault, fault.__cause__ or fault)
 
     # Prompts.
 
-    def _tell(self, p: Any, request: Request, model: SideModel) -> dict[tuple[bool, Active], Source]:
+    def _tell(self, p: Any, asked: Passes, model: SideModel) -> dict[tuple[bool, Active], Source]:
         """Encode the prompts for each pass and for each set of LoRAs that counts at some point of it."""
         from lib_delta.source import Source
 
@@ -335,10 +437,12 @@ class Host(ABC):
         engine.hold(model.embeddings)
         sources = {}
         with model.text_on(self.text_device()) as base:
-            for hires, told in _passes(p, request):
+            for hires, told in _passes(p, asked):
+                request = asked.of(hires)
                 base_told = engine.encode(base, told.prompts, told)
-                prompts = _cleaned([request.adapted_prompt], len(told.prompts)) if request.adapted_prompt else None
-                for active in request.stages():
+                own = without_comments(request.adapted_prompt)
+                prompts = _cleaned([own], len(told.prompts)) if own else None
+                for active in asked.stages(hires):
                     adapted, adapted_told = model.adapted_tower(active), None
                     if adapted is not base or prompts:
                         adapted_told = engine.encode(adapted, prompts or told.prompts, told)
@@ -421,32 +525,51 @@ def _limits(told: Told) -> tuple[Any, ...]:
     return *limits, getattr(shared.opts, "use_old_scheduling", False)
 
 
-def option(name: str, default: Any) -> Any:
-    """Return one of our settings."""
-    return getattr(shared.opts, f"delta_sampling_{name}", default)
+def _adds(asked: Passes) -> bool:
+    return any(r.wanted and (r.picks() or r.always) for r in (asked.first, asked.hires))
 
 
-def _passes(p: Any, request: Request) -> list[tuple[bool, Told]]:
+def _is_device(name: str) -> bool:
+    """Tell whether a name is that of a device which is there."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # the latter of a torch that was built without CUDA
+        return False
+    return True
+
+
+def _passes(p: Any, asked: Passes) -> list[tuple[bool, Told]]:
     """Return the prompts of the first pass and, if there is one, of the hires pass."""
     config = sd_samplers.find_sampler_config(p.sampler_name)
     steps = config.total_steps(p.steps) if config else p.steps
-    passes = [(False, _told(request, p.prompts, p.negative_prompts, steps, None))]
+    passes = [(False, _told(asked.first, p.prompts, p.negative_prompts, steps, None))]
     if getattr(p, "enable_hr", False):
         config = sd_samplers.find_sampler_config(p.hr_sampler_name or p.sampler_name)
         wanted = p.hr_second_pass_steps or p.steps
         hires_steps = config.total_steps(wanted) if config else wanted
-        passes.append((True, _told(request, p.hr_prompts, p.hr_negative_prompts, steps, hires_steps)))
+        passes.append((True, _told(asked.hires, p.hr_prompts, p.hr_negative_prompts, steps, hires_steps)))
     return passes
 
 
 def _told(request: Request, prompts: Texts, negative: Texts, steps: int, hires_steps: int | None) -> Told:
     count = len(prompts)
     return Told(
-        _cleaned([request.prompt] if request.prompt else prompts, count),
-        _cleaned([request.negative_prompt] if request.negative_prompt else negative, count),
+        _cleaned([without_comments(request.prompt)] if request.prompt else prompts, count),
+        _cleaned([without_comments(request.negative_prompt)] if request.negative_prompt else negative, count),
         steps,
         hires_steps,
     )
+
+
+def without_comments(prompt: str) -> str:
+    """Take out comments, as the WebUI does in its own prompts where its settings say so."""
+    try:
+        module = importlib.import_module("modules.processing_scripts.comments")
+    except ImportError:  # an older WebUI knows none
+        return prompt
+    return str(module.strip_comments(prompt)) if getattr(shared.opts, "enable_prompt_comments", False) else prompt
 
 
 def _cleaned(prompts: Texts, count: int) -> Texts:
@@ -459,18 +582,26 @@ def _with_axes(request: Request, axes: Mapping[str, Any]) -> Request:
     """Apply an XYZ cell's values, which switch the delta on."""
     if not axes:
         return request
-    values = dict(axes)
-    weight = values.pop("lora_weight", None)
-    request = replace(request, **{"enabled": True, **values})
-    if weight is None:
+    request = replace(request, **{"enabled": True, **_fields_of(axes)})
+    weight = axes.get("lora_weight")
+    if weight is None or not request.wanted:
         return request
-    picks = [replace(pick, weight=float(weight), text=None) for pick in request.picks()]
-    return replace(request, loras=", ".join(map(str, picks)))
+    return replace(request, loras=format_picks([replace(pick, weight=float(weight)) for pick in request.picks()]))
+
+
+def _fields_of(axes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in axes.items() if name != "lora_weight"}
 
 
 def _claim_nothing(p: Any) -> None:
-    for label in (*infotext_labels().values(), HASHES):
+    for label in (*infotext_labels().values(), HASHES, SKIPPED):
         p.extra_generation_params.pop(label, None)
+
+
+def _not_applied(p: Any, fault: DeltaError) -> None:
+    """Have the picture say why it got no delta, for callers of the API see no comments."""
+    _claim_nothing(p)
+    p.extra_generation_params[SKIPPED] = str(fault)
 
 
 def _go_on_without(p: Any, fault: DeltaError, error: BaseException) -> None:
@@ -484,7 +615,7 @@ def _register_tag() -> None:
         """Makes the tag known to the WebUI; each batch reads its own tags (:meth:`Host.process_batch`)."""
 
         def __init__(self) -> None:
-            super().__init__(TAG)
+            super().__init__(tags.TAG)
 
         def activate(self, p: Any, params_list: Any) -> None:
             pass
@@ -508,8 +639,7 @@ def _checkpoint_name(info: Any) -> str:
     return str(getattr(info, "name_for_extra", None) or info.name)
 
 
-def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, 0.5)
-    if near:
-        return f": is {near[0]!r} meant?"
-    return f": known are {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}" if known else ": none are installed"
+def _names_of(info: Any) -> set[str]:
+    """Return all names of a checkpoint that tell it from others, but for its folder."""
+    ids = (getattr(info, name, None) for name in ("title", "short_title", "name", "shorthash", "filename", "sha256"))
+    return {_checkpoint_name(info), *filter(None, (*ids, *getattr(info, "ids", ())))}

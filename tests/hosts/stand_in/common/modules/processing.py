@@ -92,6 +92,7 @@ class StableDiffusionProcessing:
         self.seeds = [self.seed + i for i in range(number * self.batch_size, (number + 1) * self.batch_size)]
         self.prompts = self.all_prompts[of_batch]
         self.negative_prompts = [self.negative_prompt] * self.batch_size
+        self.iteration = number
         self.prompts, self.extra_network_data = extra_networks.parse_prompts(self.prompts)
 
     def before_every_sampling(self):
@@ -123,7 +124,7 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
                 int(self.height * self.hr_scale),
             )
             prompts = [self.hr_prompt] * self.batch_size if self.hr_prompt else list(self.all_prompts)
-            self.hr_prompts, _ = extra_networks.parse_prompts(prompts[: self.batch_size])
+            self.hr_prompts, self.hr_extra_network_data = extra_networks.parse_prompts(prompts[: self.batch_size])
             self.hr_negative_prompts = [self.hr_negative_prompt or self.negative_prompt] * self.batch_size
 
     def sample(self, conditioning, unconditional_conditioning, **about):
@@ -172,10 +173,21 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
         return samples if self.mask is None else samples * self.nmask + self.init_latent * self.mask
 
 
+def create_infotext(p):
+    """Return what a picture says besides its prompt; a value may be a function of the generation."""
+    said = []
+    for key, value in p.extra_generation_params.items():
+        if callable(value):
+            value = value(p=p)
+        if value is not None:
+            said.append(f"{key}: {value}")
+    return ", ".join(said)
+
+
 def process_images(p):
     """Generate; a script's error is kept to itself, one of the sampling is the caller's."""
     texts, pictures = [], []
-    p.all_prompts = p.prompt if isinstance(p.prompt, list) else [p.prompt] * (p.batch_size * p.n_iter)
+    p.all_prompts = list(p.prompt) if isinstance(p.prompt, list) else [p.prompt] * (p.batch_size * p.n_iter)
     checkpoint = shared.sd_model.sd_checkpoint_info
     if p.scripts is not None:
         p.scripts.process(p, *p.script_args)
@@ -190,9 +202,11 @@ def process_images(p):
             total = sd_samplers.find_sampler_config(p.sampler_name).total_steps(p.steps)
             p.c, p.uc = p.conds(p.prompts, p.negative_prompts, total)
             pictures.append(sample(p, conditioning=p.c, unconditional_conditioning=p.uc, seeds=p.seeds))
-            said = ", ".join(f"{key}: {value}" for key, value in p.extra_generation_params.items())
-            texts += [f"{prompt}\nSteps: {p.steps}, {said}" for prompt in p.prompts]
-    made = Processed(torch.cat(pictures), texts, p.comments)
+            said = create_infotext(p)
+            of_batch = slice(number * p.batch_size, (number + 1) * p.batch_size)
+            texts += [f"{prompt}\nSteps: {p.steps}, {said}" for prompt in p.all_prompts[of_batch]]
+    # What is decoded already is a list of pictures, and not latents.
+    made = Processed(pictures[0] if isinstance(pictures[0], list) else torch.cat(pictures), texts, p.comments)
     if p.scripts is not None:
         p.scripts.postprocess(p, made, *p.script_args)
     return made

@@ -1,0 +1,56 @@
+"""What the settings page holds, read so that no damaged value harms: one warning, and the default."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from modules import shared
+
+from lib_delta.errors import shown
+
+STOP = "stop"
+PRECISIONS = ("Automatic", "fp16", "bf16", "fp32")
+FORMS = ("merged (faster)", "low-rank factors (less memory)")
+ON_ERROR = (STOP, "go on without")
+_warned: set[str] = set()
+
+
+def option(name: str, default: Any) -> Any:
+    """Return one of our settings as it is stored."""
+    return getattr(shared.opts, f"delta_sampling_{name}", default)
+
+
+def one_of(name: str, choices: tuple[str, ...]) -> str:
+    """Return a setting that has to be one of the choices, the first of which is the default."""
+    value = option(name, choices[0])
+    if value in choices:
+        return str(value)
+    warn_once(f"the setting {name!r} is {shown(value)}, which is not offered: {choices[0]!r} is taken for it")
+    return choices[0]
+
+
+def bases_kept() -> int:
+    """Return how many base models are kept in memory."""
+    value = option("cache", 1)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf"):
+        return int(value)
+    warn_once(f"the setting 'cache' is {shown(value)}, and a whole number is needed: 1 is taken for it")
+    return 1
+
+
+def device_wanted(known: Callable[[str], bool]) -> str:
+    """Return the device wanted: "Automatic", "CPU" or a torch device that is ``known`` to be there."""
+    value = option("device", "Automatic")
+    if value in ("Automatic", "CPU") or (isinstance(value, str) and known(value)):
+        return str(value)
+    warn_once(f"the setting 'device' is {shown(value)}, which is not there: the WebUI's own is taken for it")
+    return "Automatic"
+
+
+def warn_once(sentence: str) -> None:
+    """Tell the console, the first time."""
+    if sentence not in _warned:
+        _warned.add(sentence)
+        print(f"Delta Sampling: {sentence}", file=sys.stderr)

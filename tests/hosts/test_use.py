@@ -1,0 +1,316 @@
+"""What a day of use asks of the host layer: settings that do not count, tags and axes, and pictures without a delta."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose samplers the stand-ins run")
+pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
+
+from small_files import make_files
+from stand_in_webui import WebUI, relative, running
+
+from lib_delta.errors import CheckpointError, SettingError
+from lib_delta.request import Request
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchsde", "ignore:To copy construct from a tensor")
+DELTA = {"base": "base", "loras": "ink"}
+HIRES = {"enable_hr": True, "hr_second_pass_steps": 3, "hr_cfg": 5.0}
+
+
+@pytest.fixture(scope="module", params=["a1111", "forge"])
+def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
+    with running(request.param, make_files(tmp_path_factory.mktemp(request.param))) as webui:
+        yield webui
+
+
+@pytest.fixture
+def webui(started: WebUI) -> Iterator[WebUI]:
+    yield started
+    started.reset()
+
+
+def said(made: Any) -> str:
+    return " ".join(made.comments)
+
+
+# Nothing is checked that does not count.
+
+UNCHECKED: dict[str, dict[str, Any]] = {
+    "a range the wrong way round": {"start": 0.8, "end": 0.2},
+    "a half-typed LoRA": {"loras": "moxin:"},
+    "a half-typed LoRA in a list": {"loras": ["moxin:"]},
+    "a lambda beyond its limit": {"lambda": 15},
+    "an unknown key": {"lamda": 1},
+    "an unknown curve": {"curve": "zigzag"},
+}
+
+
+@pytest.mark.parametrize("off", [{"enabled": False}, {"lambda": 0}], ids=["off", "lambda 0"])
+@pytest.mark.parametrize("wrong", UNCHECKED.values(), ids=UNCHECKED)
+def test_what_does_not_count_is_not_checked(webui: WebUI, wrong: dict[str, Any], off: dict[str, Any]) -> None:
+    made = webui.generate({**DELTA, **wrong, **off})
+    assert torch.equal(made.images, webui.latents()) and "Delta" not in made.infotexts[0]
+
+
+def test_an_axis_mends_what_the_accordion_has_wrong(webui: WebUI) -> None:
+    p = webui.p({**DELTA, "start": 0.8, "end": 0.2})
+    p.delta_sampling_axes = {"enabled": True, "start": 0.0, "end": 1.0}
+    assert relative(webui.processing.process_images(p).images, webui.native()) < 1e-5
+
+
+# Axes before tags, tags before the accordion.
+
+
+def cell(webui: WebUI, axes: dict[str, Any], delta: dict[str, Any] | None = None, **changes: Any) -> Any:
+    p = webui.p(delta or DELTA, **changes)
+    p.delta_sampling_axes = {"enabled": True, **axes}
+    p.scripts.selectable_scripts = [SimpleNamespace(title=lambda: "X/Y/Z plot")]
+    process = p.scripts.scripts[0].process
+    p.scripts.scripts[0].process = lambda p, _chosen, *arguments: process(p, *arguments)
+    p.script_args = [1, *p.script_args]
+    return webui.processing.process_images(p)
+
+
+def test_an_axis_wins_over_a_tag(webui: WebUI) -> None:
+    prompt = "a cat on a mat<delta:ink:2:weight=0.7>"
+    assert relative(cell(webui, {"strength": 1.0, "lora_weight": 1.0}, prompt=prompt).images, webui.native()) < 1e-5
+    assert (
+        relative(cell(webui, {"strength": 1.0, "lora_weight": 0.5}, prompt=prompt).images, webui.native("half")) < 1e-5
+    )
+    assert torch.equal(cell(webui, {"strength": 0.0}, prompt=prompt).images, webui.latents())
+    assert torch.equal(cell(webui, {"loras": ""}, prompt=prompt).images, webui.latents())
+
+
+def test_a_tag_wins_over_the_accordion_and_says_so(webui: WebUI) -> None:
+    made = webui.generate({**DELTA, "loras": "ink:0.5"}, prompt="a cat on a mat<delta:ink:1.5:weight=0.8>")
+    assert "lambda 1.5 (here 1) and weight 0.8 of 'ink' (here 0.5)" in said(made)
+    assert webui.generate(DELTA, prompt="a cat on a mat<delta:ink:1>").comments == []
+    assert webui.generate({**DELTA, "enabled": False}, prompt="a cat on a mat<delta:ink:1.5>").comments == []
+
+
+def test_the_weight_axis_keeps_the_text_encoders_weight(webui: WebUI) -> None:
+    made = cell(webui, {"lora_weight": 1.0}, {"base": "base", "loras": "ink:0.3:te=0"})
+    assert relative(made.images, webui.native("unet-only")) < 1e-5
+
+
+def test_a_cell_without_anything_to_add_is_the_plain_picture(webui: WebUI) -> None:
+    for axes, delta in (({"loras": ""}, DELTA), ({"adapted": ""}, {"base": "base"})):
+        made = cell(webui, axes, delta)
+        assert torch.equal(made.images, webui.latents()) and "Delta" not in made.infotexts[0]
+
+
+@pytest.mark.parametrize("axes", [{"start": 0.9, "end": 0.1}, {"loras": "inq"}, {"base": "bass"}])
+def test_a_cell_that_cannot_be_made_says_why_on_its_picture(webui: WebUI, axes: dict[str, Any]) -> None:
+    made = cell(webui, axes)
+    (picture,) = made.images
+    assert picture.shape == (3, 64, 64) and 0 < float((picture < 0).float().mean()) < 0.5
+    assert "Delta not applied: " in made.infotexts[0] and "Delta lambda" not in made.infotexts[0]
+    assert webui.host.status().splitlines()[-1].startswith("Last run: no delta: ")
+
+
+def test_a_plots_own_text_has_the_recipe_of_a_first_cell_without_a_delta(webui: WebUI) -> None:
+    shared: dict[str, Any] = {}
+    made = cell(webui, {"strength": 0.0}, extra_generation_params=shared)
+    assert "Delta" not in made.infotexts[0]
+    p = SimpleNamespace(extra_generation_params={**shared, "Script": "X/Y/Z plot"})
+    text = webui.processing.create_infotext(p)
+    assert "Delta lambda: 0, Delta base: base" in text and "Delta LoRAs: ink" in text
+
+
+def test_a_pass_within_a_cell_has_its_values_and_the_next_job_has_not(webui: WebUI) -> None:
+    webui.shared.state.time_start = 1.0
+    cell(webui, {"strength": 0.0})
+    assert torch.equal(webui.latents(DELTA), webui.latents())
+    webui.shared.state.time_start = 2.0
+    assert relative(webui.latents(DELTA), webui.native()) < 1e-5
+    del webui.shared.state.time_start
+
+
+# Tags elsewhere than in the first prompt.
+
+
+def test_tags_of_the_hires_prompt_count_in_the_hires_pass(webui: WebUI) -> None:
+    off = {"enabled": False, "base": "base"}
+    same = {**HIRES, "hr_prompt": "a cat on a mat"}
+    second = webui.generate(off, **{**HIRES, "hr_prompt": "a cat on a mat<delta:ink:1>"})
+    assert relative(second.images, webui.latents({**DELTA, "hires": "hires pass"}, **same)) < 1e-5
+    assert "Delta hires: hires pass" in second.infotexts[0]
+    first = webui.generate(off, **{**same, "prompt": "a cat on a mat<delta:ink:1>"})
+    assert relative(first.images, webui.latents({**DELTA, "hires": "first pass"}, **same)) < 1e-5
+    assert "Delta hires: first pass" in first.infotexts[0]
+
+
+def test_each_pass_can_have_a_lambda_and_a_weight_of_its_own(webui: WebUI) -> None:
+    prompts = {"prompt": "a cat on a mat<delta:ink:2>", "hr_prompt": "a cat on a mat<delta:ink:1:weight=0.5>"}
+    both = webui.generate({"enabled": False, "base": "base"}, **HIRES, **prompts)
+    pasted = webui.latents({"base": "base", "lambda": 1.0, "loras": ""}, **HIRES, **prompts)
+    assert torch.equal(both.images, pasted) and "Delta lambda: 1," in both.infotexts[0]
+    same = webui.latents(DELTA, **HIRES)
+    assert relative(both.images, same) > 1e-3
+
+
+def test_tags_in_a_negative_prompt_are_no_words_and_have_no_effect(webui: WebUI) -> None:
+    made = webui.generate({**DELTA, "enabled": False}, negative_prompt="blue<delta:ink:1>")
+    assert torch.equal(made.images, webui.latents()) and "no effect in a negative prompt" in said(made)
+
+
+def test_the_first_tags_count_for_all_of_a_batch_and_the_others_are_not_claimed(webui: WebUI) -> None:
+    prompts = ["a cat<delta:ink:1>", "a cat<delta:pen:3>"]
+    made = webui.generate({"enabled": False, "base": "base"}, prompt=prompts, batch_size=2)
+    assert relative(made.images, webui.latents(DELTA, prompt=["a cat", "a cat"], batch_size=2)) < 1e-5
+    assert "<delta:ink:1>" in made.infotexts[0] and "<delta" not in made.infotexts[1]
+    assert "Delta LoRAs: ink" in made.infotexts[1] and "count for all pictures of a batch" in said(made)
+
+
+# Pictures that got nothing.
+
+NOTHING: dict[str, dict[str, Any]] = {
+    "a weight of 0": {"loras": "ink:0"},
+    "no blocks": {"loras": "ink:1:te=0:lbw=" + ",".join(["0"] * 17)},
+    "the base itself": {"loras": "", "adapted": "base"},
+    "a copy of the base": {"loras": "", "adapted": "copy"},
+    "the same prompt": {"loras": "", "adapted_prompt": "a cat on a mat"},
+}
+
+
+@pytest.mark.parametrize("delta", NOTHING.values(), ids=NOTHING)
+def test_a_delta_of_zero_is_not_claimed(webui: WebUI, delta: dict[str, Any]) -> None:
+    made = webui.generate({**DELTA, **delta})
+    assert torch.equal(made.images, webui.latents()) and "Delta" not in made.infotexts[0]
+    assert "nothing told the base and the adapted model apart" in said(made)
+    assert "nothing told" in webui.host.status().splitlines()[-1]
+
+
+NO_STEP: dict[str, tuple[dict[str, Any], str]] = {
+    "between two steps": ({"start": 0.9, "end": 0.95}, "no step lies between start 0.9 and end 0.95"),
+    "at one point": ({"start": 0.4, "end": 0.4}, "they are at 0, 0.33, 0.67, 1)"),
+    "no hires pass": ({"hires": "hires pass"}, "the delta is wanted in the hires pass alone, and there was none"),
+    "a curve of 0": ({"curve": "linear", "curve_start": 0.0, "curve_end": 0.0}, "the curve leaves nothing"),
+    "no LoRA": ({"loras": "ink:1:start=0.4:end=0.4"}, "no LoRA counts"),
+}
+
+
+@pytest.mark.parametrize(("delta", "why"), NO_STEP.values(), ids=NO_STEP)
+def test_where_no_step_qualifies_it_is_said(webui: WebUI, delta: dict[str, Any], why: str) -> None:
+    made = webui.generate({**DELTA, **delta}, steps=4)
+    assert torch.equal(made.images, webui.latents(steps=4)) and "Delta" not in made.infotexts[0]
+    assert why in said(made) and why in webui.host.status().splitlines()[-1]
+
+
+def test_the_status_is_that_of_the_last_run(webui: WebUI) -> None:
+    def last() -> str:
+        return str(webui.host.status().splitlines()[-1])
+
+    webui.generate(DELTA)
+    assert last().startswith("Last run: delta in ")
+    webui.generate({**DELTA, "enabled": False})
+    assert last() == "Last run: no delta was asked for"
+    with pytest.raises(SettingError):
+        webui.generate({**DELTA, "start": 0.9, "end": 0.1})
+    assert last().startswith("Last run: no delta: start (0.9) must not come after end")
+    webui.generate({**DELTA, "start": 1.0})
+    assert last().startswith("Last run: delta in 1 step, 1 pass of the side model")
+
+
+def test_going_on_without_is_told_in_the_infotext(webui: WebUI) -> None:
+    webui.shared.opts.delta_sampling_on_error = "go on without"
+    webui.files.checkpoint("broken").write_bytes(b"no model")
+    webui.sd_models.list_models()
+    try:
+        made = webui.generate({**DELTA, "base": "broken"})
+    finally:
+        webui.files.checkpoint("broken").unlink()
+        webui.sd_models.list_models()
+    assert "Delta not applied: broken.safetensors" in made.infotexts[0] and "Delta lambda" not in made.infotexts[0]
+    assert "Delta" not in webui.generate({**DELTA, "enabled": False}).infotexts[0]
+
+
+# Damaged settings.
+
+DAMAGED = {
+    "cache": ("many", None, -1, float("nan")),
+    "on_error": (None, "panic"),
+    "device": ("cuda:77", "toaster", None, 3),
+    "precision": ("int3", None),
+    "form": (None, 7),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in DAMAGED.items() for value in values])
+def test_a_damaged_setting_is_its_default_with_one_warning(
+    webui: WebUI, capsys: pytest.CaptureFixture[str], name: str, value: Any
+) -> None:
+    importlib.import_module("lib_delta.hosts.settings")._warned.clear()
+    setattr(webui.shared.opts, f"delta_sampling_{name}", value)
+    for _ in range(2):
+        assert relative(webui.latents(DELTA), webui.native()) < 1e-5
+    if name == "on_error":
+        with pytest.raises(CheckpointError):
+            broken(webui)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Delta Sampling: ")]
+    assert len(warnings) == 1 and repr(name) in warnings[0]
+
+
+def broken(webui: WebUI) -> None:
+    webui.files.checkpoint("broken").write_bytes(b"no model")
+    webui.sd_models.list_models()
+    try:
+        webui.generate({**DELTA, "base": "broken"})
+    finally:
+        webui.files.checkpoint("broken").unlink()
+        webui.sd_models.list_models()
+
+
+def test_fp16_on_a_cpu_is_fp32(webui: WebUI, capsys: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module("lib_delta.hosts.settings")._warned.clear()
+    webui.shared.opts.delta_sampling_precision = "fp16"
+    webui.shared.opts.delta_sampling_device = "CPU"
+    assert relative(webui.latents(DELTA), webui.native()) < 1e-5
+    assert capsys.readouterr().err.count("does not compute in fp16") == 1
+
+
+# Names.
+
+
+def test_checkpoints_of_one_name_in_two_folders_are_told_apart(webui: WebUI) -> None:
+    infos = webui.sd_models.checkpoints_list
+    twin = SimpleNamespace(**vars(infos[next(title for title in infos if title.startswith("half."))]))
+    twin.name, twin.name_for_extra, twin.title = "inks/base.safetensors", "base", "inks/base.safetensors [1]"
+    infos[twin.title] = twin
+    try:
+        assert [n for n in webui.host.checkpoints() if "base" in n] == ["base.safetensors", "inks/base.safetensors"]
+        made = webui.generate({"base": "base.safetensors", "adapted": "inks/base.safetensors"})
+        assert relative(made.images, webui.native("half")) < 1e-5
+        assert "Delta adapted: inks/base.safetensors" in made.infotexts[0]
+        assert "was taken" in said(webui.generate({"base": "base", "loras": "ink"}))
+    finally:
+        del infos[twin.title]
+
+
+def test_comments_in_the_side_models_prompts_are_not_drawn(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    module = SimpleNamespace(strip_comments=lambda text: text.partition("#")[0])
+    monkeypatch.setitem(sys.modules, "modules.processing_scripts", SimpleNamespace(comments=module))
+    monkeypatch.setitem(sys.modules, "modules.processing_scripts.comments", module)
+    commented = {**DELTA, "prompt": "a red boat # a dog", "negative_prompt": "green # blue"}
+    with_comments = webui.latents(commented)
+    webui.shared.opts.enable_prompt_comments = True
+    assert torch.equal(
+        webui.latents(commented), webui.latents({**DELTA, "prompt": "a red boat ", "negative_prompt": "green "})
+    )
+    assert not torch.equal(webui.latents(commented), with_comments)
+
+
+def test_errors_do_not_echo_without_bounds() -> None:
+    for wrong in ({"curve": "x" * 5000}, {"loras": "a:" + "9x" * 5000}, {"y" * 5000: 1}):
+        with pytest.raises(SettingError) as error:
+            Request.from_arguments([wrong])
+        assert len(str(error.value)) < 500
