@@ -28,20 +28,30 @@ class Injection:
 
     ``blocks`` are added to the output of the input blocks of these numbers, ``decoder`` only to what the
     decoder is given of them; there the middle block's output has the number after the last of them.
-    ``attended`` is what cross-attentions see besides the text.
+    ``attended`` is what cross-attentions see besides the text.  ``alone`` says that the adapted branch is
+    the only one there is (:func:`lib_delta.fork.alone`).
     """
 
     blocks: Mapping[int, Tensor] = field(default_factory=dict)
     decoder: Mapping[int, Tensor] = field(default_factory=dict)
     attended: Mapping[nn.Module, Attended] = field(default_factory=dict)
+    alone: bool = False
 
     def after(self, number: int, h: Tensor) -> Tensor:
         """Add to the output ``(R, N, C, h, w)`` of an input block."""
-        return add_to_adapted(h, self.blocks[number]) if number in self.blocks else h
+        return self._added(h, self.blocks[number]) if number in self.blocks else h
 
     def into_decoder(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """Add to the outputs of all input blocks and of the middle block."""
-        return [add_to_adapted(h, self.decoder[i]) if i in self.decoder else h for i, h in enumerate(outputs)]
+        return [self._added(h, self.decoder[i]) if i in self.decoder else h for i, h in enumerate(outputs)]
+
+    def beside(self, attention: nn.Module, q: Tensor, h: Tensor, heads: int) -> Tensor:
+        """Add what queries ``(R, N, T, C)`` of a cross-attention find besides the text to what they found in it."""
+        seen = self.attended.get(attention)
+        return h if seen is None else self._added(h, seen(q[-1], heads))
+
+    def _added(self, h: Tensor, added: Tensor) -> Tensor:
+        return h + added if self.alone else add_to_adapted(h, added)
 
     def __add__(self, other: Injection) -> Injection:
         """Return both together."""
@@ -49,6 +59,7 @@ class Injection:
             _together(self.blocks, other.blocks, torch.add),
             _together(self.decoder, other.decoder, torch.add),
             _together(self.attended, other.attended, _both),
+            self.alone or other.alone,
         )
 
 
@@ -58,3 +69,23 @@ def _together(a: Mapping[Place, What], b: Mapping[Place, What], both: Callable[.
 
 def _both(first: Attended, second: Attended) -> Attended:
     return lambda q, heads: first(q, heads) + second(q, heads)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the adapted model is given in one evaluation: N rows, the prompts' and then the negative prompts'.
+
+    ``x`` ``(N, C, h, w)`` scaled as the UNet's input, ``t`` ``(N,)``, ``context`` ``(N, T, W)``, ``label``
+    ``(N, L)`` for SDXL; ``images`` ``(N,)`` is each row's image, ``uncond`` ``(N,)`` marks the negative prompts'.
+    """
+
+    x: Tensor
+    t: Tensor
+    context: Tensor
+    label: Tensor | None
+    images: Tensor
+    uncond: Tensor
+
+
+# An adaptation that is not weights.
+Guide = Callable[[Inputs], Injection]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lib_delta.fork import alone, expand, forks
+from lib_delta.injection import Guide, Injection, Inputs
 from lib_delta.memory import out_of_memory, release_cached
 from lib_delta.models.unet import Text, UNet
 from lib_delta.parameterization import Parameterization
@@ -61,14 +62,18 @@ class Source:
         base: Conditioning | Prompts,
         adapted: Conditioning | Prompts | None = None,
         quantize: bool = False,
+        guides: Sequence[Guide] = (),
     ) -> None:
         """Take what base and adapted are told; ``adapted`` None means the same.
+
+        ``guides`` add to the adapted model what is no matter of weights: ControlNets and image prompts.
 
         ``quantize`` asks at whole timesteps only, as ComfyUI and Forge do; A1111 and k-diffusion interpolate.
         """
         self.unet = unet
         self.parameterization = parameterization
         self.quantize = quantize
+        self.guides = tuple(guides)
         self.evaluations = 0
         self._parts = 1
         self._told = [_prompts(base)] if adapted is None else [_prompts(base), _prompts(adapted)]
@@ -131,7 +136,9 @@ class Source:
         with_uncond = not uncond_skipped and (cfg_scale != 1 or joined.weights is not None)
         told = joined.on(weight.device, weight.dtype, with_uncond)
         model_x, t = self.parameterization.model_input(x, sigma, self.quantize)
-        output = self._evaluated(_Batch(model_x.to(weight.dtype), t, told.text, told.label))
+        of_uncond = torch.arange(len(told.rows), device=weight.device) >= len(told.images)
+        batch = _Batch(model_x.to(weight.dtype), t, told.text, told.label, told.rows, of_uncond)
+        output = self._evaluated(batch)
         denoised = self.parameterization.denoised(output.float(), x[told.rows], sigma[told.rows])
         cond, uncond = denoised[:, : len(told.images)], denoised[:, len(told.images) :]
         if told.weights is None and not with_uncond:
@@ -163,15 +170,17 @@ class Source:
     def _in_parts(self, batch: _Batch) -> Tensor:
         if self._parts == 1:
             self.evaluations += 1
-            return batch.evaluate(self.unet, None)
+            return batch.evaluate(self.unet, self.guides, None)
         branches = self._branches(batch)
         pieces = batch.split(min(batch.rows, self._parts // len(branches)))
-        output = torch.cat([torch.cat([piece.evaluate(self.unet, b) for piece in pieces], 1) for b in branches])
+        output = torch.cat(
+            [torch.cat([piece.evaluate(self.unet, self.guides, b) for piece in pieces], 1) for b in branches]
+        )
         self.evaluations += len(branches) * len(pieces)
         return output
 
     def _branches(self, batch: _Batch) -> tuple[int | None, ...]:
-        return (0, 1) if batch.forks or forks(self.unet) else (None,)
+        return (0, 1) if batch.forks or self.guides or forks(self.unet) else (None,)
 
     def _at(self, step: int, batch: int) -> _Joined:
         """Join what the models are told at a step; while it stays the same, it is joined once."""
@@ -190,13 +199,15 @@ class Source:
 class _Batch:
     """What the UNet is given: latents ``(N, C, H, W)``, timesteps ``(N,)``, and what their M rows are told.
 
-    Labels are ``(R, M, L)``.
+    Labels are ``(R, M, L)``; ``images`` ``(M,)`` is each row's image, ``uncond`` marks those of negative prompts.
     """
 
     x: Tensor
     t: Tensor
     text: Text
     label: Tensor | None
+    images: Tensor
+    uncond: Tensor
 
     @property
     def rows(self) -> int:
@@ -214,16 +225,29 @@ class _Batch:
         x, t = (self.x, self.t) if rows is None else (self.x[rows], self.t[rows])
         labels = [None] * count if self.label is None else self.label.tensor_split(count, 1)
         contexts = map(Text, self.text.context.tensor_split(count, 1))
-        return [_Batch(*part) for part in zip(x.tensor_split(count), t.tensor_split(count), contexts, labels)]
+        plain = zip(*(tensor.tensor_split(count) for tensor in (x, t, self.images, self.uncond)))
+        told = zip(contexts, labels)
+        return [_Batch(x, t, *own, images, uncond) for (x, t, images, uncond), own in zip(plain, told)]
 
-    def evaluate(self, unet: UNet, branch: int | None) -> Tensor:
+    def evaluate(self, unet: UNet, guides: Sequence[Guide], branch: int | None) -> Tensor:
         """Return the UNet's output ``(R, M, C, H, W)``, of both branches or of one of them alone."""
         if branch is None:
-            return unet(self.x[None], self.t, self.text, self.label)
+            return unet(self.x[None], self.t, self.text, self.label, self._injection(guides))
         context = self.text.context[min(branch, len(self.text.context) - 1)][None]
         label = None if self.label is None else self.label[min(branch, len(self.label) - 1)][None]
+        injection = replace(self._injection(guides), alone=True) if branch else Injection()
         with alone(unet, branch):
-            return unet(self.x[None], self.t, Text(context), label)
+            return unet(self.x[None], self.t, Text(context), label, injection)
+
+    def _injection(self, guides: Sequence[Guide]) -> Injection:
+        """Ask the guides what they add to the adapted model."""
+        if not guides:
+            return Injection()
+        rows = self.text.rows
+        x, t = (self.x, self.t) if rows is None else (self.x[rows], self.t[rows])
+        label = None if self.label is None else self.label[-1]
+        inputs = Inputs(x, t, self.text.context[-1], label, self.images, self.uncond)
+        return sum((guide(inputs) for guide in guides), Injection())
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lib_delta import fork
 from lib_delta.errors import CheckpointError
 from lib_delta.fork import Conv2d, GroupNorm, LayerNorm, Linear
-from lib_delta.injection import Attended, Injection
+from lib_delta.injection import Injection
 
 PREFIX = "model.diffusion_model."
 
@@ -200,12 +200,12 @@ class CrossAttention(nn.Module):
         self.to_v = Linear(context_width, width, bias=False)
         self.to_out = nn.ModuleDict({"0": Linear(width, width)})
 
-    def forward(self, x: Tensor, text: Text | None = None, attended: Attended | None = None) -> Tensor:
+    def forward(self, x: Tensor, text: Text | None = None, injection: Injection | None = None) -> Tensor:
         q = self.to_q(x)
         k, v = (self.to_k(x), self.to_v(x)) if text is None else text.keys_values(self)
         h = fork.attention(q, k, v, self.heads)
-        if attended is not None:
-            h = fork.add_to_adapted(h, attended(q[-1], self.heads))
+        if injection is not None:
+            h = injection.beside(self, q, h, self.heads)
         return self.to_out["0"](h)
 
 
@@ -242,7 +242,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, text: Text, injection: Injection) -> Tensor:
         x = fork.spread(self.attn1(self.norm1(x)) + x, text.rows)
-        x = self.attn2(self.norm2(x), text, injection.attended.get(self.attn2)) + x
+        x = self.attn2(self.norm2(x), text, injection) + x
         return self.ff(self.norm3(x)) + x
 
 
@@ -386,7 +386,7 @@ class UNet(Encoder):
             The prediction ``(R', N or M, C, H, W)``; ``R'`` is 1 if nothing told the branches apart.
         """
         text = Text.of(context)
-        if label is not None or injection != Injection():
+        if label is not None or injection.blocks:
             # Rows are told apart from the start.
             x, t = fork.spread(x, text.rows), fork.spread(t[None], text.rows)[0]
         emb = self.embed(t, label, x.dtype)

@@ -1,0 +1,168 @@
+"""Guides: what a ControlNet, a T2I-Adapter or an IP-Adapter adds to the adapted model, evaluation by evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lib_delta.controls.maps import Map
+from lib_delta.errors import SettingError
+from lib_delta.injection import Attended, Injection, Inputs
+from lib_delta.models.controlnet import ControlNet, T2IAdapter, batch_of, feature_injection
+from lib_delta.models.ip_adapter import IPAdapter, attend, cross_attentions
+from lib_delta.models.unet import UNet
+
+# Which counts more, as Mikubill's extension calls it: "prompt" and "control" weaken what steers the shallow layers,
+# and "control" leaves the negative prompt's estimate alone, so that guidance strengthens the control.
+Mode = Literal["balanced", "prompt", "control"]
+SOFTENED = 0.825  # the weight of each layer relative to the one below it
+# How an image prompt's weight is spread over the layers (ComfyUI_IPAdapter_plus).
+WeightType = Literal[
+    "linear",
+    "ease in",
+    "ease out",
+    "ease in-out",
+    "reverse in-out",
+    "weak input",
+    "weak middle",
+    "weak output",
+    "strong middle",
+]
+
+
+@dataclass(eq=False)
+class ControlNetGuide:
+    """Steer by a map through a ControlNet.
+
+    ``pooled`` averages what it adds over the picture, and leaves the negative prompt alone, as the "shuffle"
+    model was trained to.
+    Raises :class:`SettingError` for a mode that is not known.
+    """
+
+    model: ControlNet
+    map: Map
+    weight: float = 1.0
+    mode: Mode = "balanced"
+    pooled: bool = False
+    _hints: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise SettingError(f"the control mode is {self.mode!r}: one of {', '.join(get_args(Mode))} is needed")
+
+    def __call__(self, inputs: Inputs) -> Injection:
+        if not self.weight:
+            return Injection()
+        rows = torch.ones_like(inputs.uncond)
+        if self.mode == "control" or self.pooled:
+            rows = ~inputs.uncond
+        hint = self._hint(inputs)[inputs.images[rows] % self.map.count]
+        label = None if inputs.label is None else inputs.label[rows]
+        residuals = self.model(inputs.x[rows], inputs.t[rows], inputs.context[rows], hint, label)
+        if self.pooled:
+            residuals = [residual.mean((2, 3), keepdim=True).expand_as(residual) for residual in residuals]
+        weighted = [weight * residual for weight, residual in zip(self.weights(len(residuals)), residuals)]
+        return Injection(decoder=dict(enumerate(batch_of(weighted, rows))))
+
+    def weights(self, count: int) -> list[float]:
+        """Return the weight of each of ``count`` layers, the middle block's last."""
+        softened = 1.0 if self.mode == "balanced" else SOFTENED
+        return [self.weight * softened ** (count - 1 - i) for i in range(count)]
+
+    def _hint(self, inputs: Inputs) -> Tensor:
+        """Return the map's features ``(count, C, h, w)``, which are the same at every step."""
+        height, width = inputs.x.shape[-2:]
+        if (height, width) not in self._hints:
+            factor = self.model.factor
+            picture = self.map.at(factor * height, factor * width, self.model.hint_channels)
+            self._hints = {(height, width): self.model.hint(picture.to(inputs.x))}
+        return self._hints[height, width]
+
+
+@dataclass(eq=False)
+class FeatureGuide:
+    """Steer by a map through a T2I-Adapter; ``mode`` "control" leaves the negative prompt's estimate alone."""
+
+    model: T2IAdapter
+    unet: UNet
+    map: Map
+    weight: float = 1.0
+    mode: Mode = "balanced"
+    factor: int = 8  # pixels along a latent's side
+    _features: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+
+    def __call__(self, inputs: Inputs) -> Injection:
+        if not self.weight:
+            return Injection()
+        rows = ~inputs.uncond if self.mode == "control" else torch.ones_like(inputs.uncond)
+        which = inputs.images[rows] % self.map.count
+        weighted = [self.weight * feature[which] for feature in self._seen(inputs)]
+        return feature_injection(self.unet, batch_of(weighted, rows))
+
+    def _seen(self, inputs: Inputs) -> list[Tensor]:
+        size = (inputs.x.shape[-2], inputs.x.shape[-1])
+        if size not in self._features:
+            unit = self.model.config.unshuffled
+            # Rounded up as the UNet's halvings are.
+            height, width = (-(-side * self.factor // unit) * unit for side in size)
+            picture = self.map.at(height, width, self.model.config.picture_channels)
+            self._features = {size: self.model(picture.to(inputs.x))}
+        return self._features[size]
+
+
+@dataclass(eq=False)
+class ImageGuide:
+    """Prompt by pictures through an IP-Adapter.
+
+    ``tokens`` are what the projection makes of the pictures and of none: ``(S, context_width)`` each.
+    Raises :class:`SettingError` for a weight type that is not known.
+    """
+
+    model: IPAdapter
+    unet: UNet
+    tokens: tuple[Tensor, Tensor]
+    weight: float = 1.0
+    weight_type: WeightType = "linear"
+    _seen: Sequence[tuple[Tensor, Tensor]] = ()  # keys and values are the same at every step
+
+    def __post_init__(self) -> None:
+        if self.weight_type not in get_args(WeightType):
+            known = ", ".join(get_args(WeightType))
+            raise SettingError(f"the weight type is {self.weight_type!r}: one of {known} is needed")
+
+    def __call__(self, inputs: Inputs) -> Injection:
+        if not self.weight:
+            return Injection()
+        if not self._seen:
+            self._seen = self.model.keys_and_values(torch.stack(self.tokens).to(inputs.context))
+        row = inputs.uncond.long()
+        layers = list(cross_attentions(self.unet))
+        attended = {
+            module: _attended(k[row], v[row], self.weight * share(self.weight_type, i, len(layers), place))
+            for i, ((place, module), (k, v)) in enumerate(zip(layers, self._seen, strict=True))
+        }
+        return Injection(attended=attended)  # type: ignore[arg-type]
+
+
+def _attended(k: Tensor, v: Tensor, weight: float) -> Attended:
+    return lambda q, heads: weight * attend(q, k, v, heads)
+
+
+def share(weight_type: WeightType, number: int, count: int, place: str) -> float:
+    """Return the share of an image prompt's weight that layer ``number`` of ``count``, at ``place``, gets."""
+    along = number / count
+    from_middle = abs(2 * along - 1)
+    eased = {"ease in": 1 - along, "ease out": along, "ease in-out": 1 - from_middle, "reverse in-out": from_middle}
+    if weight_type in eased:
+        return 0.05 + 0.95 * eased[weight_type]
+    weak: dict[str, tuple[str, ...]] = {
+        "weak input": ("input",),
+        "weak middle": ("middle",),
+        "weak output": ("output",),
+    }
+    weak["strong middle"] = ("input", "output")
+    return 0.2 if place in weak.get(weight_type, ()) else 1.0

@@ -1,0 +1,129 @@
+"""Maps: the pictures that ControlNets and T2I-Adapters read, at the size that a pass asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib_delta.errors import SettingError
+
+ResizeMode = Literal["just resize", "crop and resize", "resize and fill"]
+FEW_COLOURS = 200  # up to so many a map has labels for colours (a segmentation), between which there is nothing
+LARGEST = 64_000_000  # pixels of a picture that is read
+
+
+@dataclass(frozen=True)
+class Map:
+    """One map, or one for each image: ``(count, channels, H, W)`` in [0, 1].
+
+    ``resize`` says what happens where the proportions differ.
+    Raises :class:`SettingError` for a mode that is not known or a map that is empty.
+    """
+
+    pictures: Tensor
+    resize: ResizeMode = "just resize"
+
+    def __post_init__(self) -> None:
+        if self.resize not in get_args(ResizeMode):
+            raise SettingError(
+                f"the resize mode is {self.resize!r}: one of {', '.join(get_args(ResizeMode))} is needed"
+            )
+        if self.pictures.ndim != 4 or not self.pictures.numel():
+            raise SettingError(f"the map has shape {tuple(self.pictures.shape)}, and pictures are needed")
+
+    @property
+    def count(self) -> int:
+        """How many maps there are."""
+        return len(self.pictures)
+
+    def at(self, height: int, width: int, channels: int) -> Tensor:
+        """Return the maps ``(count, channels, height, width)``; a single channel is the mean of three."""
+        found = self.pictures.shape[1]
+        pictures = self.pictures
+        if found != channels:
+            pictures = pictures.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+        return self._resized(pictures, height, width).contiguous()
+
+    def _resized(self, pictures: Tensor, height: int, width: int) -> Tensor:
+        across, down = width / pictures.shape[3], height / pictures.shape[2]
+        if self.resize == "just resize":
+            return scaled(pictures, height, width)
+        scale = max(across, down) if self.resize == "crop and resize" else min(across, down)
+        inner = [max(1, round(side * scale)) for side in pictures.shape[2:]]
+        whole = scaled(pictures, *inner)
+        top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+        if self.resize == "crop and resize":
+            return whole[..., -top : -top + height, -left : -left + width]
+        # What lies outside continues the border, as in the WebUIs: an empty frame would be a line to follow.
+        return F.pad(whole, (left, width - inner[1] - left, top, height - inner[0] - top), mode="replicate")
+
+
+def scaled(pictures: Tensor, height: int, width: int) -> Tensor:
+    """Scale ``(N, C, H, W)``: areas averaged when smaller, bicubic when larger, labels kept as they are."""
+    if pictures.shape[2:] == (height, width):
+        return pictures
+    if _few_colours(pictures):
+        return F.interpolate(pictures, (height, width), mode="nearest")
+    if height <= pictures.shape[2] and width <= pictures.shape[3]:
+        return F.interpolate(pictures, (height, width), mode="area")
+    return F.interpolate(pictures, (height, width), mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def _few_colours(pictures: Tensor) -> bool:
+    """Tell a map of labels: some colours, more than the two of lines on a ground, none of them in between."""
+    levels = (pictures[0] * 255).round().long()
+    mixed = sum(channel * 256**i for i, channel in enumerate(levels[:3]))
+    assert isinstance(mixed, Tensor)
+    count = len(mixed.unique())
+    return levels.shape[0] >= 3 and not bool((levels[0] == levels[1]).all()) and 2 < count <= FEW_COLOURS
+
+
+def read_picture(path: Path) -> Tensor:
+    """Read a picture file as ``(1, 3, H, W)`` in [0, 1]; what is transparent becomes black, as maps have it.
+
+    Raises :class:`SettingError` for a file that is no picture, or is too large.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            if picture.width * picture.height > LARGEST:
+                raise SettingError(
+                    f"{path.name} has {picture.width} x {picture.height} pixels, and up to {LARGEST // 10**6} million"
+                    " are read: make it smaller"
+                )
+            return pixels(np.asarray(_plain_mode(picture)))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, UnidentifiedImageError) as error:
+        raise SettingError(f"{path} cannot be read as a picture ({error}): a .png, .jpg or .webp is needed") from error
+
+
+def _plain_mode(picture):  # type: ignore[no-untyped-def]
+    if picture.mode.startswith(("I", "F")):
+        return picture
+    return picture.convert("RGBA" if "A" in picture.mode or "transparency" in picture.info else "RGB")
+
+
+def pixels(array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+    """Turn an array of pixels, ``(H, W)`` or ``(H, W, 1, 3 or 4)``, into ``(1, 3, H, W)`` in [0, 1].
+
+    8 bits, 16 bits (also in 32), and floats in [0, 1] are told apart by type and range.
+    """
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or not array.size:
+        raise SettingError(f"a picture has shape {array.shape}: height, width and 1, 3 or 4 channels are needed")
+    values = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    if not torch.isfinite(values).all():
+        raise SettingError("a picture has pixels that are no numbers: an ordinary picture is needed")
+    if array.dtype.kind in "iu":
+        values = values / (255.0 if array.dtype == np.uint8 or values.max() <= 255 else 65535.0)
+    values = values.clamp(0, 1)
+    if values.shape[2] == 4:
+        values = values[..., :3] * values[..., 3:]
+    return values.expand(-1, -1, 3).permute(2, 0, 1)[None].contiguous()

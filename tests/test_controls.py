@@ -1,0 +1,479 @@
+"""ControlNets, T2I-Adapters and IP-Adapters do to the adapted model what diffusers' do, and nothing to the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import adapt, randn, tiny_unet
+from safetensors.torch import save_file
+from test_unet import SD1, SD1_FULL, SD2, SDXL, draw, narrow, pair, randomize
+from torch import Tensor, nn
+
+from lib_delta.controls.files import load_control
+from lib_delta.controls.guides import ControlNetGuide, FeatureGuide, ImageGuide, share
+from lib_delta.controls.maps import Map
+from lib_delta.errors import AdapterError, SettingError
+from lib_delta.fork import ForkedLayer
+from lib_delta.injection import Injection, Inputs
+from lib_delta.models.controlnet import ControlNet, feature_injection
+from lib_delta.models.ip_adapter import IPAdapter, TokenProjection
+from lib_delta.models.text import sdxl_label
+from lib_delta.models.unet import UNet
+from lib_delta.parameterization import Parameterization
+from lib_delta.source import Conditioning, Source
+
+diffusers = pytest.importorskip("diffusers")
+LAYOUTS: dict[str, Any] = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
+HINTS = (3, 16, 16, 32, 32, 96, 96, 256, 32)
+PICTURE = randn(1, 3, 64, 64, seed=5).sigmoid()
+TOLD = Conditioning(randn(1, 7, 16, seed=1), randn(1, 7, 16, seed=2))
+X, SIGMA = 5 * randn(2, 4, 8, 8), torch.tensor([0.7, 6.0])
+
+
+def added(drawn: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What diffusers' models are told of an SDXL picture besides the text, and our label for it."""
+    if "pooled" not in drawn:
+        return {}
+    sizes = torch.tensor([[512.0, 768.0, 8.0, 16.0, 1024.0, 640.0]] * len(drawn["x"]))
+    return {"added_cond_kwargs": {"text_embeds": drawn["pooled"], "time_ids": sizes}}
+
+
+def label(drawn: Mapping[str, Tensor]) -> Tensor | None:
+    if "pooled" not in drawn:
+        return None
+    return sdxl_label(drawn["pooled"], 512, 768, top=8, left=16, target_height=1024, target_width=640)
+
+
+def control_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k != "up_block_types"}
+
+
+def save(path: Path, tensors: Mapping[str, Tensor]) -> Path:
+    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, str(path))
+    return path
+
+
+def their_control(config: Mapping[str, Any]) -> nn.Module:
+    theirs: nn.Module = diffusers.ControlNetModel(**control_config(config)).eval().requires_grad_(False)
+    randomize(theirs, seed=3)
+    return theirs
+
+
+@pytest.mark.parametrize("size", [(16, 16), (11, 9)], ids=["even", "odd"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_controlnet_and_the_unet_it_steers_equal_diffusers(
+    layout: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    config = LAYOUTS[layout]
+    ours, theirs = pair(config)
+    control, drawn = their_control(config), draw(config, size)
+    picture = randn(2, 3, 8 * size[0], 8 * size[1], seed=9).sigmoid()
+    down, middle = control(drawn["x"], drawn["t"], drawn["context"], picture, 0.7, return_dict=False, **added(drawn))
+    loaded = load_control(save(tmp_path / "control.safetensors", control.state_dict()), ours).model
+    assert isinstance(loaded, ControlNet)
+    residuals = loaded(drawn["x"], drawn["t"], drawn["context"], loaded.hint(picture), label(drawn))
+    for residual, expected in zip(residuals, (*down, middle), strict=True):
+        assert (0.7 * residual - expected).abs().max() < 1e-4
+    assert all(expected.std() > 0.01 for expected in (*down, middle))
+    arguments = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle, **added(drawn)}
+    expected = theirs(drawn["x"], drawn["t"], drawn["context"], **arguments).sample
+    guide = ControlNetGuide(loaded, Map(picture), 0.7)
+    two = forked(ours, drawn, [guide])
+    assert (two[1] - expected).abs().max() < 1e-4
+    alone = theirs(drawn["x"], drawn["t"], drawn["context"], **added(drawn)).sample
+    assert (two[0] - alone).abs().max() < 1e-4
+    assert (alone - expected).abs().max() > 0.01
+
+
+def inputs_of(drawn: Mapping[str, Tensor]) -> Inputs:
+    rows = len(drawn["x"])
+    return Inputs(
+        drawn["x"], drawn["t"], drawn["context"], label(drawn), torch.arange(rows), torch.zeros(rows, dtype=torch.bool)
+    )
+
+
+def forked(unet: UNet, drawn: Mapping[str, Tensor], guides: list[Callable[[Inputs], Injection]]) -> Tensor:
+    injection = sum((guide(inputs_of(drawn)) for guide in guides), Injection())
+    own = label(drawn)
+    return unet(drawn["x"][None], drawn["t"], drawn["context"][None], None if own is None else own[None], injection)
+
+
+def test_a_controlnet_under_every_name_is_the_same(tmp_path: Path) -> None:
+    unet = narrow(SD1)
+    theirs = their_control(SD1)
+    one = load_control(save(tmp_path / "diffusers.safetensors", theirs.state_dict()), unet).model.state_dict()
+    base = unet.state_dict()
+    prefixed = {f"control_model.{k}": v for k, v in one.items()}
+    difference = {k: v - base[k] if k in base else v for k, v in one.items()} | {"difference": torch.zeros(0)}
+    factors: dict[str, Tensor] = {"lora_controlnet": torch.zeros(0)}
+    for key, weight in one.items():
+        if key in base and weight.ndim > 1:
+            u, s, v = torch.linalg.svd((weight - base[key]).flatten(1), full_matrices=False)
+            layer = key.removesuffix(".weight")
+            factors |= {f"{layer}.up": u * s, f"{layer}.down": v}
+        else:
+            factors[key] = weight
+    for name, tensors in {"bare": one, "prefixed": prefixed, "difference": difference, "factors": factors}.items():
+        read = load_control(save(tmp_path / f"{name}.safetensors", tensors), unet)
+        assert read.kind == ("Control-LoRA" if name == "factors" else "ControlNet")
+        for key, weight in read.model.state_dict().items():
+            torch.testing.assert_close(weight, one[key], atol=1e-5, rtol=1e-5)
+    torch.save(prefixed, tmp_path / "control.pth")
+    assert torch.equal(
+        load_control(tmp_path / "control.pth", unet).model.state_dict()["zero_convs.0.0.weight"],
+        one["zero_convs.0.0.weight"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("layout", "form", "channels"),
+    [
+        ("sd1", "full_adapter", 1),
+        ("sd1", "full_adapter", 3),
+        ("sd2", "full_adapter", 3),
+        ("sd1", "light_adapter", 3),
+        ("sdxl", "full_adapter_xl", 3),
+    ],
+)
+def test_a_t2i_adapter_equals_diffusers(layout: str, form: str, channels: int, tmp_path: Path) -> None:
+    config = LAYOUTS[layout]
+    ours, theirs = pair(config)
+    widths = list(config["block_out_channels"])
+    # SDXL's adapters have four levels for the model's three; the light form repeats the last by itself.
+    given = [*widths, widths[-1]] if layout == "sdxl" else widths[:-1] if form == "light_adapter" else widths
+    adapter = diffusers.T2IAdapter(channels, given, 2, 16 if layout == "sdxl" else 8, form).eval().requires_grad_(False)
+    randomize(adapter)
+    drawn = draw(config, (16, 16))
+    picture = randn(2, channels, 128, 128, seed=9).sigmoid()
+    expected = adapter(picture)
+    read = load_control(save(tmp_path / "t2i.safetensors", adapter.state_dict()), ours)
+    assert read.kind == "T2I-Adapter"
+    for feature, theirs_ in zip(read.model(picture), expected, strict=True):
+        assert (feature - theirs_).abs().max() < 1e-4
+    own = label(drawn)
+    two = ours(
+        drawn["x"][None], drawn["t"], drawn["context"][None], None if own is None else own[None],
+        feature_injection(ours, read.model(picture)),
+    )  # fmt: skip
+    sample = theirs(
+        drawn["x"], drawn["t"], drawn["context"],
+        down_intrablock_additional_residuals=[e.clone() for e in expected], **added(drawn),
+    ).sample  # fmt: skip
+    assert (two[1] - sample).abs().max() < 1e-4
+    torch.testing.assert_close(two[0], forked(ours, drawn, [])[0])
+    if channels == 3:
+        guided = forked(ours, drawn, [FeatureGuide(read.model, ours, Map(picture))])
+        torch.testing.assert_close(guided, two, atol=1e-5, rtol=1e-5)
+
+
+def original_t2i(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename diffusers' full adapter to the original release's flat blocks, of which two make a level."""
+    out = {}
+    for key, tensor in theirs.items():
+        parts = key.removeprefix("adapter.").split(".")
+        if parts[0] == "body":
+            block = 2 * int(parts[1]) + (int(parts[3]) if parts[2] == "resnets" else 0)
+            parts = ["body", str(block), *(parts[4:] if parts[2] == "resnets" else parts[2:])]
+        out[".".join(parts)] = tensor
+    return out
+
+
+def test_a_t2i_adapter_under_the_original_names_is_the_same(tmp_path: Path) -> None:
+    unet = narrow(SD1)
+    theirs = diffusers.T2IAdapter(3, list(SD1["block_out_channels"]), 2, 8, "full_adapter").requires_grad_(False)
+    randomize(theirs)
+    read = [
+        load_control(save(tmp_path / f"{i}.safetensors", tensors), unet).model
+        for i, tensors in enumerate((theirs.state_dict(), original_t2i(theirs.state_dict())))
+    ]
+    theirs_, originals = (model.state_dict() for model in read)
+    assert theirs_.keys() == originals.keys()
+    assert all(torch.equal(theirs_[key], originals[key]) for key in theirs_)
+
+
+def image_tensors(form: str, unet: UNet, context: int, seen: int = 40) -> dict[str, Tensor]:
+    """Random weights of an IP-Adapter in the release's names and order."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if form == "base":
+        shapes |= {"proj.weight": (4 * context, seen), "proj.bias": (4 * context,)}
+        shapes |= {"norm.weight": (context,), "norm.bias": (context,)}
+    elif form == "full":
+        shapes |= {"proj.0.weight": (seen, seen), "proj.0.bias": (seen,), "proj.2.weight": (context, seen)}
+        shapes |= {"proj.2.bias": (context,), "proj.3.weight": (context,), "proj.3.bias": (context,)}
+    else:
+        width, inner = 64, 128
+        shapes |= {"latents": (1, 5, width), "proj_in.weight": (width, seen), "proj_in.bias": (width,)}
+        shapes |= {"proj_out.weight": (context, width), "proj_out.bias": (context,)}
+        shapes |= {"norm_out.weight": (context,), "norm_out.bias": (context,)}
+        for layer in range(4):
+            own = f"layers.{layer}."
+            for norm in ("0.norm1", "0.norm2", "1.0"):
+                shapes |= {f"{own}{norm}.weight": (width,), f"{own}{norm}.bias": (width,)}
+            shapes |= {f"{own}0.to_q.weight": (inner, width), f"{own}0.to_kv.weight": (2 * inner, width)}
+            shapes |= {f"{own}0.to_out.weight": (width, inner)}
+            shapes |= {f"{own}1.1.weight": (4 * width, width), f"{own}1.3.weight": (width, 4 * width)}
+    tensors = {f"image_proj.{k}": randn(*s, seed=i) * (s[-1] ** -0.5) for i, (k, s) in enumerate(shapes.items())}
+    widths = [
+        module.attn2.to_q.weight.shape[0]
+        for blocks in (unet.input_blocks, unet.output_blocks, unet.middle_block)
+        for module in blocks.modules()
+        if hasattr(module, "attn2")
+    ]
+    for i, width in enumerate(widths):
+        for j, part in enumerate(("k", "v")):
+            weight = randn(width, context, seed=500 + 2 * i + j) * context**-0.5
+            tensors[f"ip_adapter.{2 * i + 1}.to_{part}_ip.weight"] = weight
+    return tensors
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", ["base", "plus", "full"])
+def test_an_ip_adapter_equals_diffusers(form: str, layout: str, tmp_path: Path) -> None:
+    config = LAYOUTS[layout]
+    ours, theirs = pair(config)
+    context = config["cross_attention_dim"]
+    tensors = image_tensors(form, ours, context)
+    seen = randn(2, 40, seed=8) if form == "base" else randn(2, 257, 40, seed=8)
+    split: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, tensor in tensors.items():
+        part, _, rest = key.partition(".")
+        split[part][rest] = tensor
+    theirs._load_ip_adapter_weights([split])  # type: ignore[operator]
+    for processor in theirs.attn_processors.values():  # type: ignore[union-attr, operator]
+        if hasattr(processor, "scale"):
+            processor.scale = [0.6]
+    drawn = draw(config, (8, 8))
+    told = {**added(drawn).get("added_cond_kwargs", {}), "image_embeds": [seen[:, None]]}
+    expected = theirs(drawn["x"], drawn["t"], drawn["context"], added_cond_kwargs=told).sample
+    # The release's own file is a dictionary of dictionaries.
+    torch.save(split, tmp_path / "ip.bin")
+    read = load_control(tmp_path / "ip.bin", ours)
+    assert read.kind == "IP-Adapter"
+    tokens = read.model.image_proj(seen)
+    # The guide tells rows apart by prompt and negative prompt: here the second row stands for the latter.
+    guide = ImageGuide(read.model, ours, (tokens[0], tokens[1]), 0.6)
+    inputs = inputs_of(drawn)
+    inputs = Inputs(inputs.x, inputs.t, inputs.context, inputs.label, inputs.images, torch.tensor([False, True]))
+    own = label(drawn)
+    two = ours(drawn["x"][None], drawn["t"], drawn["context"][None], None if own is None else own[None], guide(inputs))
+    error = (two[1] - expected).abs().max()
+    assert error < 1e-4
+    assert (two[0] - expected).abs().max() > 0.01
+
+
+def tiny_control(unet: UNet, seed: int = 20) -> ControlNet:
+    control = ControlNet(unet.config, HINTS).requires_grad_(False).eval()
+    randomize(control, seed)
+    return control
+
+
+def by_hand(unet: UNet, control: ControlNet, weights: list[float], cfg: float, skip_uncond: bool) -> Tensor:
+    """The textbook way: base and adapted in passes of their own, cond and uncond apart."""
+    eps = Parameterization("eps")
+
+    def half(context: Tensor, steered: bool) -> Tensor:
+        x, t = eps.model_input(X, SIGMA)
+        rows = context.expand(len(x), -1, -1)
+        injection = Injection()
+        if steered:
+            hint = control.hint(PICTURE).expand(2, -1, -1, -1)
+            residuals = [w * r for w, r in zip(weights, control(x, t, rows, hint), strict=True)]
+            injection = Injection(decoder=dict(enumerate(residuals)), alone=True)
+        return eps.denoised(unet(x[None], t, rows[None], None, injection)[0], X, SIGMA)
+
+    def guided(steered: bool) -> Tensor:
+        cond, uncond = half(TOLD.cond, steered), half(TOLD.uncond, steered and not skip_uncond)
+        return uncond + cfg * (cond - uncond)
+
+    return guided(True) - guided(False)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 5.0])
+@pytest.mark.parametrize("mode", ["balanced", "prompt", "control"])
+def test_one_forked_pass_equals_two_models(mode: Any, cfg: float) -> None:
+    unet = tiny_unet()
+    control = tiny_control(unet)
+    source = Source(unet, Parameterization("eps"), TOLD, guides=[ControlNetGuide(control, Map(PICTURE), 0.8, mode)])
+    soft = 1.0 if mode == "balanced" else 0.825
+    count = len(unet.input_blocks) + 1
+    weights = [0.8 * soft ** (count - 1 - i) for i in range(count)]
+    expected = by_hand(unet, control, weights, cfg, skip_uncond=mode == "control")
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(source.delta(X, SIGMA, cfg), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_in_parts_the_delta_is_the_same() -> None:
+    unet = tiny_unet()
+    guides = [ControlNetGuide(tiny_control(unet), Map(PICTURE))]
+    source = Source(unet, Parameterization("eps"), TOLD, guides=guides)
+    whole = source.delta(X, SIGMA, 5.0)
+    source._parts = 8
+    torch.testing.assert_close(source.delta(X, SIGMA, 5.0), whole, atol=1e-4, rtol=1e-4)
+
+
+def rows_seen(unet: UNet, source: Source) -> dict[str, int]:
+    """Count, for every layer of the UNet, how many rows it evaluates in one step."""
+    seen: dict[str, int] = {}
+    for path, layer in unet.named_modules():
+        if isinstance(layer, ForkedLayer):
+            plain = layer.base
+
+            def counted(x: Tensor, path: str = path, plain: Any = plain) -> Tensor:
+                seen[path] = seen.get(path, 0) + len(x)
+                return plain(x)
+
+            layer.base = counted  # type: ignore[method-assign]
+    source.delta(X, SIGMA, 5.0)
+    return seen
+
+
+def test_the_encoder_runs_once_for_both_branches() -> None:
+    unet = tiny_unet()
+    guides = [ControlNetGuide(tiny_control(unet), Map(PICTURE))]
+    seen = rows_seen(unet, Source(unet, Parameterization("eps"), TOLD, guides=guides))
+    # Two images, with and without prompt: 4 rows, and only 2 until the prompt is first looked at; 8 in the decoder.
+    assert {rows for path, rows in seen.items() if path.startswith(("input_blocks", "middle_block"))} == {2, 4}
+    decoder = {p: r for p, r in seen.items() if p.startswith(("output_blocks", "out.")) and "emb_layers" not in p}
+    assert {rows for path, rows in decoder.items() if not path.endswith(("attn2.to_k", "attn2.to_v"))} == {8}
+
+
+def test_a_weight_of_0_is_exactly_nothing(tmp_path: Path) -> None:
+    unet = tiny_unet()
+    path = save(tmp_path / "ip.safetensors", image_tensors("base", unet, 16))
+    adapter = load_control(path, unet).model
+    tokens = adapter.image_proj(randn(2, 40))
+    guides = [
+        ControlNetGuide(tiny_control(unet), Map(PICTURE), 0.0),
+        ImageGuide(adapter, unet, (tokens[0], tokens[1]), 0.0),
+    ]
+    source = Source(unet, Parameterization("eps"), TOLD, guides=guides)
+    assert not source.delta(X, SIGMA, 5.0).any()
+    assert len(source.denoised(X, SIGMA, 5.0)) == 1
+
+
+def test_all_together_with_new_weights_equal_two_models(tmp_path: Path) -> None:
+    """A fine-tuned or LoRA-adapted layer, two ControlNets and a picture: the sum of nothing but their own effects."""
+    unet = tiny_unet()
+    controls = [tiny_control(unet), tiny_control(unet, seed=21)]
+    adapter = load_control(save(tmp_path / "ip.safetensors", image_tensors("base", unet, 16)), unet).model
+    tokens = adapter.image_proj(randn(2, 40))
+    weights = {name: w + 0.1 * w.std() * randn(*w.shape, seed=9) for name, w in unet.state_dict().items()}
+
+    def guides(model: UNet) -> list[Any]:
+        return [
+            *(ControlNetGuide(control, Map(PICTURE), 0.5) for control in controls),
+            ImageGuide(adapter, model, (tokens[0], tokens[1]), 0.7),
+        ]
+
+    alone = deepcopy(unet)
+    alone.load_state_dict(weights)
+    eps = Parameterization("eps")
+    expected = Source(alone, eps, TOLD, guides=guides(alone)).denoised(X, SIGMA, 5.0)[-1]
+    base = Source(unet, eps, TOLD).denoised(X, SIGMA, 5.0)[0]
+    delta = Source(adapt(unet, weights), eps, TOLD, guides=guides(unet)).delta(X, SIGMA, 5.0)
+    torch.testing.assert_close(delta, expected - base, atol=1e-3, rtol=1e-3)
+
+
+def test_each_image_has_its_own_map() -> None:
+    unet = tiny_unet()
+    control = tiny_control(unet)
+    pictures = torch.cat((PICTURE, 1 - PICTURE))
+    both = Source(unet, Parameterization("eps"), TOLD, guides=[ControlNetGuide(control, Map(pictures))])
+    delta = both.delta(X, SIGMA, 5.0)
+    for i in (0, 1):
+        single = Source(
+            unet, Parameterization("eps"), TOLD, guides=[ControlNetGuide(control, Map(pictures[i : i + 1]))]
+        )
+        torch.testing.assert_close(delta[i], single.delta(X, SIGMA, 5.0)[i], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("weight_type", ["ease in", "ease out", "ease in-out", "reverse in-out"])
+def test_eased_weights_stay_within_their_share(weight_type: Any) -> None:
+    shares = [share(weight_type, i, 16, "input") for i in range(16)]
+    assert all(0.05 <= s <= 1 for s in shares) and max(shares) > 0.9 and min(shares) < 0.2
+
+
+def change(key: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.update({key: tensor})
+
+
+REFUSALS: dict[str, tuple[dict[str, Tensor], str]] = {
+    "a LoRA": ({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(4, 4)}, "is a LoRA"),
+    "a VAE": ({"first_stage_model.encoder.conv_in.weight": torch.ones(4, 3, 3, 3)}, "is an autoencoder"),
+    "an embedding": ({"emb_params": torch.ones(1, 16)}, "textual inversion"),
+    "LLLite": ({"lllite_unet_input_blocks_4_1.depth.0.weight": torch.ones(4, 4)}, "LLLite"),
+    "FaceID": ({"image_proj.proj.0.weight": torch.ones(24, 512)}, "FaceID"),
+    "anything": ({"weird": torch.ones(1)}, "no kind that is known"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_other_files_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    tensors, sentence = REFUSALS[name]
+    with pytest.raises(AdapterError, match=sentence):
+        load_control(save(tmp_path / "x.safetensors", tensors), tiny_unet())
+
+
+def test_a_checkpoint_and_other_families_are_refused(tmp_path: Path) -> None:
+    unet = tiny_unet()
+    checkpoint = {f"model.diffusion_model.{k}": v for k, v in unet.state_dict().items()}
+    with pytest.raises(AdapterError, match="is a checkpoint of SD 1.x"):
+        load_control(save(tmp_path / "base.safetensors", checkpoint), unet)
+    for config in (SD2, SDXL):
+        other = save(tmp_path / "other.safetensors", their_control(config).state_dict())
+        with pytest.raises(AdapterError, match="is made for .* is needed"):
+            load_control(other, narrow(SD1))
+    adapter = save(tmp_path / "ip.safetensors", image_tensors("base", narrow(SD2), 96))
+    with pytest.raises(AdapterError, match="is made for"):
+        load_control(adapter, narrow(SD1))
+    t2i = diffusers.T2IAdapter(3, list(SD2["block_out_channels"]), 2, 8, "full_adapter").state_dict()
+    with pytest.raises(AdapterError, match="T2I-Adapter of the base's family"):
+        load_control(save(tmp_path / "t2i.safetensors", t2i), narrow(SD1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda t: t.pop("zero_convs.0.0.weight"), "lacks 1 of"),
+        (lambda t: t.pop("input_hint_block.4.weight"), "do not follow each other"),
+        (change("zero_convs.1.0.weight", torch.ones(3, 3, 1, 1)), "with shape"),
+        (change("zero_convs.0.0.bias", torch.full((32,), float("nan"))), "NaN or infinity"),
+    ],
+)
+def test_damaged_controlnets_are_refused(spoil: Any, sentence: str, tmp_path: Path) -> None:
+    unet = tiny_unet()
+    tensors = tiny_control(unet).state_dict()
+    spoil(tensors)
+    with pytest.raises(AdapterError, match=sentence):
+        load_control(save(tmp_path / "x.safetensors", tensors), unet)
+
+
+def test_unknown_modes_are_refused() -> None:
+    unet = tiny_unet()
+    with pytest.raises(SettingError, match="control mode is 'all': one of balanced"):
+        ControlNetGuide(tiny_control(unet), Map(PICTURE), mode="all")  # type: ignore[arg-type]
+    adapter = IPAdapter(TokenProjection(40, 16, 4), 16, [])
+    with pytest.raises(SettingError, match="weight type is 'all': one of linear"):
+        ImageGuide(adapter, unet, (randn(1), randn(1)), weight_type="all")  # type: ignore[arg-type]
+
+
+def test_full_width_controlnet_equals_diffusers(tmp_path: Path) -> None:
+    from lib_delta.inspection import Reference
+
+    with torch.device("meta"):
+        theirs = diffusers.ControlNetModel(**control_config(SD1_FULL))
+    theirs = theirs.to_empty(device="cpu").eval().requires_grad_(False)
+    randomize(theirs, seed=3)
+    assert sum(p.numel() for p in theirs.parameters()) == 361_279_120
+    unet = Reference.sd15().unet
+    read = load_control(save(tmp_path / "control.safetensors", theirs.state_dict()), unet, torch.float32, "cpu").model
+    drawn, picture = draw(SD1_FULL, (8, 8), batch=1), PICTURE
+    down, middle = theirs(drawn["x"], drawn["t"], drawn["context"], picture, return_dict=False)
+    residuals = read(drawn["x"], drawn["t"], drawn["context"], read.hint(picture))
+    for residual, expected in zip(residuals, (*down, middle), strict=True):
+        assert (residual - expected).abs().max() < 1e-4 * max(1.0, float(expected.std()))
