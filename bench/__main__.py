@@ -1,121 +1,183 @@
-"""How much one forked pass saves over two separate ones, and what it takes to swap a LoRA: ``python -m bench``.
+"""What the delta costs, beside a plain step and beside two separate networks: ``python -m bench``.
 
-Everything is timed side by side in one run, A B A B, and given as the ratio of medians: seconds differ
-from machine to machine, ratios much less.
+Cases alternate in one run, and a figure is the median of ratios to diffusers' pass of the same round: seconds
+differ from machine to machine, and from minute to minute, ratios much less.  A pass is that of one picture with
+prompt and negative prompt.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+import json
+import platform
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
-from lib_delta.adapters.apply import Form, attach, detach
-from lib_delta.adapters.load import AdapterFile, read_adapter
-from lib_delta.fork import Conv2d, Linear
-from lib_delta.models.unet import UNet, UNetConfig
+from bench import storage
+from bench.models import Layout, diffusers_unet, random_lora, random_unet, sd15, sdxl
+from bench.timing import Case, ratios, rounds
+from lib_delta.adapters.apply import attach, detach
+from lib_delta.adapters.load import AdapterFile
+from lib_delta.models.unet import Text, UNet
 
 WIDTHS = {"tiny": 64, "small": 128, "full": 320}
+LAYERS = {"all layers": "", "attention": "attn", "decoder": "output_blocks"}
+FORMS = ("merged", "bypass")
+PLAIN, PUBLISHED, FOUR = "plain pass (diffusers)", "two more networks (the published way)", "one pass of four rows"
+RESULTS = Path(__file__).with_name("results")
 
 
-def sd15(width: int) -> UNetConfig:
-    """Return SD 1.5's layout at any width."""
-    return UNetConfig(
-        in_channels=4,
-        out_channels=4,
-        model_channels=width,
-        levels=(width, 2 * width, 4 * width, 4 * width),
-        res_blocks=(2, 2, 2, 2),
-        depth_in=(1, 1, 1, 1, 1, 1, 0, 0),
-        depth_middle=1,
-        depth_out=(0, 0, 0, *[1] * 9),
-        context_width=768,
-        linear_projection=False,
-    )
+class Passes:
+    """One layout's networks, and what they are given."""
+
+    def __init__(self, layout: Layout, size: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.unet = random_unet(layout, device, dtype)
+        self.reference: nn.Module = diffusers_unet(layout, self.unet)
+        make = partial(torch.randn, device=device, dtype=dtype)
+        self.x, self.t = make(1, 1, 4, size, size), torch.tensor([500.0], device=device)
+        width = layout.ours.context_width
+        rows = torch.tensor([0, 0], device=device)
+        # Cond and uncond of one picture; what is kept from step to step is kept here.
+        self.text = Text(make(1, 2, 77, width), rows, {})
+        self.other_text = Text(torch.cat((self.text.context, make(1, 2, 77, width))), rows, {})
+
+    @torch.no_grad()
+    def ours(self, text: Text | None = None) -> None:
+        """Evaluate our UNet, with whatever is attached."""
+        self.unet(self.x, self.t, text or self.text)
+
+    @torch.no_grad()
+    def theirs(self, rows: int = 2, times: int = 1) -> None:
+        """Evaluate diffusers' UNet."""
+        context = self.text.context[0].repeat(rows // 2, 1, 1)
+        x, t = self.x[0].expand(rows, -1, -1, -1).contiguous(), self.t.expand(rows)
+        for _ in range(times):
+            self.reference(x, t, context)
+
+    def cases(self, loras: dict[str, AdapterFile]) -> dict[str, Case]:
+        """Return everything that is timed."""
+        plain = partial(detach, self.unet)
+        cases = {
+            PLAIN: Case(self.theirs),
+            FOUR: Case(partial(self.theirs, 4)),
+            PUBLISHED: Case(partial(self.theirs, 2, 2)),
+            "ours, no adapter": Case(self.ours, plain),
+            "ours, prompts alone": Case(partial(self.ours, self.other_text), plain),
+        }
+        for title, lora in loras.items():
+            for form in FORMS:
+                cases[f"ours, {title}, {form}"] = Case(self.ours, partial(attach, self.unet, [(lora, 1.0)], form))
+        return cases
 
 
-def random_lora(unet: UNet, rank: int, only: str) -> AdapterFile:
-    """Return a LoRA of random factors for the layers whose path contains ``only``."""
-    tensors = {}
-    for path, layer in unet.named_modules():
-        if isinstance(layer, (Linear, Conv2d)) and only in path:
-            key = "lora_unet_" + path.replace(".", "_")
-            tensors[f"{key}.lora_down.weight"] = 0.01 * torch.randn(rank, *layer.weight.shape[1:])
-            tail = (1, 1) if layer.weight.ndim == 4 else ()
-            tensors[f"{key}.lora_up.weight"] = 0.01 * torch.randn(layer.weight.shape[0], rank, *tail)
-    return read_adapter("random LoRA", tensors, unet)
+def flops(case: Case) -> float:
+    """Return the floating-point operations of a case, in units of 10^9."""
+    case.prepare()
+    case.run()  # keys and values of the prompt are then known, as they are in all steps but the first
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counter:
+        case.run()
+    return counter.get_total_flops() / 1e9
+
+
+def native_resolution() -> dict[str, float]:
+    """Return what the source adds to a plain step of SDXL at 1024x1024, by operations: at its own 64x64, unforked."""
+    meta = torch.device("meta")
+
+    def count(layout: Layout, size: int, rows: int) -> float:
+        with meta:
+            unet = UNet(layout.ours)
+            x, t = torch.empty(1, rows, 4, size, size), torch.empty(rows)
+            context = torch.empty(1, rows, 77, layout.ours.context_width)
+            label = torch.empty(1, rows, layout.ours.label_width) if layout.ours.label_width else None
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            unet(x, t, context, label)
+        return counter.get_total_flops() / 1e9
+
+    target, branch = count(sdxl(), 128, 2), count(sd15(), 64, 2)
+    # At most both branches are computed whole.
+    return {
+        "sdxl plain step, GFLOP": round(target),
+        "sd15 pass at 64x64, GFLOP": round(branch),
+        "whole step, exact": round(1 + 2 * branch / target, 3),
+        "whole step, balanced": round(1 + branch / target, 3),
+        "whole step, fast": round(1 + branch / 2 / target, 3),
+    }
 
 
 def main() -> None:
+    options = _options()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    passes = Passes(sd15(WIDTHS[options.width]), options.size, device, dtype)
+    loras = {title: random_lora(passes.unet, options.rank, only) for title, only in LAYERS.items()}
+    cases = passes.cases(loras)
+    times = ratios(rounds(cases, options.rounds, device), PLAIN)
+    plain = flops(cases[PLAIN])
+    for name, case in cases.items():
+        times[name]["flops"] = round(flops(case) / plain, 3)
+    results = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "width": WIDTHS[options.width],
+        "latent": options.size,
+        "rounds": options.rounds,
+        "passes": times,
+        "memory": storage.weights(passes.unet, loras),
+        "swap": storage.swaps(passes.unet, options.rank, device, times[PLAIN]["seconds"]),
+        "native resolution": native_resolution(),
+    }
+    detach(passes.unet)
+    results["load"] = storage.loading(passes.unet, options.rounds)
+    _write(results, options.out / f"{device.type}-{options.width}-{options.size}")
+
+
+def _write(results: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    print("| pass | of diffusers' pass | range | by operations |\n|---|---|---|---|")
+    for name, row in results["passes"].items():
+        print(f"| {name} | {row['ratio']:.2f} | {row['lowest']:.2f}-{row['highest']:.2f} | {row['flops']:.2f} |")
+    for part in ("memory", "swap", "load", "native resolution"):
+        print(f"\n{part}: {json.dumps(results[part], indent=1)}")
+    _plot(results["passes"], path.with_suffix(".png"))
+    print(f"\nwritten to {path}.json and .png")
+
+
+def _plot(rows: dict[str, dict[str, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    names = list(rows)[::-1]
+    middle = [rows[name]["ratio"] for name in names]
+    low, high = ([abs(rows[name][end] - rows[name]["ratio"]) for name in names] for end in ("lowest", "highest"))
+    axes.barh(names, middle, xerr=[low, high], color="#7a9cc6", ecolor="grey")
+    axes.plot([rows[name]["flops"] for name in names], names, "k|", markersize=14, label="by operations")
+    axes.axvline(1, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("time, in diffusers' passes (median and range)")
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
     parser.add_argument("--width", choices=sorted(WIDTHS), default="tiny", help="full is SD 1.5's own, 320 channels")
-    parser.add_argument("--size", type=int, default=32, help="latents are this many pixels wide and high")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--size", type=int, default=16, help="latents are this many pixels wide and high")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rank", type=int, default=16)
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    unet = UNet(sd15(WIDTHS[options.width])).requires_grad_(False).to(device)
-    for parameter in unet.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    x, t = torch.randn(1, 2, 4, options.size, options.size, device=device), torch.full((2,), 500.0, device=device)
-    context = torch.randn(1, 2, 77, 768, device=device)
-
-    @torch.no_grad()
-    def once() -> Tensor:
-        return unet(x, t, context)
-
-    print(
-        "| layers adapted | form | time of the forked pass, in plain passes (two separate passes: 2) |\n|---|---|---|"
-    )
-    forms: tuple[Form, ...] = ("merged", "bypass")
-    for title, only in (("all", ""), ("attention", "attn"), ("decoder", "output_blocks")):
-        lora = random_lora(unet, options.rank, only)
-        for form in forms:
-            times = alternate(
-                lambda form=form, lora=lora: attach(unet, [(lora, 1.0)], form),
-                lambda: detach(unet),
-                once,
-                options.pairs,
-            )
-            print(f"| {title} | {form} | {times:.2f} |")
-    print("\n| layers adapted | form | one LoRA swapped for another, in plain passes | seconds |\n|---|---|---|---|")
-    for title, only in (("all", ""), ("attention", "attn")):
-        loras = [random_lora(unet, options.rank, only) for _ in range(2)]
-        for form in forms:
-            detach(unet)
-            plain = statistics.median(timed(once) for _ in range(options.pairs + 1))
-            attach(unet, [(loras[0], 1.0)], form)
-            # The first swap is a warm-up.
-            swaps = [partial(attach, unet, [(loras[i % 2], 1.0)], form) for i in range(1, options.pairs + 2)]
-            seconds = statistics.median([timed(swap) for swap in swaps][1:])
-            print(f"| {title} | {form} | {seconds / plain:.2f} | {seconds:.2f} |")
-    detach(unet)
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Return how many seconds a call takes."""
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def alternate(adapt: Callable[[], None], restore: Callable[[], None], run: Callable[[], object], pairs: int) -> float:
-    """Return the median time of ``run`` when adapted over that when restored; the first pair is a warm-up."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for pair in range(pairs + 1):
-        for prepare, times in zip((adapt, restore), seconds, strict=True):
-            prepare()
-            seconds_taken = timed(run)
-            if pair:
-                times.append(seconds_taken)
-    return statistics.median(seconds[0]) / statistics.median(seconds[1])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

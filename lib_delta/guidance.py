@@ -14,6 +14,7 @@ from torch import Tensor
 from lib_delta.bridges import Bridge
 from lib_delta.errors import DeltaError
 from lib_delta.families import Family
+from lib_delta.quality import Hold, Moment
 from lib_delta.strength import Strength
 
 
@@ -25,7 +26,8 @@ class DenoiseStep:
     estimate of x0 after classifier-free guidance.  ``progress`` runs from 0 at the first step to 1
     at the last; ``step`` counts the evaluations.  ``uncond_skipped`` tells that the target did
     without guidance in this step, to save time; ``uncond_zero`` that nothing then stood in for the
-    estimate without the prompt (see :meth:`lib_delta.source.Source.deltas`).
+    estimate without the prompt (see :meth:`lib_delta.source.Source.deltas`).  ``levels`` is the number
+    of the run's noise levels, 0 where it is not known.
     """
 
     x: Tensor
@@ -36,6 +38,7 @@ class DenoiseStep:
     step: int = 0
     uncond_skipped: bool = False
     uncond_zero: bool = False
+    levels: int = 0
 
 
 class DeltaSource(Protocol):
@@ -50,14 +53,23 @@ class DeltaSource(Protocol):
         """
         ...
 
+    def told(self, step: int) -> tuple[object, ...]:
+        """Return what the two models are told at a step: the same objects for as long as it is the same."""
+        ...
+
 
 @dataclass(frozen=True)
 class DeltaGuidance:
-    """Add what adapting the source changes to what the target denoises."""
+    """Add what adapting the source changes to what the target denoises.
+
+    ``hold`` is what is known of the delta in this pass of a generation, where the source is not to be asked in
+    every step; it is the pass's own.
+    """
 
     strength: Strength
     bridge: Bridge
     source: DeltaSource
+    hold: Hold | None = None
 
     def __call__(self, step: DenoiseStep) -> Tensor:
         """Return ``D_target + lambda * (D_adapted - D_base)``; at lambda 0 the target's own, untouched.
@@ -76,7 +88,7 @@ class DeltaGuidance:
         if strength == 0:
             return None
         x, sigma, crossing = self.bridge.to_source(step.x, step.sigma, step.denoised)
-        guided, uncond = self.source.deltas(x, sigma, step.cfg_scale, step.step, step.uncond_skipped, step.uncond_zero)
+        guided, uncond = self._deltas(x, sigma, step)
         change = strength * self.bridge.delta_to_target(guided, crossing).float()
         if not torch.isfinite(change).all():
             raise DeltaError(
@@ -89,6 +101,19 @@ class DeltaGuidance:
         return change, strength * self.bridge.delta_to_target(uncond, crossing).float()
 
 
+    def _deltas(self, x: Tensor, sigma: Tensor, step: DenoiseStep) -> tuple[Tensor, Tensor]:
+        how = step.cfg_scale, step.uncond_skipped, step.uncond_zero
+
+        def evaluate() -> tuple[Tensor, Tensor]:
+            scale, skipped, zero = how
+            return self.source.deltas(x, sigma, scale, step.step, skipped, zero)
+
+        if self.hold is None:
+            return evaluate()
+        told = (self.source, *self.source.told(step.step), how, tuple(x.shape))
+        return self.hold.deltas(evaluate, Moment(sigma, step.denoised, step.progress, step.levels, told))
+
+
 class Progress:
     """How far along a run a noise level is."""
 
@@ -96,6 +121,11 @@ class Progress:
         """Take the run's noise levels ``(steps,)`` or ``(steps + 1,)``, in any order."""
         # A final 0 is where the run ends, never a level at which a model is asked.
         self._levels = np.unique(sigmas[sigmas > 0].detach().cpu().double().log().numpy())
+
+    @property
+    def levels(self) -> int:
+        """The number of the run's noise levels."""
+        return len(self._levels)
 
     def __call__(self, sigma: Tensor) -> float:
         """Return 0 at the first level, 1 at the last, and by steps between, whatever order samplers ask in."""
@@ -122,7 +152,8 @@ class DeltaDenoiser:
     def __call__(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         """Return the denoised estimate of ``x`` ``(N, C, H, W)`` at ``sigma`` ``(N,)``."""
         denoised = self.target(x, sigma, **kwargs)
-        step = DenoiseStep(x, sigma, denoised, self.cfg_scale, self.progress(sigma), self.steps)
+        progress, levels = self.progress(sigma), self.progress.levels
+        step = DenoiseStep(x, sigma, denoised, self.cfg_scale, progress, self.steps, levels=levels)
         self.steps += 1
         return self.guidance(step)
 

@@ -77,7 +77,7 @@ class Source:
         self.evaluations = 0
         self._parts = 1
         self._told = [_prompts(base)] if adapted is None else [_prompts(base), _prompts(adapted)]
-        self._joined: OrderedDict[tuple[int, ...], tuple[list[Conditioning], _Joined]] = OrderedDict()
+        self._joined: OrderedDict[tuple[int, ...], tuple[tuple[Conditioning, ...], _Joined]] = OrderedDict()
 
     def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int = 0, uncond_skipped: bool = False) -> Tensor:
         """Return ``D_adapted(x, sigma) - D_base(x, sigma)``, each after classifier-free guidance.
@@ -182,13 +182,17 @@ class Source:
     def _branches(self, batch: _Batch) -> tuple[int | None, ...]:
         return (0, 1) if batch.forks or self.guides or forks(self.unet) else (None,)
 
+    def told(self, step: int) -> tuple[Conditioning, ...]:
+        """Return what base and, where it is told something of its own, the adapted model are told at a step."""
+        return tuple(prompts(step) for prompts in self._told)
+
     def _at(self, step: int, batch: int) -> _Joined:
         """Join what the models are told at a step; while it stays the same, it is joined once."""
-        told = [prompts(step) for prompts in self._told]
+        told = self.told(step)
         key = (batch, *map(id, told))
         if key not in self._joined:
             # What is told is kept with it, or another's id may be the same.
-            self._joined[key] = told, _join(told, batch)
+            self._joined[key] = told, _join(list(told), batch)
         self._joined.move_to_end(key)
         while len(self._joined) > MOST_PROMPTS:
             self._joined.popitem(last=False)

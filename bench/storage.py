@@ -1,0 +1,79 @@
+"""What the source's weights take, and what loading and swapping them costs."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bench.models import random_lora
+from bench.timing import seconds
+from lib_delta.adapters.apply import Bypass, attach, detach
+from lib_delta.adapters.load import AdapterFile
+from lib_delta.checkpoint import WeightFile, load_unet
+from lib_delta.models.unet import PREFIX, UNet
+
+
+def _bytes(unet: UNet) -> int:
+    total = sum(t.numel() * t.element_size() for t in (*unet.parameters(), *unet.buffers()))
+    for module in unet.modules():
+        if isinstance(module, Bypass):
+            factors = [t for adapter, _ in module.adapters for t in vars(adapter).values() if isinstance(t, Tensor)]
+            total += sum(t.numel() * t.element_size() for t in factors)
+    return total
+
+
+def weights(unet: UNet, loras: dict[str, AdapterFile]) -> dict[str, float]:
+    """Return the bytes of all weights with a LoRA attached, in those of the base alone."""
+    detach(unet)
+    alone, found = _bytes(unet), {}
+    for title, lora in loras.items():
+        for form in ("merged", "bypass"):
+            attach(unet, [(lora, 1.0)], form)  # type: ignore[arg-type]
+            found[f"{title}, {form}"] = round(_bytes(unet) / alone, 3)
+    detach(unet)
+    return found
+
+
+def swaps(unet: UNet, rank: int, device: torch.device, plain: float) -> dict[str, float]:
+    """Return what taking another LoRA of all layers costs, in plain passes; the first swap warms up."""
+    loras, found = [random_lora(unet, rank, "") for _ in range(2)], {}
+    for form in ("merged", "bypass"):
+        taken = [seconds(partial(attach, unet, [(loras[i % 2], 1.0)], form), device) for i in range(4)]
+        found[form] = round(statistics.median(taken[1:]) / plain, 3)
+    detach(unet)
+    return found
+
+
+def loading(unet: UNet, count: int) -> dict[str, float]:
+    """Return what a checkpoint in the page cache takes until it is ready, beside reading the file alone."""
+    state = {f"{PREFIX}{key}": tensor.detach().to("cpu", torch.float16) for key, tensor in unet.state_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint.safetensors"
+        save_file(state, path)
+        del state
+        alone, ready = [], []
+        for _ in range(count + 1):
+            alone.append(_took(partial(load_file, path)))
+            ready.append(_took(partial(_load, path)))
+    ratio = statistics.median(b / a for a, b in zip(alone[1:], ready[1:]))
+    return {"load_file, seconds": round(statistics.median(alone[1:]), 4), "ready, in load_file": round(ratio, 2)}
+
+
+def _load(path: Path) -> None:
+    with WeightFile.open(path) as file:
+        load_unet(file, torch.float16)
+
+
+def _took(run: partial[object]) -> float:
+    started = time.perf_counter()
+    kept = run()
+    taken = time.perf_counter() - started
+    del kept
+    return taken
