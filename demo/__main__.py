@@ -15,7 +15,7 @@ from lib_delta.errors import DeltaError, SettingError
 
 # What imports torch is imported where it is used: --help and wrong options are answered at once.
 if TYPE_CHECKING:
-    from demo.pipeline import Adapter, Place, Settings
+    from demo.pipeline import Adapter, Control, Place, Settings
     from demo.sweep import Column, Judgement, OwnFiles, Plan
 
 # Names that the small target draws so that they are recognised.
@@ -87,6 +87,10 @@ def _add_own_files(group: argparse._ArgumentGroup) -> None:
     add("--base", type=Path, metavar="FILE", help="the checkpoint that the adapter was made for")
     add("--lora", action="append", metavar="FILE[:WEIGHT]",
         help="an adapter for the base or, without one, the embedded base; may be repeated")  # fmt: skip
+    add("--control", action="append", metavar="PICTURE[:WEIGHT]",
+        help="a map to follow (edges, depth, a pose), for --control-model; may be repeated")  # fmt: skip
+    add("--control-model", action="append", type=Path, metavar="FILE",
+        help="the ControlNet or T2I-Adapter of the base that reads the map; one for each --control")  # fmt: skip
     add("--adapted", type=Path, metavar="FILE", help="a fine-tuned checkpoint of the base, in place of or beside LoRAs")
     add("--prediction", choices=("eps", "v"), help="what the target predicts, where its file does not say")
     add("--form", choices=("merged", "bypass"), help="adapted weights (default: merged), or factors alone: less memory")
@@ -115,6 +119,7 @@ class Result:
     judgements: Sequence[Judgement] = ()
     adapters: Sequence[Adapter] = ()
     files: OwnFiles | None = None
+    controls: Sequence[Control] = ()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,8 +141,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(options: argparse.Namespace) -> None:
     """Refuse, before anything is loaded, what can be seen to be wrong."""
     given = [f"--{name}" for name in OWN_FILES if getattr(options, name) is not None]
-    if given and not (options.target and options.base and (options.lora or options.adapted)):
-        raise SettingError(f"{given[0]} is for your own files: --target, --base and a --lora or --adapted are needed")
+    if given and not (options.target and options.base and (options.lora or options.adapted or options.control)):
+        raise SettingError(
+            f"{given[0]} is for your own files: --target, --base and a --lora, --adapted or --control are needed"
+        )
+    maps, readers = len(options.control or ()), len(options.control_model or ())
+    if maps != readers:
+        raise SettingError(f"there are {maps} --control and {readers} --control-model: each map needs its model")
     if given and not options.prompt:
         raise SettingError("--prompt is needed with your own files: say what to draw")
     if options.steps is not None and not 2 <= options.steps <= 1000:
@@ -175,10 +185,11 @@ def _draw_embedded(options: argparse.Namespace) -> Result:
 
     plan = _plan(options, Settings())
     adapters = _adapters(options)
-    embedded = Embedded.load(options.models, adapters)
+    controls = _controls(options)
+    embedded = Embedded.load(options.models, adapters, controls)
     columns = embedded_sweep(embedded, plan)
     judgements = [judge_column(embedded.judges, embedded.names, plan.prompts, column) for column in columns]
-    return Result(plan, "CPU, fp32", columns, judgements, adapters)
+    return Result(plan, "CPU, fp32", columns, judgements, adapters, controls=controls)
 
 
 def _draw_own(options: argparse.Namespace) -> Result:
@@ -188,11 +199,18 @@ def _draw_own(options: argparse.Namespace) -> Result:
     plan = _plan(options, Settings(steps=25, cfg=7.0, size=512))
     adapters = _adapters(options)
     place = _place(options.device, options.dtype)
+    controls = _controls(options)
     files = OwnFiles(
-        options.target, options.base, adapters, options.form or "merged", options.prediction, options.tokenizer
+        options.target,
+        options.base,
+        adapters,
+        options.form or "merged",
+        options.prediction,
+        options.tokenizer,
+        controls,
     )
     where = f"{place.device}, {str(place.dtype).removeprefix('torch.')}"
-    return Result(plan, where, own_sweep(files, plan, place), adapters=adapters, files=files)
+    return Result(plan, where, own_sweep(files, plan, place), adapters=adapters, files=files, controls=controls)
 
 
 def _adapters(options: argparse.Namespace) -> list[Adapter]:
@@ -202,14 +220,25 @@ def _adapters(options: argparse.Namespace) -> list[Adapter]:
 
 
 def _lora(text: str) -> Adapter:
-    """Read ``FILE[:WEIGHT]``; a colon that no number follows (a drive's, say) is part of the name."""
     from demo.pipeline import Adapter
 
+    return Adapter(*_weighted(text))
+
+
+def _controls(options: argparse.Namespace) -> list[Control]:
+    from demo.pipeline import Control
+
+    pairs = zip(options.control_model or (), options.control or ())
+    return [Control(model, *_weighted(picture)) for model, picture in pairs]
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """Read ``FILE[:WEIGHT]``; a colon that no number follows (a drive's, say) is part of the name."""
     name, _, weight = text.rpartition(":")
     try:
-        return Adapter(Path(name), float(weight)) if name else Adapter(Path(text))
+        return (Path(name), float(weight)) if name else (Path(text), 1.0)
     except ValueError:
-        return Adapter(Path(text))
+        return Path(text), 1.0
 
 
 def _place(device: str | None, dtype: str | None) -> Place:
@@ -283,6 +312,7 @@ def _record(result: Result, picture: Path, seconds: float) -> dict[str, Any]:
         "prompts": list(result.plan.prompts),
         "seed": result.plan.seed,
         "adapters": [{"path": str(a.path), "weight": a.weight} for a in result.adapters],
+        "controls": json.loads(json.dumps([asdict(control) for control in result.controls], default=str)),
         "strengths": [asdict(strength) for strength in result.plan.strengths],
     }
     files = None if result.files is None else json.loads(json.dumps(asdict(result.files), default=str))

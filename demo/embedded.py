@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo.metrics import Judges, load_judges
-from demo.pipeline import AdaptedModel, Adapter, Model, Place, load_model
+from demo.pipeline import AdaptedModel, Adapter, Control, Model, Place, load_model
 
 MODELS = Path(__file__).parent / "models"
 LORA = "lineart.safetensors"
@@ -25,14 +25,18 @@ class Embedded:
     names: list[str]
 
     @classmethod
-    def load(cls, folder: Path = MODELS, adapters: Sequence[Adapter] = ()) -> Embedded:
-        """Load the models on the CPU; without ``adapters`` it is the line-art LoRA that is attached."""
+    def load(
+        cls, folder: Path = MODELS, adapters: Sequence[Adapter] = (), controls: Sequence[Control] = ()
+    ) -> Embedded:
+        """Load the models on the CPU; without adapters and controls it is the line-art LoRA that is attached."""
         place, tokenizer = Place.cpu(), folder / "tokenizer"
         base = load_model(folder / "base.safetensors", place, tokenizer)
         return cls(
             base=base,
             target=load_model(folder / "target.safetensors", place, tokenizer),
-            adapted=AdaptedModel(base, adapters or [Adapter(folder / LORA)]),
+            adapted=AdaptedModel(
+                base, adapters if adapters or controls else [Adapter(folder / LORA)], controls=controls
+            ),
             judges=load_judges(folder / "metrics.safetensors"),
             names=json.loads((folder / "names.json").read_text("utf-8")),
         )

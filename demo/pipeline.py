@@ -15,9 +15,13 @@ from lib_delta.adapters.apply import AdaptedTower, Form, attach, text_parameters
 from lib_delta.adapters.load import load_adapter
 from lib_delta.bridges import choose
 from lib_delta.checkpoint import WeightFile, load_unet, load_vae
+from lib_delta.controls.files import load_control
+from lib_delta.controls.guides import follow
+from lib_delta.controls.maps import Map, read_picture
 from lib_delta.errors import CheckpointError
 from lib_delta.families import Family
 from lib_delta.guidance import DeltaDenoiser, DeltaGuidance
+from lib_delta.injection import Guide
 from lib_delta.models.text import Conditioner, load_tokenizer, sdxl_label
 from lib_delta.models.unet import UNet
 from lib_delta.models.vae import VAE
@@ -156,11 +160,28 @@ class Adapter:
     weight: float = 1.0
 
 
+@dataclass(frozen=True)
+class Control:
+    """A map to follow (edges, depth, a pose), and the ControlNet or T2I-Adapter that reads it."""
+
+    model: Path
+    picture: Path
+    weight: float = 1.0
+
+    def guide(self, base: Model) -> Guide:
+        """Load both, for a base's UNet."""
+        picture = Map(read_picture(self.picture), "crop and resize")
+        return follow(load_control(self.model, base.unet), base.unet, picture, self.weight)
+
+
 class AdaptedModel:
     """A base with its adapters attached: the method's source."""
 
-    def __init__(self, base: Model, adapters: Sequence[Adapter], form: Form = "merged") -> None:
+    def __init__(
+        self, base: Model, adapters: Sequence[Adapter], form: Form = "merged", controls: Sequence[Control] = ()
+    ) -> None:
         self.base = base
+        self._guides = [control.guide(base) for control in controls]
         towers = base.conditioner.towers
         self.files = [load_adapter(adapter.path, base.unet, towers) for adapter in adapters]
         weighted = list(zip(self.files, (adapter.weight for adapter in adapters)))
@@ -173,7 +194,7 @@ class AdaptedModel:
         told = [
             batch.encode(self.base, conditioner, settings) for conditioner in (self.base.conditioner, self._conditioner)
         ]
-        return Source(self.base.unet, self.base.parameterization, *told)
+        return Source(self.base.unet, self.base.parameterization, *told, guides=self._guides)
 
 
 class Branch:

@@ -28,6 +28,7 @@ from demo.pipeline import (
     Alone,
     Batch,
     Branch,
+    Control,
     Denoiser,
     Model,
     Place,
@@ -67,6 +68,7 @@ class OwnFiles:
     form: Form = "merged"
     prediction: Prediction | None = None
     tokenizer: Path | None = None
+    controls: Sequence[Control] = ()
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _tell_own(files: OwnFiles, base: Model, target: Model, plan: Plan, device: t
     towers = [*base.conditioner.towers, *target.conditioner.towers]
     for tower in towers:
         tower.to(device)
-    told = _tell(AdaptedModel(base, files.adapters, files.form), target, plan, 1)
+    told = _tell(AdaptedModel(base, files.adapters, files.form, files.controls), target, plan, 1)
     _give_up(towers)
     return told
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import randn
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 pytest.importorskip("k_diffusion")
@@ -26,8 +27,9 @@ from demo.pipeline import Settings
 from demo.samplers import NAMES
 from demo.train import export
 from demo.train.adapters import Adapter, low_rank
-from demo.train.denoisers import BASE, BASE_TEXT, TARGET, TARGET_TEXT, Conditioned
+from demo.train.denoisers import BASE, BASE_TEXT, TARGET, TARGET_TEXT, Conditioned, initialise
 from demo.train.vae import CONFIG
+from lib_delta.models.controlnet import ControlNet
 from lib_delta.models.vae import VAE
 
 TOKENIZER = Path(__file__).parents[1] / "demo" / "models" / "tokenizer"
@@ -56,6 +58,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export.adapter(folder / "lineart.safetensors", shaken(Adapter(base.unet, low_rank(4)), 3))
     export.unet_only(folder / "tuned.safetensors", shaken(base, 4))
     export.metrics(folder / "metrics.safetensors", Judges())
+    control = shaken(initialise(ControlNet(BASE, (3, 16, 16, 32, 32, 64, 32))), 5)
+    save_file(control.half().state_dict(), str(folder / "edges.safetensors"))
+    Image.fromarray(np.eye(64, dtype=np.uint8) * 255).save(folder / "edges.png")
     names = EMOJI + [f"emoji {i}" for i in range(1563 - len(EMOJI))]
     (folder / "names.json").write_text(json.dumps(names), "utf-8")
     return folder
@@ -193,6 +198,42 @@ def test_without_a_base_an_adapter_is_put_on_the_embedded_one(models: Path, tmp_
     assert (drawn["named"] == drawn["as it is"]).all()
     assert (drawn["tuned"][0] == drawn["as it is"][0]).all()
     assert (drawn["tuned"][1] != drawn["as it is"][1]).any()
+
+
+def test_a_map_is_followed_beside_or_without_other_adapters(models: Path, tmp_path: Path) -> None:
+    control = ["--control", str(models / "edges.png"), "--control-model", str(models / "edges.safetensors")]
+    drawn = {}
+    for name, arguments in {
+        "map": control,
+        "weight 0": [f"{control[0]}", f"{control[1]}:0", *control[2:]],
+        "map and LoRA": [*control, "--lora", str(models / "lineart.safetensors")],
+        "LoRA": ["--lora", str(models / "lineart.safetensors")],
+    }.items():
+        out = tmp_path / f"{name}.png"
+        assert embedded(models, out, "--lambdas", "1", *arguments) == 0
+        drawn[name] = cells(out, 1, 4)
+    base, adapted, target, delta = range(4)
+    assert (drawn["weight 0"][0, base] == drawn["weight 0"][0, adapted]).all()
+    assert (drawn["weight 0"][0, target] == drawn["weight 0"][0, delta]).all()
+    for a, b in (("map", "weight 0"), ("map", "LoRA"), ("map and LoRA", "map"), ("map and LoRA", "LoRA")):
+        assert (drawn[a][0, delta] != drawn[b][0, delta]).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--control", "edges.png"], "there are 1 --control and 0 --control-model"),
+        (["--control", "names.json", "--control-model", "edges.safetensors"], "cannot be read as a picture"),
+        (["--control", "edges.png", "--control-model", "lineart.safetensors"], "is a LoRA"),
+        (["--control", "edges.png", "--control-model", "base.safetensors"], "is a checkpoint"),
+    ],
+)
+def test_maps_and_models_that_cannot_be_used_are_said_in_one_sentence(
+    models: Path, out: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    paths = [text if text.startswith("--") else str(models / text) for text in arguments]
+    assert embedded(models, out, *paths) == 2
+    assert said in sentence(capsys)
 
 
 def test_a_larger_size_is_decoded_whole(models: Path, out: Path) -> None:

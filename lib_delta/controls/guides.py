@@ -9,9 +9,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lib_delta.controls.files import ControlFile
 from lib_delta.controls.maps import Map
 from lib_delta.errors import SettingError
-from lib_delta.injection import Attended, Injection, Inputs
+from lib_delta.injection import Attended, Guide, Injection, Inputs
 from lib_delta.models.controlnet import ControlNet, T2IAdapter, batch_of, feature_injection
 from lib_delta.models.ip_adapter import IPAdapter, attend, cross_attentions
 from lib_delta.models.unet import UNet
@@ -146,6 +147,18 @@ class ImageGuide:
             for i, ((place, module), (k, v)) in enumerate(zip(layers, self._seen, strict=True))
         }
         return Injection(attended=attended)  # type: ignore[arg-type]
+
+
+def follow(file: ControlFile, unet: UNet, picture: Map, weight: float = 1.0, mode: Mode = "balanced") -> Guide:
+    """Return the guide by which a ControlNet's or T2I-Adapter's file follows a map.
+
+    Raises :class:`SettingError` for an IP-Adapter, which follows none.
+    """
+    if isinstance(file.model, ControlNet):
+        return ControlNetGuide(file.model, picture, weight, mode, file.pooled)
+    if isinstance(file.model, T2IAdapter):
+        return FeatureGuide(file.model, unet, picture, weight, mode)
+    raise SettingError(f"{file.name} is an {file.kind}, which follows no map: a ControlNet or T2I-Adapter is needed")
 
 
 def _attended(k: Tensor, v: Tensor, weight: float) -> Attended:
