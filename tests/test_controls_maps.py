@@ -1,0 +1,94 @@
+"""Maps come as pictures of every kind, and at the size that a pass asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import randn
+from PIL import Image
+
+from lib_delta.controls import maps
+from lib_delta.controls.maps import Map, pixels, read_picture
+from lib_delta.errors import SettingError
+
+GREY = np.linspace(0, 255, 48, dtype=np.uint8).reshape(6, 8)
+
+
+def test_pictures_of_every_kind_are_the_same_map(tmp_path: Path) -> None:
+    expected = torch.from_numpy(GREY.astype(np.float32) / 255)
+    whole = np.dstack([GREY] * 3)
+    alpha = np.dstack([whole, np.full_like(GREY, 255)])
+    sixteen = GREY.astype(np.uint16) * 257
+    for name, picture in {
+        "grey.png": Image.fromarray(GREY),
+        "rgb.png": Image.fromarray(whole),
+        "rgba.png": Image.fromarray(alpha),
+        "palette.png": Image.fromarray(GREY).convert("P"),
+        "sixteen.png": Image.fromarray(sixteen),
+    }.items():
+        picture.save(tmp_path / name)
+        read = read_picture(tmp_path / name)
+        assert read.shape == (1, 3, 6, 8)
+        torch.testing.assert_close(read, expected.expand(1, 3, 6, 8), atol=1e-4, rtol=0)
+
+
+def test_what_is_transparent_is_black() -> None:
+    picture = np.full((2, 2, 4), 255, np.uint8)
+    picture[0, 0, 3] = 0
+    assert pixels(picture)[0, :, 0, 0].tolist() == [0, 0, 0]
+    assert pixels(picture)[0, :, 1, 1].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 2, 2)), np.zeros((0, 2, 3)), np.zeros(4), np.full((2, 2), np.nan)])
+def test_arrays_that_are_no_pictures_are_refused(array: Any) -> None:
+    with pytest.raises(SettingError, match="needed"):
+        pixels(array)
+
+
+def test_files_that_are_no_pictures_or_too_large_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    for name in ("no.png", "missing.png"):
+        with pytest.raises(SettingError, match="cannot be read as a picture"):
+            read_picture(tmp_path / name)
+    Image.fromarray(GREY).save(tmp_path / "large.png")
+    monkeypatch.setattr(maps, "LARGEST", 40)
+    with pytest.raises(SettingError, match="large.png has 8 x 6 pixels"):
+        read_picture(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("size", [(5, 9), (64, 64), (30, 7), (200, 120)])
+@pytest.mark.parametrize("resize", ["just resize", "crop and resize", "resize and fill"])
+def test_a_map_has_the_size_that_is_asked_for(resize: Any, size: tuple[int, int]) -> None:
+    found = Map(randn(2, 3, 40, 60).sigmoid(), resize).at(*size, 3)
+    assert found.shape == (2, 3, *size)
+    assert found.min() >= 0 and found.max() <= 1
+    assert Map(randn(1, 3, 40, 60).sigmoid(), resize).at(*size, 1).shape == (1, 1, *size)
+
+
+def test_cropping_keeps_the_middle_and_filling_keeps_all() -> None:
+    picture = torch.zeros(1, 3, 8, 16)
+    picture[..., 8:] = 1
+    cropped = Map(picture, "crop and resize").at(8, 8, 3)
+    assert torch.equal(cropped, picture[..., 4:12])
+    filled = Map(picture, "resize and fill").at(16, 16, 3)
+    assert torch.equal(filled[..., 4:12, :], picture)
+    assert torch.equal(filled[..., 0, :], picture[..., 0, :]) and torch.equal(filled[..., -1, :], picture[..., 0, :])
+
+
+def test_labels_stay_labels_and_lines_are_averaged() -> None:
+    labels = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.2, 0.4, 0.6]])[torch.arange(64) % 4]
+    picture = labels.T.reshape(1, 3, 8, 8)
+    small = Map(picture).at(3, 3, 3)
+    known = {tuple(row) for row in labels.tolist()}
+    assert {tuple(row) for row in small[0].flatten(1).T.tolist()} <= known
+    lines = torch.eye(8).expand(1, 3, 8, 8)
+    assert Map(lines).at(4, 4, 3)[0, 0, 0, 0] == 0.5
+
+
+def test_an_unknown_resize_mode_is_refused() -> None:
+    with pytest.raises(SettingError, match="resize mode is 'fit': one of just resize"):
+        Map(randn(1, 3, 4, 4), "fit")  # type: ignore[arg-type]
