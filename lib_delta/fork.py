@@ -84,10 +84,14 @@ class Conv2d(ForkedLayer):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
         super().__init__()
         self.stride, self.padding = stride, kernel_size // 2
+        # Whether what lies beyond an edge is what lies at the other one, for pictures that can be tiled.
+        self.circular = False
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels))
 
     def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.circular and self.padding:
+            return F.conv2d(F.pad(x, (self.padding,) * 4, mode="circular"), weight, bias, self.stride)
         return F.conv2d(x, weight, bias, self.stride, self.padding)
 
 
@@ -115,6 +119,13 @@ class LayerNorm(ForkedLayer):
 
     def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+
+
+def tile(model: nn.Module, circular: bool) -> None:
+    """Have a model's convolutions go on at the other edge of a picture, or end at its own."""
+    for layer in model.modules():
+        if isinstance(layer, Conv2d):
+            layer.circular = circular
 
 
 @contextmanager

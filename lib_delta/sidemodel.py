@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from lib_delta.adapters.apply import AdaptedTower, Form, Weight, attach, detach, text_parameters
 from lib_delta.adapters.blocks import BlockWeights
 from lib_delta.adapters.load import AdapterFile, load_adapter
-from lib_delta.checkpoint import Report, WeightFile, load_unet
+from lib_delta.checkpoint import TEXT_PREFIXES, WeightFile, detect_family, detect_variant, load_unet
 from lib_delta.errors import CheckpointError, DeltaError
 from lib_delta.families import Family
 from lib_delta.memory import out_of_memory
@@ -72,8 +73,8 @@ class SideModel:
         """
         self.name = path.name
         with WeightFile.open(path) as file:
+            _refuse_unfit(file)  # before anything of it is built
             self.unet, self.report = load_unet(file, dtype)
-            _refuse_unfit(file.name, self.report)
             self.tower: TextEncoder = load_towers(file, self.report.family, dtype)[0]
         self.parameterization = Parameterization(
             self.report.prediction, Schedule.stable_diffusion(self.report.zero_terminal_snr)
@@ -166,15 +167,40 @@ class SideModel:
         return AdaptedTower(self.tower, changed) if changed else self.tower
 
 
-def _refuse_unfit(name: str, report: Report) -> None:
-    if report.family is not Family.SD1:
+def _refuse_unfit(file: WeightFile) -> None:
+    """Refuse, by its header alone, what cannot be a base."""
+    family, variant = detect_family(file.shapes, file.name), detect_variant(file.shapes)
+    if family is not Family.SD1:
         raise CheckpointError(
-            f"{name} is a model of {report.family.label}, and the base of Delta Sampling has to be an SD 1.x checkpoint"
+            f"{file.name} is a model of {family.label}, and the base of Delta Sampling has to be an SD 1.x checkpoint"
         )
-    if report.variant != "standard":
-        raise CheckpointError(f"{name} is an {report.variant} model: an ordinary SD 1.x checkpoint is needed as base")
-    if "text encoder" in report.missing:
-        raise CheckpointError(f"{name} has no text encoder: a whole SD 1.x checkpoint is needed as base")
+    if variant != "standard":
+        raise CheckpointError(f"{file.name} is an {variant} model: an ordinary SD 1.x checkpoint is needed as base")
+    if not any(key.startswith(TEXT_PREFIXES) for key in file.shapes):
+        raise CheckpointError(f"{file.name} has no text encoder: a whole SD 1.x checkpoint is needed as base")
+
+
+@lru_cache(maxsize=4096)
+def _fits(state: FileState) -> bool:
+    try:
+        with WeightFile.open(state.path) as file:
+            _refuse_unfit(file)
+    except CheckpointError:
+        return False
+    return True
+
+
+def can_be_base(path: Path) -> bool:
+    """Tell whether a checkpoint can be a base, by its header, which is read once for as long as the file is the same.
+
+    A format without a header is given the benefit of the doubt.
+    """
+    if path.suffix.lower() != ".safetensors":
+        return True
+    try:
+        return _fits(FileState.of(path))
+    except CheckpointError:
+        return False
 
 
 class SideModels:

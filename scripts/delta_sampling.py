@@ -24,6 +24,7 @@ from lib_delta.strength import CURVES, MAXIMUM
 
 TITLE = "Delta Sampling"
 CHECKPOINT_FIELDS = ("base", "adapted")
+ALL = "... show all checkpoints"  # at the end of a list of those that can be a base
 CURVE_FIELDS = ("strength", "start", "end", "curve", "first", "last")
 
 HELP = """<details class="delta-sampling-help"><summary>How to start</summary><ol>
@@ -105,12 +106,13 @@ class DeltaSampling(scripts.Script):
                 with gr.Column(min_width=240), FormRow():
                     w[name] = gr.Dropdown(
                         label=label,
-                        choices=checkpoint_choices(),
+                        choices=base_choices(),
                         value=NONE,
                         allow_custom_value=True,  # or else a pasted name that is not here shows as nothing
                         elem_id=self.elem_id(name),
                     )
-                    self._refresh_button(w[name], name, host().refresh_checkpoints, checkpoint_choices)
+                    self._refresh_button(w[name], name, host().refresh_checkpoints, base_choices)
+                    w[name].select(whole_list, inputs=[w[name]], outputs=[w[name]], queue=False, show_progress="hidden")
 
     def _loras(self, w, default):
         with gr.Row(elem_classes=["delta-sampling-row"]):
@@ -227,6 +229,17 @@ def checkpoint_choices():
     return [NONE, *host().checkpoints()]
 
 
+def base_choices():
+    """Return what the checkpoint dropdowns offer at first: those that can be a base, or adapt one."""
+    fitting = host().bases()
+    return [NONE, *fitting, *([ALL] if len(fitting) < len(host().checkpoints()) else [])]
+
+
+def whole_list(value, selected: gr.SelectData):
+    """Offer all checkpoints, where that is what was chosen."""
+    return gr.update(choices=checkpoint_choices(), value=NONE) if selected.value == ALL else value
+
+
 def lora_choices():
     """Return what the LoRA dropdown offers."""
     return [NONE, *host().loras()]
@@ -266,7 +279,7 @@ def add_settings():
             NONE,
             "Default base checkpoint",
             gr.Dropdown,
-            lambda: {"choices": checkpoint_choices()},
+            lambda: {"choices": [NONE, *host().bases()]},
             refresh=host().refresh_checkpoints,
             section=section,
         ).info("for generations that choose none"),
@@ -305,14 +318,31 @@ def add_settings():
             {"choices": ["stop", "go on without"]},
             section=section,
         ).info("the reason is shown either way"),
+        "delta_sampling_adetailer": shared.OptionInfo(
+            True,
+            "Add the delta in the passes of ADetailer as well",
+            section=section,
+        ).info("puts Delta Sampling on the list of scripts that ADetailer applies, from the next start on"),
     }
     for name, option in options.items():
         shared.opts.add_option(name, option)
 
 
+def join_adetailer():
+    """Put this script on ADetailer's list of scripts that its passes run, for as long as the WebUI runs."""
+    listed_in = shared.opts.data_labels.get("ad_script_names")
+    if listed_in is None or not getattr(shared.opts, "delta_sampling_adetailer", True):
+        return
+    names = str(shared.opts.data.get("ad_script_names", listed_in.default))
+    own = PurePath(__file__).stem
+    if own not in [name.strip() for name in names.split(",")]:
+        shared.opts.data["ad_script_names"] = ",".join(filter(None, (names, own)))
+
+
 def add_routes(_, app):
     """Serve what API callers may give, and the status, if the WebUI serves its API; behind the same password."""
     add_axes()  # without a user interface nothing else calls it
+    join_adetailer()
     own = next((route for route in app.routes if getattr(route, "path", None) == "/sdapi/v1/options"), None)
     if own is not None:
         for path, answer in (("schema", schema), ("status", status)):
@@ -339,9 +369,9 @@ AXES = (
 LIMITS = {f.name: (f.metadata["minimum"], f.metadata["maximum"]) for f in fields(Request) if "minimum" in f.metadata}
 CHOICES = {
     "curve": lambda: list(CURVES),
-    "base": checkpoint_choices,
-    "adapted": checkpoint_choices,
-    "loras": lora_choices,
+    "base": lambda: [NONE, *host().bases()],
+    "adapted": lambda: [NONE, *host().bases()],
+    "loras": lambda: [NONE, *map(quoted, host().loras())],
 }
 
 

@@ -175,11 +175,47 @@ def test_the_settings_page_has_the_documented_defaults(webui):
         "delta_sampling_precision": "Automatic",
         "delta_sampling_form": "merged (faster)",
         "delta_sampling_on_error": "stop",
+        "delta_sampling_adetailer": True,
     }
     base = webui.shared.opts.data_labels["delta_sampling_base"]
     assert base.component_args()["choices"] == ["None", BASE, TUNED]
     base.refresh()
     assert "found-2.safetensors" in base.component_args()["choices"]
+
+
+def test_checkpoints_that_cannot_be_a_base_are_behind_all(webui):
+    module = webui.module()
+    assert module.base_choices() == ["None", BASE, TUNED]
+    webui.host.known_checkpoints.append("juggernaut-xl.safetensors")
+    assert module.base_choices() == ["None", BASE, TUNED, module.ALL]
+    update = module.whole_list(module.ALL, SimpleNamespace(value=module.ALL))
+    assert update["choices"] == ["None", BASE, TUNED, "juggernaut-xl.safetensors"] and update["value"] == "None"
+    assert module.whole_list(BASE, SimpleNamespace(value=BASE)) == BASE
+
+
+def test_adetailers_passes_run_the_script_unless_the_user_does_not_want_it(webui):
+    opts, module = webui.shared.opts, webui.module()
+    module.join_adetailer()
+    assert "ad_script_names" not in opts.data, "without ADetailer there is no list"
+    opts.data_labels["ad_script_names"] = SimpleNamespace(default="dynamic_prompting,wildcards")
+    opts.data["delta_sampling_adetailer"] = False
+    module.join_adetailer()
+    assert "ad_script_names" not in opts.data
+    opts.data["delta_sampling_adetailer"] = True
+    for _ in range(2):
+        module.join_adetailer()
+    assert opts.data["ad_script_names"] == "dynamic_prompting,wildcards,delta_sampling"
+
+
+def test_names_with_commas_are_offered_as_they_are_read(webui):
+    webui.host.known_loras.append("my, ink")
+    axis = webui.axis("LoRAs")
+    assert axis.choices() == ["None", "moxin", "lineart", '"my, ink"']
+    for value in ('"my, ink"', "my, ink"):
+        p = SimpleNamespace()
+        axis.confirm(p, [value])
+        axis.apply(p, value, [])
+        assert p.delta_sampling_axes["loras"] == '"my, ink"'
 
 
 def test_axes_are_there_once_after_any_number_of_reloads(webui):

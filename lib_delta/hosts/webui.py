@@ -126,6 +126,13 @@ class Host(ABC):
         """Return the names of the WebUI's checkpoints."""
         return sorted(self._checkpoint_names().values(), key=str.lower)
 
+    def bases(self) -> list[str]:
+        """Return the names of those checkpoints that can be a base, as far as their headers tell."""
+        from lib_delta.sidemodel import can_be_base
+
+        names = self._checkpoint_names()
+        return sorted((name for file, name in names.items() if can_be_base(Path(file))), key=str.lower)
+
     def _checkpoint_names(self) -> dict[str, str]:
         """Return the names by which checkpoints are chosen, by their files: with folder where two have the same."""
         infos = list(sd_models.checkpoints_list.values())
@@ -354,6 +361,7 @@ class Host(ABC):
             shared.state.textinfo = None
 
     def _prepare(self, p: Any, asked: Passes) -> Run:
+        from lib_delta.fork import tile
         from lib_delta.hosts.run import Run
         from lib_delta.sidemodel import AdapterPick
 
@@ -377,6 +385,7 @@ class Host(ABC):
         for file in model.adapters:
             if file.unmatched:
                 p.comment(f"Delta Sampling: {file.report()}")
+        tile(model.unet, bool(getattr(p, "tiling", False)))
         sources = self._tell(p, asked, model)
         run = Run(asked, model, sources, lambda fault: self._fault(p, fault))
         run.bridge(*self.target())

@@ -22,6 +22,10 @@ class StandInHost:
         """Return the names that dropdowns show."""
         return list(self.known_checkpoints)
 
+    def bases(self):
+        """Return those that can be a base: all but SDXL's."""
+        return [name for name in self.known_checkpoints if "xl" not in name]
+
     def refresh_checkpoints(self):
         """Find one more."""
         self.known_checkpoints.append(f"found-{len(self.known_checkpoints)}.safetensors")

@@ -314,3 +314,34 @@ def test_errors_do_not_echo_without_bounds() -> None:
         with pytest.raises(SettingError) as error:
             Request.from_arguments([wrong])
         assert len(str(error.value)) < 500
+
+
+def test_a_picture_that_can_be_tiled_has_a_delta_that_can(webui: WebUI) -> None:
+    plain = webui.latents(DELTA)
+    tiled = webui.latents(DELTA, tiling=True)
+    assert webui.side_model.unet.get_submodule("out.2").circular
+    assert relative(tiled, plain) > 1e-3, "the stand-in's own model never tiles, so the side model does"
+    assert torch.equal(webui.latents(DELTA), plain)
+
+
+def test_a_base_of_another_kind_is_refused_before_it_is_built(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    sidemodel: Any = importlib.import_module("lib_delta.sidemodel")
+    webui.host.unload()
+    monkeypatch.setattr(sidemodel, "detect_family", lambda *_: sidemodel.Family.SDXL)
+    monkeypatch.setattr(sidemodel, "load_unet", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(CheckpointError, match="is a model of SDXL, and the base"):
+        webui.generate(DELTA)
+
+
+def test_what_can_be_a_base_is_told_by_headers_read_once(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    sidemodel: Any = importlib.import_module("lib_delta.sidemodel")
+    lora = webui.files.checkpoint("a-lora")
+    lora.write_bytes(webui.files.lora_file().read_bytes())
+    webui.sd_models.list_models()
+    try:
+        assert webui.host.bases() == [name for name in webui.host.checkpoints() if name != "a-lora"]
+        monkeypatch.setattr(sidemodel, "_refuse_unfit", lambda _: pytest.fail("it was read again"))
+        assert "base" in webui.host.bases()
+    finally:
+        lora.unlink()
+        webui.sd_models.list_models()

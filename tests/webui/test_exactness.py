@@ -101,7 +101,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "skip early CFG": {"override_settings": {"skip_early_cond": 0.4}},
     "noise multiplier": {"s_churn": 5, "s_noise": 1.003},
     "eta": {"eta": 0.5, "sampler_name": "DDIM"},
-    "tiling": {"tiling": False, "subseed": 5, "subseed_strength": 0.4},
+    "tiling": {"tiling": True},
+    "a variation seed": {"subseed": 5, "subseed_strength": 0.4},
     "whole timesteps": {"override_settings": {"enable_quantization": True}, "sampler_name": "DPM2"},
     "no padding": {"override_settings": {"pad_cond_uncond": True}, "prompt": "cat, " * 50},
 }

@@ -50,6 +50,7 @@ class StableDiffusionProcessing:
     cfg_scale: float = 4.0
     sampler_name: str = "Euler"
     scheduler: Any = None
+    tiling: Any = None
     hr_scheduler: Any = None
     batch_size: int = 1
     n_iter: int = 1
