@@ -525,7 +525,7 @@ def test_a_fault_leaves_the_plain_picture_where_the_user_wants_it(
     if at_step == 0:
         assert torch.equal(made.images, webui.latents())
     assert made.images.isfinite().all()
-    assert "Delta" not in made.infotexts[0]
+    assert "Delta lambda" not in made.infotexts[0] and "Delta not applied: " in made.infotexts[0]
     assert any(fault[1] in comment and "without" in comment for comment in made.comments)
     assert webui.callbacks.swallowed == []
 
@@ -539,7 +539,11 @@ def test_a_sampler_whose_schedule_cannot_be_read_is_a_fault(webui: WebUI, monkey
         webui.generate(DELTA)
     webui.shared.opts.delta_sampling_on_error = "go on without"
     made = webui.generate(DELTA)
-    assert torch.equal(made.images, webui.latents()) and "Delta" not in made.infotexts[0]
+    assert (
+        torch.equal(made.images, webui.latents())
+        and "Delta lambda" not in made.infotexts[0]
+        and "Delta not applied: " in made.infotexts[0]
+    )
 
 
 def test_weights_that_overflow_are_a_fault(webui: WebUI) -> None:
@@ -558,7 +562,11 @@ def test_a_fault_in_the_hires_pass_takes_the_claim_back(webui: WebUI, monkeypatc
 
     monkeypatch.setattr(Source, "deltas", deltas)
     made = webui.generate(DELTA, **HIRES)
-    assert "Delta" not in made.infotexts[0] and len(made.comments) == 1
+    assert (
+        "Delta lambda" not in made.infotexts[0]
+        and "Delta not applied: " in made.infotexts[0]
+        and len(made.comments) == 1
+    )
 
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -601,7 +609,11 @@ def test_a_file_that_cannot_be_read(webui: WebUI, files: Files, on_error: str) -
         else:
             made = webui.generate({**DELTA, "base": "broken"})
             assert torch.equal(made.images, webui.latents())
-            assert "Delta" not in made.infotexts[0] and "broken" in made.comments[0]
+            assert (
+                "Delta lambda" not in made.infotexts[0]
+                and "Delta not applied: " in made.infotexts[0]
+                and "broken" in made.comments[0]
+            )
     finally:
         files.checkpoint("broken").unlink()
         webui.sd_models.list_models()
@@ -626,7 +638,11 @@ def test_a_checkpoint_of_an_unknown_family_in_the_hires_pass(
             webui.generate(DELTA, hr_checkpoint_name="copy", **HIRES)
     else:
         made = webui.generate(DELTA, hr_checkpoint_name="copy", **HIRES)
-        assert "Delta" not in made.infotexts[0] and "sd1-sd3" in made.comments[0]
+        assert (
+            "Delta lambda" not in made.infotexts[0]
+            and "Delta not applied: " in made.infotexts[0]
+            and "sd1-sd3" in made.comments[0]
+        )
     assert webui.callbacks.swallowed == []
 
 

@@ -74,6 +74,31 @@ WRONG_SETTINGS: dict[str, Case] = {
     "nothing to add": (lambda f: f.delta(loras=""), r"has nothing to add: choose a LoRA"),
 }
 
+# What is wrong with a delta that is not wanted is nobody's business.
+UNWANTED: dict[str, dict[str, Any]] = {
+    "off": {"enabled": False, "start": 0.8, "end": 0.2},
+    "off, half-typed": {"enabled": False, "loras": "moxin:"},
+    "lambda 0": {"lambda": 0, "start": 0.8, "end": 0.2},
+}
+
+
+@pytest.mark.parametrize("changes", UNWANTED.values(), ids=UNWANTED)
+def test_what_does_not_count_is_not_checked(
+    webui: WebUI, files: Files, earlier: Earlier, changes: dict[str, Any]
+) -> None:
+    got = webui.generate(files.delta(**changes))
+    assert np.array_equal(got.pictures, earlier.plain) and "Delta" not in got.infotexts[0]
+
+
+def test_damaged_settings_do_no_harm(webui: WebUI, files: Files, earlier: Earlier) -> None:
+    damaged = {"delta_sampling_cache": -3, "delta_sampling_device": "toaster", "delta_sampling_precision": "int3"}
+    webui.options(**damaged)
+    try:
+        assert np.array_equal(webui.generate(files.delta()).pictures, earlier.delta)
+    finally:
+        webui.options(delta_sampling_device="Automatic", delta_sampling_precision="Automatic")
+
+
 # Files that cannot be used.
 BAD_FILES: dict[str, Case] = {
     "a LoRA for SDXL": (
@@ -107,12 +132,9 @@ def test_wrong_settings_are_refused_even_where_errors_are_gone_over(webui: WebUI
 
 
 def assert_gone_on(webui: WebUI, got: Result, earlier: Earlier, words: str) -> None:
-    """The picture is the plain one, claims no delta, and the status says why.
-
-    So does the comment below the picture in the browser, which the API's answer leaves out.
-    """
+    """The picture is the plain one, claims no delta, and says why, as the status does."""
     assert np.array_equal(got.pictures, earlier.plain)
-    assert "Delta" not in got.infotexts[0]
+    assert "Delta lambda" not in got.infotexts[0] and re.search(rf"Delta not applied: .*{words}", got.infotexts[0])
     said = webui.get("/delta-sampling/status")["status"][-1]
     assert re.search(words, said), said
 

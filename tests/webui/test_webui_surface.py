@@ -219,6 +219,34 @@ def test_a_plot_over_files_switches_the_delta_on(webui: WebUI, files: Files) -> 
     assert len({cell.picture.tobytes() for cell in cells}) == 4
 
 
+def test_an_axis_wins_over_a_tag(webui: WebUI, files: Files) -> None:
+    webui.defaults["prompt"] += f"<delta:{files.lora}:1.2>"
+    try:
+        cells = plot(webui, files.delta(), {"[Delta] Lambda": "0, 0.5, 1"})
+    finally:
+        webui.defaults["prompt"] = webui.defaults["prompt"].partition("<")[0]
+    for cell, strength in zip(cells, (0, 0.5, 1)):
+        alone = webui.generate(files.delta(**{"lambda": strength})).pictures[0]
+        assert np.array_equal(cell.picture, alone)
+
+
+def test_impossible_and_empty_cells(webui: WebUI, files: Files) -> None:
+    plain = webui.generate().pictures[0]
+    cells = plot(webui, files.delta(), {"[Delta] LoRAs": f"None, {files.lora}"})
+    assert np.array_equal(cells[0].picture, plain) and delta_keys(cells[1].infotext)["Delta LoRAs"] == files.lora
+    cells = plot(webui, files.delta(end=0.5), {"[Delta] Start": "0.9, 0.1"})
+    assert "Delta not applied: start (0.9) must not come after end (0.5)" in cells[0].infotext
+    assert cells[0].picture.max() == 255 and cells[0].picture.min() < 50, "the sentence stands on the picture"
+
+
+def test_the_grids_own_text_has_the_recipe(webui: WebUI, files: Files) -> None:
+    script = {"script_name": "X/Y/Z plot", "script_args": plot_arguments(webui, {"[Delta] Lambda": "0, 1"})}
+    body = {**webui.defaults, **script, "alwayson_scripts": {SCRIPT: {"args": [files.delta()]}}}
+    grid, first, *_ = json.loads(webui.post("/sdapi/v1/txt2img", body)["info"])["infotexts"]
+    assert texts_of(grid) == {"Delta lambda": "0", "Delta base": files.sd1, "Delta LoRAs": files.lora}
+    assert delta_keys(first) == {}
+
+
 WRONG_AXES = {
     "lambda": ("[Delta] Lambda", "1, 70", r"\[Delta\] Lambda \"70\" is not allowed: a number from 0 to 10 is"),
     "curve": ("[Delta] Curve", "zigzag", r"\[Delta\] Curve \"zigzag\" is not allowed: one of constant"),
@@ -262,7 +290,40 @@ def test_the_status_names_what_is_loaded_and_what_the_last_run_cost(webui: WebUI
 
 def test_without_steps_the_status_says_so(webui: WebUI, files: Files) -> None:
     webui.generate(files.delta(hires="hires pass"))
-    assert status(webui)[-1] == "Last run: no step had the delta"
+    why = "the delta is wanted in the hires pass alone, and there was none"
+    assert status(webui)[-1] == f"Last run: no step had the delta: {why}"
+
+
+def test_a_plain_run_is_the_last_run(webui: WebUI, files: Files) -> None:
+    webui.generate(files.delta())
+    webui.generate()
+    assert status(webui)[-1] == "Last run: no delta was asked for"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"loras": "{}:0"}, {"loras": "{}:1:te=0:lbw=NONE"}, {"loras": "", "adapted": "copy"}]
+)
+def test_a_delta_of_zero_is_not_claimed(webui: WebUI, files: Files, changes: dict[str, str]) -> None:
+    delta = {"base": files.sd1, **changes, "loras": changes["loras"].format(files.lora)}
+    if "adapted" in changes:
+        delta["adapted"] = files.copy
+    got = webui.generate(delta)
+    assert np.array_equal(got.pictures, webui.generate().pictures) and delta_keys(got.infotexts[0]) == {}
+    webui.generate(delta)
+    assert "nothing told the base and the adapted model apart" in status(webui)[-1]
+
+
+TEXTS_THAT_PARSERS_EAT = ('"a cat"', "512x512", "None", " a cat ", '"', "a # b", 'say "x", twice')
+
+
+@pytest.mark.parametrize("text", TEXTS_THAT_PARSERS_EAT)
+def test_side_prompts_come_back_from_pictures_as_they_were(webui: WebUI, files: Files, text: str) -> None:
+    first = webui.generate(files.delta(prompt=text))
+    skip_without_infotexts(webui)
+    body = {"infotext": first.infotexts[0], "override_settings_restore_afterwards": True}
+    answer = webui.post("/sdapi/v1/txt2img", body)
+    assert json.loads(answer["info"])["infotexts"][0] == first.infotexts[0]
+    assert np.array_equal(np.asarray(decode(answer["images"][0]).convert("RGB"), int), first.pictures[0])
 
 
 def test_models_are_given_back_where_none_are_kept(webui: WebUI, files: Files) -> None:
