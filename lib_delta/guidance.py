@@ -100,7 +100,6 @@ class DeltaGuidance:
             return change, change
         return change, strength * self.bridge.delta_to_target(uncond, crossing).float()
 
-
     def _deltas(self, x: Tensor, sigma: Tensor, step: DenoiseStep) -> tuple[Tensor, Tensor]:
         how = step.cfg_scale, step.uncond_skipped, step.uncond_zero
 

@@ -18,6 +18,7 @@ from lib_delta.errors import SettingError, shortened, shown
 
 OPTIONS = "te=weight, lbw=blocks, start=share, end=share, dyn=rank"
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
+_WEBUI_TAG = re.compile(r"<(?:lora|lyco):([^<>]+)>")
 _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
 
 
@@ -68,8 +69,21 @@ class Pick:
 
 
 def parse_picks(recipe: str) -> tuple[Pick, ...]:
-    """Read a recipe; raises :class:`SettingError` that quotes what cannot be read."""
-    return tuple(map(parse_single, _items(recipe)))
+    """Read a recipe, in which the WebUI's own ``<lora:NAME:weight>`` may stand as well.
+
+    Raises :class:`SettingError` that quotes what cannot be read.
+    """
+    return tuple(map(parse_single, _items(_WEBUI_TAG.sub(_from_webui, recipe))))
+
+
+def _from_webui(tag: re.Match[str]) -> str:
+    """Write a tag of the WebUI as a pick: its first number is for the text encoder, a second one for the UNet."""
+    name, *rest = tag[1].split(":")
+    numbers = [part for part in rest if "=" not in part]
+    options = [part for part in rest if "=" in part]
+    if len(numbers) == 2:
+        numbers, options = numbers[1:], [f"te={numbers[0]}", *options]
+    return ", " + ":".join([quoted(name.strip()), *numbers, *options]) + ", "
 
 
 def parse_single(text: str) -> Pick:

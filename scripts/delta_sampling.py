@@ -250,7 +250,7 @@ def with_lora(recipe, selected: gr.SelectData):
     name = selected.value
     if name == NONE:
         return recipe, NONE
-    parts = [part for part in (recipe.strip().rstrip(","), f"{quoted(name)}:1") if part]
+    parts = [part for part in (recipe.strip().rstrip(","), f"{quoted(name)}:{host().preferred_weight(name):g}") if part]
     try:
         known = any(pick.name == name for pick in parse_picks(recipe))
     except SettingError:  # half written: the user goes on from there
@@ -296,21 +296,21 @@ def add_settings():
             gr.Radio,
             {"choices": ["Automatic", "CPU", *devices]},
             section=section,
-        ),
+        ).info("Automatic: where the WebUI computes; the CPU needs no GPU memory, and is slow"),
         "delta_sampling_precision": shared.OptionInfo(
             "Automatic",
             "Precision of the side models",
             gr.Radio,
             {"choices": ["Automatic", "fp16", "bf16", "fp32"]},
             section=section,
-        ),
+        ).info("Automatic: the WebUI's own; bf16 or fp32 where fp16 overflows; fp32 takes twice the memory"),
         "delta_sampling_form": shared.OptionInfo(
             "merged (faster)",
             "How LoRAs are held",
             gr.Radio,
             {"choices": ["merged (faster)", "low-rank factors (less memory)"]},
             section=section,
-        ),
+        ).info("merged: up to 1.7 GB more in half precision; factors: a few MB"),
         "delta_sampling_on_error": shared.OptionInfo(
             "stop",
             "When the delta cannot be computed",

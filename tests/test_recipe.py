@@ -23,6 +23,15 @@ def test_a_recipe_reads_as_people_write_it() -> None:
     assert parse_picks("a:unet=0.5:te=1") == (Pick("a", 0.5, 1.0),)
 
 
+def test_tags_of_the_webui_are_picks_as_well() -> None:
+    assert parse_picks("<lora:moxin:0.8>") == (Pick("moxin", 0.8),)
+    assert parse_picks("a:0.5 <lora:my, b:0.2:0.7> <lyco:c:1:dyn=4>") == (
+        Pick("a", 0.5),
+        Pick("my, b", 0.7, 0.2),
+        Pick("c", 1.0, rank=4),
+    )
+
+
 def test_a_recipe_is_written_as_short_as_it_can_be() -> None:
     assert format_picks([Pick("a"), Pick("b", 0.8), Pick("c", 1.0, 0.5)]) == "a, b:0.8, c:1:te=0.5"
 

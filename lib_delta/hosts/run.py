@@ -45,6 +45,7 @@ class Run:
     seconds: float = 0.0
     effective: bool = False
     interrupted: bool = False
+    _sizes: list[float] = field(default_factory=list)
     _points: dict[bool, list[float]] = field(default_factory=dict)
     _bridges: dict[tuple[Family, float | None], Bridge] = field(default_factory=dict)
 
@@ -88,6 +89,8 @@ class Run:
             changes = guidance.changes(step)
             self.steps += 1
             self.effective = self.effective or (changes is not None and any(bool(c.any()) for c in changes))
+            if changes is not None:
+                self._sizes.append(float(changes[0].norm() / step.denoised.norm().clamp(min=1e-12)))
             self.seconds += time.perf_counter() - started
         return changes
 
@@ -141,7 +144,15 @@ class Run:
             return f"Last run: no step had the delta{reason}"
         passes = sum(source.evaluations for source in self.sources.values())
         cost = f"{_counted(passes, 'pass', 'es')} of the side model, {self.seconds:.1f} s"
-        return f"Last run: delta in {_counted(self.steps, 'step')}, {cost}{reason}"
+        return f"Last run: delta in {_counted(self.steps, 'step')}, {cost}{self._in_sizes()}{reason}"
+
+    def _in_sizes(self) -> str:
+        """Say how large the delta was at each step, as a share of what the target estimated."""
+        if not self.effective:
+            return ""
+        shown = [f"{size:.0%}" if size >= 1 else f"{100 * size:.2g}%" for size in self._sizes]
+        few = shown if len(shown) <= 12 else [*shown[:6], "...", *shown[-6:]]
+        return f"; it was {', '.join(few)} of the picture's own estimate"
 
 
 def _counted(number: int, of_what: str, plural: str = "s") -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import gc
 import importlib
 import inspect
+import json
+import math
 import sys
 import traceback
 from abc import ABC, abstractmethod
@@ -146,6 +148,16 @@ class Host(ABC):
     def loras(self) -> list[str]:
         """Return the names of the WebUI's LoRAs."""
         return sorted(self._networks(), key=str.lower)
+
+    def preferred_weight(self, name: str) -> float:
+        """Return the weight that the user has noted for a LoRA in the WebUI (a ``.json`` beside its file), or 1."""
+        file = getattr(self._networks().get(name), "filename", None)
+        try:
+            noted = json.loads(Path(file).with_suffix(".json").read_text("utf-8")) if file else {}
+            weight = float(noted.get("preferred weight") or 1)
+        except (OSError, ValueError, TypeError, AttributeError):  # none there, or one that is not the WebUI's
+            return 1.0
+        return weight if math.isfinite(weight) else 1.0
 
     def refresh_loras(self) -> None:
         """Look for new LoRAs."""

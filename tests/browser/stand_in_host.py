@@ -34,6 +34,10 @@ class StandInHost:
         """Return the names that the dropdown shows."""
         return list(self.known_loras)
 
+    def preferred_weight(self, name):
+        """Return what the user has noted for one of them."""
+        return 0.6 if name == "lineart" else 1.0
+
     def refresh_loras(self):
         """Find one more."""
         self.known_loras.append(f"found-{len(self.known_loras)}")

@@ -345,3 +345,20 @@ def test_what_can_be_a_base_is_told_by_headers_read_once(webui: WebUI, monkeypat
     finally:
         lora.unlink()
         webui.sd_models.list_models()
+
+
+def test_the_status_has_the_size_of_the_delta_at_each_step(webui: WebUI) -> None:
+    webui.generate(DELTA, steps=3)
+    sizes = webui.host.status().splitlines()[-1].partition("; it was ")[2].partition(" of the picture")[0]
+    assert len(sizes.split(", ")) == 3 and all(float(size.rstrip("%")) > 0 for size in sizes.split(", "))
+
+
+def test_a_loras_preferred_weight_is_that_of_its_card(webui: WebUI) -> None:
+    notes = webui.files.lora_file().with_suffix(".json")
+    assert webui.host.preferred_weight("ink") == webui.host.preferred_weight("nothing") == 1
+    try:
+        for text, weight in (('{"preferred weight": 0.7}', 0.7), ('{"preferred weight": 0}', 1), ("[", 1), ("[]", 1)):
+            notes.write_text(text)
+            assert webui.host.preferred_weight("ink") == weight
+    finally:
+        notes.unlink()

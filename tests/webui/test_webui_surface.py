@@ -285,7 +285,7 @@ def test_the_status_names_what_is_loaded_and_what_the_last_run_cost(webui: WebUI
     layers = r"\d\d+ layers of the UNet and \d\d+ of the text encoder"
     assert re.match(rf"{files.lora}\S* \(LoRA of rank \d+\) adapts {layers}\.$", first)
     assert re.match(rf"{files.unmatched_lora}\S* .*adapts .*; \d+ of its \d+ keys match no layer\.$", second)
-    assert re.match(r"Last run: delta in 4 steps, \d+ passes of the side model, [\d.]+ s$", last)
+    assert re.match(r"Last run: delta in 4 steps, \d+ passes of the side model, [\d.]+ s; it was (\S+%,? ){4}of", last)
 
 
 def test_without_steps_the_status_says_so(webui: WebUI, files: Files) -> None:
