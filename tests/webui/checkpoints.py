@@ -119,6 +119,8 @@ FULL = Size(
 def make_all(folder: Path, names: Files, size: Size) -> None:
     """Put what is not there yet into a WebUI's ``models/Stable-diffusion``, ``models/Lora`` and ``embeddings``."""
     models, loras, embeddings = folder / "models/Stable-diffusion", folder / "models/Lora", folder / "embeddings"
+    if (folder / "models/embeddings").is_dir():  # Forge Neo
+        embeddings = folder / "models/embeddings"
     for place in (models, loras, embeddings):
         place.mkdir(parents=True, exist_ok=True)
     clip = folder / "delta-test-clip"

@@ -102,7 +102,8 @@ RESET = {
 @pytest.fixture
 def webui(running: WebUI, files: Files) -> Iterator[WebUI]:
     yield running
-    running.options(sd_model_checkpoint=files.sd1, **RESET)
+    known = running.get("/sdapi/v1/options")  # some WebUIs refuse settings that they do not have
+    running.options(sd_model_checkpoint=files.sd1, **{name: value for name, value in RESET.items() if name in known})
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
