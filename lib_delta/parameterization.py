@@ -22,6 +22,8 @@ Prediction = Literal["eps", "v", "flow"]
 # What WebUIs put in the place of the last signal level after the rescale to zero terminal SNR:
 # small enough to be pure noise, large enough for sigma (4518) to be a number.
 TERMINAL_ALPHA_BAR = 4.8973451890853435e-08
+# The noise level up to which states of flow-matching models are followed: in float32 more would drown the estimate.
+FLOW_SIGMA_MAX = 1000.0
 
 
 class Schedule:
@@ -152,6 +154,20 @@ def from_timestep_space(x: Tensor, t: Tensor, schedule: Schedule) -> tuple[Tenso
 def to_timestep_space(x: Tensor, sigma: Tensor) -> Tensor:
     """Convert ``x = x0 + sigma * noise`` to the variance-preserving scale of a timestep sampler."""
     return x / (per_image(sigma, x) ** 2 + 1) ** 0.5
+
+
+def from_flow_space(x: Tensor, t: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor]:
+    """Convert the state of a flow-matching model (arXiv 2209.03003) to ``(x, sigma)``.
+
+    Such a model holds ``(1 - t) * x0 + t * noise`` at times ``t`` ``(N,)`` of 0 to 1: that is ``x / (1 - t)`` at
+    ``t / (1 - t)``.  Near 1, where both grow without bound, the estimate and the noise that it leaves are
+    put together again at :data:`FLOW_SIGMA_MAX`.
+    """
+    sigma = (t / (1 - t)).clamp(max=FLOW_SIGMA_MAX)
+    time = per_image(t, x)
+    noise = (x - (1 - time) * denoised) / time
+    within = per_image(t / (1 - t) <= FLOW_SIGMA_MAX, x).bool()
+    return torch.where(within, x / (1 - time), denoised + FLOW_SIGMA_MAX * noise), sigma
 
 
 def eps_of(denoised: Tensor, x: Tensor, sigma: Tensor) -> Tensor:

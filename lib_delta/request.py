@@ -12,13 +12,16 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from lib_delta.errors import SettingError, shortened, shown
 from lib_delta.recipe import Pick, format_picks, parse_pick, parse_picks, parse_single, read_number, written
 from lib_delta.strength import CURVES, MAXIMUM, ROUNDING, Strength
 
 HIRES_PASSES = ("both", "first pass", "hires pass")
+SIZES = ("automatic", "picture")
+# The forms of lib_delta.bridges; pictures of versions that knew no other were made with the last.
+BRIDGES = ("learned", "published", "same_snr")
 # For each LoRA picked, whether it counts.
 Active = tuple[bool, ...]
 NONE = "None"  # what dropdowns show for an empty choice, for one whose default is empty cannot be pasted into
@@ -66,6 +69,24 @@ class Request:
     hires: str = _setting(
         "both", "hires", "Delta hires", "in which passes of hires fix the delta is added", choices=HIRES_PASSES
     )
+    cfg: float = _setting(
+        0.0,
+        "cfg",
+        "Delta CFG",
+        "guidance scale of the side model; 0: the main one's, or 5 beside a model of another family below 3",
+        minimum=0,
+        maximum=30,
+    )
+    size: str = _setting(
+        "automatic",
+        "size",
+        "Delta size",
+        "size of the side model: 'automatic', 'picture' (as large), or the side in pixels of a square as large",
+        sizes=(64, 4096),
+    )
+    bridge: str = _setting(
+        "learned", "bridge", "Delta bridge", "how latents of another kind are carried over", choices=BRIDGES
+    )
 
     def __post_init__(self) -> None:
         if self.enabled is False or _is_zero(self.strength):
@@ -102,6 +123,11 @@ class Request:
     def always(self) -> bool:
         """Whether base and adapted model differ even where no LoRA counts."""
         return bool(self.adapted or self.adapted_prompt)
+
+    @property
+    def side_size(self) -> Literal["automatic", "picture"] | int:
+        """The size of the side model, as bridges take it."""
+        return self.size if self.size in SIZES else int(self.size)  # type: ignore[return-value]
 
     def in_pass(self, hires: bool) -> bool:
         """Tell whether the delta is wanted in the first or in the hires pass."""
@@ -180,7 +206,7 @@ class Request:
         values: dict[str, str] = {}
         for f in fields(self):
             value, label = getattr(self, f.name), f.metadata["infotext"]
-            if label and (value != f.default or f.name == "strength"):
+            if label and (value != f.default or f.name in ALWAYS_TOLD):
                 values[label] = written(value) if f.type == "float" else value
         for label in (_label("base"), _label("adapted")):
             name = values.get(label, "")
@@ -249,6 +275,8 @@ class Passes:
 
 HASHES = "Delta LoRA hashes"
 SKIPPED = "Delta not applied"
+# The bridge too, for its default was another in pictures that are silent about it.
+ALWAYS_TOLD = ("strength", "bridge")
 
 
 def _escaped(text: str) -> str:
@@ -284,7 +312,7 @@ def from_infotext(values: Mapping[str, str], name: str) -> Any:
     if f"{label}-1" in values and f"{label}-2" in values:  # the WebUI has taken it for a picture's size
         text = f"{values[f'{label}-1']}x{values[f'{label}-2']}"
     if text is None:
-        return setting.default
+        return BRIDGES[-1] if name == "bridge" else setting.default
     if setting.type == "float":
         try:
             return float(text)
@@ -304,6 +332,7 @@ def schema() -> dict[str, Any]:
             about["enum"] = list(f.metadata["choices"])
         properties[f.metadata["key"]] = about
     properties["loras"] |= {"type": ["string", "array"], "items": {"type": "string"}}
+    properties["size"] |= {"type": ["string", "integer"]}
     properties["enabled"]["default"] = True
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -332,6 +361,8 @@ def _plain(about: Mapping[str, Any], kind: Any, value: Any) -> Any:
             return ""
         if about["key"] == "loras" and isinstance(value, list) and all(isinstance(v, str) for v in value):
             return _joined(value)
+        if about["key"] == "size" and isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value
@@ -352,6 +383,9 @@ def _check(about: Mapping[str, Any], kind: Any, value: Any) -> None:
     needed = {"bool": "true or false", "float": "a number", "str": "a text"}[kind]
     if "minimum" in about:
         needed = f"a number from {about['minimum']:g} to {about['maximum']:g}"
+    if "sizes" in about:
+        low, high = about["sizes"]
+        needed = f"{', '.join(SIZES)} or a whole number of pixels from {low} to {high}"
     if "choices" in about:
         needed = "one of " + ", ".join(about["choices"])
     types: dict[str, tuple[type, ...]] = {"bool": (bool,), "float": (int, float), "str": (str,)}
@@ -359,6 +393,8 @@ def _check(about: Mapping[str, Any], kind: Any, value: Any) -> None:
     good = good and not (kind == "float" and isinstance(value, bool))
     if good and "minimum" in about:
         good = about["minimum"] <= value <= about["maximum"]
+    if good and "sizes" in about:
+        good = value in SIZES or (value.isdecimal() and about["sizes"][0] <= int(value) <= about["sizes"][1])
     if good and "choices" in about:
         good = value in about["choices"]
     if not good:

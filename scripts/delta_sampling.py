@@ -19,12 +19,13 @@ from lib_delta.drawing import drawing
 from lib_delta.errors import SettingError, shortened
 from lib_delta.hosts import host
 from lib_delta.recipe import parse_picks, quoted
-from lib_delta.request import HIRES_PASSES, NONE, Request, from_infotext, schema
+from lib_delta.request import BRIDGES, HIRES_PASSES, NONE, SIZES, Request, from_infotext, schema
 from lib_delta.strength import CURVES, MAXIMUM
 
 TITLE = "Delta Sampling"
 CHECKPOINT_FIELDS = ("base", "adapted")
 ALL = "... show all checkpoints"  # at the end of a list of those that can be a base
+LIMITS = {f.name: (f.metadata["minimum"], f.metadata["maximum"]) for f in fields(Request) if "minimum" in f.metadata}
 CURVE_FIELDS = ("strength", "start", "end", "curve", "first", "last")
 
 HELP = """<details class="delta-sampling-help"><summary>How to start</summary><ol>
@@ -89,6 +90,7 @@ class DeltaSampling(scripts.Script):
                 value=default.hires,
                 elem_id=self.elem_id("hires"),
             )
+            self._side_model(w, default)
             status, refresh = self._status()
         drawn = [w[name] for name in CURVE_FIELDS]
         for event in (*(widget.change for widget in drawn), redraw.click):
@@ -199,6 +201,33 @@ class DeltaSampling(scripts.Script):
                     label=label, placeholder=placeholder, lines=1, value="", elem_id=self.elem_id(name)
                 )
 
+    def _side_model(self, w, default):
+        with gr.Row(elem_classes=["delta-sampling-row"]):
+            w["cfg"] = gr.Slider(
+                label="Side model CFG (0: automatic)",
+                minimum=LIMITS["cfg"][0],
+                maximum=LIMITS["cfg"][1],
+                step=0.5,
+                value=default.cfg,
+                min_width=200,
+                elem_id=self.elem_id("cfg"),
+            )
+            w["size"] = gr.Dropdown(
+                label="Size of the side model",
+                choices=side_sizes(),
+                value=default.size,
+                allow_custom_value=True,
+                min_width=130,
+                elem_id=self.elem_id("size"),
+            )
+            w["bridge"] = gr.Dropdown(
+                label="Bridge to other latents",
+                choices=list(BRIDGES),
+                value=default.bridge,
+                min_width=130,
+                elem_id=self.elem_id("bridge"),
+            )
+
     def _status(self):
         status = gr.HTML(status_html(), elem_id=self.elem_id("status"), elem_classes=["delta-sampling-status"])
         with gr.Row(elem_classes=["delta-sampling-buttons"]):
@@ -238,6 +267,11 @@ def base_choices():
 def whole_list(value, selected: gr.SelectData):
     """Offer all checkpoints, where that is what was chosen."""
     return gr.update(choices=checkpoint_choices(), value=NONE) if selected.value == ALL else value
+
+
+def side_sizes():
+    """Return what the dropdown of the side model's size offers; other numbers of pixels can be typed."""
+    return [*SIZES, "512", "640", "768"]
 
 
 def lora_choices():
@@ -365,13 +399,17 @@ AXES = (
     ("Adapted", "adapted", 0.8),
     ("LoRAs", "loras", 0.6),
     ("LoRA weight", "lora_weight", 0.4),
+    ("CFG", "cfg", 0.0),
+    ("Size", "size", 0.0),
+    ("Bridge", "bridge", 0.0),
 )
-LIMITS = {f.name: (f.metadata["minimum"], f.metadata["maximum"]) for f in fields(Request) if "minimum" in f.metadata}
 CHOICES = {
     "curve": lambda: list(CURVES),
     "base": lambda: [NONE, *host().bases()],
     "adapted": lambda: [NONE, *host().bases()],
     "loras": lambda: [NONE, *map(quoted, host().loras())],
+    "size": side_sizes,
+    "bridge": lambda: list(BRIDGES),
 }
 
 
@@ -417,8 +455,10 @@ def confirm_axis(label, target, p, values):
         elif target in CHECKPOINT_FIELDS:
             if find_checkpoint(value) is None:
                 raise SettingError(f'{label} "{shortened(value)}" is no checkpoint: {listed(checkpoint_choices())}')
-        elif target == "curve" and value not in CURVES:
-            raise SettingError(f'{label} "{shortened(value)}" is not allowed: {listed(CURVES)}')
+        elif target in ("curve", "bridge") and value not in CHOICES[target]():
+            raise SettingError(f'{label} "{shortened(value)}" is not allowed: {listed(CHOICES[target]())}')
+        elif target == "size":
+            Request(enabled=True, size=value)
         elif target == "loras" and value not in (NONE, *host().loras()):
             for pick in parse_picks(value):
                 if pick.name not in host().loras():

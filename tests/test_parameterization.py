@@ -8,11 +8,13 @@ from conftest import randn
 
 from lib_delta.errors import SettingError
 from lib_delta.parameterization import (
+    FLOW_SIGMA_MAX,
     Parameterization,
     Schedule,
     denoised_of,
     denoiser,
     eps_of,
+    from_flow_space,
     from_timestep_space,
     to_timestep_space,
 )
@@ -135,3 +137,19 @@ def test_unknown_prediction_is_refused() -> None:
 def test_a_table_that_is_no_schedule_is_refused(values: list[float]) -> None:
     with pytest.raises(SettingError, match="alphas_cumprod"):
         Schedule(torch.tensor(values))
+
+
+def test_the_state_of_a_flow_matching_model():
+    clean, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    t = torch.tensor([0.25, 0.9])
+    x, sigma = from_flow_space((1 - t.view(-1, 1, 1, 1)) * clean + t.view(-1, 1, 1, 1) * noise, t, clean)
+    assert torch.allclose(sigma, torch.tensor([1 / 3, 9.0]))
+    assert torch.allclose(x, clean + sigma.view(-1, 1, 1, 1) * noise, atol=1e-5)
+
+
+def test_at_the_start_of_flow_matching_the_noise_is_kept_within_a_limit():
+    clean, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    t = torch.tensor([1.0, 0.99999])
+    x, sigma = from_flow_space((1 - t.view(-1, 1, 1, 1)) * clean + t.view(-1, 1, 1, 1) * noise, t, clean)
+    assert sigma.tolist() == [FLOW_SIGMA_MAX] * 2
+    assert torch.allclose((x - clean) / FLOW_SIGMA_MAX, noise, atol=1e-3)

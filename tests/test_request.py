@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lib_delta.errors import SettingError
 from lib_delta.request import (
+    BRIDGES,
     Request,
     from_infotext,
     infotext_labels,
@@ -44,7 +45,7 @@ def test_named_and_positional_arguments_say_the_same():
         ([{"loras": ":1"}], "has no name"),
         ([{"loras": "a:1:2"}], "cannot be read at '2'"),
         ([{"loras": ["a", 1]}], "'loras' must be a text"),
-        ([True] * 15, "takes 14 arguments, and 15 were given"),
+        ([True] * 18, "takes 17 arguments, and 18 were given"),
         (["yes"], "'enabled' must be true or false"),
     ],
 )
@@ -119,12 +120,13 @@ def test_infotext_restores_everything(request_):
 
 def test_infotext_is_short_and_says_nothing_where_there_was_no_delta():
     assert Request(strength=2).infotext() == {}
-    assert Request(enabled=True).infotext() == {"Delta lambda": "1"}
+    assert Request(enabled=True).infotext() == {"Delta lambda": "1", "Delta bridge": "learned"}
     values = Request(enabled=True, base="v1-5", loras="moxin:0.8").infotext({"v1-5": "aaa", "moxin": "bbb"})
     assert values == {
         "Delta lambda": "1",
         "Delta base": "v1-5 [aaa]",
         "Delta LoRAs": "moxin:0.8",
+        "Delta bridge": "learned",
         "Delta LoRA hashes": "moxin: bbb",
     }
     assert from_infotext({}, "enabled") is False
@@ -134,3 +136,28 @@ def test_infotext_is_short_and_says_nothing_where_there_was_no_delta():
 def test_importing_settings_imports_no_torch():
     code = "import sys, lib_delta.request; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("size", ["automatic", "picture", "640", 640])
+def test_sizes_of_the_side_model(size):
+    request = Request.from_named({"size": size})
+    assert request.side_size == (640 if str(size).isdecimal() else size)
+    assert from_infotext(request.infotext(), "size") == str(size)
+
+
+@pytest.mark.parametrize("size", ["", "large", "63", "5000", "64.5", True, 0.5])
+def test_wrong_sizes_of_the_side_model_are_refused(size):
+    with pytest.raises(SettingError, match="'size' must be automatic, picture or a whole number of pixels"):
+        Request.from_named({"size": size})
+
+
+def test_a_picture_that_is_silent_about_the_bridge_was_made_with_latents_that_were_scaled():
+    assert from_infotext({"Delta lambda": "1"}, "bridge") == "same_snr"
+    for bridge in BRIDGES:
+        assert from_infotext(Request(enabled=True, bridge=bridge).infotext(), "bridge") == bridge
+
+
+def test_the_forms_of_bridges_are_those_that_there_are():
+    from lib_delta.bridges import FORMS
+
+    assert BRIDGES == FORMS

@@ -129,7 +129,8 @@ def test_infotext_restores_every_setting(webui):
 def test_what_the_text_does_not_name_is_set_to_its_default(webui):
     runner = webui.runner()
     values = restored(runner, {"Delta lambda": "0.5"})
-    assert Request.from_arguments([values[w] for w in runner.inputs]) == Request(enabled=True, strength=0.5)
+    expected = Request(enabled=True, strength=0.5, bridge="same_snr")
+    assert Request.from_arguments([values[w] for w in runner.inputs]) == expected
     assert "None" in values.values(), "an empty dropdown is pasted by name"
 
 
@@ -220,7 +221,7 @@ def test_names_with_commas_are_offered_as_they_are_read(webui):
 
 def test_axes_are_there_once_after_any_number_of_reloads(webui):
     webui.callbacks.call("before_ui")
-    names = ["Lambda", "Start", "End", "Curve", "Base", "Adapted", "LoRAs", "LoRA weight"]
+    names = ["Lambda", "Start", "End", "Curve", "Base", "Adapted", "LoRAs", "LoRA weight", "CFG", "Size", "Bridge"]
     expected = ["Nothing", *(f"[Delta] {name}" for name in names)]
     assert [option.label for option in webui.module("xyz_grid.py").axis_options] == expected
     webui.load()

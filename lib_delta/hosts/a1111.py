@@ -7,6 +7,7 @@ the delta, before masks are blended in and previews are taken.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
 from lib_delta.hosts.progress import pass_progress
-from lib_delta.hosts.webui import RUN, Host, TextEngine
+from lib_delta.hosts.webui import RUN, Host, Target, TextEngine
 from lib_delta.parameterization import Schedule, denoised_of, from_timestep_space, per_image
 
 if TYPE_CHECKING:
@@ -62,8 +63,11 @@ class Automatic1111(Host):
         script_callbacks.on_cfg_denoiser(self._before_model)
         script_callbacks.on_cfg_denoised(self._after_model)
 
-    def target(self) -> tuple[Family, float]:
-        return family_of(shared.sd_model), Schedule(shared.sd_model.alphas_cumprod).sigma_max
+    def target(self) -> Target:
+        family = family_of(shared.sd_model)
+        if family is Family.SD3:  # of flow matching, whatever ``parameterization`` says
+            return Target(family, math.inf, flow=True)
+        return Target(family, Schedule(shared.sd_model.alphas_cumprod).sigma_max)
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         device: torch.device = devices.device
@@ -123,12 +127,12 @@ class Automatic1111(Host):
         skipped = _uncond_skipped(params.x, call)
         scale = 1.0 if skipped else call.cfg_scale
         denoised = _guided(estimates, call, scale)
-        step = DenoiseStep(call.x, call.sigma, denoised, scale, call.progress, call.step, skipped)
+        step = DenoiseStep(call.x, call.sigma, denoised, call.cfg_scale, call.progress, call.step, skipped)
         changes = call.run.changes(step, self.target, call.hires)
         if changes is None:
             return
         guided, uncond = (-c / per_image(call.sigma, c) for c in changes) if call.eps else changes
-        params.x += _row_changes(guided, uncond, step.cfg_scale, call).to(params.x)
+        params.x += _row_changes(guided, uncond, scale, call).to(params.x)
 
 
 def _call(run: Run, hires: bool, params: Any) -> Call:

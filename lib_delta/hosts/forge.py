@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from lib_delta.errors import DeltaError, SettingError
 from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
 from lib_delta.hosts.progress import pass_progress
-from lib_delta.hosts.webui import RUN, Host, TextEngine
+from lib_delta.hosts.webui import RUN, Host, Target, TextEngine
 
 if TYPE_CHECKING:
     from lib_delta.hosts.run import Run
@@ -76,10 +77,13 @@ class Forge(Host):
     def install(self) -> None:
         script_callbacks.on_cfg_denoiser(self._before_model)
 
-    def target(self) -> tuple[Family, float]:
+    def target(self) -> Target:
         model = shared.sd_model.forge_objects.unet.model
         schedule = model.predictor if BACKEND else model.model_sampling
-        return family_of(shared.sd_model), float(schedule.sigmas.max())
+        family = family_of(shared.sd_model)
+        if _flow(schedule):
+            return Target(family, math.inf, flow=True)
+        return Target(family, float(schedule.sigmas.max()))
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         device: torch.device = memory.get_torch_device()
@@ -257,16 +261,40 @@ def _room_for(p: Any, patcher: Any) -> int:
     return room
 
 
+# By channels and scale factor of their latents: a model's class says less, for some pretend to be SDXL.
+FAMILIES = {
+    (4, 0.18215): Family.SD1,
+    (4, 0.13025): Family.SDXL,
+    (16, 1.5305): Family.SD3,
+    (16, 0.3611): Family.FLUX,
+    (16, 1.0): Family.WAN,
+    (128, 1.0): Family.FLUX2,
+}
+FLAGS = {"is_sdxl": Family.SDXL, "is_sd3": Family.SD3, "is_sd2": Family.SD2, "is_sd1": Family.SD1}
+
+
 def family_of(model: Any) -> Family:
-    """Tell the family of the WebUI's checkpoint; raises :class:`SettingError` for those not known."""
-    families = {"is_sdxl": Family.SDXL, "is_sd3": Family.SD3, "is_sd2": Family.SD2, "is_sd1": Family.SD1}
-    for flag, family in families.items():
-        if getattr(model, flag, False):
-            return family
-    raise SettingError(
-        f"the main checkpoint ({type(model).__name__}) is of a family that Delta Sampling does not know: "
-        "SD 1.x, SD 2.x or SDXL is needed"
-    )
+    """Tell the family of the WebUI's checkpoint by its latents; raises :class:`SettingError` for those not known."""
+    latents = getattr(getattr(model, "model_config", None), "latent_format", None)
+    flagged = next((family for flag, family in FLAGS.items() if getattr(model, flag, False)), None)
+    if latents is None:
+        found, kind = flagged, "a family"
+    else:
+        found = FAMILIES.get((latents.latent_channels, latents.scale_factor))
+        kind = f"latents ({type(latents).__name__})"
+    if found is None:
+        raise SettingError(
+            f"the main checkpoint ({type(model).__name__}) is of {kind} that Delta Sampling does not know: "
+            "SD 1.x, SD 2.x, SDXL, SD 3 or one with FLUX.1's latents is needed"
+        )
+    # SD 2.x has the latents of SD 1.x.
+    return Family.SD2 if found is Family.SD1 and flagged is Family.SD2 else found
+
+
+def _flow(schedule: Any) -> bool:
+    """Tell whether a model is one of flow matching; what says so has no name of its own in reForge."""
+    by_name = any(kind.__name__ == "CONST" for kind in type(schedule).__mro__)
+    return by_name or getattr(schedule, "prediction_type", None) == "const"
 
 
 def running() -> Forge:

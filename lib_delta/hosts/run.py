@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from lib_delta.bridges import Bridge, choose
+from lib_delta.bridges import Bridge, choose, status
 from lib_delta.errors import DeltaError
 from lib_delta.families import Family
-from lib_delta.guidance import DeltaGuidance, DenoiseStep
+from lib_delta.guidance import DeltaGuidance, DenoiseStep, side_cfg
+from lib_delta.hosts.webui import Target
+from lib_delta.parameterization import from_flow_space
 from lib_delta.request import Active, Passes
 from lib_delta.sidemodel import SideModel, sentence
 from lib_delta.source import Source
@@ -46,6 +48,7 @@ class Run:
     effective: bool = False
     interrupted: bool = False
     _sizes: list[float] = field(default_factory=list)
+    bridged: str = ""
     _points: dict[bool, list[float]] = field(default_factory=dict)
     _bridges: dict[tuple[Family, float | None], Bridge] = field(default_factory=dict)
 
@@ -59,25 +62,30 @@ class Run:
             return 0.0
         return request.lambda_over_run().at(progress)
 
-    def bridge(self, target: Family, sigma_max: float) -> Bridge:
+    def bridge(self, target: Target) -> Bridge:
         """Return the way to the source from a target, which a refiner or hires pass may change in mid-run.
 
-        ``sigma_max`` is that of the target's own schedule.  Only where it is of another kind, as after
-        the rescale to zero terminal SNR, is the source kept within its own: samplers with churn go a
-        little above any schedule, and models follow.
+        Only where the target's schedule is of another kind, as after the rescale to zero terminal SNR and
+        in flow matching, is the source kept within its own: samplers with churn go a little above any
+        schedule, and models follow.
         """
         known = self.model.parameterization.schedule.sigma_max
-        limit = known if sigma_max > 2 * known else None
-        if (target, limit) not in self._bridges:
-            self._bridges[target, limit] = choose(self.model.report.family, target, limit)
-        return self._bridges[target, limit]
+        limit = known if target.sigma_max > 2 * known else None
+        if (target.family, limit) not in self._bridges:
+            request = self.asked.first  # of which the hires pass differs in lambda and LoRAs alone
+            self._bridges[target.family, limit] = choose(
+                self.model.report.family,
+                target.family,
+                limit,
+                request.bridge,  # type: ignore[arg-type]
+                request.side_size,
+            )
+        return self._bridges[target.family, limit]
 
-    def changes(
-        self, step: DenoiseStep, target: Callable[[], tuple[Family, float]], hires: bool
-    ) -> tuple[Tensor, Tensor] | None:
+    def changes(self, step: DenoiseStep, target: Callable[[], Target], hires: bool) -> tuple[Tensor, Tensor] | None:
         """Return what the delta changes in the target's guided and negative estimates; None for nothing.
 
-        ``target`` tells what :meth:`bridge` takes.  A fault, be it that no bridge leads to what the
+        ``step`` is as the target's sampler has it.  A fault, be it that no bridge leads to what the
         target has become, goes to ``on_fault``, which raises it, or lets the target's own estimates stand.
         """
         started, changes = time.perf_counter(), None
@@ -85,14 +93,31 @@ class Run:
             active = self.asked.active(step.progress, hires)
             self.model.activate(active)
             source = self.sources[hires, active]
-            guidance = DeltaGuidance(self.asked.of(hires).lambda_over_run(), self.bridge(*target()), source)
-            changes = guidance.changes(step)
+            main = target()
+            guidance = DeltaGuidance(self.asked.of(hires).lambda_over_run(), self.bridge(main), source)
+            changes = guidance.changes(self._of_source(step, main))
+            self._note_bridge(main, step)
             self.steps += 1
             self.effective = self.effective or (changes is not None and any(bool(c.any()) for c in changes))
             if changes is not None:
                 self._sizes.append(float(changes[0].norm() / step.denoised.norm().clamp(min=1e-12)))
             self.seconds += time.perf_counter() - started
         return changes
+
+    def _note_bridge(self, target: Target, step: DenoiseStep) -> None:
+        """Note for the status which bridge the last step had, and how large the side model's latents were."""
+        rows, columns = step.x.shape[-2:]
+        source, request = self.model.report.family, self.asked.first
+        self.bridged = status(source, target.family, rows, columns, request.bridge, request.side_size)  # type: ignore[arg-type]
+
+    def _of_source(self, step: DenoiseStep, target: Target) -> DenoiseStep:
+        """Bring a step to the terms of the source: its scale of noise, and its own guidance."""
+        if target.flow:
+            x, sigma = from_flow_space(step.x, step.sigma, step.denoised)
+            step = replace(step, x=x, sigma=sigma)
+        scale = side_cfg(step.cfg_scale, self.model.report.family, target.family, self.asked.first.cfg or None)
+        # With a scale of its own it has guidance of its own, whatever the target leaves out to save time.
+        return step if scale == step.cfg_scale else replace(step, cfg_scale=scale, uncond_skipped=False)
 
     @contextmanager
     def watched(self, doing: str) -> Iterator[None]:
@@ -144,7 +169,7 @@ class Run:
             return f"Last run: no step had the delta{reason}"
         passes = sum(source.evaluations for source in self.sources.values())
         cost = f"{_counted(passes, 'pass', 'es')} of the side model, {self.seconds:.1f} s"
-        return f"Last run: delta in {_counted(self.steps, 'step')}, {cost}{self._in_sizes()}{reason}"
+        return f"Last run: delta in {_counted(self.steps, 'step')}, {cost} ({self.bridged}){self._in_sizes()}{reason}"
 
     def _in_sizes(self) -> str:
         """Say how large the delta was at each step, as a share of what the target estimated."""

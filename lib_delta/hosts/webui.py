@@ -65,6 +65,18 @@ class Told:
     hires_steps: int | None
 
 
+@dataclass(frozen=True)
+class Target:
+    """The main checkpoint: its family, the largest noise level of its schedule, and whether it is one of flow matching.
+
+    Samplers of such a model hold ``(1 - t) * x0 + t * noise`` and call t sigma; its largest level is infinite.
+    """
+
+    family: Family
+    sigma_max: float
+    flow: bool = False
+
+
 class Host(ABC):
     """A WebUI: its lists and options, its hooks, its prompt grammar and its memory."""
 
@@ -83,8 +95,8 @@ class Host(ABC):
         """Register the callbacks that samplers call at every step."""
 
     @abstractmethod
-    def target(self) -> tuple[Family, float]:
-        """Return the family of the checkpoint that is loaded now, and the largest sigma of its schedule."""
+    def target(self) -> Target:
+        """Tell what checkpoint is loaded now."""
 
     @abstractmethod
     def place(self) -> tuple[torch.device, torch.dtype]:
@@ -400,7 +412,7 @@ class Host(ABC):
         tile(model.unet, bool(getattr(p, "tiling", False)))
         sources = self._tell(p, asked, model)
         run = Run(asked, model, sources, lambda fault: self._fault(p, fault))
-        run.bridge(*self.target())
+        run.bridge(self.target())
         self.enter(p, model)
         return run
 

@@ -26,6 +26,7 @@ class LoadedModel:
 
     cond_stage_key, parameterization = "txt", "eps"
     is_sd1, is_sd2, is_sdxl, is_sd3 = True, False, False, False
+    latent_channels = 4
 
     def __init__(self, info):
         self.sd_checkpoint_info = info

@@ -77,7 +77,7 @@ class StableDiffusionProcessing:
 
     def noise(self, size):
         torch.manual_seed(self.seeds[0])
-        return torch.randn(self.batch_size, 4, *size)
+        return torch.randn(self.batch_size, shared.sd_model.latent_channels, *size)
 
     def conds(self, prompts, negative, steps, hires_steps=None):
         limits = steps, hires_steps, *parser_options()

@@ -49,6 +49,7 @@ class LoadedModel:
     """The main checkpoint; ``alphas_cumprod`` is there once a timestep sampler has run."""
 
     is_sd1, is_sd2, is_sdxl, is_sd3 = True, False, False, False
+    latent_channels = 4
 
     def __init__(self, info):
         self.sd_checkpoint_info = info
