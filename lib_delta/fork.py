@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_delta.memory import free_memory
+from lib_delta.devices import free_memory
 
 # How much the scores of one call of attention may take where they are held whole: enough to keep a device busy.
 SCORE_BYTES = 512 * 2**20

@@ -35,7 +35,8 @@ class Schedule:
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         """Take the signal levels ``(steps,)``, decreasing, between 0 and 1 (both excluded)."""
-        alphas = alphas_cumprod.detach().double().cpu()
+        # cpu() first: not every device has float64.
+        alphas = alphas_cumprod.detach().cpu().double()
         if alphas.ndim != 1 or len(alphas) < 2 or not bool(((alphas > 0) & (alphas < 1)).all()):
             raise SettingError("a noise schedule needs at least two values of alphas_cumprod between 0 and 1")
         self.alphas_cumprod = alphas

@@ -16,9 +16,9 @@ from lib_delta.adapters.apply import AdaptedTower, Form, Weight, attach, detach,
 from lib_delta.adapters.blocks import BlockWeights
 from lib_delta.adapters.load import AdapterFile, load_adapter
 from lib_delta.checkpoint import TEXT_PREFIXES, WeightFile, detect_family, detect_variant, load_unet
+from lib_delta.devices import out_of_memory, without_autocast
 from lib_delta.errors import CheckpointError, DeltaError
 from lib_delta.families import Family
-from lib_delta.memory import out_of_memory
 from lib_delta.models.text import TextEncoder, load_towers
 from lib_delta.parameterization import Parameterization, Schedule
 
@@ -97,7 +97,9 @@ class SideModel:
             self._files = {key: file for key, file in self._files.items() if key in wanted}
             for state, rank in wanted:
                 if (state, rank) not in self._files:
-                    self._files[state, rank] = load_adapter(state.path, self.unet, [self.tower]).with_rank(rank)
+                    with without_autocast(torch.device("cpu")):
+                        read = load_adapter(state.path, self.unet, [self.tower])
+                    self._files[state, rank] = read.with_rank(rank)
             self.adapters = tuple(self._files[key] for key in wanted)
         except BaseException:
             self._release()

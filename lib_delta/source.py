@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from lib_delta.devices import out_of_memory, release_cached, without_autocast
 from lib_delta.fork import alone, expand, forks
 from lib_delta.injection import Guide, Injection, Inputs
-from lib_delta.memory import out_of_memory, release_cached
 from lib_delta.models.unet import Text, UNet
 from lib_delta.parameterization import Parameterization
 
@@ -388,12 +387,3 @@ def _same_length(contexts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Repeat contexts ``(..., T, C)`` to one length; attention over a repeated context is unchanged."""
     length = math.lcm(*(c.shape[-2] for c in contexts))
     return tuple(torch.cat([c] * (length // c.shape[-2]), -2) for c in contexts)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Switch off the autocast a host may be running under: the weights' own type is the one asked for."""
-    try:
-        return torch.autocast(device.type, enabled=False)
-    except RuntimeError:
-        # An older torch has no autocast for this device, so there is none to switch off.
-        return nullcontext()

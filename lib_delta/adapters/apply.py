@@ -18,6 +18,7 @@ from lib_delta.adapters import keys
 from lib_delta.adapters.full import Tuned
 from lib_delta.adapters.load import AdapterFile
 from lib_delta.adapters.protocol import LayerAdapter
+from lib_delta.devices import without_autocast
 from lib_delta.errors import SettingError
 from lib_delta.fork import Adaptation, ForkedLayer
 from lib_delta.models.text import TextEncoder
@@ -159,14 +160,25 @@ def _adaptation(layer: ForkedLayer, parts: Sequence[Weighted], form: Form, befor
     return Bypass([(adapter.map(lambda t: t.to(own.device, own.dtype)), weight) for adapter, weight in parts])
 
 
+def _reusable(memory: Tensor, weight: Tensor) -> bool:
+    # What was moved in inference mode, as Forge does, can be written to in that mode alone.
+    fits = memory.shape == weight.shape and memory.dtype == weight.dtype and memory.device == weight.device
+    return fits and (torch.is_inference_mode_enabled() or not memory.is_inference())
+
+
 @torch.no_grad()
 def _merge(layer: Any, parts: Sequence[Weighted], into: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Return the layer's weight plus all differences, and its bias if that changes, summed in fp32.
 
-    ``into`` is memory for the weight that may be overwritten.
+    ``into`` is memory for the weight that may be overwritten.  A host's autocast would round the products to half.
     """
     weight: Tensor = layer.weight
-    if into is None or into.shape != weight.shape or into.dtype != weight.dtype or into.device != weight.device:
+    with without_autocast(weight.device):
+        return _summed(layer, weight, parts, into)
+
+
+def _summed(layer: Any, weight: Tensor, parts: Sequence[Weighted], into: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if into is None or not _reusable(into, weight):
         into = torch.empty_like(weight, memory_format=torch.contiguous_format)
     total = into.copy_(weight) if weight.dtype == torch.float32 else weight.to(torch.float32, copy=True).contiguous()
     own: Tensor | None = getattr(layer, "bias", None)

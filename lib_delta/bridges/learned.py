@@ -14,8 +14,8 @@ from lib_delta.bridges.identity import SameSize
 from lib_delta.bridges.maps import DifferenceMap, StateMap
 from lib_delta.bridges.protocol import Crossing
 from lib_delta.checkpoint import WeightFile, fill
+from lib_delta.devices import without_autocast
 from lib_delta.errors import CheckpointError, SettingError
-from lib_delta.source import without_autocast
 from lib_delta.spaces import Space
 
 WEIGHTS = Path(__file__).parent

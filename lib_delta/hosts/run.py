@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from lib_delta.bridges import Bridge, choose, status
+from lib_delta.devices import without_autocast
 from lib_delta.errors import DeltaError
 from lib_delta.families import Family
 from lib_delta.guidance import DeltaGuidance, DenoiseStep, side_cfg
@@ -89,7 +90,8 @@ class Run:
         target has become, goes to ``on_fault``, which raises it, or lets the target's own estimates stand.
         """
         started, changes = time.perf_counter(), None
-        with self.watched(f"step {step.step + 1} of Delta Sampling"):
+        # AUTOMATIC1111 calls under autocast, which would round merges and bridges to half precision.
+        with self.watched(f"step {step.step + 1} of Delta Sampling"), without_autocast(step.x.device):
             active = self.asked.active(step.progress, hires)
             self.model.activate(active)
             source = self.sources[hires, active]

@@ -10,12 +10,12 @@ from modules import sd_hijack, sd_hijack_clip, shared
 from modules.textual_inversion.textual_inversion import EmbeddingDatabase
 from torch import Tensor
 
+from lib_delta.devices import without_autocast
 from lib_delta.hosts.bundled import BundledEmbeddings
 from lib_delta.hosts.prompts import Padding, insert_embeddings, pad_uncond, pad_with_empty
 from lib_delta.hosts.webui import TextEngine, Texts
 from lib_delta.models.text import load_tokenizer
 from lib_delta.sidemodel import SideModel
-from lib_delta.source import without_autocast
 
 
 class Embeddings(EmbeddingDatabase):  # type: ignore[misc]

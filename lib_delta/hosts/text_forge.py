@@ -16,12 +16,12 @@ from backend.text_processing.classic_engine import ClassicTextProcessingEngine
 from modules import shared
 from torch import Tensor, nn
 
+from lib_delta.devices import without_autocast
 from lib_delta.hosts.bundled import BundledEmbeddings
 from lib_delta.hosts.prompts import insert_embeddings
 from lib_delta.hosts.webui import TextEngine, Texts
 from lib_delta.models.text import load_tokenizer
 from lib_delta.sidemodel import SideModel
-from lib_delta.source import without_autocast
 
 NOTES = "last_extra_generation_params"
 TOKENIZER = Path("huggingface", "runwayml", "stable-diffusion-v1-5", "tokenizer")

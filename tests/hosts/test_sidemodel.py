@@ -13,8 +13,8 @@ pytest.importorskip("transformers", reason="transformers is not installed, whose
 from small_files import TEXT_PREFIX, UNET_PREFIX, Files, checkpoint, make_files, write
 
 from lib_delta.adapters.apply import Form
+from lib_delta.devices import out_of_memory
 from lib_delta.errors import AdapterError, CheckpointError, DeltaError, SettingError
-from lib_delta.memory import out_of_memory
 from lib_delta.sidemodel import AdapterPick, FileState, SideModel, SideModels, sentence
 
 FP32 = torch.float32

@@ -1,8 +1,9 @@
-"""Memory: how much a device has left, and how errors say that it ran out."""
+"""Devices: how much memory one has left, how errors say that it ran out, and what a host has switched on there."""
 
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -35,3 +36,12 @@ def release_cached(device: torch.device) -> None:
     release = getattr(getattr(torch, device.type, None), "empty_cache", None)
     if release is not None:
         release()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Switch off the autocast a host may be running under: the weights' own type is the one asked for."""
+    try:
+        return torch.autocast(device.type, enabled=False)
+    except RuntimeError:
+        # An older torch has no autocast for this device, so there is none to switch off.
+        return nullcontext()

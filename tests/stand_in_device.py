@@ -1,0 +1,121 @@
+"""A stand-in for a GPU: on the CPU, and as strict as Apple's.
+
+While :func:`stand_in_device` runs, tensors can be moved to ``DEVICE``.  There, as on a real one, an operation refuses
+tensors of another device (but for single numbers), float64 does not exist, and data have to come back before Python
+can read them.  Each transfer is counted.  As torch has it, what is made there in inference mode cannot be written to
+outside of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+# Torch tells it from ``torch.device("cpu")``; and it is one that every torch knows how to guard and autocast.
+DEVICE = torch.device("cpu", 0)
+
+
+class OnDevice(Tensor):
+    """A tensor that says it is on the device; ``held`` is where its numbers are."""
+
+    held: Tensor
+    inference: bool
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> OnDevice:
+        if held.dtype in (torch.float64, torch.complex128):
+            raise TypeError(f"Cannot convert to {held.dtype}: the device {DEVICE} has no float64")
+        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        self: OnDevice = Tensor._make_wrapper_subclass(cls, held.shape, device=DEVICE, requires_grad=False, **layout)
+        self.held, self.inference = held, torch.is_inference_mode_enabled()
+        return self
+
+    def is_inference(self) -> bool:
+        return self.inference
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"OnDevice({self.held})"
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(function, args, kwargs or {})
+
+
+class _Mode(TorchDispatchMode):
+    """Brings tensors to the device, and lets operations make tensors there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transfers: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_inference_mode_enabled():
+            # In this mode, operations that are made of others are not taken apart before they come here.
+            with self:
+                parts = function.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
+        return _run(function, args, kwargs or {}, self.transfers)
+
+
+def _run(function: Any, args: Any, kwargs: dict[str, Any], transfers: Counter[str] | None = None) -> Any:
+    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+    there = any(isinstance(t, OnDevice) for t in tensors)
+    wanted = kwargs.get("device")
+    moves = function is torch.ops.aten._to_copy.default or function is torch.ops.aten.copy_.default
+    # Indices may come from the CPU, at the price of a transfer.
+    mixed = any(t.ndim and not isinstance(t, OnDevice) for t in tensors)
+    if mixed and there and function.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_):
+        mixed = not isinstance(args[0], OnDevice)
+        if transfers is not None:
+            transfers["to the device"] += 1
+    if there and mixed and not moves:
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found {DEVICE} and cpu: {function}")
+    if function._schema.is_mutable and getattr(args[0], "inference", False) and not torch.is_inference_mode_enabled():
+        raise RuntimeError(f"Inplace update to inference tensor outside InferenceMode is not allowed: {function}")
+    target = there if wanted is None else torch.device(wanted) == DEVICE
+    if function is torch.ops.aten.copy_.default:
+        target = isinstance(args[0], OnDevice)
+    if transfers is not None and moves and any(isinstance(t, OnDevice) is not target for t in tensors):
+        transfers["to the device" if target else "from the device"] += 1
+    if target and wanted is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    plain_args, plain_kwargs = tree_map(_held, (args, kwargs))
+    result = function(*plain_args, **plain_kwargs)
+    if function is torch.ops.aten._local_scalar_dense.default and transfers is not None and there:
+        transfers["from the device"] += 1
+    known = {id(_held(t)): t for t in tensors}
+
+    def wrap(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        # What an operation gives back that it was given, as those in place do.
+        return known.get(id(value), OnDevice(value) if target else value)
+
+    return tree_map(wrap, result)
+
+
+def _held(value: Any) -> Any:
+    return value.held if isinstance(value, OnDevice) else value
+
+
+@contextmanager
+def stand_in_device() -> Iterator[Counter[str]]:
+    """Have the device for a while; returns how many transfers there were, by direction."""
+    mode = _Mode()
+    # A parameter of the CPU cannot hold a tensor of another kind: modules that move get new ones.
+    overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        with mode:
+            yield mode.transfers
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
