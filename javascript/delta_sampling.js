@@ -50,6 +50,14 @@ function deltaSamplingShown(tab) {
     });
 }
 
+// The constant curve has no start and end of its own.
+function deltaSamplingCurve(tab, drawn) {
+    const constant = drawn !== undefined && JSON.parse(drawn)[3] === "constant";
+    for (const item of ["first", "last"]) {
+        deltaSamplingElement(tab, item)?.classList.toggle("delta-sampling-inactive", constant);
+    }
+}
+
 // Answers to quick changes can arrive in another order: a drawing that is not of the latest values is asked for again.
 function deltaSamplingDrawing(tab) {
     const drawing = deltaSamplingElement(tab, "drawing");
@@ -58,6 +66,7 @@ function deltaSamplingDrawing(tab) {
     let waiting, asked;
     const check = () => {
         const drawn = drawing.querySelector("[data-drawn]")?.dataset.drawn;
+        deltaSamplingCurve(tab, drawn);
         const choosing = deltaSamplingElement(tab, "curve").contains(document.activeElement);
         if (!drawn || choosing) return;
         const shown = JSON.stringify(deltaSamplingShown(tab));

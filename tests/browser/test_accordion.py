@@ -151,6 +151,14 @@ def test_lambda_is_drawn_anew_whenever_a_part_of_it_changes(tab):
     expect(tab.item("drawing")).to_contain_text("start (0.9) must not come after end (0.8)")
 
 
+def test_the_ends_of_the_curve_are_dim_while_it_is_constant(tab):
+    for item in ("first", "last"):
+        expect(tab.item(item)).to_have_class(re.compile("delta-sampling-inactive"))
+    tab.choose("curve", "cosine")
+    for item in ("first", "last"):
+        expect(tab.item(item)).not_to_have_class(re.compile("delta-sampling-inactive"))
+
+
 def test_the_latest_values_are_drawn_even_if_an_older_answer_comes_last(tab):
     def late(route):
         if '"data":[2,' in route.request.post_data:
