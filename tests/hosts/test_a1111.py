@@ -193,3 +193,10 @@ def test_unloading_returns_cached_memory_to_the_system(webui: WebUI) -> None:
     collected.clear()
     webui.host.unload()
     assert collected == [True]
+
+
+def test_sd3_is_a_target_of_flow_matching(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not webui.host.target().flow
+    monkeypatch.setattr(type(webui.shared.sd_model), "is_sd3", True)
+    target = webui.host.target()
+    assert (target.family.name, target.flow, target.sigma_max) == ("SD3", True, float("inf"))

@@ -83,6 +83,9 @@ SETTINGS = {
     "negative_prompt": "green",
     "adapted_prompt": "a ship",
     "hires": "first pass",
+    "cfg": 3.5,
+    "size": "512",
+    "bridge": "published",
 }
 TEXTS = {
     "Delta lambda": "0.75",
@@ -94,6 +97,9 @@ TEXTS = {
     "Delta negative prompt": "green",
     "Delta adapted prompt": "a ship",
     "Delta hires": "first pass",
+    "Delta CFG": "3.5",
+    "Delta size": "512",
+    "Delta bridge": "published",
 }
 
 
@@ -129,7 +135,7 @@ def texts_of(infotext: str) -> dict[str, str]:
 
 def test_the_infotext_has_what_is_not_the_default(webui: WebUI, files: Files) -> None:
     simple = texts_of(webui.generate(files.delta()).infotexts[0])
-    assert simple == {"Delta lambda": "1", "Delta base": files.sd1, "Delta LoRAs": files.lora}
+    assert simple == {"Delta lambda": "1", "Delta base": files.sd1, "Delta LoRAs": files.lora, "Delta bridge": "learned"}
     assert texts_of(webui.generate(all_settings(files)).infotexts[0]) == all_texts(files)
 
 
@@ -202,7 +208,7 @@ def test_a_plot_over_lambda_and_lora_weight(webui: WebUI, files: Files) -> None:
             assert delta_keys(cell.infotext) == {}
             assert np.array_equal(cell.picture, plain)
         else:
-            told = {"Delta lambda": strength, "Delta base": files.sd1, "Delta LoRAs": lora}
+            told = {"Delta lambda": strength, "Delta base": files.sd1, "Delta LoRAs": lora, "Delta bridge": "learned"}
             assert texts_of(cell.infotext) == told
             alone = webui.generate(files.delta(**{"lambda": float(strength), "loras": lora})).pictures[0]
             assert np.array_equal(cell.picture, alone)
@@ -243,7 +249,7 @@ def test_the_grids_own_text_has_the_recipe(webui: WebUI, files: Files) -> None:
     script = {"script_name": "X/Y/Z plot", "script_args": plot_arguments(webui, {"[Delta] Lambda": "0, 1"})}
     body = {**webui.defaults, **script, "alwayson_scripts": {SCRIPT: {"args": [files.delta()]}}}
     grid, first, *_ = json.loads(webui.post("/sdapi/v1/txt2img", body)["info"])["infotexts"]
-    assert texts_of(grid) == {"Delta lambda": "0", "Delta base": files.sd1, "Delta LoRAs": files.lora}
+    assert texts_of(grid) == {"Delta lambda": "0", "Delta base": files.sd1, "Delta LoRAs": files.lora, "Delta bridge": "learned"}
     assert delta_keys(first) == {}
 
 
