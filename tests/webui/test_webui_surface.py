@@ -135,7 +135,8 @@ def texts_of(infotext: str) -> dict[str, str]:
 
 def test_the_infotext_has_what_is_not_the_default(webui: WebUI, files: Files) -> None:
     simple = texts_of(webui.generate(files.delta()).infotexts[0])
-    assert simple == {"Delta lambda": "1", "Delta base": files.sd1, "Delta LoRAs": files.lora, "Delta bridge": "learned"}
+    told = {"Delta base": files.sd1, "Delta LoRAs": files.lora, "Delta bridge": "learned"}
+    assert simple == {"Delta lambda": "1", **told}
     assert texts_of(webui.generate(all_settings(files)).infotexts[0]) == all_texts(files)
 
 
@@ -249,7 +250,8 @@ def test_the_grids_own_text_has_the_recipe(webui: WebUI, files: Files) -> None:
     script = {"script_name": "X/Y/Z plot", "script_args": plot_arguments(webui, {"[Delta] Lambda": "0, 1"})}
     body = {**webui.defaults, **script, "alwayson_scripts": {SCRIPT: {"args": [files.delta()]}}}
     grid, first, *_ = json.loads(webui.post("/sdapi/v1/txt2img", body)["info"])["infotexts"]
-    assert texts_of(grid) == {"Delta lambda": "0", "Delta base": files.sd1, "Delta LoRAs": files.lora, "Delta bridge": "learned"}
+    told = {"Delta base": files.sd1, "Delta LoRAs": files.lora, "Delta bridge": "learned"}
+    assert texts_of(grid) == {"Delta lambda": "0", **told}
     assert delta_keys(first) == {}
 
 
