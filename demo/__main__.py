@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 import time
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # Names that the small target draws so that they are recognised.
 PROMPTS = ("christmas tree", "cupcake", "crescent moon", "lobster", "guitar", "paw prints")
 MODELS = Path(__file__).parent / "models"
+NAME_FILES = ("names.json", "concepts.json")
 EXAMPLES = """examples:
   python run.py demo
   python run.py demo --prompt "red apple" --prompt rocket --lambdas 0,1,2 --range 0.5 1
@@ -46,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--out", type=Path, default=Path("out/demo.png"), help="the .png to write (default: %(default)s)"
     )
+    output.add_argument("--list", action="store_true", help="name the prompts that the embedded models know, and end")
     output.add_argument("--json", type=Path, metavar="FILE", help="write what is printed, with the settings, as JSON")
     return out
 
@@ -128,6 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         _check(options)
+        if options.list:
+            print("\n".join(_known(options.models)))
+            return 0
         for path in filter(None, (options.out, options.json)):
             path.parent.mkdir(parents=True, exist_ok=True)
         result = _draw_own(options) if options.target else _draw_embedded(options)
@@ -187,9 +193,26 @@ def _draw_embedded(options: argparse.Namespace) -> Result:
     adapters = _adapters(options)
     controls = _controls(options)
     embedded = Embedded.load(options.models, adapters, controls)
+    _check_known(plan.prompts, embedded.judged)
     columns = embedded_sweep(embedded, plan)
-    judgements = [judge_column(embedded.judges, embedded.names, plan.prompts, column) for column in columns]
+    judgements = [judge_column(embedded.judges, embedded.judged, plan.prompts, column) for column in columns]
     return Result(plan, "CPU, fp32", columns, judgements, adapters, controls=controls)
+
+
+def _known(models: Path) -> list[str]:
+    """Return the prompts that the embedded models know, and those that their adapter of content teaches."""
+    return [name for file in NAME_FILES for name in json.loads((models / file).read_text("utf-8"))]
+
+
+def _check_known(prompts: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse what the embedded models cannot draw: they know these names, and no other words."""
+    for prompt in prompts:
+        if prompt.strip().lower() not in known:
+            near = difflib.get_close_matches(prompt.strip().lower(), known, 3, 0.4)
+            meant = f"is {' or '.join(map(repr, near))} meant? " if near else ""
+            raise SettingError(
+                f"the embedded models do not know {prompt[:60]!r}: {meant}--list names the {len(known)} that they do"
+            )
 
 
 def _draw_own(options: argparse.Namespace) -> Result:

@@ -8,7 +8,7 @@ bootstrap: the prompts are drawn again with replacement, the same ones for all f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def measure(
     """Measure each file's delta; returns tables ``{"lambda 1": {"LoRA": figures}}``."""
     target, files = Task("target", prompts, seeds, settings), there(models)
     ways = {f"lambda {v:g}": replace(target, kind="delta", strength=Strength(v)) for v in LAMBDAS}
-    tasks = {f"{way} of {name}": replace(ways[way], adapter=file) for way in ways for name, file in files.items()}
+    tasks = {f"{way} of {name}": replace(ways[way], adapters=(file,)) for way in ways for name, file in files.items()}
     results = workers.run({"target": target, "alone of LoRA": replace(target, kind="adapted"), **tasks})
     draws = _draws(len(prompts))
     means = {key: draws @ _by_prompt(result) for key, result in results.items()}
@@ -58,7 +58,8 @@ def measure(
 
 def _by_prompt(result: Result) -> Tensor:
     """Return the scores of each prompt, ``(prompts, 5)``."""
-    return torch.tensor([astuple(scores) for scores in result.by_prompt], dtype=torch.float64)
+    rows = [(s.style, s.ink, s.content, s.near, s.diversity) for s in result.by_prompt]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _draws(prompts: int) -> Tensor:
@@ -107,6 +108,6 @@ def sheet(models: Path, settings: Settings) -> Image.Image:
     studio = Studio(models)
     target = Task("target", PICTURED, (0,), settings)
     delta = replace(target, kind="delta", strength=Strength(LAMBDAS[-1]))
-    tasks = {"target alone": target, **{name: replace(delta, adapter=file) for name, file in there(models).items()}}
+    tasks = {"target alone": target, **{name: replace(delta, adapters=(file,)) for name, file in there(models).items()}}
     rows = [decode(studio.embedded.target, studio.run(task).latents) for task in tasks.values()]
     return draw_grid(torch.stack(rows), list(tasks), PICTURED)

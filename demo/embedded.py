@@ -16,13 +16,22 @@ LORA = "lineart.safetensors"
 
 @dataclass(frozen=True)
 class Embedded:
-    """Base, target, the base with its line-art LoRA or other adapters, and what judges their pictures."""
+    """Base, target, the base with its line-art LoRA or other adapters, and what judges their pictures.
+
+    ``names`` are those that base and target know, ``concepts`` those that only an adapter teaches.
+    """
 
     base: Model
     target: Model
     adapted: AdaptedModel
     judges: Judges
     names: list[str]
+    concepts: list[str]
+
+    @property
+    def judged(self) -> list[str]:
+        """The names that the judge of content tells apart, in its order."""
+        return self.names + self.concepts
 
     @classmethod
     def load(
@@ -39,4 +48,5 @@ class Embedded:
             ),
             judges=load_judges(folder / "metrics.safetensors"),
             names=json.loads((folder / "names.json").read_text("utf-8")),
+            concepts=json.loads((folder / "concepts.json").read_text("utf-8")),
         )

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from demo import algorithms
+from demo import algorithms, composition
 from demo.embedded import MODELS
 from demo.pipeline import Settings
 from demo.samplers import NAMES
@@ -35,7 +35,8 @@ def evidence(
     """Measure everything that ``evidence.json`` holds; ranges and samplers on ``fewer`` prompts."""
     whole = Task("target", prompts, seeds, settings)
     sweep = {f"{value}": replace(whole, kind="delta", strength=Strength(value)) for value in LAMBDAS}
-    first = workers.run({"target": whole, "adapted": replace(whole, kind="adapted"), **sweep})
+    alone = {"target": whole, "base": replace(whole, kind="base"), "adapted": replace(whole, kind="adapted")}
+    first = workers.run({**alone, **sweep})
     ends = Ends(first["target"].scores, first["adapted"].scores)
     by_lambda = {key: ends.figures(first[key].scores) for key in sweep}
     best = best_lambda(by_lambda)
@@ -46,7 +47,7 @@ def evidence(
     return {
         "cases": len(prompts) * len(seeds),
         "settings": asdict(settings),
-        "ends": {"target_alone": asdict(ends.target), "adapted_alone": asdict(ends.adapted)},
+        "ends": {f"{name}_alone": asdict(first[name].scores) for name in alone},
         "lambda": by_lambda,
         "best_lambda": best,
         "baseline": {
@@ -161,7 +162,14 @@ def main() -> None:
             chosen = tuple(chosen_prompts(names, options.prompts))
             figures = evidence(workers, chosen, seeds, settings, options.fewer_prompts)
         chosen = tuple(chosen_prompts(names, options.algorithm_prompts))
-        figures["algorithms"] = algorithms.measure(workers, options.models, chosen, seeds, settings)
+        if options.only in (None, "algorithms"):
+            figures["algorithms"] = algorithms.measure(workers, options.models, chosen, seeds, settings)
+        if options.only in (None, "composition") and composition.there(options.models):
+            new = tuple(json.loads((options.models / "concepts.json").read_text("utf-8")))
+            best = figures["best_lambda"]
+            figures["composed"] = composition.composed(workers, chosen, seeds, settings, best)
+            figures["concepts"] = composition.concepts(workers, new, seeds, settings)
+            figures["figure_3"] = composition.similarity_and_diversity(workers, chosen, seeds, settings, best)
     finally:
         workers.close()
     options.out.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
@@ -176,7 +184,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each name")
     parser.add_argument("--fewer-prompts", type=int, default=15, help="names for the tables of ranges and samplers")
     parser.add_argument("--algorithm-prompts", type=int, default=25, help="names for the tables of algorithms")
-    parser.add_argument("--only", choices=("algorithms",), help="measure this anew and keep the rest of --out")
+    parts = ("algorithms", "composition")
+    parser.add_argument("--only", choices=parts, help="measure this anew and keep the rest of --out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--sampler", choices=NAMES, default=Settings.sampler)
     parser.add_argument("--steps", type=int, default=Settings.steps)
@@ -196,6 +205,8 @@ def _show(figures: dict[str, Any], options: argparse.Namespace, settings: Settin
             print(table(figures[key], title), end="\n\n")
         print(table(baseline["img2img_by_strength"], "img2img strength"))
         print(f"\nbest lambda {figures['best_lambda']}")
+    for key in figures.keys() & {"composed", "concepts", "figure_3"}:
+        print("\n" + table(figures[key], key.replace("_", " ")))
     sheet = algorithms.sheet(options.models, settings)
     # 256 colours: what is shown is mostly black and white, and the file far smaller.
     sheet.quantize(256, dither=Image.Dither.NONE).save(options.out.with_name("algorithms.png"), optimize=True)

@@ -3,8 +3,9 @@
 - *style*: a small network says how line-art-like a picture is, 0 to 1.  It learnt from pixel blends
   of the same emoji in colour and as line art, so its scale is the blend's share.
 - *ink*: the same question without a network: how close every pixel is to pure black or pure white.
-- *content*: a small network, trained to be blind to the style, embeds the picture; the nearest of the
-  1,563 emoji should be the prompt's; *near*: it should be among the ten nearest.
+- *content*: a small network, trained to be blind to the style, embeds the picture; the nearest of all
+  names should be the prompt's; *near*: it should be among the ten nearest.
+- *mosaic*: how much of the change between neighbouring pixels lies on the borders of 4x4 blocks.
 - *diversity*: the root mean square difference between pictures of one prompt and different seeds.
 """
 
@@ -28,7 +29,7 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 class ContentEncoder(nn.Module):
     """Embed the drawing of pictures ``(N, 3, 64, 64)`` in [-1, 1], by luminance alone, as unit vectors."""
 
-    def __init__(self, names: int = 1563) -> None:
+    def __init__(self, names: int) -> None:
         super().__init__()
         self.features = nn.Sequential(_stage(1, 24, 1), _stage(24, 48, 2), _stage(48, 96, 2), _stage(96, 96, 2))
         self.head = nn.Linear(96 * 4, EMBEDDING)
@@ -57,9 +58,11 @@ class StyleJudge(nn.Module):
 
 
 class Judges(nn.Module):
-    def __init__(self) -> None:
+    """What judges pictures: content, among so many names, and style."""
+
+    def __init__(self, names: int) -> None:
         super().__init__()
-        self.content, self.style = ContentEncoder(), StyleJudge()
+        self.content, self.style = ContentEncoder(names), StyleJudge()
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,14 @@ class Scores:
     content: float
     near: float
     diversity: float
+    mosaic: float = 0.0
 
 
 def load_judges(path: Path) -> Judges:
     """Load the trained networks."""
-    judges = Judges()
-    judges.load_state_dict(load_file(str(path)))
+    weights = load_file(str(path))
+    judges = Judges(len(weights["content.gallery"]))
+    judges.load_state_dict(weights)
     return judges.float().eval().requires_grad_(False)
 
 
@@ -84,6 +89,16 @@ def ink(pictures: Tensor) -> Tensor:
     """Return how close the pixels of ``(N, 3, H, W)`` are to pure black or white, ``(N,)``: 1 is pure."""
     to_black, to_white = (pictures + 1).square().mean(1), (pictures - 1).square().mean(1)
     return 1 - torch.minimum(to_black, to_white).sqrt().mean((1, 2))
+
+
+def mosaic(pictures: Tensor) -> Tensor:
+    """Return how much of the change from pixel to pixel in ``(N, 3, H, W)`` is between 4x4 blocks, ``(N,)``.
+
+    A quarter or less where there are no blocks, 1 in a mosaic of them.
+    """
+    across, down = pictures.diff(dim=-1).abs(), pictures.diff(dim=-2).abs()
+    between = across[..., 3::4].sum((1, 2, 3)) + down[..., 3::4, :].sum((1, 2, 3))
+    return between / (across.sum((1, 2, 3)) + down.sum((1, 2, 3))).clamp(min=1e-6)
 
 
 def diversity(pictures: Tensor) -> float:
@@ -108,4 +123,5 @@ def judge(judges: Judges, pictures: Tensor, names: Tensor) -> Scores:
         content=float(right[:, 0].float().mean()),
         near=float(right.any(1).float().mean()),
         diversity=diversity(pictures),
+        mosaic=float(mosaic(flat).mean()),
     )

@@ -38,19 +38,19 @@ Figures = dict[str, float | None]
 class Task:
     """One set of pictures to make and judge: every prompt with every seed.
 
-    ``kind`` is what draws: the ``target``, the ``adapted`` model, the target with the ``delta`` of
-    ``strength``, or ``img2img``: the target redrawing the last ``share`` of the steps of ``start``,
-    the adapted model's latents.  ``adapter`` names the file that makes the adapted model.
+    ``kind`` is what draws: the ``target``, the ``base``, the ``adapted`` model, the target with the ``delta``
+    of ``strength``, or ``img2img``: the target redrawing the last ``share`` of the steps of ``start``,
+    the adapted model's latents.  ``adapters`` name the files that together make the adapted model.
     """
 
-    kind: Literal["target", "adapted", "delta", "img2img"]
+    kind: Literal["target", "base", "adapted", "delta", "img2img"]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     settings: Settings
     strength: Strength = field(default_factory=Strength)
     share: float = 0.0
     start: Tensor | None = None
-    adapter: str = LORA
+    adapters: tuple[str, ...] = (LORA,)
 
     @property
     def title(self) -> str:
@@ -76,35 +76,35 @@ class Studio:
 
     def __init__(self, models: Path) -> None:
         torch.set_num_threads(1)
-        self.models, self.adapter = models, LORA
+        self.models, self.adapters = models, (LORA,)
         self.embedded = Embedded.load(models)
 
     def run(self, task: Task) -> Result:
         """Make and judge one task's pictures."""
-        self._attach(task.adapter)
+        self._attach(task.adapters)
         latents, seeds = [], len(task.seeds)
         for first in range(0, len(task.prompts), PROMPTS_AT_ONCE):
             batch = Batch(task.prompts[first : first + PROMPTS_AT_ONCE], task.seeds)
             latents.append(self._latents(task, batch, slice(first * seeds, (first + PROMPTS_AT_ONCE) * seeds)))
         made = torch.cat(latents)
-        model = self.embedded.base if task.kind == "adapted" else self.embedded.target
+        model = self.embedded.base if task.kind in ("base", "adapted") else self.embedded.target
         pictures = decode(model, made).unflatten(0, (len(task.prompts), seeds))
-        names = torch.tensor([self.embedded.names.index(prompt) for prompt in task.prompts])
+        names = torch.tensor([self.embedded.judged.index(prompt) for prompt in task.prompts])
         judges = self.embedded.judges
         by_prompt = tuple(judge(judges, pictures[i : i + 1], names[i : i + 1]) for i in range(len(names)))
         return Result(judge(judges, pictures, names), by_prompt, made)
 
-    def _attach(self, adapter: str) -> None:
-        if adapter != self.adapter:
-            adapted = AdaptedModel(self.embedded.base, [Adapter(self.models / adapter)])
-            self.embedded, self.adapter = replace(self.embedded, adapted=adapted), adapter
+    def _attach(self, adapters: tuple[str, ...]) -> None:
+        if adapters != self.adapters:
+            adapted = AdaptedModel(self.embedded.base, [Adapter(self.models / name) for name in adapters])
+            self.embedded, self.adapters = replace(self.embedded, adapted=adapted), adapters
 
     def _latents(self, task: Task, batch: Batch, rows: slice) -> Tensor:
         base, model, settings = self.embedded.base, self.embedded.target, task.settings
-        if task.kind == "adapted":
-            return self._draw(
-                Branch(self.embedded.adapted.source(batch, settings), settings.cfg, adapted=True), base, batch, settings
-            )
+        if task.kind in ("base", "adapted"):
+            source = self.embedded.adapted.source(batch, settings)
+            branch = Branch(source, settings.cfg, adapted=task.kind == "adapted")
+            return self._draw(branch, base, batch, settings)
         target = Alone(model, batch, settings)
         if task.kind == "target":
             return self._draw(target, model, batch, settings)

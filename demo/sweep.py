@@ -224,18 +224,14 @@ def _decoded(drawn: Iterable[_Drawn]) -> list[Column]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the embedded judges say of a column, 0 to 1; ``content`` None if no prompt is an emoji's name."""
+    """What the embedded judges say of a column, 0 to 1."""
 
     style: float
-    content: float | None
+    content: float
 
 
 def judge_column(judges: Judges, names: Sequence[str], prompts: Sequence[str], column: Column) -> Judgement:
-    """Judge a column's style, and its content where the prompt is one of the ``names``."""
-    numbers = [names.index(p) if p in names else -1 for p in (prompt.strip().lower() for prompt in prompts)]
-    known = [i for i, number in enumerate(numbers) if number >= 0]
-    style = judge(judges, column.pictures[:, None], torch.tensor(numbers)).style
-    if not known:
-        return Judgement(style, None)
-    found = judge(judges, column.pictures[known][:, None], torch.tensor([numbers[i] for i in known]))
-    return Judgement(style, found.content)
+    """Judge a column's style and content; its prompts are among the ``names``."""
+    numbers = torch.tensor([names.index(prompt.strip().lower()) for prompt in prompts])
+    scores = judge(judges, column.pictures[:, None], numbers)
+    return Judgement(scores.style, scores.content)

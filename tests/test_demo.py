@@ -57,12 +57,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export.sd2(folder / "target.safetensors", shaken(Conditioned(TARGET, TARGET_TEXT, vocabulary), 2), autoencoder)
     export.adapter(folder / "lineart.safetensors", shaken(Adapter(base.unet, low_rank(4)), 3))
     export.unet_only(folder / "tuned.safetensors", shaken(base, 4))
-    export.metrics(folder / "metrics.safetensors", Judges())
     control = shaken(initialise(ControlNet(BASE, (3, 16, 16, 32, 32, 64, 32))), 5)
     save_file(control.half().state_dict(), str(folder / "edges.safetensors"))
     Image.fromarray(np.eye(64, dtype=np.uint8) * 255).save(folder / "edges.png")
-    names = EMOJI + [f"emoji {i}" for i in range(1563 - len(EMOJI))]
+    names, concepts = [*EMOJI, *(f"emoji {i}" for i in range(9))], ["ladder"]
+    export.metrics(folder / "metrics.safetensors", Judges(len(names) + len(concepts)))
     (folder / "names.json").write_text(json.dumps(names), "utf-8")
+    (folder / "concepts.json").write_text(json.dumps(concepts), "utf-8")
     return folder
 
 
@@ -131,21 +132,25 @@ def test_the_sweep_writes_a_grid_and_a_record_of_what_it_printed(
     assert (target[0] != target[1]).any()
 
 
+def test_the_prompts_that_the_models_know_are_listed(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--models", str(models), "--list"]) == 0
+    assert capsys.readouterr().out.split("\n")[:4] == [*EMOJI, "emoji 0"]
+
+
+def test_an_unknown_prompt_gets_the_nearest_names_and_no_smear(
+    models: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert embedded(models, out, "--prompt", "castles") == 2
+    assert "do not know 'castles': is 'castle' or 'cat face' meant?" in sentence(capsys)
+    assert not out.exists()
+
+
 def test_a_range_spares_the_source(models: Path, out: Path) -> None:
     record = out.with_suffix(".json")
     options = ["--steps", "4", "--lambdas", "1", "--range", "0.5", "1", "--cfg", "1", "--json", str(record)]
     assert embedded(models, out, *options) == 0
     target, delta = json.loads(record.read_text("utf-8"))["columns"][-2:]
     assert (target["evaluations"], delta["evaluations"]) == (4, 6)
-
-
-def test_content_is_not_told_of_prompts_that_are_no_emoji(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--models", str(models), "--out", str(tmp_path / "a.png"), "--steps", "2", "--lambdas", "1"]
-    assert main([*options, "--prompt", "a fox in a castle", "--sampler", "heun"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("lambda 1"))
-    assert line.split()[3] == "-"
 
 
 def test_own_files_draw_what_the_embedded_models_draw(

@@ -28,7 +28,7 @@ class MadeUp:
 
     def result(self, task: Task) -> Result:
         known = {"target": 0.1, "adapted": 0.9, "delta": 0.1 + 0.4 * task.strength.value}[task.kind]
-        shift = 0.05 if "loha" in task.adapter and task.kind != "target" else 0.0
+        shift = 0.05 if "loha" in task.adapters[0] and task.kind != "target" else 0.0
         style = known + shift + 0.01 * randn(len(task.prompts), seed=1)
         near = 0.5 + 0.1 * randn(len(task.prompts), seed=int(10 * known)).double()
         rows = [Scores(float(s), float(s), 0.0, float(n), float(n)) for s, n in zip(style, near)]

@@ -28,6 +28,8 @@ ALGORITHMS = {
     "lineart-lokr": "LoKr",
     "lineart-ia3": "(IA)^3",
     "lineart-oft": "OFT",
+    "pixelart": "LoRA",
+    "concepts": "LoRA",
 }
 
 

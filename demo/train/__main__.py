@@ -24,7 +24,7 @@ from torch import Tensor
 
 from demo.train import adapters, export
 from demo.train.common import Run
-from demo.train.data import Emoji, load
+from demo.train.data import Emoji, load, pixelated
 from demo.train.denoisers import (
     BASE,
     BASE_TEXT,
@@ -42,6 +42,7 @@ from demo.train.denoisers import (
 from demo.train.metrics import train_metrics
 from demo.train.tokenizer import train_tokenizer
 from demo.train.vae import CONFIG, train_vae
+from demo.train.world import CONCEPTS, NAMES
 from lib_delta.checkpoint import WeightFile, load_vae
 from lib_delta.models.vae import VAE
 
@@ -49,34 +50,41 @@ MODELS = Path(__file__).parents[1] / "models"
 RUNS = {
     "vae-colour": Run(steps=250, batch=16, rate=2e-3, warmup=50, average=0.97),
     "vae": Run(steps=900, batch=16, rate=2e-3, average=0.99),
-    "base-text": Run(steps=1200, batch=64, rate=2e-3, seed=11, average=0.99),
-    "base": Run(steps=9000, batch=16, rate=4e-4, seed=1),
-    "target-text": Run(steps=1200, batch=64, rate=2e-3, seed=12, average=0.99),
-    "target": Run(steps=24500, batch=16, rate=4e-4, seed=2),
-    "lineart": Run(steps=1500, batch=24, rate=2e-3, seed=3),
-    "lineart-loha": Run(steps=1200, batch=16, rate=2e-3, warmup=50, seed=3, average=0.99),
-    "lineart-lokr": Run(steps=1200, batch=16, rate=3e-3, warmup=50, seed=3, average=0.99),
-    "lineart-ia3": Run(steps=1200, batch=16, rate=4e-2, warmup=50, seed=3, average=0.99),
-    "lineart-oft": Run(steps=1200, batch=16, rate=3e-3, warmup=50, seed=3, average=0.99),
-    "lineart-full": Run(steps=600, batch=24, rate=5e-4, seed=4),
-    "metrics": Run(steps=12000, batch=48, rate=2e-3, seed=5),
+    "base-text": Run(steps=500, batch=48, rate=2e-3, warmup=50, seed=11, average=0.99),
+    "base": Run(steps=8000, batch=32, rate=1e-3, seed=1),
+    "target-text": Run(steps=500, batch=48, rate=2e-3, warmup=50, seed=12, average=0.99),
+    "target": Run(steps=8000, batch=32, rate=1e-3, seed=2),
+    "lineart": Run(steps=1200, batch=24, rate=2e-3, warmup=50, seed=3, average=0.99),
+    "lineart-loha": Run(steps=1200, batch=24, rate=2e-3, warmup=50, seed=3, average=0.99),
+    "lineart-lokr": Run(steps=1200, batch=24, rate=3e-3, warmup=50, seed=3, average=0.99),
+    "lineart-ia3": Run(steps=1200, batch=24, rate=4e-2, warmup=50, seed=3, average=0.99),
+    "lineart-oft": Run(steps=1200, batch=24, rate=3e-3, warmup=50, seed=3, average=0.99),
+    "lineart-full": Run(steps=1200, batch=24, rate=5e-4, warmup=50, seed=4, average=0.99),
+    "pixelart": Run(steps=1000, batch=24, rate=2e-3, warmup=50, seed=5, average=0.99),
+    "concepts": Run(steps=1200, batch=24, rate=2e-3, warmup=50, seed=6, average=0.99),
+    "metrics": Run(steps=4000, batch=48, rate=2e-3, seed=7),
 }
-# The same style by every algorithm of adapters.
-ADAPTERS = {
+# The same style by every algorithm of adapters; the same algorithm for another style, and for names.
+LINE_ART = {
     "lineart": adapters.low_rank(adapters.LORA_RANK),
     "lineart-loha": adapters.hadamard(adapters.LOHA_RANK),
     "lineart-lokr": adapters.kronecker(adapters.LOKR_FACTOR),
     "lineart-ia3": adapters.multiplied(),
     "lineart-oft": adapters.rotated(adapters.OFT_BLOCK),
 }
+LORAS = ("pixelart", "concepts")
+ADAPTERS = {**LINE_ART, **dict.fromkeys(LORAS, adapters.low_rank(adapters.LORA_RANK))}
 NEEDS: dict[str, tuple[str, ...]] = {
     "vae": (),
-    "metrics": (),
     "base": ("vae",),
     "target": ("vae",),
-    "lineart-full": ("base",),
-    **dict.fromkeys(ADAPTERS, ("base",)),
+    "metrics": (),
+    **dict.fromkeys((*ADAPTERS, "lineart-full"), ("base",)),
 }
+# How many of a picture's variants are augmented strongly: base and adapted follow what is in front of them; the
+# target keeps its colours and is moved less, but for a quarter, so that it too follows what it is shown.
+STRONG = {"flat": VARIANTS // 2, "lineart": VARIANTS // 2, "noto": VARIANTS // 4}
+CONCEPT_SHARE = 0.6  # of the pictures that teach the new names; the others keep the old ones
 
 
 class Workshop:
@@ -84,12 +92,13 @@ class Workshop:
 
     def __init__(self, cache: Path, further: bool) -> None:
         self.cache, self.further = cache, further
-        self.emoji: Emoji = load(cache)
+        self.every: Emoji = load(cache)
+        self.emoji, self.concepts = self.every.only(NAMES), self.every.only(CONCEPTS)
         tokenizer = MODELS / "tokenizer"
         if not (tokenizer / "vocab.json").exists():
-            train_tokenizer(self.emoji.prompts, tokenizer)
-        (MODELS / "names.json").write_text(json.dumps(self.emoji.prompts, indent=0) + "\n", "utf-8")
-        self.tokens = _tokenise([*self.emoji.prompts, ""], tokenizer)
+            train_tokenizer([*NAMES, *CONCEPTS], tokenizer)
+        self.tokens = _tokenise([*NAMES, ""], tokenizer)
+        self.concept_tokens = _tokenise(CONCEPTS, tokenizer)
         # OpenCLIP, and so SD 2.x, pads with 0 where CLIP repeats end-of-text.
         ended = (self.tokens == self.tokens.max()).cumsum(1) > 1
         self.open_clip_tokens = self.tokens.masked_fill(ended, 0)
@@ -113,7 +122,7 @@ class Workshop:
             return
         torch.manual_seed(RUNS["vae"].seed)
         torch.save(
-            train_vae(self.emoji, self.cache, RUNS["vae-colour"], RUNS["vae"]).state_dict(), self.cache / "vae.pt"
+            train_vae(self.every, self.cache, RUNS["vae-colour"], RUNS["vae"]).state_dict(), self.cache / "vae.pt"
         )
 
     def trained_vae(self) -> VAE:
@@ -129,16 +138,15 @@ class Workshop:
         with WeightFile.open(MODELS / "base.safetensors") as file:
             return load_vae(file)
 
-    def latents(self, name: str, strong: int) -> tuple[Tensor, Tensor]:
-        vae = self.trained_vae()
-        return latent_variants(
-            vae, self.emoji.pictures[name], strong, self.cache / f"latents-{name}.pt", seed=7
-        ), white_latent(vae)
+    def latents(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the variants of a set of pictures, and the latent of white."""
+        vae, stored = self.trained_vae(), self.cache / f"latents-{name}.pt"
+        return latent_variants(vae, self.emoji.pictures[name], STRONG[name], stored, seed=7), white_latent(vae)
 
     def base(self) -> None:
-        latents, runs = self.latents("flat", VARIANTS), (RUNS["base-text"], RUNS["base"])
+        latents, runs = self.latents("flat"), (RUNS["base-text"], RUNS["base"])
         model = train_conditioned(
-            "base", BASE, BASE_TEXT, self.tokens, *latents, "eps", self.cache, *runs, self.start("base")
+            "base", BASE, BASE_TEXT, self.tokens, *latents, "eps", self.cache, *runs, STRONG["flat"], self.start("base")
         )
         torch.save(model.state_dict(), self.cache / "base.pt")
         export.sd1(MODELS / "base.safetensors", model, self.trained_vae())
@@ -153,34 +161,45 @@ class Workshop:
         return model
 
     def target(self) -> None:
-        # Little augmentation, so that names are soon learnt; and some that is strong, so that the target knows that
-        # pictures can look otherwise and follows what it is shown.
-        latents, runs = self.latents("noto", 2), (RUNS["target-text"], RUNS["target"])
+        latents, runs = self.latents("noto"), (RUNS["target-text"], RUNS["target"])
+        tokens, start = self.open_clip_tokens, self.start("target")
         model = train_conditioned(
-            "target", TARGET, TARGET_TEXT, self.open_clip_tokens, *latents, "v", self.cache, *runs, self.start("target")
+            "target", TARGET, TARGET_TEXT, tokens, *latents, "v", self.cache, *runs, STRONG["noto"], start
         )
         export.sd2(MODELS / "target.safetensors", model, self.trained_vae())
 
     def adapter(self, stage: str) -> None:
+        tokens, latents, white = self.lesson(stage)
         trained = train_adapter(
-            stage,
-            ADAPTERS[stage],
-            self.trained_base(),
-            self.tokens,
-            *self.latents("lineart", VARIANTS),
-            self.cache,
-            RUNS[stage],
+            stage, ADAPTERS[stage], self.trained_base(), tokens, latents, white, self.cache, RUNS[stage]
         )
         export.adapter(MODELS / f"{stage}.safetensors", trained)
 
+    def lesson(self, stage: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what an adapter learns from: tokens (the last are the empty prompt's), latents, and white's latent."""
+        if stage in LINE_ART:
+            return self.tokens, *self.latents("lineart")
+        vae, strong = self.trained_vae(), STRONG["flat"]
+        if stage == "pixelart":
+            flat, stored = self.emoji.pictures["flat"], self.cache / "latents-pixelart.pt"
+            latents = latent_variants(vae, flat, strong, stored, seed=7, look=pixelated)
+            return self.tokens, latents, white_latent(vae)
+        known, white = self.latents("flat")
+        new = latent_variants(vae, self.concepts.pictures["flat"], strong, self.cache / "latents-concepts.pt", seed=7)
+        times = round(CONCEPT_SHARE / (1 - CONCEPT_SHARE) * len(known) / len(new))
+        tokens = torch.cat([self.concept_tokens] * times + [self.tokens])
+        return tokens, torch.cat([new] * times + [known]), white
+
     def full(self) -> None:
-        model = train_full(
-            self.trained_base(), self.tokens, *self.latents("lineart", VARIANTS), self.cache, RUNS["lineart-full"]
-        )
+        model = train_full(self.trained_base(), self.tokens, *self.latents("lineart"), self.cache, RUNS["lineart-full"])
         export.unet_only(MODELS / "lineart-full.safetensors", model)
 
     def metrics(self) -> None:
-        export.metrics(MODELS / "metrics.safetensors", train_metrics(self.emoji, self.cache, RUNS["metrics"]))
+        judged = self.every.only([*NAMES, *CONCEPTS])
+        # With the judge that tells them apart, in its order.
+        for file, names in (("names.json", NAMES), ("concepts.json", CONCEPTS)):
+            (MODELS / file).write_text(json.dumps(names, indent=0) + "\n", "utf-8")
+        export.metrics(MODELS / "metrics.safetensors", train_metrics(judged, self.cache, RUNS["metrics"]))
 
     def start(self, stage: str) -> Path | None:
         """Return the checkpoint from which a stage goes on."""

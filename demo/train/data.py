@@ -1,4 +1,4 @@
-"""The pictures: three emoji sets that share 1,563 names, and their augmentation.
+"""The pictures: three emoji sets that share 1,563 names, their augmentation, and looks made from them.
 
 Sources (npm packages, versions pinned below): Fluent Emoji Flat and Fluent Emoji High Contrast
 (Microsoft, MIT), Noto Emoji (Google, Apache-2.0).
@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,11 @@ class Emoji:
 
     prompts: list[str]
     pictures: dict[str, Tensor]
+
+    def only(self, names: Sequence[str]) -> Emoji:
+        """Return the pictures of some names, in their order."""
+        index = torch.tensor([self.prompts.index(name) for name in names])
+        return Emoji(list(names), {key: pictures[index] for key, pictures in self.pictures.items()})
 
 
 def load(cache: Path) -> Emoji:
@@ -118,3 +124,8 @@ def recolour(pictures: Tensor, hue: Tensor, saturation: Tensor) -> Tensor:
     grey = torch.full((3, 3), 1 / 3)
     matrix = grey + cos[:, None, None] * (torch.eye(3) - grey) + sin[:, None, None] * skew
     return torch.einsum("nij,njhw->nihw", matrix, pictures).clamp(-1, 1)
+
+
+def pixelated(pictures: Tensor) -> Tensor:
+    """Return pictures ``(N, 3, H, W)`` as mosaics of 4x4 pixels, the size of a latent's pixel."""
+    return F.interpolate(F.avg_pool2d(pictures, 4), scale_factor=4.0, mode="nearest")

@@ -32,29 +32,30 @@ BASE = UNetConfig(
     in_channels=4,
     out_channels=4,
     model_channels=32,
-    levels=(64, 96),
+    levels=(64, 64),
     res_blocks=(1, 1),
     depth_in=(0, 1),
     depth_middle=1,
     depth_out=(1, 1, 0, 0),
     context_width=96,
     linear_projection=False,
+    head_width=32,
 )
 TARGET = UNetConfig(
     in_channels=4,
     out_channels=4,
     model_channels=64,
-    levels=(64, 128),
+    levels=(64, 64),
     res_blocks=(1, 1),
     depth_in=(0, 1),
     depth_middle=1,
     depth_out=(1, 1, 0, 0),
     context_width=112,
     linear_projection=True,
-    head_width=64,
+    head_width=32,
 )
 WITHOUT_PROMPT = 0.15
-VARIANTS = 8
+VARIANTS = 24  # augmentations of a picture, encoded once
 CELL = 2  # latent pixels along a side of a cell
 
 
@@ -116,24 +117,21 @@ def initialise(unet: UNet) -> UNet:
 
 
 @torch.no_grad()
-def latent_variants(vae: VAE, pictures: Tensor, strong: int, stored: Path, seed: int) -> Tensor:
+def latent_variants(
+    vae: VAE, pictures: Tensor, strong: int, stored: Path, seed: int, look: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Encode ``VARIANTS`` augmentations of every picture as scaled fp16 latents ``(pictures, VARIANTS, 4, 16, 16)``.
 
-    The last ``strong`` of them are augmented strongly.
+    The last ``strong`` of them are augmented strongly.  ``look``, where given, is what is made of each.
     """
     if stored.exists():
         return torch.load(stored, weights_only=True)
     variants = []
     for variant in tqdm(range(VARIANTS), desc=stored.stem):
         generator = torch.Generator().manual_seed(seed * 1000 + variant)
-        variants.append(
-            torch.cat(
-                [
-                    vae.encode(augment(to_float(p), generator, variant >= VARIANTS - strong)).mul(SCALE).half()
-                    for p in pictures.split(50)
-                ]
-            )
-        )
+        moved = [augment(to_float(p), generator, variant >= VARIANTS - strong) for p in pictures.split(50)]
+        shown = moved if look is None else [look(p) for p in moved]
+        variants.append(torch.cat([vae.encode(p).mul(SCALE).half() for p in shown]))
     latents = torch.stack(variants, 1)
     torch.save(latents, stored)
     return latents
@@ -172,9 +170,10 @@ def denoising_loss(
     def loss(generator: torch.Generator) -> Tensor:
         x0, index = draw_batch(latents, white, count, generator)
         index = torch.where(torch.rand(count, generator=generator) < WITHOUT_PROMPT, -1, index)
-        # Half of the draws in the highest fifth: it is there that the prompt decides.
+        # A third of the draws in the highest fifth: it is there that the prompt decides. The others are even, since
+        # what is left to chance at low noise shows as speckles.
         low, high = torch.rand(2, count, generator=generator)
-        t = torch.where(torch.rand(count, generator=generator) < 0.5, 1000 * low.sqrt(), 800 + 200 * high)
+        t = torch.where(torch.rand(count, generator=generator) < 2 / 3, 1000 * low, 800 + 200 * high)
         t = t.long().clamp(max=999)
         noise = torch.randn(x0.shape, generator=generator)
         a = signal[t][:, None, None, None]
@@ -203,16 +202,18 @@ def train_conditioned(
     folder: Path,
     reading: Run,
     run: Run,
+    strong: int,
     start: Path | None = None,
 ) -> Conditioned:
     """Train a UNet with its text encoder, from the checkpoint ``start`` on or from nothing.
 
-    ``tokens[-1]`` is the empty prompt.  From nothing, the text encoder learns to read first.
+    ``tokens[-1]`` is the empty prompt.  From nothing, the text encoder learns to read first, from the
+    variants that are not among the last ``strong``: mirrored pictures would blur what is where.
     """
     torch.manual_seed(run.seed)
     model = Conditioned(unet, text, int(tokens.max()) + 1)
     if start is None:
-        model.text = train_reading(f"{name}-text", model, tokens, latents, folder, reading)
+        model.text = train_reading(f"{name}-text", model, tokens, latents[:, : VARIANTS - strong], folder, reading)
     else:
         load_conditioned(model, start)
 
@@ -225,9 +226,10 @@ def train_conditioned(
 
 
 def load_conditioned(model: Conditioned, path: Path) -> None:
-    """Give a model the weights of a checkpoint."""
+    """Give a model the weights of a checkpoint; its UNet takes the width that the file has."""
     with WeightFile.open(path) as file:
         unet, report = load_unet(file)
+        model.unet = UNet(unet.config)
         model.unet.load_state_dict(unet.state_dict())
         weights = load_towers(file, report.family)[0].transformer.state_dict()
     own = model.text.state_dict()
@@ -259,7 +261,9 @@ def train_reading(name: str, model: Conditioned, tokens: Tensor, latents: Tensor
 
     def loss(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(cells), (run.batch,), generator=generator)
-        return F.mse_loss(reading(tokens[index]), cells[index])
+        with torch.autocast(cells.device.type, torch.bfloat16):
+            read = reading(tokens[index])
+        return F.mse_loss(read.float(), cells[index])
 
     trained = cast(
         Reading, train(name, reading, loss, folder, run, [*model.text.parameters(), *reading.cell.parameters()])

@@ -16,7 +16,7 @@ from demo.train.data import Emoji, augment, to_float
 def train_metrics(emoji: Emoji, folder: Path, run: Run) -> Judges:
     """Train the content encoder (classification over all names) and the style judge (share of a blend)."""
     torch.manual_seed(run.seed)
-    judges = Judges()
+    judges = Judges(len(emoji.prompts))
     colour = torch.stack([emoji.pictures["flat"], emoji.pictures["noto"]])
     lineart = emoji.pictures["lineart"]
 

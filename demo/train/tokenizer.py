@@ -8,7 +8,7 @@ from pathlib import Path
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def train_tokenizer(prompts: list[str], folder: Path, merges: int = 700) -> None:
+def train_tokenizer(prompts: list[str], folder: Path, merges: int = 300) -> None:
     """Write ``vocab.json`` and ``merges.txt`` to ``folder``, for ``transformers.CLIPTokenizer``.
 
     The layout is CLIP's: the bytes, the bytes that end a word, the merges, then start and end of text.
