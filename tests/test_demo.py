@@ -255,7 +255,7 @@ OWN = ["--target", "no.safetensors", "--base", "no.safetensors", "--lora", "no.s
     [
         (OWN, "--prompt is needed with your own files"),
         ([*OWN, "--prompt", "fox"], "no.safetensors cannot be read"),
-        ([*OWN[:4], "--prompt", "fox"], "--target, --base and a --lora or --adapted are needed"),
+        ([*OWN[:4], "--prompt", "fox"], "--target, --base and a --lora, --adapted or --control are needed"),
         (["--prediction", "v"], "--prediction is for your own files"),
         ([*OWN, "--prompt", "fox", "--device", "warp"], "--device warp cannot be used here"),
         ([*OWN, "--prompt", "fox", "--device", "cpu", "--dtype", "fp16"], "--dtype fp16 needs a GPU"),
@@ -265,7 +265,7 @@ OWN = ["--target", "no.safetensors", "--base", "no.safetensors", "--lora", "no.s
         (["--source-cfg", "0"], "--source-cfg is 0.0: 1 to 100 is needed"),
         (["--seed", "-1"], "--seed is -1"),
         (["--sampler", "magic"], "--sampler is magic: one of euler"),
-        (["--lambdas", "1,11"], "value must be between 0 and 10"),
+        (["--lambdas", "1,11"], "lambda must be between 0 and 10"),
         (["--range", "0.7", "0.2"], "start (0.7) must not come after end (0.2)"),
         (["--out", "picture.jpg"], "the name of a .png file is needed"),
         (["--models", "nowhere"], "base.safetensors cannot be read"),
