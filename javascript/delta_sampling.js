@@ -14,6 +14,7 @@ const deltaSamplingTips = {
     prompt: "What the side model is told. Empty: the main prompt without its extra-network tags.",
     negative_prompt: "What the side model is told to avoid. Empty: the main negative prompt.",
     adapted_prompt: "A prompt for the adapted model alone; the difference between two prompts can be the delta, too.",
+    quality: "How often the side model is asked: always, every 2nd step, every 4th step. In between, its delta is held.",
     hires: "In which passes of hires fix the delta is added.",
     refresh_status: "Show what is loaded now.",
     unload: "Give the memory of the side models back. The next generation loads them again.",

@@ -22,6 +22,8 @@ HIRES_PASSES = ("both", "first pass", "hires pass")
 SIZES = ("automatic", "picture")
 # The forms of lib_delta.bridges; pictures of versions that knew no other were made with the last.
 BRIDGES = ("learned", "published", "same_snr")
+# The plans of lib_delta.quality, which needs torch.
+QUALITIES = ("exact", "balanced", "fast")
 # For each LoRA picked, whether it counts.
 Active = tuple[bool, ...]
 NONE = "None"  # what dropdowns show for an empty choice, for one whose default is empty cannot be pasted into
@@ -65,6 +67,13 @@ class Request:
     )
     adapted_prompt: str = _setting(
         "", "adapted_prompt", "Delta adapted prompt", "prompt of the adapted model alone; empty is the base's"
+    )
+    quality: str = _setting(
+        "exact",
+        "quality",
+        "Delta quality",
+        "how often the side model is asked: exact (always), balanced (every 2nd step), fast (every 4th)",
+        choices=QUALITIES,
     )
     hires: str = _setting(
         "both", "hires", "Delta hires", "in which passes of hires fix the delta is added", choices=HIRES_PASSES

@@ -19,7 +19,7 @@ from lib_delta.drawing import drawing
 from lib_delta.errors import SettingError, shortened
 from lib_delta.hosts import host
 from lib_delta.recipe import parse_picks, quoted
-from lib_delta.request import BRIDGES, HIRES_PASSES, NONE, SIZES, Request, from_infotext, schema
+from lib_delta.request import BRIDGES, HIRES_PASSES, NONE, QUALITIES, SIZES, Request, from_infotext, schema
 from lib_delta.strength import CURVES, MAXIMUM
 
 TITLE = "Delta Sampling"
@@ -83,6 +83,12 @@ class DeltaSampling(scripts.Script):
             )
             picture, redraw = self._range(w, default)
             self._prompts(w)
+            w["quality"] = gr.Radio(
+                label="Quality",
+                choices=list(QUALITIES),
+                value=default.quality,
+                elem_id=self.elem_id("quality"),
+            )
             w["hires"] = gr.Radio(
                 visible=not is_img2img,
                 label="With hires fix, in",

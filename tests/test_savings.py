@@ -13,6 +13,7 @@ from conftest import adapt, randn, tiny_unet
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lib_delta import devices
 from lib_delta.adapters.apply import attach
 from lib_delta.adapters.load import AdapterFile, read_adapter
 from lib_delta.fork import Conv2d, ForkedLayer, Linear
@@ -160,3 +161,9 @@ def test_a_schedule_is_brought_to_a_device_once() -> None:
     with Operators() as operators:
         schedule.sigma_to_t(SIGMA)
     assert operators.counts["_to_copy"] <= 1  # whole numbers to fractions, not the table
+
+
+def test_freed_memory_is_given_back_where_the_platform_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices.give_back() in (True, False)
+    monkeypatch.setattr("sys.platform", "win32")
+    assert not devices.give_back()

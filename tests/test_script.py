@@ -118,7 +118,7 @@ def test_the_host_is_started_once_for_each_load(webui):
 
 
 def test_infotext_restores_every_setting(webui):
-    numbers, texts = (2.5, 0.1, 0.9, "cosine", 0.2, 0.7), ("ink", "photo", "brush", "hires pass")
+    numbers, texts = (2.5, 0.1, 0.9, "cosine", 0.2, 0.7), ("ink", "photo", "brush", "fast", "hires pass")
     request = Request(True, *numbers, BASE, TUNED, "moxin:0.8, lineart", *texts)
     runner = webui.runner()
     values = restored(runner, request.infotext({BASE: "aabbcc"}))

@@ -111,6 +111,7 @@ class Automatic1111(Host):
         with run.watched("reading a step's state for Delta Sampling"):
             hires = bool(getattr(params.denoiser.p, "is_hr_pass", False))
             call = _call(run, hires, params)
+            run.levels[hires] = pass_progress(params.denoiser).levels
             if run.strength(call.progress, hires):
                 self._call = call
 

@@ -193,6 +193,7 @@ class Forge(Host):
     def _call_of(self, run: Run, denoiser: Any, x: Tensor, sigma: Tensor) -> None:
         """Note what the post-CFG function has to know, if there is a delta to add."""
         hires = bool(getattr(denoiser.p, "is_hr_pass", False))
+        run.levels[hires] = pass_progress(denoiser).levels
         progress = pass_progress(denoiser)(sigma)
         if not run.strength(progress, hires):
             return

@@ -16,6 +16,7 @@ from lib_delta.families import Family
 from lib_delta.guidance import DeltaGuidance, DenoiseStep, side_cfg
 from lib_delta.hosts.webui import Target
 from lib_delta.parameterization import from_flow_space
+from lib_delta.quality import PLANS, Hold
 from lib_delta.request import Active, Passes
 from lib_delta.sidemodel import SideModel, sentence
 from lib_delta.source import Source
@@ -50,8 +51,14 @@ class Run:
     interrupted: bool = False
     _sizes: list[float] = field(default_factory=list)
     bridged: str = ""
+    # The number of noise levels of the first and of the hires pass, and what is held of the delta there.
+    levels: dict[bool, int] = field(default_factory=dict)
+    _holds: dict[bool, Hold] = field(default_factory=dict)
     _points: dict[bool, list[float]] = field(default_factory=dict)
     _bridges: dict[tuple[Family, float | None], Bridge] = field(default_factory=dict)
+
+    def _hold(self, hires: bool) -> Hold:
+        return self._holds.setdefault(hires, Hold(PLANS[self.asked.of(hires).quality]))
 
     def strength(self, progress: float, hires: bool) -> float:
         """Return lambda at a step; 0 where nothing is to be done."""
@@ -96,7 +103,9 @@ class Run:
             self.model.activate(active)
             source = self.sources[hires, active]
             main = target()
-            guidance = DeltaGuidance(self.asked.of(hires).lambda_over_run(), self.bridge(main), source)
+            strength, bridge = self.asked.of(hires).lambda_over_run(), self.bridge(main)
+            guidance = DeltaGuidance(strength, bridge, source, self._hold(hires))
+            step = replace(step, levels=self.levels.get(hires, 0))
             changes = guidance.changes(self._of_source(step, main))
             self._note_bridge(main, step)
             self.steps += 1

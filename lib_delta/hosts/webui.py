@@ -511,12 +511,15 @@ class Host(ABC):
 
     def unload(self) -> str:
         """Give back the side models' memory."""
+        from lib_delta.devices import give_back
+
         count = len(list(self._models or ()))
         if self._models is not None:
             self.forget()
             self._models.clear()
             gc.collect()  # text encoder and prompt code refer to each other
             self.free_memory()
+            give_back()
         return f"Unloaded {count} side model{'' if count == 1 else 's'}"
 
     @abstractmethod

@@ -202,6 +202,23 @@ def test_the_delta_can_be_bounded_to_a_hires_pass(webui: WebUI, passes: list[int
     assert not any(torch.equal(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
 
 
+def test_quality_is_how_often_the_source_is_asked(webui: WebUI, passes: list[int]) -> None:
+    def counted(quality: str) -> tuple[int, torch.Tensor]:
+        passes.clear()
+        made = webui.latents({**DELTA, "quality": quality}, steps=9)
+        return len(passes), made
+
+    plain, (every, exact) = webui.latents(steps=9), counted("exact")
+    (half, balanced), (quarter, fast) = counted("balanced"), counted("fast")
+    assert every == 9 and half == 5 and quarter == 3
+    # How near they come is measured on trained models: what random ones change is not steady over the steps.
+    pictures = [plain, exact, balanced, fast]
+    assert not any(torch.equal(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
+    passes.clear()
+    webui.latents({**DELTA, "quality": "fast"}, steps=9)
+    assert len(passes) == 3, "what is held is of one generation"
+
+
 def test_without_a_hires_pass_there_is_none_to_add_to(webui: WebUI, passes: list[int]) -> None:
     made = webui.generate({**DELTA, "hires": "hires pass"})
     assert torch.equal(made.images, webui.latents()) and passes == []
