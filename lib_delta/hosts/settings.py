@@ -12,7 +12,7 @@ from lib_delta.errors import shown
 
 STOP = "stop"
 PRECISIONS = ("Automatic", "fp16", "bf16", "fp32")
-FORMS = ("merged", "low-rank factors (faster, less memory)")
+FORMS = ("merged (faster)", "low-rank factors (less memory)")
 ON_ERROR = (STOP, "go on without")
 _warned: set[str] = set()
 
