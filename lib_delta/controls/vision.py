@@ -1,0 +1,120 @@
+"""CLIP's image encoder, through which IP-Adapters look at pictures; told by its weights, not by its name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib_delta.checkpoint import Shapes, WeightFile, fill, header_number
+from lib_delta.controls.files import ControlFile
+from lib_delta.errors import AdapterError, CheckpointError, SettingError
+from lib_delta.models.ip_adapter import IPAdapter
+
+# Of CLIP's training pictures, by channel.
+MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+OPENAI_PROJECTION = 768  # ViT-L of the first CLIP, whose activation is another than OpenCLIP's
+HEADS = 16  # of ViT-L, H and G alike
+
+
+class ImageEncoder(nn.Module):
+    """``transformer`` is transformers' vision model with its projection, in its key names."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.side: int = transformer.config.image_size
+
+    def prepare(self, picture: Tensor) -> Tensor:
+        """Scale a picture ``(1, 3, H, W)`` in [0, 1] by its shorter side, cut out the middle, and normalise it."""
+        scale = self.side / min(picture.shape[2:])
+        size = [max(self.side, round(side * scale)) for side in picture.shape[2:]]
+        scaled = F.interpolate(picture, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+        top, left = ((side - self.side) // 2 for side in size)
+        middle = scaled[..., top : top + self.side, left : left + self.side]
+        mean, deviation = (torch.tensor(values, device=picture.device)[:, None, None] for values in (MEAN, DEVIATION))
+        return (middle - mean) / deviation
+
+    def forward(self, prepared: Tensor, of_patches: bool) -> Tensor:
+        """Return the embedding ``(N, projection)``, or what the last layer but one makes of the patches."""
+        seen = self.transformer(prepared, output_hidden_states=of_patches)
+        return seen.hidden_states[-2] if of_patches else seen.image_embeds
+
+
+def load_image_encoder(
+    path: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> ImageEncoder:
+    """Read an image encoder in transformers' names; raises :class:`CheckpointError` for a file that is none."""
+    with WeightFile.open(path) as file:
+        config = _config(file)
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        with torch.device("meta"):
+            transformer = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
+        embeddings = transformer.vision_model.embeddings
+        # Numbers and no weights: older versions of transformers store them.
+        count = embeddings.position_embedding.num_embeddings
+        embeddings.register_buffer("position_ids", torch.arange(count, device=device)[None], persistent=False)
+        tensors = {key: file.tensor(key) for key in transformer.state_dict() if key in file.shapes}
+        fill(transformer, tensors, file.name, dtype, device)
+    return ImageEncoder(transformer)
+
+
+def _config(file: WeightFile) -> dict[str, Any]:
+    shapes: Shapes = file.shapes
+    try:
+        projection, width = shapes["visual_projection.weight"]
+        patch = shapes["vision_model.embeddings.patch_embedding.weight"][-1]
+        patches = shapes["vision_model.embeddings.position_embedding.weight"][0] - 1
+        inner = shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{file.name} is no CLIP image encoder in transformers' layout (no usable {error}):"
+            " the one that the IP-Adapter was made with is needed"
+        ) from error
+    layers = {m[1] for key in shapes if (m := re.match(r"vision_model\.encoder\.layers\.(\d+)\.", key))}
+    heads = header_number(file, "delta.vision_heads") or HEADS
+    if width % heads:
+        raise CheckpointError(f"{file.name} is {width} wide, and {heads} heads need equal shares of that")
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "projection_dim": projection,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": heads,
+        "image_size": patch * round(patches**0.5),
+        "patch_size": patch,
+        "hidden_act": "quick_gelu" if projection == OPENAI_PROJECTION else "gelu",
+    }
+
+
+@torch.no_grad()
+def image_tokens(file: ControlFile, encoder: ImageEncoder, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what an IP-Adapter's projection makes of pictures, and of none: ``(S, context_width)`` each.
+
+    The tokens of several pictures, ``(1, 3, H, W)`` in [0, 1], stand one after another.
+    Raises :class:`SettingError` without a picture, and :class:`AdapterError` for an encoder of another width.
+    """
+    if not isinstance(file.model, IPAdapter):
+        raise SettingError(f"{file.name} is a {file.kind}, which looks at maps: an IP-Adapter is needed for a picture")
+    if not pictures:
+        raise SettingError(f"{file.name} has no picture to look at: one or more are needed")
+    projection, like = file.model.image_proj, next(encoder.parameters())
+    of_patches = bool(projection.of_patches)
+    prepared = torch.cat([encoder.prepare(picture.to(like.device)) for picture in pictures]).to(like.dtype)
+    seen = encoder(prepared, of_patches)
+    # The release's choice: no embedding at all, but the patches of a picture without anything.
+    none = encoder(torch.zeros_like(prepared[:1]), True) if of_patches else torch.zeros_like(seen[:1])
+    try:
+        own = next(file.model.parameters())
+        tokens, without = (projection(what.to(own)) for what in (seen, none))
+    except RuntimeError as error:
+        raise AdapterError(
+            f"{file.name} was made with another image encoder than this one, whose pictures are {seen.shape[-1]} wide"
+        ) from error
+    return tokens.flatten(0, 1), without.expand(len(pictures), -1, -1).flatten(0, 1)

@@ -1,0 +1,86 @@
+"""Pictures are seen as transformers' own CLIP sees them, and become an IP-Adapter's tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import randn, tiny_unet
+from PIL import Image
+from safetensors.torch import save_file
+from test_controls import image_tensors, save
+from torch import Tensor
+
+from lib_delta.controls.files import load_control
+from lib_delta.controls.maps import pixels
+from lib_delta.controls.vision import image_tokens, load_image_encoder
+from lib_delta.errors import AdapterError, CheckpointError, SettingError
+
+transformers = pytest.importorskip("transformers")
+
+
+def their_encoder(folder: Path, projection: int = 40, activation: str = "gelu") -> tuple[Any, Path]:
+    config = transformers.CLIPVisionConfig(
+        hidden_size=40,
+        intermediate_size=80,
+        projection_dim=projection,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=7,
+        hidden_act=activation,
+    )
+    torch.manual_seed(0)
+    theirs = transformers.CLIPVisionModelWithProjection(config).eval().requires_grad_(False)
+    path = folder / "encoder.safetensors"
+    save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, str(path), {"delta.vision_heads": "4"})
+    return theirs, path
+
+
+@pytest.mark.parametrize(("projection", "activation"), [(40, "gelu"), (768, "quick_gelu")])
+@pytest.mark.parametrize("size", [(40, 60), (64, 28), (17, 19)])
+def test_pictures_are_seen_as_transformers_sees_them(
+    size: tuple[int, int], projection: int, activation: str, tmp_path: Path
+) -> None:
+    theirs, path = their_encoder(tmp_path, projection, activation)
+    picture = (np.random.default_rng(0).random((*size, 3)) * 255).astype(np.uint8)
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    prepared: Tensor = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
+    ours = load_image_encoder(path)
+    seen = ours.prepare(pixels(picture))
+    # PIL rounds to 8 bits in between: 1 of 255, over the deviation of about 0.27.
+    assert (seen - prepared).abs().mean() < 1 / 255 / 0.27
+    expected = theirs(prepared, output_hidden_states=True)
+    assert (ours(prepared, False) - expected.image_embeds).abs().max() < 1e-5
+    assert (ours(prepared, True) - expected.hidden_states[-2]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("form", ["base", "plus", "full"])
+def test_tokens_of_pictures_and_of_none(form: str, tmp_path: Path) -> None:
+    unet = tiny_unet()
+    _, path = their_encoder(tmp_path)
+    encoder = load_image_encoder(path)
+    file = load_control(save(tmp_path / "ip.safetensors", image_tensors(form, unet, 16)), unet)
+    pictures = [randn(1, 3, 30, 40, seed=i).sigmoid() for i in (1, 2)]
+    one, none = image_tokens(file, encoder, pictures[:1])
+    two, none_twice = image_tokens(file, encoder, pictures)
+    assert one.shape == none.shape == ({"base": 4, "plus": 5, "full": 17}[form], 16)
+    torch.testing.assert_close(two[: len(one)], one, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(none_twice, torch.cat((none, none)))
+    assert (one - none).abs().max() > 0.01
+
+
+def test_what_does_not_fit_is_said_in_one_sentence(tmp_path: Path) -> None:
+    unet = tiny_unet()
+    _, path = their_encoder(tmp_path, projection=768, activation="quick_gelu")
+    encoder = load_image_encoder(path)
+    file = load_control(save(tmp_path / "ip.safetensors", image_tensors("base", unet, 16)), unet)
+    with pytest.raises(AdapterError, match="another image encoder than this one, whose pictures are 768 wide"):
+        image_tokens(file, encoder, [randn(1, 3, 30, 40)])
+    with pytest.raises(SettingError, match="has no picture to look at"):
+        image_tokens(file, encoder, [])
+    with pytest.raises(CheckpointError, match="no CLIP image encoder"):
+        load_image_encoder(tmp_path / "ip.safetensors")
