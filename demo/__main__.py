@@ -16,7 +16,7 @@ from lib_delta.errors import DeltaError, SettingError
 
 # What imports torch is imported where it is used: --help and wrong options are answered at once.
 if TYPE_CHECKING:
-    from demo.pipeline import Adapter, Control, Place, Settings
+    from demo.pipeline import Adapter, Place, Settings, Steering
     from demo.sweep import Column, Judgement, OwnFiles, Plan
 
 # Names that the small target draws so that they are recognised.
@@ -94,6 +94,9 @@ def _add_own_files(group: argparse._ArgumentGroup) -> None:
         help="a map to follow (edges, depth, a pose), for --control-model; may be repeated")  # fmt: skip
     add("--control-model", action="append", type=Path, metavar="FILE",
         help="the ControlNet or T2I-Adapter of the base that reads the map; one for each --control")  # fmt: skip
+    add("--image", metavar="PICTURE[:WEIGHT]", help="a reference picture that the adapted model is prompted with")
+    add("--image-model", type=Path, metavar="FILE", help="the IP-Adapter of the base that reads it")
+    add("--image-encoder", type=Path, metavar="FILE", help="the CLIP image encoder that the IP-Adapter was made with")
     add("--adapted", type=Path, metavar="FILE", help="a fine-tuned checkpoint of the base, in place of or beside LoRAs")
     add("--prediction", choices=("eps", "v"), help="what the target predicts, where its file does not say")
     add("--form", choices=("merged", "bypass"), help="adapted weights (default: merged), or factors alone: less memory")
@@ -122,7 +125,7 @@ class Result:
     judgements: Sequence[Judgement] = ()
     adapters: Sequence[Adapter] = ()
     files: OwnFiles | None = None
-    controls: Sequence[Control] = ()
+    controls: Sequence[Steering] = ()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,15 +150,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(options: argparse.Namespace) -> None:
     """Refuse, before anything is loaded, what can be seen to be wrong."""
     given = [f"--{name}" for name in OWN_FILES if getattr(options, name) is not None]
-    if given and not (options.target and options.base and (options.lora or options.adapted or options.control)):
+    if given and not (
+        options.target and options.base and (options.lora or options.adapted or options.control or options.image)
+    ):
         raise SettingError(
-            f"{given[0]} is for your own files: --target, --base and a --lora, --adapted or --control are needed"
+            f"{given[0]} is for your own files: --target, --base "
+            "and a --lora, --adapted, --control or --image are needed"
         )
     maps, readers = len(options.control or ()), len(options.control_model or ())
     if maps != readers:
         raise SettingError(f"there are {maps} --control and {readers} --control-model: each map needs its model")
     if given and not options.prompt:
         raise SettingError("--prompt is needed with your own files: say what to draw")
+    of_image = (options.image, options.image_model, options.image_encoder)
+    if any(of_image) and not all(of_image):
+        raise SettingError("--image, --image-model and --image-encoder are needed together")
     if options.steps is not None and not 2 <= options.steps <= 1000:
         raise SettingError(f"--steps is {options.steps}: 2 to 1000 are needed")
     for name, scale in (("--cfg", options.cfg), ("--source-cfg", options.source_cfg)):
@@ -248,11 +257,14 @@ def _lora(text: str) -> Adapter:
     return Adapter(*_weighted(text))
 
 
-def _controls(options: argparse.Namespace) -> list[Control]:
-    from demo.pipeline import Control
+def _controls(options: argparse.Namespace) -> list[Steering]:
+    from demo.pipeline import Control, ImagePrompt
 
     pairs = zip(options.control_model or (), options.control or ())
-    return [Control(model, *_weighted(picture)) for model, picture in pairs]
+    found: list[Steering] = [Control(model, *_weighted(picture)) for model, picture in pairs]
+    if options.image:
+        found.append(ImagePrompt(options.image_model, options.image_encoder, *_weighted(options.image)))
+    return found
 
 
 def _weighted(text: str) -> tuple[Path, float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo.metrics import Judges, load_judges
-from demo.pipeline import AdaptedModel, Adapter, Control, Model, Place, load_model
+from demo.pipeline import AdaptedModel, Adapter, Model, Place, Steering, load_model
 
 MODELS = Path(__file__).parent / "models"
 LORA = "lineart.safetensors"
@@ -35,7 +35,7 @@ class Embedded:
 
     @classmethod
     def load(
-        cls, folder: Path = MODELS, adapters: Sequence[Adapter] = (), controls: Sequence[Control] = ()
+        cls, folder: Path = MODELS, adapters: Sequence[Adapter] = (), controls: Sequence[Steering] = ()
     ) -> Embedded:
         """Load the models on the CPU; without adapters and controls it is the line-art LoRA that is attached."""
         place, tokenizer = Place.cpu(), folder / "tokenizer"

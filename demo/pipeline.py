@@ -16,8 +16,9 @@ from lib_delta.adapters.load import load_adapter
 from lib_delta.bridges import choose
 from lib_delta.checkpoint import WeightFile, load_unet, load_vae
 from lib_delta.controls.files import load_control
-from lib_delta.controls.guides import follow
+from lib_delta.controls.guides import follow, prompt_by
 from lib_delta.controls.maps import Map, read_picture
+from lib_delta.controls.vision import image_tokens, load_image_encoder
 from lib_delta.errors import CheckpointError
 from lib_delta.families import Family
 from lib_delta.guidance import DeltaDenoiser, DeltaGuidance
@@ -174,11 +175,30 @@ class Control:
         return follow(load_control(self.model, base.unet), base.unet, picture, self.weight)
 
 
+@dataclass(frozen=True)
+class ImagePrompt:
+    """A reference picture, the IP-Adapter that turns it into a prompt, and the image encoder that looks at it."""
+
+    model: Path
+    encoder: Path
+    picture: Path
+    weight: float = 1.0
+
+    def guide(self, base: Model) -> Guide:
+        """Load all three, for a base's UNet."""
+        file = load_control(self.model, base.unet)
+        tokens = image_tokens(file, load_image_encoder(self.encoder), [read_picture(self.picture)])
+        return prompt_by(file, base.unet, tokens, self.weight)
+
+
+Steering = Control | ImagePrompt
+
+
 class AdaptedModel:
     """A base with its adapters attached: the method's source."""
 
     def __init__(
-        self, base: Model, adapters: Sequence[Adapter], form: Form = "merged", controls: Sequence[Control] = ()
+        self, base: Model, adapters: Sequence[Adapter], form: Form = "merged", controls: Sequence[Steering] = ()
     ) -> None:
         self.base = base
         self._guides = [control.guide(base) for control in controls]

@@ -28,11 +28,11 @@ from demo.pipeline import (
     Alone,
     Batch,
     Branch,
-    Control,
     Denoiser,
     Model,
     Place,
     Settings,
+    Steering,
     decode,
     draw,
     load_model,
@@ -68,7 +68,7 @@ class OwnFiles:
     form: Form = "merged"
     prediction: Prediction | None = None
     tokenizer: Path | None = None
-    controls: Sequence[Control] = ()
+    controls: Sequence[Steering] = ()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ import torch
 from conftest import randn
 from PIL import Image
 from safetensors.torch import save_file
+from test_controls import image_tensors, save
+from test_controls_vision import their_encoder
 from torch import nn
 
 pytest.importorskip("k_diffusion")
@@ -30,6 +32,7 @@ from demo.train.adapters import Adapter, low_rank
 from demo.train.denoisers import BASE, BASE_TEXT, TARGET, TARGET_TEXT, Conditioned, initialise
 from demo.train.vae import CONFIG
 from lib_delta.models.controlnet import ControlNet
+from lib_delta.models.unet import UNet
 from lib_delta.models.vae import VAE
 
 TOKENIZER = Path(__file__).parents[1] / "demo" / "models" / "tokenizer"
@@ -227,6 +230,7 @@ def test_a_map_is_followed_beside_or_without_other_adapters(models: Path, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--image", "edges.png"], "--image, --image-model and --image-encoder are needed together"),
         (["--control", "edges.png"], "there are 1 --control and 0 --control-model"),
         (["--control", "names.json", "--control-model", "edges.safetensors"], "cannot be read as a picture"),
         (["--control", "edges.png", "--control-model", "lineart.safetensors"], "is a LoRA"),
@@ -239,6 +243,19 @@ def test_maps_and_models_that_cannot_be_used_are_said_in_one_sentence(
     paths = [text if text.startswith("--") else str(models / text) for text in arguments]
     assert embedded(models, out, *paths) == 2
     assert said in sentence(capsys)
+
+
+def test_a_picture_prompts_the_adapted_model(models: Path, tmp_path: Path) -> None:
+    _, encoder = their_encoder(tmp_path)
+    unet = UNet(BASE)
+    adapter = save(tmp_path / "ip.safetensors", image_tensors("base", unet, BASE.context_width))
+    reference = ["--image-model", str(adapter), "--image-encoder", str(encoder), "--image", str(models / "edges.png")]
+    for name, arguments in {"with": reference, "without": [*reference[:-1], f"{reference[-1]}:0"]}.items():
+        assert embedded(models, tmp_path / f"{name}.png", "--lambdas", "1", *arguments) == 0
+    base, adapted, target, delta = range(4)
+    drawn, plain = (cells(tmp_path / f"{name}.png", 1, 4)[0] for name in ("with", "without"))
+    assert (plain[base] == plain[adapted]).all() and (plain[target] == plain[delta]).all()
+    assert (drawn[base] != drawn[adapted]).any() and (drawn[target] != drawn[delta]).any()
 
 
 def test_a_larger_size_is_decoded_whole(models: Path, out: Path) -> None:
@@ -255,7 +272,7 @@ OWN = ["--target", "no.safetensors", "--base", "no.safetensors", "--lora", "no.s
     [
         (OWN, "--prompt is needed with your own files"),
         ([*OWN, "--prompt", "fox"], "no.safetensors cannot be read"),
-        ([*OWN[:4], "--prompt", "fox"], "--target, --base and a --lora, --adapted or --control are needed"),
+        ([*OWN[:4], "--prompt", "fox"], "--target, --base and a --lora, --adapted, --control or --image are needed"),
         (["--prediction", "v"], "--prediction is for your own files"),
         ([*OWN, "--prompt", "fox", "--device", "warp"], "--device warp cannot be used here"),
         ([*OWN, "--prompt", "fox", "--device", "cpu", "--dtype", "fp16"], "--dtype fp16 needs a GPU"),

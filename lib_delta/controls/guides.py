@@ -161,6 +161,16 @@ def follow(file: ControlFile, unet: UNet, picture: Map, weight: float = 1.0, mod
     raise SettingError(f"{file.name} is an {file.kind}, which follows no map: a ControlNet or T2I-Adapter is needed")
 
 
+def prompt_by(file: ControlFile, unet: UNet, tokens: tuple[Tensor, Tensor], weight: float = 1.0) -> Guide:
+    """Return the guide by which an IP-Adapter's file prompts with the tokens of pictures, and of none.
+
+    Raises :class:`SettingError` for a file that reads maps.
+    """
+    if not isinstance(file.model, IPAdapter):
+        raise SettingError(f"{file.name} is a {file.kind}, which reads maps: an IP-Adapter is needed for a picture")
+    return ImageGuide(file.model, unet, tokens, weight)
+
+
 def _attended(k: Tensor, v: Tensor, weight: float) -> Attended:
     return lambda q, heads: weight * attend(q, k, v, heads)
 
