@@ -16,11 +16,12 @@ from typing import Any
 
 from PIL import Image
 
-from demo import algorithms, composition
+from demo import algorithms, bridges, composition
 from demo.embedded import MODELS
 from demo.pipeline import Settings
 from demo.samplers import NAMES
 from demo.studio import Ends, Figures, Task, Workers
+from demo.train import bridges as bridges_stage
 from lib_delta.strength import Strength
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -151,6 +152,9 @@ def chosen_prompts(names: Sequence[str], count: int) -> list[str]:
 
 def main() -> None:
     options = _options()
+    if options.only == "bridges":
+        bridges.measure(options)
+        return
     names = json.loads((options.models / "names.json").read_text("utf-8"))
     settings = Settings(options.sampler, options.steps, options.cfg, options.source_cfg)
     workers, seeds = Workers(options.models, options.jobs), tuple(range(options.seeds))
@@ -184,7 +188,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each name")
     parser.add_argument("--fewer-prompts", type=int, default=15, help="names for the tables of ranges and samplers")
     parser.add_argument("--algorithm-prompts", type=int, default=25, help="names for the tables of algorithms")
-    parts = ("algorithms", "composition")
+    parts = ("algorithms", "composition", "bridges")
     parser.add_argument("--only", choices=parts, help="measure this anew and keep the rest of --out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--sampler", choices=NAMES, default=Settings.sampler)
@@ -193,6 +197,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--source-cfg", type=float, help="of base and adapted model in the delta (the target's)")
     parser.add_argument("--models", type=Path, default=MODELS, help="the folder of the models")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("evidence.json"))
+    bridges_stage.add_options(parser)
+    parser.add_argument("--photos", type=Path, help="bridges: a folder of photos (scikit-image's public-domain ones)")
+    parser.add_argument("--bridges-out", type=Path, default=Path(__file__).with_name("bridges.json"))
     return parser.parse_args()
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from demo.train import adapters, export
+from demo.train import adapters, bridges, export
 from demo.train.common import Run
 from demo.train.data import Emoji, load, pixelated
 from demo.train.denoisers import (
@@ -225,10 +225,15 @@ def main() -> None:
         "--cache", type=Path, default=Path("demo/train/cache"), help="where pictures, latents and saves are kept"
     )
     parser.add_argument("--further", action="store_true", help="start from the models that are there")
-    parser.add_argument("--stage", choices=sorted(NEEDS), help="run this stage alone")
+    parser.add_argument("--stage", choices=sorted((*NEEDS, "bridges")), help="run this stage alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="stages side by side")
+    bridges.add_stage_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.stage == "bridges":
+        # What it makes is the extension's, and no part of the embedded world.
+        bridges.run(options, lambda: load(options.cache))
+        return
     workshop = Workshop(options.cache, options.further)
     if options.stage:
         workshop.run(options.stage)

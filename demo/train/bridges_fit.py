@@ -1,14 +1,16 @@
-"""Fit the maps of a bridge to pairs of latents: filters by least squares."""
+"""Fit the maps of a bridge to pairs of latents: filters by least squares, networks for states by gradient descent."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from lib_delta.bridges.learned import LearnedBridge
 from lib_delta.bridges.maps import DifferenceMap, Filter, StateMap
@@ -62,3 +64,64 @@ def save(bridge: LearnedBridge, path: Path, about: dict[str, str]) -> None:
         for key, value in module.state_dict().items()
     }
     save_file(tensors, path, metadata={"format": "pt", **about})
+
+
+@dataclass(frozen=True)
+class Size:
+    """The width and the blocks of a state map's network, and how long it trains."""
+
+    hidden: int = 48
+    blocks: int = 2
+    steps: int = 700
+    batch: int = 24
+    rate: float = 2e-3
+
+
+def train_state(bridge: LearnedBridge, source: Tensor, target: Tensor, size: Size, seed: int = 0) -> StateMap:
+    """Train a state map that starts from the bridge's filter, on latents ``(N, 2, C, H, W)``.
+
+    Some are blurred, or averaged with others, in both spaces alike: what a denoising model estimates
+    at high noise is an average of latents.
+    """
+    fitted = StateMap(target.shape[2], source.shape[2], bridge.state.filter.weight.shape[-1], size.hidden, size.blocks)
+    fitted.filter.load_state_dict(bridge.state.filter.state_dict())
+    states = target.flatten(0, 1), source.flatten(0, 1)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(states[0]), (size.batch,), generator=generator)
+        z, wanted = _averaged(torch.cat([s[rows].float() for s in states], 1), generator).split(
+            [target.shape[2], source.shape[2]], 1
+        )
+        error = fitted(z) - wanted
+        # Colours and light, which are what the eye sees first, are coarse.
+        return error.square().mean() + 2 * F.avg_pool2d(error, 4).square().mean()
+
+    return _minimised(fitted, loss, size, seed)
+
+
+def _averaged(latents: Tensor, generator: torch.Generator) -> Tensor:
+    """Average a quarter of the latents with what lies around, or with another one."""
+    chance = torch.rand(len(latents), 1, 1, 1, generator=generator)
+    soft = F.avg_pool2d(F.pad(latents, [1] * 4, mode="replicate"), 3, 1)
+    mixed = 0.6 * latents + 0.4 * latents.roll(1, 0)
+    return torch.where(chance < 0.12, soft, torch.where(chance < 0.22, mixed, latents))
+
+
+def _minimised(fitted: StateMap, loss: Callable[[torch.Generator], Tensor], size: Size, seed: int) -> StateMap:
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in fitted.named_parameters():
+        if name.startswith("network.") and parameter.ndim == 4:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+    optimizer = torch.optim.AdamW(fitted.parameters(), lr=size.rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.rate, size.steps, pct_start=0.1)
+    bar = tqdm(range(size.steps), mininterval=10)
+    for _ in bar:
+        value = loss(generator)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(fitted.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+    return fitted.eval().requires_grad_(False)

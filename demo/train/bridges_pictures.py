@@ -182,13 +182,13 @@ def draw(rng: Generator, sizes: Sizes, emoji: Tensor | None) -> Array:
     picture = np.clip(picture, 0, 1) ** rng.uniform(0.6, 1.6)
     small = picture.reshape(3, sizes.side, sizes.over, sizes.side, sizes.over).mean((2, 4))
     if rng.random() < 0.3:
-        blurred = _blur(small, rng.uniform(0.5, 4.0))
+        soft = blurred(small, rng.uniform(0.5, 4.0))
         share = _soft_mask(rng, sizes.side) if rng.random() < 0.5 else 1.0
-        small = small + share * (blurred - small)
+        small = small + share * (soft - small)
     return np.clip(small, 0, 1).astype(np.float32)
 
 
-def _blur(picture: Array, sigma: float) -> Array:
+def blurred(picture: Array, sigma: float) -> Array:
     """Blur ``(C, H, W)`` by a Gaussian of that many pixels, its edges repeated."""
     reach = max(1, math.ceil(3 * sigma))
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
@@ -201,8 +201,6 @@ def _soft_mask(rng: Generator, side: int) -> Array:
     """Return a share in 0..1 that varies over the picture ``(1, side, side)``."""
     return (1 / (1 + np.exp(-rng.uniform(2, 8) * (noise(rng, side, 2.0) + rng.normal() * 0.5)))).astype(np.float32)
 
-
-# --- edits
 
 Edit = Callable[[Generator, Array, Array], Array]
 
@@ -238,17 +236,17 @@ def _tones(rng: Generator, picture: Array, other: Array) -> Array:
 
 def _focus(rng: Generator, picture: Array, other: Array) -> Array:
     """Blur or sharpen."""
-    blurred = _blur(picture, rng.uniform(0.5, 5.0))
-    return blurred if rng.random() < 0.6 else picture + rng.uniform(0.3, 2.0) * (picture - blurred)
+    soft = blurred(picture, rng.uniform(0.5, 5.0))
+    return soft if rng.random() < 0.6 else picture + rng.uniform(0.3, 2.0) * (picture - soft)
 
 
 def _lines(rng: Generator, picture: Array, other: Array) -> Array:
     """Draw the edges alone, on paper, or over the picture's coarse colours."""
     sigma = rng.uniform(0.5, 2.0)
     grey = picture.mean(0, keepdims=True)
-    bands = _blur(grey, 1.6 * sigma) - rng.uniform(0.9, 1.0) * _blur(grey, sigma)
+    bands = blurred(grey, 1.6 * sigma) - rng.uniform(0.9, 1.0) * blurred(grey, sigma)
     ink = np.clip(rng.uniform(4, 40) * (bands if rng.random() < 0.6 else np.abs(bands)), 0, 1)
-    paper = np.ones_like(picture) if rng.random() < 0.6 else _blur(picture, rng.uniform(1, 4))
+    paper = np.ones_like(picture) if rng.random() < 0.6 else blurred(picture, rng.uniform(1, 4))
     lined = paper * (1 - ink)
     return 1 - lined if rng.random() < 0.2 else lined
 
@@ -259,7 +257,7 @@ def _material(rng: Generator, picture: Array, other: Array) -> Array:
         return picture + rng.uniform(0.03, 0.25) * noise(
             rng, picture.shape[1], rng.uniform(0, 1.5), 3 if rng.random() < 0.3 else 1
         )
-    return picture + rng.uniform(0.3, 1.0) * (other - _blur(other, rng.uniform(1, 6)))
+    return picture + rng.uniform(0.3, 1.0) * (other - blurred(other, rng.uniform(1, 6)))
 
 
 def _content(rng: Generator, picture: Array, other: Array) -> Array:

@@ -27,8 +27,8 @@ class LearnedBridge(SameSize):
     """Two maps fitted on the same pictures encoded by both autoencoders (``README.md`` beside this file).
 
     ``state`` maps the target's clean latent ``(N, A, H, W)`` to the source's ``(N, B, H, W)``;
-    ``difference`` maps the source's delta, at the target's state, to the target's latent.  Both
-    compute in float32, whatever autocast a host runs under.
+    ``difference`` maps the source's delta to the target's latent.  Both compute in
+    float32, whatever autocast a host runs under.
     """
 
     state: StateMap
@@ -49,13 +49,12 @@ class LearnedBridge(SameSize):
             )
         with without_autocast(x.device):
             clean = self.state.to(x.device)(target)
-        return clean + with_channels(x.float() - target, clean.shape[1]), sigma, Crossing(clean, target=target)
+        return clean + with_channels(x.float() - target, clean.shape[1]), sigma, Crossing(clean)
 
     @torch.no_grad()
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
-        assert crossing.target is not None
         with without_autocast(delta.device):
-            return self.difference.to(delta.device)(delta.float(), crossing.target.to(delta.device))
+            return self.difference.to(delta.device)(delta.float())
 
 
 def with_channels(noise: Tensor, channels: int) -> Tensor:
@@ -97,7 +96,7 @@ def _filled(kind: type[Map], file: WeightFile, name: str) -> Map:
     try:
         with torch.device("meta"):
             module = kind.from_shapes(file.shapes)
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{name} holds no bridge (no usable entry {error})") from error
     fill(module, {key: file.tensor(key) for key in file.shapes}, name, torch.float32, "cpu")
     return module

@@ -13,7 +13,7 @@ class Crossing:
     """What a bridge remembers of one step.
 
     ``denoised`` is the source's clean part, ``target`` what it was made from where the way back needs
-    it, ``parts`` the crossings of a bridge's parts, if it has parts.
+    its size, ``parts`` the crossings of a bridge's parts, if it has parts.
     """
 
     denoised: Tensor

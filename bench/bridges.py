@@ -1,0 +1,20 @@
+"""What a learned bridge costs in a step, beside the pass of the side model that it serves."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lib_delta.bridges import choose
+from lib_delta.families import Family
+
+SIDE = 128  # latents of 1024 x 1024 pixels
+
+
+def gflop(target: Family) -> float:
+    """Return the operations, in units of 10^9, of the way to SD 1.x and back for one picture of 1024 x 1024."""
+    bridge, clean = choose(Family.SD1, target), torch.randn(1, target.latent_channels, SIDE, SIDE)
+    with FlopCounterMode(display=False) as counter:
+        x, _, crossing = bridge.to_source(clean, torch.ones(1), clean)
+        bridge.delta_to_target(x, crossing)
+    return counter.get_total_flops() / 1e9

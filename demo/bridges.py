@@ -1,0 +1,243 @@
+"""How well bridges carry states and differences, on photos: ``python -m demo.evaluate --only bridges``.
+
+States: the share of the source latent's variance that the map leaves unexplained, and the PSNR of what
+the source's decoder makes of it (the ceiling is what it makes of its own encoding).  Differences: the
+cosine between an ideal source's delta, carried, and the true change in the target's latent, for five edits;
+at full detail, and averaged 2x2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from demo.autoencoders import Autoencoder
+from demo.train import bridges as stage
+from lib_delta.bridges import Bridge, LearnedBridge, ScaleBridge
+from lib_delta.bridges.learned import load, path_of
+from lib_delta.spaces import Space
+
+SIDE = 192
+PUBLIC_DOMAIN = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field")  # of scikit-image
+SHOWN = (Space.SD1, Space.SDXL)
+Figures = dict[str, Any]
+
+
+def photos(folder: Path | None) -> Tensor:
+    """Return square photos ``(N, 3, 192, 192)`` in 0..1: those of a folder, or scikit-image's public-domain ones."""
+    if folder is None:
+        from skimage import data
+
+        return torch.stack([_square(Image.fromarray(getattr(data, name)())) for name in PUBLIC_DOMAIN])
+    paths = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
+    if not paths:
+        raise SystemExit(f"{folder} has no photos (.jpg, .png or .webp)")
+    return torch.stack([_square(Image.open(path)) for path in paths])
+
+
+def _square(picture: Image.Image) -> Tensor:
+    picture = picture.convert("RGB")
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    picture = picture.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+
+def _grey(pictures: Tensor) -> Tensor:
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    return (pictures * weights).sum(1, keepdim=True).expand_as(pictures)
+
+
+def _line_art(pictures: Tensor) -> Tensor:
+    grey = _grey(pictures)
+    return 1 - (12 * (blurred(grey, 2.4) - blurred(grey, 1.2))).abs().clamp(0, 1)
+
+
+def _warm(pictures: Tensor) -> Tensor:
+    return (pictures * torch.tensor([1.2, 1.0, 0.7])[:, None, None]).clamp(0, 1)
+
+
+def _hue(pictures: Tensor) -> Tensor:
+    """Turn colours by 120 degrees about the grey axis: red becomes green, green blue, blue red."""
+    return pictures.roll(1, 1)
+
+
+def blurred(pictures: Tensor, sigma: float) -> Tensor:
+    """Blur ``(N, C, H, W)`` by a Gaussian of ``sigma`` pixels, edges repeated."""
+    reach = math.ceil(3 * sigma)
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
+    rows = F.pad(pictures.flatten(0, 1)[:, None], [reach] * 4, mode="replicate")
+    return F.conv2d(F.conv2d(rows, kernel), kernel.transpose(2, 3)).reshape(pictures.shape)
+
+
+EDITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "grey": _grey,
+    "line_art": _line_art,
+    "warm": _warm,
+    "hue": _hue,
+    "blur": lambda pictures: blurred(pictures, 1.5),
+}
+
+
+class Latents:
+    """Photos and their edits in every space, encoded once."""
+
+    def __init__(self, pictures: Tensor, autoencoders: Mapping[Space, Autoencoder]) -> None:
+        self.pictures, self.autoencoders = pictures, autoencoders
+        self.ceiling: dict[Space, float] = {}
+        self.clean = {space: each.encode(pictures) for space, each in autoencoders.items()}
+        self.soft = {space: each.encode(blurred(pictures, 4.0)) for space, each in autoencoders.items()}
+        self.changes = {
+            space: {name: each.encode(edit(pictures)) - self.clean[space] for name, edit in EDITS.items()}
+            for space, each in autoencoders.items()
+        }
+
+    def state(self, bridge: Bridge, start: Space, end: Space) -> Figures:
+        """Measure the state map of the bridge whose target is ``start`` and source ``end``."""
+        own = self.autoencoders[end]
+        mapped = to_source(bridge, self.clean[start])
+        return {
+            "state_unexplained": _unexplained(mapped, self.clean[end]),
+            "state_unexplained_blurred": _unexplained(to_source(bridge, self.soft[start]), self.soft[end]),
+            "state_psnr": _psnr(own.decode(mapped), self.pictures),
+            "state_psnr_ceiling": self._ceiling(end),
+        }
+
+    def _ceiling(self, space: Space) -> float:
+        if space not in self.ceiling:
+            made = self.autoencoders[space].decode(self.clean[space])
+            self.ceiling[space] = _psnr(made, self.pictures)
+        return self.ceiling[space]
+
+    def differences(self, bridge: Bridge, start: Space, end: Space, average: int = 1) -> dict[str, float]:
+        """Return the cosines for a bridge whose source is ``start`` and target ``end``, by edit."""
+        return {
+            name: _cosine(carried(bridge, change, self.clean[end]), self.changes[end][name], average)
+            for name, change in self.changes[start].items()
+        }
+
+
+def to_source(bridge: Bridge, target: Tensor) -> Tensor:
+    """Return a clean latent of the target's in the source's space."""
+    return bridge.to_source(target, torch.ones(len(target)), target)[2].denoised
+
+
+def carried(bridge: Bridge, change: Tensor, target: Tensor) -> Tensor:
+    """Return a change of the source's latent in the target's, where its latent is ``target``."""
+    return bridge.delta_to_target(change, bridge.to_source(target, torch.ones(len(target)), target)[2])
+
+
+def _unexplained(mapped: Tensor, wanted: Tensor) -> float:
+    about = wanted - wanted.mean((2, 3), keepdim=True)
+    return float(((mapped - wanted).square().sum((1, 2, 3)) / about.square().sum((1, 2, 3))).mean())
+
+
+def _psnr(made: Tensor, wanted: Tensor) -> float:
+    return float((-10 * (made - wanted).square().mean((1, 2, 3)).log10()).mean())
+
+
+def _cosine(made: Tensor, wanted: Tensor, average: int) -> float:
+    return float(F.cosine_similarity(*(F.avg_pool2d(d, average).flatten(1) for d in (made, wanted))).mean())
+
+
+def figures(latents: Latents, bridge: Callable[[Space, Space], Bridge]) -> Figures:
+    """Measure every ordered pair of spaces: ``a->b`` has the state map and the difference map from a to b."""
+    table: Figures = {}
+    for start in latents.autoencoders:
+        for end in latents.autoencoders:
+            if start is not end:
+                there = bridge(start, end)
+                row = latents.state(bridge(end, start), start, end) | latents.differences(there, start, end)
+                row["averaged_2x2"] = latents.differences(there, start, end, 2)
+                if start.channels == end.channels:
+                    scale = ScaleBridge(start.scale_factor / end.scale_factor)
+                    row["scale"] = latents.state(
+                        ScaleBridge(end.scale_factor / start.scale_factor), start, end
+                    ) | latents.differences(scale, start, end)
+                table[f"{start.key}->{end.key}"] = row
+    return table
+
+
+def shipped(source: Space, target: Space) -> LearnedBridge:
+    """Return the bridge of an ordered pair that the extension comes with."""
+    return load(path_of(source, target))
+
+
+def strip(latents: Latents, start: Space, end: Space, bridge: Bridge) -> Image.Image:
+    """Draw photo, edited photo, and photo with the delta carried by scale and by the bridge, for three edits."""
+    scale, own = ScaleBridge(start.scale_factor / end.scale_factor), latents.autoencoders[end]
+    columns = ("photo", "edited photo", "photo + delta, scaled", "photo + delta, learned bridge")
+    rows = [(i, name) for i, name in enumerate(("grey", "warm", "line_art")) if i < len(latents.pictures)]
+    sheet = Image.new("RGB", (len(columns) * SIDE, len(rows) * SIDE + 18), "white")
+    for column, title in enumerate(columns):
+        ImageDraw.Draw(sheet).text((column * SIDE + 4, 3), title, fill="black")
+    for row, (i, name) in enumerate(rows):
+        target, change = latents.clean[end][i : i + 1], latents.changes[start][name][i : i + 1]
+        shown = [latents.pictures[i : i + 1], EDITS[name](latents.pictures[i : i + 1])]
+        shown += [own.decode(target + carried(way, change, target)) for way in (scale, bridge)]
+        for column, picture in enumerate(shown):
+            pixels = (picture[0].permute(1, 2, 0) * 255).round().byte().numpy()
+            sheet.paste(Image.fromarray(pixels), (column * SIDE, 18 + row * SIDE))
+    return sheet
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measure what ships; with checkpoints' own autoencoders, filters fitted to these as well.
+
+    Figures go to ``--bridges-out``, the strip beside it.
+    """
+    torch.set_num_threads(1)
+    autoencoders = stage.read(options)
+    latents = Latents(photos(options.photos), autoencoders)
+    table = figures(latents, shipped)
+    if options.autoencoders:
+        fitted = stage.encode(autoencoders, options.pictures, None)
+        refitted = figures(latents, lambda source, target: stage.fit(fitted[source], fitted[target]))
+        for pair, row in refitted.items():
+            table[pair]["refitted"] = row
+    drawn = all(space in autoencoders for space in SHOWN)
+    write(options.bridges_out, table, strip(latents, *SHOWN, shipped(*SHOWN)) if drawn else None)
+    print(markdown(table), f"written to {options.bridges_out}", sep="\n\n")
+
+
+def write(out: Path, table: Figures, sheet: Image.Image | None) -> None:
+    """Write the figures, rounded, and the strip beside them."""
+    out.write_text(json.dumps(_rounded(table), indent=1) + "\n", "utf-8")
+    if sheet is not None:
+        sheet.quantize(256).save(out.with_suffix(".png"), optimize=True)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return round(value, 3) if isinstance(value, float) else value
+
+
+def markdown(table: Figures) -> str:
+    """Format the figures as two Markdown tables."""
+    lines = ["| state | unexplained | blurred | PSNR decoded (ceiling) |", "|---|---|---|---|"]
+    for pair, row in table.items():
+        states = [
+            row[key] for key in ("state_unexplained", "state_unexplained_blurred", "state_psnr", "state_psnr_ceiling")
+        ]
+        lines.append("| {} | {:.2f} | {:.2f} | {:.1f} ({:.1f}) |".format(pair, *states))
+    lines += [
+        "",
+        "| difference, full detail / averaged 2x2 | " + " | ".join(EDITS) + " |",
+        "|---" * (len(EDITS) + 1) + "|",
+    ]
+    for pair, row in table.items():
+        cells = [f"{row[name]:.2f} / {row['averaged_2x2'][name]:.2f}" for name in EDITS]
+        lines.append(f"| {pair} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

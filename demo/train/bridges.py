@@ -1,0 +1,113 @@
+"""The stage ``bridges``: fit the maps that the extension ships, from a folder of tiny autoencoders."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from demo.autoencoders import WHERE, Autoencoder, of_checkpoints, tiny
+from demo.train.bridges_fit import Size, linear_bridge, save, train_state
+from demo.train.bridges_pictures import Sizes, draw, edited
+from demo.train.bridges_pictures import blurred as blur
+from demo.train.data import Emoji
+from lib_delta.bridges.learned import WEIGHTS, LearnedBridge, path_of
+from lib_delta.errors import DeltaError
+from lib_delta.spaces import Space
+
+BATCH = 16
+
+
+def run(options: argparse.Namespace, load: Callable[[], Emoji]) -> None:
+    """Draw the pictures, encode them, and write a file for every ordered pair of spaces."""
+    autoencoders = read(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    latents = encode(autoencoders, options.pictures, coloured(load()))
+    for source, target in itertools.permutations(autoencoders, 2):
+        # The side model is of SD 1.x: pairs from there have networks, the others filters alone.
+        size = Size(steps=options.steps) if source is Space.SD1 and options.steps else None
+        fitted = fit(latents[source], latents[target], size)
+        about = {"source": source.key, "target": target.key, "pictures": str(options.pictures)}
+        save(fitted, options.out / path_of(source, target).name, about)
+        print(f"{source.key} and {target.key}: written")
+
+
+def coloured(emoji: Emoji) -> Tensor:
+    """Return the sets that have colours, uint8 ``(N, 3, 64, 64)``."""
+    return torch.cat([emoji.pictures[name] for name in ("flat", "noto")])
+
+
+def read(options: argparse.Namespace) -> dict[Space, Autoencoder]:
+    """Return the autoencoders that the command line names; ends with a sentence where there are none."""
+    try:
+        if options.autoencoders:
+            return of_checkpoints(options.autoencoders)
+        if options.taesd is None:
+            raise SystemExit(f"no autoencoders were given: {WHERE}, or checkpoints with --autoencoders A B")
+        return tiny(options.taesd)
+    except DeltaError as error:
+        raise SystemExit(str(error)) from error
+
+
+def fit(source: Tensor, target: Tensor, size: Size | None = None) -> LearnedBridge:
+    """Fit a bridge to the latents ``(N, 2, C, H, W)`` of pictures and their edits in two spaces.
+
+    Without a ``size`` it is filters alone; with one, the map of states is a network besides.
+    Both spaces must have as many latent pixels per picture.
+    """
+    linear = linear_bridge(source, target)
+    if size is None:
+        return linear
+    return replace(linear, state=train_state(linear, source, target, size))
+
+
+def encode(
+    autoencoders: Mapping[Space, Autoencoder], count: int, emoji: Tensor | None, seed: int = 1
+) -> dict[Space, Tensor]:
+    """Draw ``count`` pictures and an edit of each, and return their latents ``(N, 2, C, 16, 16)`` in every space."""
+    rng, sizes = np.random.default_rng(seed), Sizes()
+    latents: dict[Space, list[Tensor]] = {space: [] for space in autoencoders}
+    before = draw(rng, sizes, emoji)
+    for _ in tqdm(range(0, count, BATCH), desc="drawing and encoding"):
+        pairs = []
+        for _ in range(BATCH):
+            picture = draw(rng, sizes, emoji)
+            change, _ = edited(rng, picture, before)
+            before = picture
+            if rng.random() < 0.2:  # as an estimate at high noise looks
+                sigma = float(np.exp(rng.uniform(0, np.log(12))))
+                picture, change = blur(picture, sigma), blur(change, sigma)
+            pairs.append(np.stack((picture, change)))
+        pictures = torch.from_numpy(np.stack(pairs))
+        for space, autoencoder in autoencoders.items():
+            latents[space].append(autoencoder.encode(pictures.flatten(0, 1)).unflatten(0, (BATCH, 2)).half())
+    return {space: torch.cat(parts) for space, parts in latents.items()}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that this stage and the evaluation of bridges share."""
+    parser.add_argument("--taesd", type=Path, help="bridges: a folder of tiny autoencoders (TAESD)")
+    parser.add_argument(
+        "--autoencoders",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="bridges: checkpoints with autoencoders to use",
+    )
+    parser.add_argument("--pictures", type=int, default=2400, help="bridges: how many pictures to fit on")
+
+
+def add_stage_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this stage alone."""
+    add_options(parser)
+    parser.add_argument(
+        "--steps", type=int, default=Size.steps, help="bridges: steps of each network (0: filters alone)"
+    )
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="bridges: the folder to write to")

@@ -1,0 +1,126 @@
+"""Fitting bridges, and measuring them: on latents that we know to be related, and on tiny autoencoders if given."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randn
+
+from demo import bridges as measured
+from demo.autoencoders import TINY, Autoencoder, tiny
+from demo.train import bridges as stage
+from demo.train.bridges_fit import Size, linear_bridge, save
+from demo.train.bridges_pictures import EDITS, Sizes, draw, edited
+from lib_delta.bridges.learned import LearnedBridge, load
+from lib_delta.bridges.maps import DifferenceMap, StateMap
+from lib_delta.errors import CheckpointError
+from lib_delta.models import taesd
+from lib_delta.spaces import Space
+
+TAESD = os.environ.get("DELTA_TAESD", "")
+MIX = randn(16, 4, 3, 3, seed=5) / 6
+
+
+def pictures(count: int = 40) -> torch.Tensor:
+    return randn(count, 2, 4, 12, 12)
+
+
+def other_space(latents: torch.Tensor) -> torch.Tensor:
+    """A second autoencoder's latents: a filter of the first's, and an offset."""
+    padded = F.pad(latents.flatten(0, 1), [1] * 4, mode="replicate")
+    return F.conv2d(padded, MIX).unflatten(0, latents.shape[:2]) + 0.5
+
+
+def test_a_linear_bridge_finds_a_linear_relation() -> None:
+    source = pictures()
+    target = other_space(source)
+    bridge = linear_bridge(source, target)
+    new = randn(2, 4, 12, 12, seed=9)
+    there = other_space(new[:, None])[:, 0]
+    x, _, crossing = bridge.to_source(there, torch.ones(2), there)
+    # From 16 mixed channels the 4 are had back nearly whole, away from the edges.
+    assert float((x - new)[..., 3:-3, 3:-3].square().mean()) < 0.02
+    change = 0.3 * randn(2, 4, 12, 12, seed=10)
+    true = other_space((new + change)[:, None])[:, 0] - there
+    torch.testing.assert_close(bridge.delta_to_target(change, crossing), true, atol=2e-3, rtol=1e-2)
+
+
+def test_networks_improve_on_filters_where_the_relation_bends(tmp_path: Path) -> None:
+    source = pictures(60)
+    target = other_space(source).tanh()
+    linear = linear_bridge(source, target)
+    size = Size(hidden=16, blocks=1, steps=60, batch=16)
+    trained = stage.fit(source, target, size)
+    before, after = (b.state(target[:, 0]).sub(source[:, 0]).square().mean() for b in (linear, trained))
+    assert after < before
+    save(trained, tmp_path / "a-b.safetensors", {"source": "a"})
+    again = load(tmp_path / "a-b.safetensors")
+    torch.testing.assert_close(again.state(target[:, 0]), trained.state(target[:, 0]), atol=0.02, rtol=0.02)
+    assert torch.equal(again.difference.filter.weight, linear.difference.filter.weight.half().float())
+
+
+def test_pictures_and_every_edit_are_pictures() -> None:
+    rng = np.random.default_rng(0)
+    first, second = (draw(rng, Sizes(32, 2), None) for _ in range(2))
+    for kind in EDITS:
+        changed, name = edited(rng, first, second, (kind, kind))
+        assert changed.shape == (3, 32, 32) and name == kind
+        assert changed.min() >= 0 and changed.max() <= 1 and np.isfinite(changed).all()
+    assert all(edit(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16) for edit in measured.EDITS.values())
+
+
+def test_an_exact_bridge_measures_as_exact() -> None:
+    def shrink(picture: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(picture, 8)
+
+    def enlarge(latents: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(latents, scale_factor=8.0)
+
+    spaces = {Space.SD1: Autoencoder(shrink, enlarge), Space.SDXL: Autoencoder(shrink, enlarge)}
+    latents = measured.Latents(torch.rand(2, 3, 64, 64), spaces)
+    row = measured.figures(latents, lambda source, target: _same(3))["sd1->sdxl"]
+    assert row["state_unexplained"] == pytest.approx(0, abs=1e-6)
+    assert row["state_psnr"] == pytest.approx(row["state_psnr_ceiling"], abs=1e-3)
+    assert all(row[name] == pytest.approx(1, abs=1e-4) for name in measured.EDITS)
+    assert "sdxl->sd1" in measured.markdown({"sdxl->sd1": row})
+
+
+def _same(channels: int) -> LearnedBridge:
+    both = LearnedBridge(StateMap(channels, channels, 1), DifferenceMap(channels, channels, 1))
+    for module in (both.state, both.difference):
+        module.filter.weight.data = torch.eye(channels)[:, :, None, None]
+    return both
+
+
+def test_without_autoencoders_the_stage_says_where_they_are_found(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no autoencoders were given: .*VAE-taesd"):
+        stage.read(Namespace(autoencoders=None, taesd=None))
+    with pytest.raises(SystemExit, match="has no taesd: .*WebUIs download them"):
+        stage.read(Namespace(autoencoders=None, taesd=tmp_path))
+
+
+def test_a_tiny_autoencoder_is_read_by_its_shapes(tmp_path: Path) -> None:
+    torch.save(taesd.encoder(16).state_dict(), tmp_path / "e.pth")
+    torch.save(taesd.decoder(4).state_dict(), tmp_path / "d.pth")
+    assert taesd.load(tmp_path / "e.pth", "encoder")(torch.rand(1, 3, 16, 24)).shape == (1, 16, 2, 3)
+    assert taesd.load(tmp_path / "d.pth", "decoder")(torch.rand(1, 4, 2, 3)).shape == (1, 3, 16, 24)
+    with pytest.raises(CheckpointError, match="e.pth is not the decoder of a tiny autoencoder"):
+        taesd.load(tmp_path / "e.pth", "decoder")
+
+
+@pytest.mark.skipif(not TAESD, reason="DELTA_TAESD names no folder of tiny autoencoders")
+def test_the_shipped_maps_beat_scale_on_photos() -> None:
+    autoencoders = tiny(Path(TAESD))
+    assert set(autoencoders) == set(TINY)
+    few = {space: autoencoders[space] for space in (Space.SD1, Space.SDXL)}
+    table = measured.figures(measured.Latents(measured.photos(None)[:3], few), measured.shipped)
+    state, change = table["sdxl->sd1"], table["sd1->sdxl"]
+    assert state["state_unexplained"] < 0.5 and state["scale"]["state_unexplained"] > 1.2
+    assert state["state_psnr"] > 20 > state["scale"]["state_psnr"]
+    assert all(change[name] > 0.75 > change["scale"][name] for name in ("grey", "warm", "hue", "line_art"))
