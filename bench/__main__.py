@@ -18,16 +18,18 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
-from bench import storage
+from bench import bridges, storage
 from bench.models import Layout, diffusers_unet, random_lora, random_unet, sd15, sdxl
 from bench.timing import Case, ratios, rounds
 from lib_delta.adapters.apply import attach, detach
 from lib_delta.adapters.load import AdapterFile
+from lib_delta.families import Family
 from lib_delta.models.unet import Text, UNet
 
 WIDTHS = {"tiny": 64, "small": 128, "full": 320}
 LAYERS = {"all layers": "", "attention": "attn", "decoder": "output_blocks"}
 FORMS = ("merged", "bypass")
+BRIDGED = (Family.SDXL, Family.SD3, Family.FLUX)
 PLAIN, PUBLISHED, FOUR = "plain pass (diffusers)", "two more networks (the published way)", "one pass of four rows"
 RESULTS = Path(__file__).with_name("results")
 
@@ -103,6 +105,7 @@ def native_resolution() -> dict[str, float]:
     return {
         "sdxl plain step, GFLOP": round(target),
         "sd15 pass at 64x64, GFLOP": round(branch),
+        **{f"bridge to {to.label}, of one such pass": round(bridges.gflop(to) / branch, 4) for to in BRIDGED},
         "whole step, exact": round(1 + 2 * branch / target, 3),
         "whole step, balanced": round(1 + branch / target, 3),
         "whole step, fast": round(1 + branch / 2 / target, 3),
