@@ -6,6 +6,7 @@ run), in the key names of the original Stable Diffusion release, "LDM layout".
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,12 +24,31 @@ from lib_delta.formats import zip_records
 from lib_delta.formats.reading import Shapes
 from lib_delta.formats.safetensors_file import SafetensorsReader
 from lib_delta.formats.torch_file import TorchFileReader
+from lib_delta.kinds import other_kind
 from lib_delta.models import unet, vae
 from lib_delta.models.unet import UNet, UNetConfig
 from lib_delta.models.vae import VAE, VAEConfig
 from lib_delta.parameterization import Prediction
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file as it was when it was read: another time or size means another file."""
+
+    path: Path
+    modified: int
+    size: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """Look at a file; raises :class:`CheckpointError` if it cannot be."""
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}): a model file is needed") from error
+        return cls(path, found.st_mtime_ns, found.st_size)
 
 
 class Reader(Protocol):
@@ -131,7 +151,6 @@ TEXT_PREFIXES = ("cond_stage_model.", "conditioner.embedders.")
 _OTHER_FILES: tuple[tuple[str, str], ...] = (
     (r"lora_(unet|te\d?|transformer)_|.*\.(lora_(down|up|A|B)|hada_w1_[ab]|lokr_w[12])", "a LoRA, not a checkpoint"),
     (r"control_model\.|input_hint_block\.|controlnet_cond_embedding\.|controlnet_", "a ControlNet, not a checkpoint"),
-    (r"(ip_adapter|image_proj)\.", "an IP-Adapter, not a checkpoint"),
     (r"emb_params$|string_to_param|clip_[lg]$", "a textual inversion embedding, not a checkpoint"),
     (
         r"(unet\.)?down_blocks\.\d+\.(resnets|attentions)\.",
@@ -186,6 +205,8 @@ def _labelled_family(shapes: Shapes, prefix: str) -> Family:
 
 
 def _other_file(shapes: Shapes) -> str:
+    if kind := other_kind(shapes):
+        return f"{kind}, not a checkpoint"
     for pattern, what in _OTHER_FILES:
         if any(re.match(pattern, key) for key in shapes):
             return what
@@ -207,6 +228,13 @@ def detect_prediction(file: WeightFile, family: Family) -> Prediction:
     default is that of the 768-v models, but for the inpainting and depth models, which are eps.
     Where that is wrong the user has to say so.
     """
+    return stated_prediction(file) or (
+        "v" if family is Family.SD2 and detect_variant(file.shapes) == "standard" else "eps"
+    )
+
+
+def stated_prediction(file: WeightFile) -> Prediction | None:
+    """Return what a file says that its UNet predicts, None where it says nothing."""
     if "v_pred" in file.shapes:
         return "v"
     stated = file.metadata.get("modelspec.prediction_type", "").lower()
@@ -216,7 +244,7 @@ def detect_prediction(file: WeightFile, family: Family) -> Prediction:
         return "v" if stated.startswith("v") else "eps"
     if file.metadata.get("modelspec.architecture", "").endswith("-v"):
         return "v"
-    return "v" if family is Family.SD2 and detect_variant(file.shapes) == "standard" else "eps"
+    return None
 
 
 def detect_zero_terminal_snr(file: WeightFile) -> bool:
@@ -258,6 +286,68 @@ def _unexpected_keys(shapes: Shapes, prefix: str, known: Iterable[str]) -> tuple
         return tuple(k for k in shapes if k not in known)
     parts = (*TEXT_PREFIXES, vae.PREFIX)
     return tuple(k for k in shapes if k not in known and not k.startswith(parts) and not _KNOWN_EXTRAS.match(k))
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the header of a checkpoint tells of it, with nothing built; ``missing`` as in :class:`Report`."""
+
+    name: str
+    family: Family
+    variant: str
+    prediction: Prediction
+    missing: tuple[str, ...]
+
+    @property
+    def unfit(self) -> str:
+        """Why it cannot be the base of the side model, in a sentence; empty where it can."""
+        if self.family is not Family.SD1:
+            label = self.family.label
+            return f"{self.name} is a model of {label}, and the base of Delta Sampling has to be an SD 1.x checkpoint"
+        if self.variant != "standard":
+            return f"{self.name} is an {self.variant} model: an ordinary SD 1.x checkpoint is needed as base"
+        if "text encoder" in self.missing:
+            return f"{self.name} has no text encoder: a whole SD 1.x checkpoint is needed as base"
+        return ""
+
+
+def describe(path: str | Path) -> Description:
+    """Say what a checkpoint is, from its header alone: milliseconds, and remembered until the file changes.
+
+    For lists of files, and to refuse before anything is built: ``describe(path).unfit`` is why a checkpoint cannot be
+    the base, empty where it can.  Raises :class:`CheckpointError` for what is no checkpoint or cannot be read; see
+    :func:`base_fault` for one sentence in every case.
+    """
+    described = _described(FileState.of(Path(path)))
+    if isinstance(described, str):
+        raise CheckpointError(described)
+    return described
+
+
+def base_fault(path: str | Path) -> str:
+    """Return why a file cannot be the base of the side model, in a sentence; empty where it can.  Never raises."""
+    try:
+        return describe(path).unfit
+    except CheckpointError as error:
+        return str(error)
+
+
+@functools.lru_cache(maxsize=4096)
+def _described(state: FileState) -> Description | str:
+    """Return the description, or the sentence that says why there is none: both are worth remembering."""
+    try:
+        with WeightFile.open(state.path) as file:
+            family = detect_family(file.shapes, file.name)
+            has_unet = unet_prefix(file.shapes) is not None
+            return Description(
+                name=file.name,
+                family=family,
+                variant=detect_variant(file.shapes) if has_unet else "standard",
+                prediction=detect_prediction(file, family) if has_unet else "eps",
+                missing=_missing_parts(file.shapes),
+            )
+    except CheckpointError as error:
+        return str(error)
 
 
 def load_unet(

@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -15,10 +14,9 @@ import torch
 from lib_delta.adapters.apply import AdaptedTower, Form, Weight, attach, detach, text_parameters
 from lib_delta.adapters.blocks import BlockWeights
 from lib_delta.adapters.load import AdapterFile, load_adapter
-from lib_delta.checkpoint import TEXT_PREFIXES, WeightFile, detect_family, detect_variant, load_unet
+from lib_delta.checkpoint import FileState, WeightFile, base_fault, load_unet
 from lib_delta.devices import out_of_memory, without_autocast
 from lib_delta.errors import CheckpointError, DeltaError
-from lib_delta.families import Family
 from lib_delta.models.text import TextEncoder, load_towers
 from lib_delta.parameterization import Parameterization, Schedule
 
@@ -45,24 +43,6 @@ class AdapterPick:
         return lambda path: self.weight * blocks.at(path)
 
 
-@dataclass(frozen=True)
-class FileState:
-    """A file as it was when it was read: another time or size means another file."""
-
-    path: Path
-    modified: int
-    size: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileState:
-        """Look at a file; raises :class:`CheckpointError` if it cannot be."""
-        try:
-            found = path.stat()
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror}): a model file is needed") from error
-        return cls(path, found.st_mtime_ns, found.st_size)
-
-
 class SideModel:
     """An SD 1.x base, its text encoder, and what is attached to it."""
 
@@ -72,8 +52,9 @@ class SideModel:
         Raises :class:`CheckpointError` unless it is a whole, ordinary SD 1.x checkpoint.
         """
         self.name = path.name
+        if fault := base_fault(path):  # before anything of it is built
+            raise CheckpointError(fault)
         with WeightFile.open(path) as file:
-            _refuse_unfit(file)  # before anything of it is built
             self.unet, self.report = load_unet(file, dtype)
             self.tower: TextEncoder = load_towers(file, self.report.family, dtype)[0]
         self.parameterization = Parameterization(
@@ -97,15 +78,17 @@ class SideModel:
             self._files = {key: file for key, file in self._files.items() if key in wanted}
             for state, rank in wanted:
                 if (state, rank) not in self._files:
-                    with without_autocast(torch.device("cpu")):
-                        read = load_adapter(state.path, self.unet, [self.tower])
-                    self._files[state, rank] = read.with_rank(rank)
+                    self._files[state, rank] = self._read(state.path).with_rank(rank)
             self.adapters = tuple(self._files[key] for key in wanted)
         except BaseException:
             self._release()
             raise
         self._picks, self._form = tuple(picks), form
         self.activate()
+
+    def _read(self, path: Path) -> AdapterFile:
+        with without_autocast(torch.device("cpu")):
+            return load_adapter(path, self.unet, [self.tower], self.report.prediction)
 
     # Outside of inference mode, in which hosts sample: what is made there could not be written to later.
     @torch.inference_mode(False)
@@ -169,40 +152,9 @@ class SideModel:
         return AdaptedTower(self.tower, changed) if changed else self.tower
 
 
-def _refuse_unfit(file: WeightFile) -> None:
-    """Refuse, by its header alone, what cannot be a base."""
-    family, variant = detect_family(file.shapes, file.name), detect_variant(file.shapes)
-    if family is not Family.SD1:
-        raise CheckpointError(
-            f"{file.name} is a model of {family.label}, and the base of Delta Sampling has to be an SD 1.x checkpoint"
-        )
-    if variant != "standard":
-        raise CheckpointError(f"{file.name} is an {variant} model: an ordinary SD 1.x checkpoint is needed as base")
-    if not any(key.startswith(TEXT_PREFIXES) for key in file.shapes):
-        raise CheckpointError(f"{file.name} has no text encoder: a whole SD 1.x checkpoint is needed as base")
-
-
-@lru_cache(maxsize=4096)
-def _fits(state: FileState) -> bool:
-    try:
-        with WeightFile.open(state.path) as file:
-            _refuse_unfit(file)
-    except CheckpointError:
-        return False
-    return True
-
-
 def can_be_base(path: Path) -> bool:
-    """Tell whether a checkpoint can be a base, by its header, which is read once for as long as the file is the same.
-
-    A format without a header is given the benefit of the doubt.
-    """
-    if path.suffix.lower() != ".safetensors":
-        return True
-    try:
-        return _fits(FileState.of(path))
-    except CheckpointError:
-        return False
+    """Tell whether a checkpoint can be a base, by its header, which is read once for as long as the file is the same."""
+    return not base_fault(path)
 
 
 class SideModels:

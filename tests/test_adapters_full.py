@@ -103,7 +103,7 @@ def refused(change: dict[str, Tensor | None], message: str) -> None:
 
 def test_incomplete_and_foreign_weights_are_refused() -> None:
     refused({"out.2.weight": None}, r"tuned.safetensors has no out.2.weight")
-    refused({"input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, r"input_blocks.0.0.weight of shape .32, 9, 3, 3.")
+    refused({"input_blocks.0.0.weight": torch.zeros(32, 7, 3, 3)}, r"input_blocks.0.0.weight of shape .32, 7, 3, 3.")
     refused({"out.0.bias": torch.full((32,), float("nan"))}, "NaN or infinity in out.0.bias")
     key = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     refused({key: torch.zeros(32, 2048)}, r"made for SDXL \(text 2048 wide\).*SD 1\.x \(text 24 wide\), is needed")

@@ -171,9 +171,9 @@ def test_ia3(feedforward: tuple[str, ...], tmp_path: Path) -> None:
 
 
 @oldest
-@pytest.mark.parametrize("settings", [{}, {"block_share": True}, {"coft": True, "eps": 0.1}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"block_share": True}, {"coft": True, "eps": 0.1}, {"r": 5}], ids=str)
 def test_oft_of_2024(settings: dict[str, Any], tmp_path: Path) -> None:
-    wrapped = trained(config("OFT", r=8, init_weights=False, **settings), unet_tree()[0])
+    wrapped = trained(config("OFT", **{"r": 8, "init_weights": False, **settings}), unet_tree()[0])
     for place in unet_tree()[1].values():
         wrapped.base_model.model.get_submodule(place).get_delta_weight("default")  # shortens a constrained one
     check(wrapped, saved(wrapped, tmp_path), "OFT")
@@ -188,6 +188,7 @@ def test_oft_of_2024(settings: dict[str, Any], tmp_path: Path) -> None:
         {"oft_block_size": 4, "num_cayley_neumann_terms": 3},
         {"oft_block_size": 4, "num_cayley_neumann_terms": 8},
         {"oft_block_size": 4, "block_share": True},
+        {"oft_block_size": 4, "coft": True, "eps": 2.0},
     ],
     ids=str,
 )

@@ -145,12 +145,13 @@ def _flat(tensor: Tensor) -> Tensor:
 _COMMON = (
     r"lora_(?:up|down|mid)\.weight|alpha|dora_scale|diff|diff_b|w_norm|b_norm|weight|on_input"
     r"|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t[12]|oft_blocks|oft_diag|rescale"
-    r"|[ab][12]\.weight|bm\.weight|(?:up|down)_list\.\d+|boft_s|boft_R|oft_r|ia3_l"
+    r"|[ab][12]\.weight|bm\.weight|(?:up|down)_list\.\d+|base_layer\.bias|boft_s|boft_R|oft_r|ia3_l"
 )
 # And those that peft and diffusers name otherwise; an adapter's own name may stand inside (``lora_A.default.weight``).
 _RENAMED: tuple[tuple[str, str, Callable[[Tensor], Tensor]], ...] = (
     (r"lora_A(?:\.\w+)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight", "lora_down.weight", _same),
     (r"lora_B(?:\.\w+)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight", "lora_up.weight", _same),
+    (r"lora_B(?:\.\w+)?\.bias", "lora_up.bias", _same),
     # An embedding's factors make the transposed difference: (up @ down).T = down.T @ up.T.
     (r"lora_embedding_A(?:\.\w+)?", "lora_up.weight", _transposed),
     (r"lora_embedding_B(?:\.\w+)?", "lora_down.weight", _transposed),
@@ -160,6 +161,8 @@ _RENAMED: tuple[tuple[str, str, Callable[[Tensor], Tensor]], ...] = (
 _IN_COMMON = re.compile(rf"(?P<layer>.+?)\.(?P<tensor>{_COMMON})(?:\.default)?")
 _IN_RENAMED = tuple((re.compile(rf"(?P<layer>.+?)\.(?:{names})"), name, as_) for names, name, as_ in _RENAMED)
 # diffusers' attention processors, 2023: the layer's name ends in the tensor's.
+# And its text encoders' attention, in the same year.
+_OLD_TEXT = re.compile(r"(?P<block>.+\.self_attn)\.to_(?P<layer>q|k|v|out)_lora\.(?P<side>up|down)\.weight")
 _PROCESSOR = re.compile(r"(?P<block>.+)\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<side>up|down)\.weight")
 
 # What stands before a layer's path, and what kohya's scripts put there; the first that fits counts.
@@ -170,6 +173,9 @@ _PREFIXES = (
     (r"lycoris_(?=unet_|te\d?_)", "lora_"),
     (r"lycoris_(?=text_model_)", "lora_te_"),
     (r"lycoris_", "lora_unet_"),
+    # ComfyUI's names for a checkpoint's text encoders.
+    (r"text_encoders\.clip_l\.transformer\.", "lora_te_"),
+    (r"text_encoders\.clip_g\.transformer\.", "lora_te2_"),
     (r"(?:base_model\.model\.)?text_encoder_(\d)\.", r"lora_te\1_"),
     (r"(?:base_model\.model\.)?text_encoder\.(?:base_model\.model\.)?", "lora_te_"),
     (r"(?:base_model\.model\.)?(?=text_model\.)", "lora_te_"),
@@ -187,6 +193,8 @@ def read(key: str) -> Key | None:
     if found := _PROCESSOR.fullmatch(key):
         inner = {"to_out": "to_out.0"}.get(found["layer"], found["layer"])
         return Key(_layer_name(f"{found['block']}.{inner}"), f"lora_{found['side']}.weight", _same)
+    if found := _OLD_TEXT.fullmatch(key):
+        return Key(_layer_name(f"{found['block']}.{found['layer']}_proj"), f"lora_{found['side']}.weight", _same)
     for pattern, name, as_stored in _IN_RENAMED:
         if found := pattern.fullmatch(key):
             return Key(_layer_name(found["layer"]), name, as_stored)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +12,24 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lib_delta.adapters import boft, dora, dylora, full, glora, ia3, keys, loha, lokr, lora, norm, oft, origin
+from lib_delta.adapters import (
+    biased,
+    boft,
+    dora,
+    dylora,
+    full,
+    glora,
+    ia3,
+    keys,
+    loha,
+    lokr,
+    lora,
+    norm,
+    numbered,
+    oft,
+    origin,
+)
+from lib_delta.adapters.biased import Biased
 from lib_delta.adapters.dora import Dora
 from lib_delta.adapters.full import Tuned
 from lib_delta.adapters.keys import Place
@@ -20,11 +37,12 @@ from lib_delta.adapters.lora import Lora
 from lib_delta.adapters.origin import family_of
 from lib_delta.adapters.protocol import Algorithm, LayerAdapter
 from lib_delta.adapters.trained import Trained
-from lib_delta.checkpoint import TEXT_PREFIXES, WeightFile, detect_family, unet_prefix
+from lib_delta.checkpoint import TEXT_PREFIXES, WeightFile, detect_family, stated_prediction, unet_prefix
 from lib_delta.errors import AdapterError, CheckpointError
 from lib_delta.families import Family
 from lib_delta.models.text import load_towers
 from lib_delta.models.unet import UNet
+from lib_delta.parameterization import Prediction
 
 ALGORITHMS = cast("tuple[Algorithm, ...]", (lora, loha, lokr, full, norm, ia3, oft, boft, glora, dylora))
 
@@ -85,27 +103,44 @@ class AdapterFile:
         return f"{said}; {len(self.unmatched)} of its {self.total} keys match no layer."
 
 
-def load_adapter(path: str | os.PathLike[str], unet: UNet, towers: Sequence[nn.Module] = ()) -> AdapterFile:
+def load_adapter(
+    path: str | os.PathLike[str],
+    unet: UNet,
+    towers: Sequence[nn.Module] = (),
+    prediction: Prediction | None = None,
+) -> AdapterFile:
     """Read an adapter for ``unet`` and its text encoders: a LoRA or its like, or a fine-tuned checkpoint.
 
-    The UNet of a memory-mapped checkpoint is read layer by layer, and stays mapped.  A checkpoint
-    without text encoders leaves the base's as they are.
+    ``prediction`` is what the base predicts, which a fine-tuned checkpoint has to share.  A checkpoint without text
+    encoders leaves the base's as they are.
     Raises :class:`AdapterError` for a file that cannot be read, is malformed, or is of another family.
     """
     try:
         with WeightFile.open(Path(path)) as file:
             prefix = unet_prefix(file.shapes)
             if prefix is None:
-                origin.refuse_other_kinds(file.name, file.shapes)
+                tensors = numbered.renamed(file.name, _Tensors(file), file.metadata, unet)
+                if tensors is None:
+                    origin.refuse_other_kinds(file.name, file.shapes)
                 trained = Trained.beside(Path(path), file.metadata)
-                return read_adapter(file.name, _Tensors(file), unet, towers, trained, file.metadata)
+                return read_adapter(file.name, tensors or _Tensors(file), unet, towers, trained, file.metadata)
             found = detect_family(file.shapes, file.name)
             if found is not family_of(unet):
                 raise origin.other_family(file.name, found.label, unet)
+            _refuse_other_prediction(file, prediction)
             text = [(tower, tuned.state_dict()) for tower, tuned in zip(towers, _tuned_towers(file, found, towers))]
             return read_full(file.name, _Tensors(file.below(prefix)), unet, text)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
+
+
+def _refuse_other_prediction(file: WeightFile, needed: Prediction | None) -> None:
+    stated = stated_prediction(file)
+    if needed is not None and stated is not None and stated != needed:
+        raise AdapterError(
+            f"{file.name} predicts {stated} where the base predicts {needed}, so their difference means nothing:"
+            f" a checkpoint that predicts {needed} is needed"
+        )
 
 
 def _tuned_towers(file: WeightFile, family: Family, towers: Sequence[nn.Module]) -> Sequence[nn.Module]:
@@ -158,13 +193,15 @@ def read_adapter(
         if place in found:
             raise AdapterError(f"{name} names the layer {place.path} twice ({layer}), and one entry a layer is needed")
         if trained is not None:
-            trained.complete(layer, group.tensors)
+            trained.complete(layer, group.stored[0], group.tensors)
+        module = _module(unet, towers, place)
+        unmatched += _without_more_inputs(group, module)
         try:
-            found[place] = _layer(group.tensors, _module(unet, towers, place))
+            found[place] = _layer(group.tensors, module)
         except AdapterError as error:
             raise AdapterError(f"{name} is malformed or for another model at {layer}: {error}") from error
     if not found:
-        raise origin.nothing_matches(name, list(tensors), unet, stated)
+        raise origin.nothing_matches(name, list(tensors), unet, stated, len(towers))
     text = tuple({p.path: a for p, a in found.items() if p.tower == i} for i in range(len(towers)))
     for key, vectors in embeddings.items():
         _refuse_embedding(name, key, vectors, unet)
@@ -218,7 +255,30 @@ def _refuse_embedding(name: str, key: str, vectors: Tensor, unet: UNet) -> None:
         )
 
 
+# What inpainting, depth and edit models add to the inputs of their first layer, behind the latent's channels.
+_MORE_INPUTS = (5, 8, 9)
+_FIRST = "input_blocks.0.0.weight"
+
+
+def _without_more_inputs(group: Group, layer: nn.Module) -> list[str]:
+    """Leave out what the first layer's tensors of an inpainting model hold for mask and picture; say what that is."""
+    own = cast(Tensor, layer.weight).shape
+    if len(own) != 4 or own[1] in _MORE_INPUTS:
+        return []
+    left_out = []
+    for name in (lora.DOWN, full.DIFF):
+        tensor = group.tensors.get(name)
+        if tensor is not None and tensor.ndim == 4 and tensor.shape[1] in _MORE_INPUTS and tensor.shape[1] > own[1]:
+            group.tensors[name] = tensor[:, : own[1]].contiguous()
+            stored = next((key for key in group.stored if key.endswith(name)), group.stored[0])
+            left_out.append(f"{stored} (input channels {own[1] + 1} to {tensor.shape[1]})")
+    return left_out
+
+
 def _layer(tensors: Mapping[str, Tensor], layer: nn.Module) -> LayerAdapter:
+    if lokr.W1 in tensors and lokr.W2 in tensors:
+        # Of two whole factors alpha means nothing, and is more than fp16 holds in some files.
+        tensors = {below: tensor for below, tensor in tensors.items() if below != lora.ALPHA}
     for below, tensor in tensors.items():
         # Through fp32: smaller types know no such question, or lose the answer in a cast.
         if not torch.isfinite(tensor.float()).all():
@@ -232,12 +292,21 @@ def _layer(tensors: Mapping[str, Tensor], layer: nn.Module) -> LayerAdapter:
 def _matched(tensors: Mapping[str, Tensor]) -> LayerAdapter:
     if dora.SCALE in tensors:
         return Dora(_matched({k: t for k, t in tensors.items() if k != dora.SCALE}), tensors[dora.SCALE])
+    for bias in biased.NAMES:
+        if bias in tensors and full.DIFF not in tensors:
+            return _with_bias({k: t for k, t in tensors.items() if k != bias}, bias, tensors[bias])
     for algorithm in ALGORITHMS:
         adapter = algorithm.match(tensors)
         if adapter is not None:
             return cast(LayerAdapter, adapter)
     names = ", ".join(sorted(tensors))
     raise AdapterError(f"its tensors ({names}) are of an algorithm that is not served, or incomplete")
+
+
+def _with_bias(rest: Mapping[str, Tensor], name: str, bias: Tensor) -> Biased:
+    inner = _matched(rest) if rest else None
+    scale = inner.scale if name == biased.UP_BIAS and isinstance(inner, Lora) else 1.0
+    return Biased(inner, bias, scale, replaces=name == biased.NEW_BIAS)
 
 
 def read_full(
@@ -261,7 +330,10 @@ def read_full(
     if width is not None and width != unet.config.context_width:
         raise origin.other_family(name, origin.described(width), unet)
     text = tuple(_tuned_layers(name, weights, tower) for tower, weights in towers)
-    return AdapterFile(name, _tuned_layers(name, tensors, unet), text)
+    first = Group({full.DIFF: tensors[_FIRST]}, [_FIRST]) if _FIRST in tensors else Group()
+    left_out = _without_more_inputs(first, unet.get_submodule(_FIRST.removesuffix(".weight")))
+    own = ChainMap({_FIRST: first.tensors[full.DIFF]}, tensors) if left_out else tensors  # type: ignore[arg-type]
+    return AdapterFile(name, _tuned_layers(name, own, unet), text, tuple(left_out), len(tensors))
 
 
 def _tuned_layers(name: str, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, LayerAdapter]:

@@ -24,6 +24,8 @@ BLOCKS, DIAGONAL, RESCALE, CONSTRAINT = "oft_blocks", "oft_diag", "rescale", "al
 PEFT_OLD, PEFT = "oft_r", "oft_R"
 # Set by the reader where peft's configuration says so: how many terms of a series stand for the inverse.
 PEFT_TERMS = "oft_terms"
+# And, with COFT, how large each block may be.
+PEFT_LIMIT = "oft_eps"
 
 # How the entries are ordered before each factor of several (:mod:`lib_delta.adapters.boft`).
 Butterfly = Literal["none", "lycoris", "peft"]
@@ -59,7 +61,10 @@ class Oft(LayerAdapter):
         return self  # made for its layer by Unsolved
 
     def turn(self, entries: Tensor) -> Tensor:
-        """Return M times ``entries`` ``(width, ...)``."""
+        """Return M times ``entries`` ``(width, ...)``, or of fewer entries, as if zeros followed them."""
+        missing = self.width - len(entries)
+        if missing:
+            return self.turn(torch.cat((entries, entries.new_zeros(missing, *entries.shape[1:]))))[: len(entries)]
         for i, blocks in enumerate(self.factors):
             order = self._order(i, entries.device)
             ordered = entries if order is None else entries[order]
@@ -109,6 +114,7 @@ class Unsolved:
     rescale: Tensor | None = None
     on_input: bool = False
     butterfly: Butterfly = "none"
+    padded: bool = False
 
     def fit(self, shape: Size) -> Oft:
         """Return the rotations for a weight of ``shape``; raise :class:`AdapterError` if they are not for one."""
@@ -116,7 +122,9 @@ class Unsolved:
         wanted = shape[1:].numel() if self.on_input else shape[0]
         # One block may be shared by all.
         shared = self.count == 1 and self.butterfly == "none" and wanted % self.side == 0
-        if not shared and self.count * self.side != wanted:
+        # The last block of some may reach beyond the layer's entries.
+        beyond = self.count * self.side - wanted
+        if not shared and beyond and not (self.padded and 0 < beyond < self.count):
             found = f"{self.count} blocks of {self.side}"
             raise AdapterError(f"its rotations are {found} where the model's layer needs {wanted} entries in all")
         if self.rescale is not None and self.rescale.numel() != shape[0]:
@@ -135,8 +143,8 @@ def match(tensors: Mapping[str, Tensor]) -> Unsolved | None:
         return Unsolved(len(given), given.shape[-1], lambda: given.float()[None].mT, rescale)
     if PEFT_OLD in tensors and tensors.keys() == {PEFT_OLD}:
         data = _blocks(tensors[PEFT_OLD], PEFT_OLD, 3)
-        return Unsolved(len(data), data.shape[-1], lambda: cayley(half_skew(data))[None].mT)
-    if PEFT in tensors and not tensors.keys() - {PEFT, PEFT_TERMS}:
+        return Unsolved(len(data), data.shape[-1], lambda: cayley(half_skew(data))[None].mT, padded=True)
+    if PEFT in tensors and not tensors.keys() - {PEFT, PEFT_TERMS, PEFT_LIMIT}:
         side = _triangle_side(tensors[PEFT])
         return Unsolved(len(tensors[PEFT]), side, lambda: _peft_rotations(tensors, side)[None], on_input=True)
     if BLOCKS not in tensors or tensors[BLOCKS].ndim != 3 or tensors.keys() - {BLOCKS, RESCALE, CONSTRAINT}:
@@ -191,6 +199,10 @@ def _peft_rotations(tensors: Mapping[str, Tensor], side: int) -> Tensor:
     skew = torch.zeros(len(vectors), side, side)
     skew[:, rows, columns] = vectors
     skew = skew - skew.mT
+    if PEFT_LIMIT in tensors:
+        limit = number(tensors[PEFT_LIMIT], PEFT_LIMIT) / math.sqrt(len(vectors))
+        norm = torch.linalg.matrix_norm(skew, keepdim=True)
+        skew = torch.where(norm <= limit, skew, skew * (limit / norm))
     terms = int(tensors[PEFT_TERMS].item()) if PEFT_TERMS in tensors else 5
     if terms == 0:
         return cayley(-skew)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from lib_delta.errors import AdapterError
 from lib_delta.families import Family
+from lib_delta.kinds import Shapes, other_kind
 from lib_delta.models.unet import UNet
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 # Layers that no UNet of SD 1.x or 2.x has, by the names that ``keys.read`` gives.
 _OTHER_LAYERS: tuple[tuple[str, str], ...] = (
@@ -35,13 +34,14 @@ _STATED: tuple[tuple[str, str], ...] = (
 _OTHER_FILES: tuple[tuple[str, str], ...] = (
     (r"lora_controlnet$", "a Control-LoRA, which follows a picture"),
     (r"(control_model|input_hint_block|controlnet_cond_embedding|controlnet_\w+_blocks)\.", "a ControlNet"),
-    (r"(ip_adapter|image_proj)\.", "an IP-Adapter"),
-    (r"(emb_params|clip_[lg]|string_to_param.*|<[^>]*>)$", "a textual inversion embedding (use it in the prompt)"),
+    (r"(emb_params|clip_[lg]|string_to_param.*)$", "a textual inversion embedding (use it in the prompt)"),
     (r"(first_stage_model\.)?(encoder|decoder)\.conv_in\.", "an autoencoder (VAE)"),
     (r"(body|adapter\.body)\.\d", "a T2I-Adapter, which follows a picture"),
-    (r"(unet|text_encoder):\d+:(up|down|rank|target)", "a LoRA of 2022, whose layers have numbers for names"),
     (r"(.*motion_modules\..*)", "a motion module"),
 )
+
+
+_TEXT_KEYS = ("lora_te_", "lora_te1_", "lycoris_te", "text_encoder", "text_model.")
 
 
 class HasTensors(Protocol):
@@ -52,9 +52,12 @@ class HasTensors(Protocol):
 
 def refuse_other_kinds(name: str, shapes: Shapes) -> None:
     """Raise :class:`AdapterError` for a file that is something else than an adapter of weights."""
-    for pattern, what in _OTHER_FILES:
-        if any(re.match(pattern, key) for key in shapes):
-            raise AdapterError(f"{name} is {what}: a LoRA, a LyCORIS file or a fine-tuned checkpoint is needed")
+    named = (what for pattern, what in _OTHER_FILES if any(re.match(pattern, key) for key in shapes))
+    what = next(named, "") or other_kind(shapes)
+    if not what and shapes and all(re.fullmatch(r"<[^>]*>", key) for key in shapes):
+        what = "a textual inversion embedding (use it in the prompt)"
+    if what:
+        raise AdapterError(f"{name} is {what}: a LoRA, a LyCORIS file or a fine-tuned checkpoint is needed")
     if not shapes:
         raise AdapterError(f"{name} holds no weights: a LoRA, a LyCORIS file or a fine-tuned checkpoint is needed")
 
@@ -121,8 +124,12 @@ def other_family(name: str, found: str, unet: UNet) -> AdapterError:
     return AdapterError(f"{name} is made for {found}, and one for the base model, {needed}, is needed")
 
 
-def nothing_matches(name: str, stored: Sequence[str], unet: UNet, stated: str) -> AdapterError:
+def nothing_matches(name: str, stored: Sequence[str], unet: UNet, stated: str, towers: int) -> AdapterError:
     """Say that no key of a file names a layer."""
+    if stored and not towers and all(key.startswith(_TEXT_KEYS) for key in stored):
+        return AdapterError(
+            f"{name} adapts the text encoder alone, and the base has none: a base with its text encoder is needed"
+        )
     if stated and stated != family_of(unet).label:
         return other_family(name, f"{stated}, as its header says", unet)
     sample = stored[0] if stored else "it is empty"

@@ -7,6 +7,7 @@ alpha by the square root of the rank.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -24,6 +25,9 @@ from lib_delta.errors import AdapterError
 CONFIG = "adapter_config.json"
 HEADER = "lora_adapter_metadata"
 _LARGEST_CONFIG = 2**20  # bytes
+_LONGEST_PATTERN, _MOST_REPEATS = 300, 3
+# Starts of peft's LoRA that take something out of the base's weights.
+_PARTS_OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LARGEST_ALPHA, _MOST_TERMS = 1e12, 100  # far above what anybody trains with
 
 
@@ -46,25 +50,32 @@ class Trained:
             raise AdapterError(f"{config.name} beside {path.name} is too large to be peft's configuration")
         return cls({"": _parsed(config.read_text(encoding="utf-8", errors="replace"), f"{CONFIG} beside {path.name}")})
 
-    def complete(self, layer: str, tensors: dict[str, Tensor]) -> None:
-        """Add to a layer's tensors what the configuration says of them: alpha, as it is over the plain rank."""
+    def complete(self, layer: str, stored: str, tensors: dict[str, Tensor]) -> None:
+        """Add to a layer's tensors what the configuration says of them: alpha, as it is over the plain rank.
+
+        ``layer`` is the name that :mod:`lib_delta.adapters.keys` gives, ``stored`` a key of the file for it.
+        """
         config = self._of(layer)
         if config is None:
             return
+        path = _module_path(stored)
+        _refuse_changed_base(config, tensors)
         if oft.PEFT in tensors:
             tensors[oft.PEFT_TERMS] = torch.tensor(_terms(config))
+            if config.get("coft") is True:
+                tensors[oft.PEFT_LIMIT] = torch.tensor(_limit(config), dtype=torch.float64)
         endings = config.get("feedforward_modules")
         if ia3.PEFT in tensors and isinstance(endings, list):
-            on_input = any(layer.endswith(str(ending).replace(".", "_")) for ending in endings)
+            on_input = any(path.endswith(str(ending)) for ending in endings)
             tensors[ia3.ON_INPUT] = torch.tensor(float(on_input))
         rank = _rank(tensors)
-        alpha = _by_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", config.get("alpha")))
+        alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", config.get("alpha")))
         if lora.ALPHA in tensors or not isinstance(alpha, (int, float)):
             return
         if not abs(alpha) < _LARGEST_ALPHA:
             raise AdapterError(f"adapter_config says {alpha} for alpha of {layer}, and a finite number is needed")
         if rank is None:
-            _scale_whole_factors(tensors, alpha, _by_pattern(config.get("rank_pattern"), layer, config.get("r")))
+            _scale_whole_factors(tensors, alpha, _by_pattern(config.get("rank_pattern"), path, config.get("r")))
             return
         stated = math.sqrt(rank) * alpha if config.get("use_rslora") else alpha
         tensors[lora.ALPHA] = torch.tensor(float(stated))
@@ -94,12 +105,49 @@ def _scale_whole_factors(tensors: dict[str, Tensor], alpha: float, rank: Any) ->
         tensors[lokr.W1] = tensors[lokr.W1].float() * (alpha / rank)
 
 
-def _by_pattern(patterns: Any, layer: str, default: Any) -> Any:
-    """Return the value of the pattern that ends the layer's name, as peft looks it up."""
+def _by_pattern(patterns: Any, path: str, default: Any) -> Any:
+    """Return the value of the first pattern that ends the module's path, a regular expression as peft reads it."""
     for pattern, value in (patterns if isinstance(patterns, dict) else {}).items():
-        if re.fullmatch(rf"(.*_)?{re.escape(str(pattern).replace('.', '_'))}", layer):
+        if _simple_expression(str(pattern)).match(path):
             return value
     return default
+
+
+@functools.lru_cache(maxsize=4096)
+def _simple_expression(pattern: str) -> re.Pattern[str]:
+    """Compile a pattern of a file from a stranger, unless it could take forever to match."""
+    repeats = re.findall(r"(?<!\\)[*+{]", pattern)
+    if len(pattern) > _LONGEST_PATTERN or len(repeats) > _MOST_REPEATS or re.search(r"\)[*+{]|\\\d|\(\?P=", pattern):
+        raise AdapterError(
+            f"adapter_config has the pattern {pattern[:60]!r}, which is too complicated to be read safely"
+        )
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise AdapterError(f"adapter_config has the pattern {pattern[:60]!r}, which is none ({error})") from error
+
+
+def _module_path(stored: str) -> str:
+    """Return the path that peft knows a module by, of a key that names one of the module's tensors."""
+    path = re.sub(r"^(unet\.|text_encoder(_2)?\.)?(base_model\.model\.)?(unet\.|text_encoder(_2)?\.)?", "", stored)
+    return re.sub(r"\.(lora|hada|lokr|oft|boft|ia3|base_layer|alpha|dora)(_|\.|$).*$", "", path)
+
+
+def _refuse_changed_base(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse factors that started as a part of the base, which only what they started from could tell apart from it."""
+    start = config.get("init_lora_weights")
+    if lora.DOWN in tensors and isinstance(start, str) and start.lower().startswith(_PARTS_OF_THE_BASE):
+        raise AdapterError(
+            f"adapter_config says that its factors started as a part of the base ({start[:40]}), so they are no"
+            " change of it by themselves: save it as an ordinary LoRA (peft's path_initial_model_for_weight_conversion)"
+        )
+
+
+def _limit(config: Mapping[str, Any]) -> float:
+    limit = config.get("eps", 6e-5)
+    if not isinstance(limit, (int, float)) or not 0 <= limit < _LARGEST_ALPHA:
+        raise AdapterError(f"adapter_config says {limit!r} for eps, and a finite number is needed")
+    return float(limit)
 
 
 def _by_part(stated: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
