@@ -153,7 +153,7 @@ class SideModel:
 
 
 def can_be_base(path: Path) -> bool:
-    """Tell whether a checkpoint can be a base, by its header, which is read once for as long as the file is the same."""
+    """Tell whether a checkpoint can be a base, by its header, which is read once while the file stays the same."""
     return not base_fault(path)
 
 

@@ -56,7 +56,8 @@ class BlockWeights:
             numbers = []
         if layout is None or not numbers or not all(map(math.isfinite, numbers)):
             raise SettingError(
-                f"block weights {shown(text)} cannot be read: {', '.join(PRESETS)}, or 12, 17, 20 or 26 numbers are needed"
+                f"block weights {shown(text)} cannot be read: {', '.join(PRESETS)},"
+                " or 12, 17, 20 or 26 numbers are needed"
             )
         given = dict(zip(layout, numbers))
         return cls(tuple((block, given.get(block, 0.0)) for block in _ALL))
