@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lib_delta.bridges import Bridge
 from lib_delta.errors import DeltaError
 from lib_delta.families import Family
 from lib_delta.quality import Hold, Moment
 from lib_delta.strength import Strength
+
+if TYPE_CHECKING:
+    from lib_delta.bridges import Bridge
 
 
 @dataclass(frozen=True)
