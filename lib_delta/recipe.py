@@ -150,6 +150,11 @@ def _items(recipe: str) -> Iterator[str]:
         if item and re.search(r":\s*lbw=[^:]*$", item) and _NUMBER.fullmatch(_split(part, ":")[0]):
             item += "," + part
             continue
+        if re.search(r":[^:]*\d$", item) and re.match(r"\d+\s*(:|$)", part):
+            raise SettingError(
+                f"LoRA pick {shown(f'{item.strip()},{part}')} cannot be read: write 0.8 with a point, "
+                'or a name that is a number between quotes, as in "8"'
+            )
         if item.strip():
             yield item.strip()
         item = part

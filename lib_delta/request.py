@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -324,9 +325,10 @@ def from_infotext(values: Mapping[str, str], name: str) -> Any:
         return BRIDGES[-1] if name == "bridge" else setting.default
     if setting.type == "float":
         try:
-            return float(text)
+            number = float(text)
         except ValueError:
             return setting.default
+        return number if math.isfinite(number) else setting.default
     return re.sub(r" \[\w*\]$", "", text) if name in ("base", "adapted") else text
 
 

@@ -46,6 +46,8 @@ class AdapterPick:
 class SideModel:
     """An SD 1.x base, its text encoder, and what is attached to it."""
 
+    # Outside of inference mode, in which Forge loads it: what is made there can be written to in that mode alone.
+    @torch.inference_mode(False)
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         """Load a checkpoint's UNet and text encoder on the CPU, in ``dtype``.
 
@@ -66,6 +68,7 @@ class SideModel:
         self._files: dict[tuple[FileState, int | None], AdapterFile] = {}
         self._attached: object = None
 
+    @torch.inference_mode(False)
     def adapt(self, picks: Sequence[AdapterPick], form: Form) -> None:
         """Attach adapters in place of those there were; files that stay are not read again.
 

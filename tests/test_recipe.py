@@ -144,3 +144,13 @@ def test_the_text_encoders_weight_has_base_in_it() -> None:
 def test_importing_recipes_imports_no_torch() -> None:
     code = "import sys, lib_delta.recipe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("text", ["moxin:0,8", "ink, moxin:1,25:te=0", "moxin:0.5:te=0,5"])
+def test_a_decimal_comma_is_no_second_lora(text: str) -> None:
+    with pytest.raises(SettingError, match="write 0.8 with a point"):
+        parse_picks(text)
+
+
+def test_loras_whose_names_are_numbers_are_told_from_decimals() -> None:
+    assert [pick.name for pick in parse_picks('moxin:0, 8, "9":0.5')] == ["moxin", "8", "9"]

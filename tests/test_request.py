@@ -161,3 +161,8 @@ def test_the_forms_of_bridges_are_those_that_there_are():
     from lib_delta.bridges import FORMS
 
     assert BRIDGES == FORMS
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
+def test_a_picture_whose_text_states_no_number_gives_the_default(text: str) -> None:
+    assert from_infotext({"Delta lambda": text}, "strength") == 1.0

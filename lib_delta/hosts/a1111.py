@@ -46,6 +46,7 @@ class Call:
     rows: Tensor
     eps: bool
     image_cfg_scale: float | None
+    may_skip: bool
 
 
 class Automatic1111(Host):
@@ -157,16 +158,38 @@ def _call(run: Run, hires: bool, params: Any) -> Call:
         sigma=sigma,
         progress=pass_progress(denoiser)(sigma),
         step=denoiser.step,
-        cfg_scale=float(extra["cond_scale"]) * getattr(denoiser, "cond_scale_miltiplier", 1.0),
+        cfg_scale=_cfg_scale(denoiser, float(extra["cond_scale"])),
         weights=weights,
         rows=rows,
         eps=timesteps,
         image_cfg_scale=denoiser.image_cfg_scale if without_prompt == 2 else None,
+        may_skip=_may_skip(denoiser, float(params.sigma[0]), float(extra.get("s_min_uncond") or 0)),
     )
 
 
+def _cfg_scale(denoiser: Any, stated: float) -> float:
+    """Return the scale at which rows are combined; CFG++ samplers work with the negative prompt's at any scale."""
+    scale = stated * float(getattr(denoiser, "cond_scale_miltiplier", 1.0))
+    # At 1 exactly the source would be asked for the prompt alone.
+    return scale + 2**-20 if scale == 1 and getattr(denoiser, "need_last_noise_uncond", False) else scale
+
+
+def _may_skip(denoiser: Any, level: float, limit: float) -> bool:
+    """Tell whether the WebUI's settings have it leave out guidance in this step; by its own rules (``CFGDenoiser``)."""
+    early = float(getattr(shared.opts, "skip_early_cond", 0) or 0)
+    if early and denoiser.step / max(denoiser.total_steps, 1) <= early:
+        return True
+    every = bool(denoiser.step % 2 or getattr(shared.opts, "s_min_uncond_all", False))
+    return every and limit > 0 and level < limit
+
+
 def _uncond_skipped(out: Tensor, call: Call) -> bool:
-    """Tell whether guidance was left out to save time: the WebUI then repeats each image's first prompt."""
+    """Tell whether guidance was left out to save time: the WebUI then repeats each image's first prompt.
+
+    Where its settings leave nothing out, rows are the same because the prompts are.
+    """
+    if not call.may_skip:
+        return False
     images = len(call.weights)
     counts = torch.tensor([len(image) for image in call.weights])
     first = counts.cumsum(0) - counts

@@ -30,6 +30,8 @@ class Part(Protocol):
     weight: float
 
 
+HOOK = "delta_sampling_hook"
+
 # From cond and uncond ``(N, T, C)`` to the same two of one length.
 Padding = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -105,7 +107,8 @@ class Found(Protocol):
 def insert_embeddings(tower: TextEncoder, found: Found, key: str = "clip_l") -> None:
     """Let textual inversions take the place of tokens in a text encoder of ours, from now on.
 
-    A hook, not a wrapper: parameters keep their names, by which an adapted encoder's are exchanged.
+    A hook, not a wrapper: parameters keep their names, by which an adapted encoder's are exchanged.  It takes the
+    place of the one that an earlier engine had put there.
     """
 
     def insert(_module: nn.Module, _inputs: object, embedded: Tensor) -> Tensor:
@@ -121,4 +124,8 @@ def insert_embeddings(tower: TextEncoder, found: Found, key: str = "clip_l") -> 
                 room[: len(vectors)] = vectors[: len(room)].to(row)
         return embedded
 
-    tower.transformer.text_model.embeddings.token_embedding.register_forward_hook(insert)
+    embedding = tower.transformer.text_model.embeddings.token_embedding
+    earlier = getattr(embedding, HOOK, None)
+    if earlier is not None:
+        earlier.remove()
+    setattr(embedding, HOOK, embedding.register_forward_hook(insert))

@@ -31,6 +31,13 @@ class Stop(BaseException):
         self.error = error
 
 
+def _let_go(error: BaseException | None) -> None:
+    """Drop the frames that an error and its causes keep, and with them the tensors there."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 @dataclass
 class Run:
     """The delta of one batch.
@@ -140,6 +147,7 @@ class Run:
             if self.fault is not error:
                 self.fault.__cause__ = error
             self.on_fault(self.fault)
+            _let_go(error)  # the run goes on, and what the failed step had computed would stay to its end
 
     @property
     def applied(self) -> bool:

@@ -85,6 +85,7 @@ class Host(ABC):
     def __init__(self) -> None:
         self._models: SideModels | None = None
         self._last = "Nothing has run yet"
+        self._sampling = 0  # generations, one within another, that work with side models now
         # The job of the last XYZ cell, and the cell's values.
         self._cell: tuple[float | None, dict[str, Any]] = None, {}
 
@@ -217,11 +218,10 @@ class Host(ABC):
         """Read what a generation asks for; what is wrong with it is raised when it samples."""
         _claim_nothing(p)
         self._last = "Last run: no delta was asked for"
-        axes = self._axes_of(p)
         try:
-            setattr(p, REQUEST, Request.from_arguments(arguments, **_fields_of(axes)))
-        except DeltaError as error:
-            setattr(p, REQUEST, error)
+            setattr(p, REQUEST, Request.from_arguments(arguments, **_fields_of(self._axes_of(p))))
+        except Exception as error:  # the WebUI would swallow it, and make a plain picture
+            setattr(p, REQUEST, _fault_of(error))
 
     def _axes_of(self, p: Any) -> dict[str, Any]:
         """Return an XYZ cell's values; a generation within the cell's, as that of a face, has them as well."""
@@ -236,6 +236,13 @@ class Host(ABC):
     def process_batch(self, p: Any) -> None:
         """Prepare a batch: its tags are known now, and ``params.txt`` is written next."""
         _claim_nothing(p)  # what the batch before it had
+        try:
+            self._process_batch(p)
+        except Exception as error:  # as in process
+            _claim_nothing(p)
+            self._wrap_sample(p, _fault_of(error))
+
+    def _process_batch(self, p: Any) -> None:
         request: Request | DeltaError | None = getattr(p, REQUEST, None)
         if request is None:
             return
@@ -332,17 +339,21 @@ class Host(ABC):
             _claim_nothing(p)  # such a cell of a plot is the plain picture
             claim_in_grid(p, self._claims(asked.first))
             return sample()
-        run = self._prepared(p, asked)
-        if run is None:
-            return sample()
-        setattr(p, RUN, run)
+        self._sampling += 1
         try:
-            return sample()
-        except Stop as stop:
-            raise stop.error from stop.error.__cause__
+            run = self._prepared(p, asked)
+            if run is None:
+                return sample()
+            setattr(p, RUN, run)
+            try:
+                return sample()
+            except Stop as stop:
+                raise stop.error from stop.error.__cause__
+            finally:
+                delattr(p, RUN)
+                self._finish(p, run)
         finally:
-            delattr(p, RUN)
-            self._finish(p, run)
+            self._sampling -= 1
 
     def _finish(self, p: Any, run: Run) -> None:
         run.interrupted = bool(shared.state.interrupted or shared.state.skipped)
@@ -354,7 +365,7 @@ class Host(ABC):
         if run.fault is not None and one_of("on_error", ON_ERROR) != STOP:
             p.extra_generation_params[SKIPPED] = str(run.fault)
         if run.fault is not None:
-            self.unload()
+            self._give_back()
         else:
             self.leave(run.model)
 
@@ -362,8 +373,8 @@ class Host(ABC):
         """Clean up after a generation."""
         for name in (REQUEST, AXES):
             p.__dict__.pop(name, None)
-        if bases_kept() == 0:
-            self.unload()
+        if bases_kept() == 0 and not self._sampling:
+            self._give_back()
 
     def _prepared(self, p: Any, asked: Passes) -> Run | None:
         """Load and tell the source; None where that failed and the user wants to go on without."""
@@ -374,7 +385,7 @@ class Host(ABC):
             return self._prepare(p, asked)
         except Exception as error:  # whatever it is, the user hears of it
             fault = sentence(error, "loading the side model of Delta Sampling")
-            self.unload()
+            self._give_back()
             self._last = f"Last run: no step had the delta: {fault}"
             if isinstance(fault, SettingError) or one_of("on_error", ON_ERROR) == STOP:
                 raise fault from None if fault is error else error
@@ -510,7 +521,12 @@ class Host(ABC):
         return "\n".join([*(lines or ["No side model is loaded"]), self._last])
 
     def unload(self) -> str:
-        """Give back the side models' memory."""
+        """Give back the side models' memory, unless a generation works with them; say which in a sentence."""
+        if self._sampling:
+            return "A generation is running with the side model: unload when it has ended"
+        return self._give_back()
+
+    def _give_back(self) -> str:
         from lib_delta.devices import give_back
 
         count = len(list(self._models or ()))
@@ -623,6 +639,15 @@ def _with_axes(request: Request, axes: Mapping[str, Any]) -> Request:
     if weight is None or not request.wanted:
         return request
     return replace(request, loras=format_picks([replace(pick, weight=float(weight)) for pick in request.picks()]))
+
+
+def _fault_of(error: Exception) -> DeltaError:
+    from lib_delta.sidemodel import sentence
+
+    fault = sentence(error, "reading what is asked of Delta Sampling")
+    if fault is not error:
+        fault.__cause__ = error
+    return fault
 
 
 def _fields_of(axes: Mapping[str, Any]) -> dict[str, Any]:
