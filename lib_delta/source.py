@@ -168,8 +168,9 @@ class Source:
 
     def _in_parts(self, batch: _Batch) -> Tensor:
         if self._parts == 1:
+            output = batch.evaluate(self.unet, self.guides, None)
             self.evaluations += 1
-            return batch.evaluate(self.unet, self.guides, None)
+            return output
         branches = self._branches(batch)
         pieces = batch.split(min(batch.rows, self._parts // len(branches)))
         output = torch.cat(

@@ -38,10 +38,11 @@ def room_for(rows: int, error: Callable[[], BaseException] = MemoryError) -> Ite
     asked: list[int] = []
     original = UNet.forward
 
-    def forward(unet: UNet, x: Tensor, t: Tensor, context: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(unet: UNet, x: Tensor, t: Tensor, text: Any, *rest: Any) -> Tensor:
         single = any(layer.branch is not None for layer in unet.modules() if isinstance(layer, fork.ForkedLayer))
-        asked.append(len(t) * (1 if single or not (len(context) > 1 or fork.forks(unet)) else 2))
-        output = original(unet, x, t, context, label)
+        told = text.context
+        asked.append(told.shape[1] * (1 if single or not (len(told) > 1 or fork.forks(unet)) else 2))
+        output = original(unet, x, t, text, *rest)
         if asked[-1] > rows:
             raise error()
         return output
