@@ -99,10 +99,12 @@ def test_the_family_of_the_main_checkpoint(webui: WebUI, flag: str, family: str)
     assert family_of(SimpleNamespace(**{flag: True} if flag else {})).name == family
 
 
-def test_an_sdxl_target_has_its_latents_scaled(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_sdxl_target_has_its_latents_scaled_where_that_is_asked_for(
+    webui: WebUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a single Euler step: the source sees ``k * x`` at ``k * sigma``, and its delta is divided by k."""
     monkeypatch.setattr(type(webui.shared.sd_model), "is_sdxl", True)
-    got = webui.latents(DELTA, steps=1) - webui.latents(steps=1)
+    got = webui.latents({**DELTA, "bridge": "same_snr"}, steps=1) - webui.latents(steps=1)
     k = 0.18215 / 0.13025
     seen = []
     for checkpoint in ("tuned", "base"):
