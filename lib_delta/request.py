@@ -69,13 +69,6 @@ class Request:
     adapted_prompt: str = _setting(
         "", "adapted_prompt", "Delta adapted prompt", "prompt of the adapted model alone; empty is the base's"
     )
-    quality: str = _setting(
-        "exact",
-        "quality",
-        "Delta quality",
-        "how often the side model is asked: exact (always), balanced (every 2nd step), fast (every 4th)",
-        choices=QUALITIES,
-    )
     hires: str = _setting(
         "both", "hires", "Delta hires", "in which passes of hires fix the delta is added", choices=HIRES_PASSES
     )
@@ -96,6 +89,13 @@ class Request:
     )
     bridge: str = _setting(
         "learned", "bridge", "Delta bridge", "how latents of another kind are carried over", choices=BRIDGES
+    )
+    quality: str = _setting(
+        "exact",
+        "quality",
+        "Delta quality",
+        "how often the side model is asked: exact (always), balanced (every 2nd step), fast (every 4th)",
+        choices=QUALITIES,
     )
 
     def __post_init__(self) -> None:

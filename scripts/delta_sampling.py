@@ -408,6 +408,7 @@ AXES = (
     ("CFG", "cfg", 0.0),
     ("Size", "size", 0.0),
     ("Bridge", "bridge", 0.0),
+    ("Quality", "quality", 0.0),
 )
 CHOICES = {
     "curve": lambda: list(CURVES),
@@ -416,6 +417,7 @@ CHOICES = {
     "loras": lambda: [NONE, *map(quoted, host().loras())],
     "size": side_sizes,
     "bridge": lambda: list(BRIDGES),
+    "quality": lambda: list(QUALITIES),
 }
 
 
@@ -461,7 +463,7 @@ def confirm_axis(label, target, p, values):
         elif target in CHECKPOINT_FIELDS:
             if find_checkpoint(value) is None:
                 raise SettingError(f'{label} "{shortened(value)}" is no checkpoint: {listed(checkpoint_choices())}')
-        elif target in ("curve", "bridge") and value not in CHOICES[target]():
+        elif target in ("curve", "bridge", "quality") and value not in CHOICES[target]():
             raise SettingError(f'{label} "{shortened(value)}" is not allowed: {listed(CHOICES[target]())}')
         elif target == "size":
             Request(enabled=True, size=value)

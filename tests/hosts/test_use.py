@@ -327,20 +327,21 @@ def test_a_picture_that_can_be_tiled_has_a_delta_that_can(webui: WebUI) -> None:
 def test_a_base_of_another_kind_is_refused_before_it_is_built(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
     sidemodel: Any = importlib.import_module("lib_delta.sidemodel")
     webui.host.unload()
-    monkeypatch.setattr(sidemodel, "detect_family", lambda *_: sidemodel.Family.SDXL)
+    sentence = "it is a model of SDXL, and the base of Delta Sampling has to be an SD 1.x checkpoint"
+    monkeypatch.setattr(sidemodel, "base_fault", lambda _: sentence)
     monkeypatch.setattr(sidemodel, "load_unet", lambda *_: pytest.fail("it was built"))
     with pytest.raises(CheckpointError, match="is a model of SDXL, and the base"):
         webui.generate(DELTA)
 
 
 def test_what_can_be_a_base_is_told_by_headers_read_once(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
-    sidemodel: Any = importlib.import_module("lib_delta.sidemodel")
+    checkpoint: Any = importlib.import_module("lib_delta.checkpoint")
     lora = webui.files.checkpoint("a-lora")
     lora.write_bytes(webui.files.lora_file().read_bytes())
     webui.sd_models.list_models()
     try:
         assert webui.host.bases() == [name for name in webui.host.checkpoints() if name != "a-lora"]
-        monkeypatch.setattr(sidemodel, "_refuse_unfit", lambda _: pytest.fail("it was read again"))
+        monkeypatch.setattr(checkpoint, "detect_family", lambda *_: pytest.fail("it was read again"))
         assert "base" in webui.host.bases()
     finally:
         lora.unlink()
