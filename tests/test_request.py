@@ -23,7 +23,7 @@ from lib_delta.request import (
 
 def test_named_and_positional_arguments_say_the_same():
     named = {"lambda": 1.5, "start": 0.1, "end": 0.9, "base": "v1-5", "loras": ["a:0.5", "b"], "hires": "first pass"}
-    positional = [True, 1.5, 0.1, 0.9, "constant", 1, 1, "v1-5", "None", "a:0.5, b", "", "", "", "exact", "first pass"]
+    positional = [True, 1.5, 0.1, 0.9, "constant", 1, 1, "v1-5", "None", "a:0.5, b", "", "", "", "first pass"]
     assert Request.from_arguments([named, 1.0, "padding"]) == Request.from_arguments(positional)
     assert Request.from_arguments([]) == Request()
 

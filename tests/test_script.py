@@ -118,8 +118,8 @@ def test_the_host_is_started_once_for_each_load(webui):
 
 
 def test_infotext_restores_every_setting(webui):
-    numbers, texts = (2.5, 0.1, 0.9, "cosine", 0.2, 0.7), ("ink", "photo", "brush", "fast", "hires pass")
-    request = Request(True, *numbers, BASE, TUNED, "moxin:0.8, lineart", *texts)
+    numbers, texts = (2.5, 0.1, 0.9, "cosine", 0.2, 0.7), ("ink", "photo", "brush", "hires pass")
+    request = Request(True, *numbers, BASE, TUNED, "moxin:0.8, lineart", *texts, quality="fast")
     runner = webui.runner()
     values = restored(runner, request.infotext({BASE: "aabbcc"}))
     # TUNED ends as a short hash does, which is a part of its name all the same.
