@@ -139,8 +139,9 @@ def carried(bridge: Bridge, change: Tensor, target: Tensor) -> Tensor:
 
 
 def _unexplained(mapped: Tensor, wanted: Tensor) -> float:
-    about = wanted - wanted.mean((2, 3), keepdim=True)
-    return float(((mapped - wanted).square().sum((1, 2, 3)) / about.square().sum((1, 2, 3))).mean())
+    """Return the residual variance over the variance of all photos together: a constant would give 1."""
+    about = wanted - wanted.mean((0, 2, 3), keepdim=True)
+    return float((mapped - wanted).square().sum() / about.square().sum())
 
 
 def _psnr(made: Tensor, wanted: Tensor) -> float:

@@ -78,13 +78,15 @@ class Size:
 
 
 def train_state(bridge: LearnedBridge, source: Tensor, target: Tensor, size: Size, seed: int = 0) -> StateMap:
-    """Train a state map that starts from the bridge's filter, on latents ``(N, 2, C, H, W)``.
+    """Train a state map that starts from the bridge's, on latents ``(N, 2, C, H, W)``.
 
     Some are blurred, or averaged with others, in both spaces alike: what a denoising model estimates
     at high noise is an average of latents.
     """
     fitted = StateMap(target.shape[2], source.shape[2], bridge.state.filter.weight.shape[-1], size.hidden, size.blocks)
-    fitted.filter.load_state_dict(bridge.state.filter.state_dict())
+    _start(fitted, seed)
+    # A bridge that was trained before trains on.
+    fitted.load_state_dict(bridge.state.state_dict(), strict=False)
     states = target.flatten(0, 1), source.flatten(0, 1)
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -94,7 +96,10 @@ def train_state(bridge: LearnedBridge, source: Tensor, target: Tensor, size: Siz
         )
         error = fitted(z) - wanted
         # Colours and light, which are what the eye sees first, are coarse.
-        return error.square().mean() + 2 * F.avg_pool2d(error, 4).square().mean()
+        size_of = error.square().mean((1, 2, 3)) + 2 * F.avg_pool2d(error, 4).square().mean((1, 2, 3))
+        # Grain and other detail that no map can carry must not drown the rest.
+        detail = wanted - F.avg_pool2d(F.pad(wanted, [1] * 4, mode="replicate"), 3, 1)
+        return (size_of / (detail.square().mean((1, 2, 3)) + 0.1)).mean()
 
     return _minimised(fitted, loss, size, seed)
 
@@ -107,12 +112,16 @@ def _averaged(latents: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(chance < 0.12, soft, torch.where(chance < 0.22, mixed, latents))
 
 
-def _minimised(fitted: StateMap, loss: Callable[[torch.Generator], Tensor], size: Size, seed: int) -> StateMap:
+def _start(fitted: StateMap, seed: int) -> None:
+    """Draw the network's weights; its head is 0, so that at first the filter stands alone."""
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
     for name, parameter in fitted.named_parameters():
         if name.startswith("network.") and parameter.ndim == 4:
             nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+
+
+def _minimised(fitted: StateMap, loss: Callable[[torch.Generator], Tensor], size: Size, seed: int) -> StateMap:
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(fitted.parameters(), lr=size.rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.rate, size.steps, pct_start=0.1)
     bar = tqdm(range(size.steps), mininterval=10)

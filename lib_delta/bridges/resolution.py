@@ -65,7 +65,7 @@ class ResolutionBridge:
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
         assert crossing.target is not None
         size = crossing.target.shape[-2:]
-        return delta if delta.shape[-2:] == size else F.interpolate(delta, size, mode="bicubic", align_corners=False)
+        return delta if delta.shape[-2:] == size else F.interpolate(delta, size, mode="bilinear", align_corners=False)
 
 
 def _noise_left(full: tuple[int, int], size: tuple[int, int]) -> float:
