@@ -76,7 +76,9 @@ def test_every_sampler_saves_and_keeps_most_of_the_effect(name: str, quality: st
     assert distance < {"balanced": 0.35, "fast": 0.5}[quality]
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2", "dpmpp_2m", "euler_ancestral"])
+@pytest.mark.parametrize(
+    "name", sorted({"euler", "heun", "dpm_2", "dpmpp_2m", "euler_ancestral"} & {*k_diffusion_samplers()})
+)
 def test_one_evaluation_serves_the_levels_of_the_plan_however_often_a_sampler_calls(name: str) -> None:
     _, asked, _ = sampled(name, Plan(2))
     assert len(asked) == math.ceil(LEVELS / 2)
