@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from modules import extra_networks, prompt_parser, sd_models, sd_samplers, shared
+from modules import extra_networks, prompt_parser, script_callbacks, sd_models, sd_samplers, shared
 from modules.processing_host import (
     negative_is_needed,
     parser_options,
@@ -17,7 +17,7 @@ from modules.processing_host import (
 
 
 class ScriptRunner:
-    """Calls the scripts' methods."""
+    """Calls the scripts' methods; an Exception of one is printed by the WebUI, and otherwise lost."""
 
     def __init__(self, scripts):
         self.scripts = scripts
@@ -26,7 +26,10 @@ class ScriptRunner:
         def call(p, *arguments, **named):
             for script in self.scripts:
                 if hasattr(script, name):
-                    getattr(script, name)(p, *arguments, **named)
+                    try:
+                        getattr(script, name)(p, *arguments, **named)
+                    except Exception as error:
+                        script_callbacks.swallowed.append(error)
 
         return call
 
