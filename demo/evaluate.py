@@ -212,7 +212,7 @@ def _show(figures: dict[str, Any], options: argparse.Namespace, settings: Settin
             print(table(figures[key], title), end="\n\n")
         print(table(baseline["img2img_by_strength"], "img2img strength"))
         print(f"\nbest lambda {figures['best_lambda']}")
-    for key in figures.keys() & {"composed", "concepts", "figure_3"}:
+    for key in [key for key in ("composed", "concepts", "figure_3") if key in figures]:
         print("\n" + table(figures[key], key.replace("_", " ")))
     sheet = algorithms.sheet(options.models, settings)
     # 256 colours: what is shown is mostly black and white, and the file far smaller.
