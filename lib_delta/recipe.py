@@ -88,7 +88,7 @@ def _from_webui(tag: re.Match[str]) -> str:
 
 def parse_single(text: str) -> Pick:
     """Read a recipe of one pick, whose name may hold commas."""
-    return parse_pick(_split(text, ":"))
+    return parse_pick(split(text, ":"))
 
 
 def format_picks(picks: Sequence[Pick]) -> str:
@@ -98,7 +98,7 @@ def format_picks(picks: Sequence[Pick]) -> str:
 
 def parse_pick(parts: Sequence[str]) -> Pick:
     """Read one pick, given as the texts between its colons."""
-    name, text = _unquoted(parts[0].strip()), ":".join(parts)
+    name, text = unquoted(parts[0].strip()), ":".join(parts)
     if not name:
         raise SettingError(f"LoRA pick {shown(text)} has no name: NAME:weight is needed")
     values: dict[str, str] = {}
@@ -146,8 +146,8 @@ def written(value: float) -> str:
 def _items(recipe: str) -> Iterator[str]:
     """Yield the texts between commas; the commas inside a list of block weights are none of these."""
     item = ""
-    for part in _split(recipe, ",\n"):
-        if item and re.search(r":\s*lbw=[^:]*$", item) and _NUMBER.fullmatch(_split(part, ":")[0]):
+    for part in split(recipe, ",\n"):
+        if item and re.search(r":\s*lbw=[^:]*$", item) and _NUMBER.fullmatch(split(part, ":")[0]):
             item += "," + part
             continue
         if re.search(r":[^:]*\d$", item) and re.match(r"\d+\s*(:|$)", part):
@@ -162,7 +162,7 @@ def _items(recipe: str) -> Iterator[str]:
         yield item.strip()
 
 
-def _split(text: str, signs: str) -> list[str]:
+def split(text: str, signs: str) -> list[str]:
     """Return the texts between the signs, but for those between double quotes."""
     parts = [""]
     for found in re.finditer(rf"{_QUOTED}|.", text, re.DOTALL):
@@ -179,7 +179,7 @@ def quoted(name: str) -> str:
     return name if plain else json.dumps(name, ensure_ascii=False)
 
 
-def _unquoted(name: str) -> str:
+def unquoted(name: str) -> str:
     if not re.fullmatch(_QUOTED, name, re.DOTALL):
         return name
     try:

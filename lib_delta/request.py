@@ -18,6 +18,9 @@ from typing import Any, Literal
 from lib_delta.errors import SettingError, shortened, shown
 from lib_delta.recipe import Pick, format_picks, parse_pick, parse_picks, parse_single, read_number, written
 from lib_delta.strength import CURVES, MAXIMUM, ROUNDING, Strength
+from lib_delta.units import FIELDS as UNIT_FIELDS
+from lib_delta.units import Unit, format_units, parse_units, read_unit, unit_schema
+from lib_delta.units import plain as plain_of_unit
 
 HIRES_PASSES = ("both", "first pass", "hires pass")
 SIZES = ("automatic", "picture")
@@ -97,12 +100,15 @@ class Request:
         "how often the side model is asked: exact (always), balanced (every 2nd step), fast (every 4th)",
         choices=QUALITIES,
     )
+    units: tuple[Unit, ...] = _setting((), "units", "Delta units", "ControlNets and IP-Adapters with their pictures")
 
     def __post_init__(self) -> None:
         if self.enabled is False or _is_zero(self.strength):
             return
-        for setting in fields(self):
+        for setting in SETTINGS:
             _check(setting.metadata, setting.type, getattr(self, setting.name))
+        for i, unit in enumerate(self.units):
+            unit.check(i + 1)
         self.lambda_over_run()
         self.picks()
 
@@ -131,8 +137,17 @@ class Request:
 
     @property
     def always(self) -> bool:
-        """Whether base and adapted model differ even where no LoRA counts."""
+        """Whether base and adapted model differ even where no LoRA counts, and no unit."""
         return bool(self.adapted or self.adapted_prompt)
+
+    @property
+    def steered(self) -> bool:
+        """Whether any unit counts at some point of the run."""
+        return any(unit.counts for unit in self.units)
+
+    def adds(self, progress: float) -> bool:
+        """Tell whether base and adapted model differ at a point of the run."""
+        return self.always or any(self.active(progress)) or any(unit.active(progress) for unit in self.units)
 
     @property
     def side_size(self) -> Literal["automatic", "picture"] | int:
@@ -153,22 +168,27 @@ class Request:
         """
         if arguments and isinstance(arguments[0], Mapping):
             return cls.from_named(arguments[0], **changes)
-        known = fields(cls)
-        if len(arguments) > len(known):
-            raise SettingError(f"Delta Sampling takes {len(known)} arguments, and {len(arguments)} were given")
-        return cls(**{f.name: _plain(f.metadata, f.type, value) for f, value in zip(known, arguments)} | changes)
+        if len(arguments) > len(SETTINGS) and (len(arguments) - len(SETTINGS)) % len(UNIT_FIELDS):
+            raise SettingError(
+                f"Delta Sampling takes {len(SETTINGS)} arguments, and {len(UNIT_FIELDS)} more for each unit:"
+                f" {len(arguments)} were given"
+            )
+        given = {f.name: _plain(f.metadata, f.type, value) for f, value in zip(SETTINGS, arguments)}
+        return cls(**given | {"units": _units_of(arguments[len(SETTINGS) :])} | changes)
 
     @classmethod
     def from_named(cls, named: Mapping[str, Any], **changes: Any) -> Request:
         """Read named keys; a dictionary without "enabled" means that it is."""
-        by_key = {f.metadata["key"]: f for f in fields(cls)}
+        by_key = {f.metadata["key"]: f for f in SETTINGS}
         given: dict[str, Any] = {"enabled": True}
         given |= {f.name: _plain(f.metadata, f.type, named[key]) for key, f in by_key.items() if key in named}
         request = cls(**given | changes)
-        unknown = next((key for key in named if key not in by_key), None)
+        if request.wanted and "units" in named and "units" not in changes:
+            request = replace(request, units=_units_named(named["units"]))
+        unknown = next((key for key in named if key not in (*by_key, "units")), None)
         if unknown is not None and request.wanted:
-            near = difflib.get_close_matches(str(unknown), by_key, 1)
-            hint = f": is {near[0]!r} meant?" if near else f", only {', '.join(by_key)}"
+            near = difflib.get_close_matches(str(unknown), (*by_key, "units"), 1)
+            hint = f": is {near[0]!r} meant?" if near else f", only {', '.join((*by_key, 'units'))}"
             raise SettingError(f"Delta Sampling has no argument {shown(unknown)}{hint}")
         return request
 
@@ -214,10 +234,12 @@ class Request:
             return {}
         hashes = hashes or {}
         values: dict[str, str] = {}
-        for f in fields(self):
+        for f in SETTINGS:
             value, label = getattr(self, f.name), f.metadata["infotext"]
             if label and (value != f.default or f.name in ALWAYS_TOLD):
                 values[label] = written(value) if f.type == "float" else value
+        if self.steered:
+            values[_label("units")] = format_units(self.units)
         for label in (_label("base"), _label("adapted")):
             name = values.get(label, "")
             if name in hashes or name.endswith("]"):  # or else the end of such a name would be taken for its hash
@@ -283,6 +305,8 @@ class Passes:
         return replace(self.first, strength=accordion.strength, loras=loras)
 
 
+# The settings of widgets of their own; each unit has some more.
+SETTINGS = tuple(f for f in fields(Request) if f.name != "units")
 HASHES = "Delta LoRA hashes"
 SKIPPED = "Delta not applied"
 # The bridge too, for its default was another in pictures that are silent about it.
@@ -323,6 +347,8 @@ def from_infotext(values: Mapping[str, str], name: str) -> Any:
         text = f"{values[f'{label}-1']}x{values[f'{label}-2']}"
     if text is None:
         return BRIDGES[-1] if name == "bridge" else setting.default
+    if name == "units":
+        return _units_read(text)
     if setting.type == "float":
         try:
             number = float(text)
@@ -335,7 +361,7 @@ def from_infotext(values: Mapping[str, str], name: str) -> Any:
 def schema() -> dict[str, Any]:
     """Return the JSON Schema of the dictionary that API calls give."""
     properties = {}
-    for f in fields(Request):
+    for f in SETTINGS:
         about: dict[str, Any] = {"type": {"bool": "boolean", "float": "number", "str": "string"}[str(f.type)]}
         about |= {"default": f.default, "description": f.metadata["help"]}
         about |= {k: f.metadata[k] for k in ("minimum", "maximum") if k in f.metadata}
@@ -344,6 +370,14 @@ def schema() -> dict[str, Any]:
         properties[f.metadata["key"]] = about
     properties["loras"] |= {"type": ["string", "array"], "items": {"type": "string"}}
     properties["size"] |= {"type": ["string", "integer"]}
+    recipe = {"type": "string", "description": "preprocessor@MODEL:weight, with options"}
+    units = next(f for f in fields(Request) if f.name == "units").metadata
+    properties["units"] = {
+        "type": "array",
+        "default": [],
+        "items": {"anyOf": [unit_schema(), recipe]},
+        "description": units["help"],
+    }
     properties["enabled"]["default"] = True
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -377,6 +411,29 @@ def _plain(about: Mapping[str, Any], kind: Any, value: Any) -> Any:
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value
+
+
+def _units_of(values: Sequence[Any]) -> tuple[Unit, ...]:
+    """Read the units' widgets, one unit's after another's."""
+    size = len(UNIT_FIELDS)
+    rows = [values[i : i + size] for i in range(0, len(values), size)]
+    return tuple(Unit(**{name: plain_of_unit(name, value) for name, value in zip(UNIT_FIELDS, row)}) for row in rows)
+
+
+def _units_named(given: Any) -> tuple[Unit, ...]:
+    """Read what an API call has for units: a line of recipes, or a list of recipes and dictionaries."""
+    if isinstance(given, str):
+        return parse_units(given)
+    if not isinstance(given, (list, tuple)):
+        raise SettingError(f"Delta Sampling's 'units' must be a list of dictionaries and recipes, not {shown(given)}")
+    return tuple(read_unit(unit, i + 1) for i, unit in enumerate(given))
+
+
+def _units_read(text: str) -> tuple[Unit, ...]:
+    try:
+        return parse_units(text)
+    except SettingError:  # of a text that somebody has changed
+        return ()
 
 
 def _joined(picks: Sequence[str]) -> str:

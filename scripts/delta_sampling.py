@@ -5,7 +5,6 @@ What it does with them is in ``lib_delta``; which WebUI runs is known to ``lib_d
 
 import re
 import sys
-from dataclasses import fields
 from functools import partial
 from html import escape
 from pathlib import PurePath
@@ -19,13 +18,13 @@ from lib_delta.drawing import drawing
 from lib_delta.errors import SettingError, shortened
 from lib_delta.hosts import host
 from lib_delta.recipe import parse_picks, quoted
-from lib_delta.request import BRIDGES, HIRES_PASSES, NONE, QUALITIES, SIZES, Request, from_infotext, schema
+from lib_delta.request import BRIDGES, HIRES_PASSES, NONE, QUALITIES, SETTINGS, SIZES, Request, from_infotext, schema
 from lib_delta.strength import CURVES, MAXIMUM
 
 TITLE = "Delta Sampling"
 CHECKPOINT_FIELDS = ("base", "adapted")
 ALL = "... show all checkpoints"  # at the end of a list of those that can be a base
-LIMITS = {f.name: (f.metadata["minimum"], f.metadata["maximum"]) for f in fields(Request) if "minimum" in f.metadata}
+LIMITS = {f.name: (f.metadata["minimum"], f.metadata["maximum"]) for f in SETTINGS if "minimum" in f.metadata}
 CURVE_FIELDS = ("strength", "start", "end", "curve", "first", "last")
 
 HELP = """<details class="delta-sampling-help"><summary>How to start</summary><ol>
@@ -49,7 +48,7 @@ def restore(name, values):
 
 
 # "Send to" compares these functions between the tabs, so there is one for each field, made once.
-RESTORE = {f.name: partial(restore, f.name) for f in fields(Request)}
+RESTORE = {f.name: partial(restore, f.name) for f in SETTINGS}
 
 
 class DeltaSampling(scripts.Script):
@@ -105,7 +104,7 @@ class DeltaSampling(scripts.Script):
             event(status_html, inputs=[], outputs=[status], queue=False, show_progress="hidden")
         self.infotext_fields = [(w[name], function) for name, function in RESTORE.items()]
         self.paste_field_names = list(RESTORE.values())
-        return [w[f.name] for f in fields(Request)]
+        return [w[f.name] for f in SETTINGS]
 
     def _checkpoints(self, w):
         labels = {"base": "Base checkpoint (SD 1.x)", "adapted": "Adapted (None: same as base)"}

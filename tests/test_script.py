@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from copy import copy
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ import pytest
 
 from lib_delta.drawing import drawing
 from lib_delta.errors import SettingError
-from lib_delta.request import Request, schema
+from lib_delta.request import SETTINGS, Request, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 STAND_IN = ROOT / "tests" / "browser"
@@ -81,7 +80,7 @@ def restored(runner, values):
 def test_widgets_come_in_the_order_of_the_settings_and_hold_their_defaults(webui):
     values = [widget.value for widget in webui.runner().inputs]
     assert Request.from_arguments(values) == Request()
-    assert len(values) == len(fields(Request))
+    assert len(values) == len(SETTINGS)
 
 
 @pytest.mark.parametrize("is_img2img", [False, True])
@@ -137,11 +136,11 @@ def test_what_the_text_does_not_name_is_set_to_its_default(webui):
 def test_a_picture_without_a_delta_closes_the_accordion_and_leaves_the_rest(webui):
     runner = webui.runner()
     values = restored(runner, {"Steps": "20"})
-    assert [values[w] for w in runner.inputs] == [False] + [None] * (len(fields(Request)) - 1)
+    assert [values[w] for w in runner.inputs] == [False] + [None] * (len(SETTINGS) - 1)
 
 
 def test_the_default_of_each_pasted_widget_has_the_type_of_its_setting(webui):
-    for widget, setting in zip(webui.runner().inputs, fields(Request)):
+    for widget, setting in zip(webui.runner().inputs, SETTINGS):
         assert type(widget.value) is {"bool": bool, "float": float, "str": str}[setting.type], setting.name
 
 
