@@ -99,7 +99,8 @@ def _add_own_files(group: argparse._ArgumentGroup) -> None:
     add("--image-encoder", type=Path, metavar="FILE", help="the CLIP image encoder that the IP-Adapter was made with")
     add("--adapted", type=Path, metavar="FILE", help="a fine-tuned checkpoint of the base, in place of or beside LoRAs")
     add("--prediction", choices=("eps", "v"), help="what the target predicts, where its file does not say")
-    add("--form", choices=("merged", "bypass"), help="adapted weights (default: merged), or factors alone: less memory")
+    add("--form", choices=("automatic", "merged", "bypass"),
+        help="adapted weights, or factors alone (less memory); automatic, the default, is what is faster")  # fmt: skip
     add("--device", help="cpu, cuda, cuda:1 or mps (default: the fastest)")
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="numbers to compute in (default: fp16 on a GPU, else fp32)")
     add("--tokenizer", type=Path, metavar="FOLDER", help="vocab.json and merges.txt of models with words of their own")
@@ -236,7 +237,7 @@ def _draw_own(options: argparse.Namespace) -> Result:
         options.target,
         options.base,
         adapters,
-        options.form or "merged",
+        options.form or "automatic",
         options.prediction,
         options.tokenizer,
         controls,

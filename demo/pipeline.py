@@ -198,7 +198,7 @@ class AdaptedModel:
     """A base with its adapters attached: the method's source."""
 
     def __init__(
-        self, base: Model, adapters: Sequence[Adapter], form: Form = "merged", controls: Sequence[Steering] = ()
+        self, base: Model, adapters: Sequence[Adapter], form: Form = "automatic", controls: Sequence[Steering] = ()
     ) -> None:
         self.base = base
         self._guides = [control.guide(base) for control in controls]

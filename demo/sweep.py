@@ -65,7 +65,7 @@ class OwnFiles:
     target: Path
     base: Path
     adapters: Sequence[Adapter]
-    form: Form = "merged"
+    form: Form = "automatic"
     prediction: Prediction | None = None
     tokenizer: Path | None = None
     controls: Sequence[Steering] = ()

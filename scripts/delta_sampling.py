@@ -17,6 +17,7 @@ from modules.ui_components import FormRow, InputAccordion
 from lib_delta.drawing import drawing
 from lib_delta.errors import SettingError, shortened
 from lib_delta.hosts import host
+from lib_delta.options import FORMER, FORMS, ON_ERROR, PRECISIONS
 from lib_delta.recipe import parse_picks, quoted
 from lib_delta.request import BRIDGES, HIRES_PASSES, NONE, QUALITIES, SETTINGS, SIZES, Request, from_infotext, schema
 from lib_delta.strength import CURVES, MAXIMUM
@@ -337,24 +338,24 @@ def add_settings():
             section=section,
         ).info("Automatic: where the WebUI computes; the CPU needs no GPU memory, and is slow"),
         "delta_sampling_precision": shared.OptionInfo(
-            "Automatic",
+            PRECISIONS[0],
             "Precision of the side models",
             gr.Radio,
-            {"choices": ["Automatic", "fp16", "bf16", "fp32"]},
+            {"choices": list(PRECISIONS)},
             section=section,
         ).info("Automatic: the WebUI's own; bf16 or fp32 where fp16 overflows; fp32 takes twice the memory"),
         "delta_sampling_form": shared.OptionInfo(
-            "merged (faster)",
+            FORMS[0],
             "How LoRAs are held",
             gr.Radio,
-            {"choices": ["merged (faster)", "low-rank factors (less memory)"]},
+            {"choices": list(FORMS)},
             section=section,
-        ).info("merged: up to 1.7 GB more in half precision; factors: a few MB"),
+        ).info("automatic: as factors where that is faster, mostly; merged: up to 1.7 GB more in half precision"),
         "delta_sampling_on_error": shared.OptionInfo(
-            "stop",
+            ON_ERROR[0],
             "When the delta cannot be computed",
             gr.Radio,
-            {"choices": ["stop", "go on without"]},
+            {"choices": list(ON_ERROR)},
             section=section,
         ).info("the reason is shown either way"),
         "delta_sampling_adetailer": shared.OptionInfo(
@@ -364,6 +365,9 @@ def add_settings():
         ).info("puts Delta Sampling on the list of scripts that ADetailer applies, from the next start on"),
     }
     for name, option in options.items():
+        stored = shared.opts.data.get(name)
+        if isinstance(stored, str) and stored in FORMER:  # or else the page would refuse what it shows
+            shared.opts.data[name] = FORMER[stored]
         shared.opts.add_option(name, option)
 
 

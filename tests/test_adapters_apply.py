@@ -315,3 +315,30 @@ def test_truncated_files_are_refused_by_name(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(AdapterError, match="cut.safetensors"):
         load_adapter(path, unet)
+
+
+@pytest.mark.parametrize(("rank", "kind"), [(4, Bypass), (32, Merged)])
+def test_automatic_merges_only_factors_that_cost_more_than_a_second_weight(rank: int, kind: type) -> None:
+    """A square layer of 64 has 4096 weights, of which factors of rank 4 and 16 have an eighth and as many."""
+    unet = make_unet()
+    path = next(p for p, layer in adapted_layers(unet).items() if layer.weight.shape == (64, 64))
+    layer = unet.get_submodule(path)
+    wanted = {}
+    forms: tuple[Form, ...] = ("automatic", "merged")
+    for form in forms:
+        attach(unet, [(read_adapter("a", locon(unet, [path], rank), unet), 0.7)], form)
+        adapted = layer.adaptation
+        assert isinstance(adapted, kind if form == "automatic" else Merged)
+        with torch.no_grad():
+            wanted[form] = unet(*inputs())
+    torch.testing.assert_close(wanted["automatic"], wanted["merged"], rtol=1e-4, atol=1e-4)
+
+
+def test_automatic_reckons_with_all_adapters_of_a_layer() -> None:
+    unet = make_unet()
+    path = next(p for p, layer in adapted_layers(unet).items() if layer.weight.shape == (64, 64))
+    files = [(read_adapter(str(seed), locon(unet, [path], 4, seed), unet), 1.0) for seed in range(5)]
+    attach(unet, files[:4], "automatic")
+    assert isinstance(unet.get_submodule(path).adaptation, Bypass)
+    attach(unet, files, "automatic")
+    assert isinstance(unet.get_submodule(path).adaptation, Merged)

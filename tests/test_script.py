@@ -173,7 +173,7 @@ def test_the_settings_page_has_the_documented_defaults(webui):
         "delta_sampling_cache": 1,
         "delta_sampling_device": "Automatic",
         "delta_sampling_precision": "Automatic",
-        "delta_sampling_form": "merged (faster)",
+        "delta_sampling_form": "automatic",
         "delta_sampling_on_error": "stop",
         "delta_sampling_adetailer": True,
     }
@@ -181,6 +181,14 @@ def test_the_settings_page_has_the_documented_defaults(webui):
     assert base.component_args()["choices"] == ["None", BASE, TUNED]
     base.refresh()
     assert "found-2.safetensors" in base.component_args()["choices"]
+
+
+def test_a_settings_file_of_an_older_version_keeps_what_it_means(webui):
+    webui.shared.opts.data["delta_sampling_form"] = "low-rank factors (less memory)"
+    webui.callbacks.call("ui_settings")
+    assert webui.shared.opts.data["delta_sampling_form"] == "low-rank factors"
+    offered = webui.shared.opts.data_labels["delta_sampling_form"].component_args["choices"]
+    assert offered == ["automatic", "merged", "low-rank factors"]
 
 
 def test_checkpoints_that_cannot_be_a_base_are_behind_all(webui):

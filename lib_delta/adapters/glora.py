@@ -70,6 +70,9 @@ class Glora(LayerAdapter):
             b=dataclasses.replace(b, scale=scale).fit(shape),
         )
 
+    def bypass_cost(self, shape: Size) -> float:
+        return 1 + super().bypass_cost(shape) + self.b.bypass_cost(shape)  # the layer itself sees the mapped input
+
     def merged_difference(self, weight: Tensor) -> Tensor:
         a1, a2 = (t.to(weight.device).float().flatten(1) for t in (self.a1, self.a2))
         mapped = torch.einsum("oi...,ir,rj->oj...", weight.float(), a1, a2)

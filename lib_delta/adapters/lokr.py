@@ -49,6 +49,11 @@ class Lokr(LayerAdapter):
     def bypasses(self) -> bool:
         return True
 
+    def bypass_cost(self, shape: Size) -> float:
+        groups_out, groups_in = _left_size(self)
+        # The right factor on each group of inputs, then the left one across the groups, for a kernel of one.
+        return 1 / groups_out + groups_in / (shape[1:].numel())
+
     @property
     def rank(self) -> int | None:
         # Of two whole factors no rank is known.

@@ -39,6 +39,11 @@ class LayerAdapter(ABC):
         """Whether the effect can be added to the layer's output, computed from small factors (:meth:`bypass`)."""
         return False
 
+    def bypass_cost(self, shape: Size) -> float:
+        """Return what :meth:`bypass` multiplies, as a share of what the layer with weights of ``shape`` does."""
+        tensors = (getattr(self, f.name) for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        return sum(t.numel() for t in tensors if isinstance(t, Tensor)) / max(shape.numel(), 1)
+
     @property
     def rank(self) -> int | None:
         """The rank of its factors, None where the algorithm has none."""

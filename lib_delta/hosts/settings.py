@@ -9,11 +9,8 @@ from typing import Any
 from modules import shared
 
 from lib_delta.errors import shown
+from lib_delta.options import FORMER
 
-STOP = "stop"
-PRECISIONS = ("Automatic", "fp16", "bf16", "fp32")
-FORMS = ("merged (faster)", "low-rank factors (less memory)")
-ON_ERROR = (STOP, "go on without")
 _warned: set[str] = set()
 
 
@@ -25,6 +22,7 @@ def option(name: str, default: Any) -> Any:
 def one_of(name: str, choices: tuple[str, ...]) -> str:
     """Return a setting that has to be one of the choices, the first of which is the default."""
     value = option(name, choices[0])
+    value = FORMER.get(value, value) if isinstance(value, str) else value
     if value in choices:
         return str(value)
     warn_once(f"the setting {name!r} is {shown(value)}, which is not offered: {choices[0]!r} is taken for it")

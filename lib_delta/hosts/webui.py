@@ -26,17 +26,8 @@ from modules import extra_networks, processing, prompt_parser, script_callbacks,
 from lib_delta.errors import DeltaError, SettingError, near, shown
 from lib_delta.hosts import tags
 from lib_delta.hosts.cell import claim_in_grid, is_cell, picture_of
-from lib_delta.hosts.settings import (
-    FORMS,
-    ON_ERROR,
-    PRECISIONS,
-    STOP,
-    bases_kept,
-    device_wanted,
-    one_of,
-    option,
-    warn_once,
-)
+from lib_delta.hosts.settings import bases_kept, device_wanted, one_of, option, warn_once
+from lib_delta.options import FORMS, ON_ERROR, PRECISIONS, STOP
 from lib_delta.recipe import Pick, format_picks
 from lib_delta.request import HASHES, NONE, SKIPPED, Active, Passes, Request, infotext_labels
 
@@ -416,7 +407,8 @@ class Host(ABC):
         if adapted != base:
             picks.append(AdapterPick(adapted))
         model = self._load(base)
-        model.adapt(picks, "merged" if one_of("form", FORMS) == FORMS[0] else "bypass")
+        form = one_of("form", FORMS)
+        model.adapt(picks, "bypass" if form == FORMS[-1] else form)  # type: ignore[arg-type]
         for file in model.adapters:
             if file.unmatched:
                 p.comment(f"Delta Sampling: {file.report()}")

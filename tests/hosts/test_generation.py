@@ -133,7 +133,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clip skip": {"CLIP_stop_at_last_layers": 2},
     "skip early": {"skip_early_cond": 0.4},
     "NGMS at all steps": {"s_min_uncond_all": True},
-    "low-rank": {"delta_sampling_form": "low-rank factors (less memory)"},
+    "low-rank": {"delta_sampling_form": "low-rank factors"},
+    "low-rank, as it was called": {"delta_sampling_form": "low-rank factors (less memory)"},
+    "merged": {"delta_sampling_form": "merged"},
 }
 
 

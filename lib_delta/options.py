@@ -1,0 +1,10 @@
+"""What the settings page offers, whichever WebUI it is in; the first of each is the default."""
+
+from __future__ import annotations
+
+STOP = "stop"
+PRECISIONS = ("Automatic", "fp16", "bf16", "fp32")
+FORMS = ("automatic", "merged", "low-rank factors")
+ON_ERROR = (STOP, "go on without")
+# Values as versions before had them, which settings files still hold, for what they are now.
+FORMER = {"merged (faster)": "automatic", "low-rank factors (less memory)": "low-rank factors"}
