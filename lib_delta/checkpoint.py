@@ -73,7 +73,7 @@ def _open(path: Path) -> Reader:
         return SafetensorsReader(path)
     if start.startswith((zip_records.START, b"\x80")):
         return TorchFileReader(path)
-    raise CheckpointError(f"{path.name} {_what_it_is(start)}: a .safetensors, .ckpt or .pt checkpoint is needed")
+    raise CheckpointError(f"{path.name} {_what_it_is(start)}: a model file (.safetensors, .ckpt or .pt) is needed")
 
 
 def _what_it_is(start: bytes) -> str:

@@ -18,6 +18,10 @@ class AdapterError(DeltaError):
     """An adapter file that cannot be used, or that belongs to another family."""
 
 
+class NotFiniteError(DeltaError):
+    """A delta with values that are not numbers."""
+
+
 class SettingError(DeltaError):
     """A setting outside the values allowed."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib_delta.errors import DeltaError
+from lib_delta.errors import NotFiniteError
 from lib_delta.families import Family
 from lib_delta.quality import Hold, Moment
 from lib_delta.strength import Strength
@@ -76,7 +76,7 @@ class DeltaGuidance:
     def __call__(self, step: DenoiseStep) -> Tensor:
         """Return ``D_target + lambda * (D_adapted - D_base)``; at lambda 0 the target's own, untouched.
 
-        Raises :class:`DeltaError` if the source's delta is not finite.
+        Raises :class:`NotFiniteError` if the source's delta is not finite.
         """
         changes = self.changes(step)
         return step.denoised if changes is None else (step.denoised.float() + changes[0]).to(step.denoised.dtype)
@@ -93,10 +93,8 @@ class DeltaGuidance:
         guided, uncond = self._deltas(x, sigma, step)
         change = strength * self.bridge.delta_to_target(guided, crossing).float()
         if not torch.isfinite(change).all():
-            raise DeltaError(
-                f"the side model's delta is not a number at step {step.step + 1} "
-                f"(sigma {float(step.sigma.max()):.4g}): "
-                "choose bf16 or fp32 in Settings > Delta Sampling, or, if that is chosen, smaller weights of its LoRAs"
+            raise NotFiniteError(
+                f"the side model's delta is not a number at step {step.step + 1} (sigma {float(step.sigma.max()):.4g})"
             )
         if uncond is guided:
             return change, change

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from lib_delta.bridges import Bridge, choose, status
 from lib_delta.devices import without_autocast
-from lib_delta.errors import DeltaError
+from lib_delta.errors import DeltaError, NotFiniteError
 from lib_delta.families import Family
 from lib_delta.guidance import DeltaGuidance, DenoiseStep, side_cfg
 from lib_delta.hosts.webui import Target
@@ -21,6 +22,10 @@ from lib_delta.request import Active, Passes
 from lib_delta.sidemodel import SideModel, sentence
 from lib_delta.source import Source
 from lib_delta.strength import ROUNDING
+
+
+# Precisions as the settings page calls them, and those in which what overflows there may be finite.
+WIDER = {torch.float16: ("fp16", "bf16 or fp32"), torch.bfloat16: ("bf16", "fp32")}
 
 
 class Stop(BaseException):
@@ -113,7 +118,7 @@ class Run:
             strength, bridge = self.asked.of(hires).lambda_over_run(), self.bridge(main)
             guidance = DeltaGuidance(strength, bridge, source, self._hold(hires))
             step = replace(step, levels=self.levels.get(hires, 0))
-            changes = guidance.changes(self._of_source(step, main))
+            changes = self._finite(guidance, self._of_source(step, main))
             self._note_bridge(main, step)
             self.steps += 1
             self.effective = self.effective or (changes is not None and any(bool(c.any()) for c in changes))
@@ -121,6 +126,13 @@ class Run:
                 self._sizes.append(float(changes[0].norm() / step.denoised.norm().clamp(min=1e-12)))
             self.seconds += time.perf_counter() - started
         return changes
+
+    def _finite(self, guidance: DeltaGuidance, step: DenoiseStep) -> tuple[Tensor, Tensor] | None:
+        """Return the changes; where they are not numbers, the error says what helps at the side model's precision."""
+        try:
+            return guidance.changes(step)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error}: {_remedy(self.model.dtype)}") from error
 
     def _note_bridge(self, target: Target, step: DenoiseStep) -> None:
         """Note for the status which bridge the last step had, and how large the side model's latents were."""
@@ -197,6 +209,17 @@ class Run:
         shown = [f"{size:.0%}" if size >= 1 else f"{100 * size:.2g}%" for size in self._sizes]
         few = shown if len(shown) <= 12 else [*shown[:6], "...", *shown[-6:]]
         return f"; it was {', '.join(few)} of the picture's own estimate"
+
+
+def _remedy(dtype: torch.dtype) -> str:
+    """Say what may help where a side model of this precision overflows."""
+    if dtype not in WIDER:
+        return "give its LoRAs smaller weights"
+    now, wider = WIDER[dtype]
+    return (
+        f"it runs in {now}: choose {wider} in Settings > Delta Sampling > Precision of the side models, "
+        "or give its LoRAs smaller weights"
+    )
 
 
 def _counted(number: int, of_what: str, plural: str = "s") -> str:

@@ -566,7 +566,10 @@ def test_a_sampler_whose_schedule_cannot_be_read_is_a_fault(webui: WebUI, monkey
 
 
 def test_weights_that_overflow_are_a_fault(webui: WebUI) -> None:
-    with pytest.raises(DeltaError, match="not a number"):
+    with pytest.raises(DeltaError, match=r"not a number at step 1 \(sigma [\d.]+\): give its LoRAs smaller weights$"):
+        webui.generate({**DELTA, "loras": "ink:1e38"})
+    webui.shared.opts.delta_sampling_precision = "bf16"
+    with pytest.raises(DeltaError, match="it runs in bf16: choose fp32 in Settings > Delta Sampling > Precision"):
         webui.generate({**DELTA, "loras": "ink:1e38"})
 
 
