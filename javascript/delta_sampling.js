@@ -1,4 +1,5 @@
-// The page's part of Delta Sampling: tooltips, a slider that ends before its number box does, and a fresh status.
+// The page's part of Delta Sampling: tooltips, a slider that ends before its number box does, the rows of the LoRAs,
+// clicks on their cards, and what is fresh: drawing, rows and status.
 
 const deltaSamplingTips = {
     strength: "How strongly the delta is added at each step. 0 adds nothing, 1 the difference as it is; up to 10 can be typed.",
@@ -11,8 +12,12 @@ const deltaSamplingTips = {
     adapted: "A fine-tuned checkpoint whose difference from the base is added. None: the base itself, changed by the LoRAs alone.",
     loras: "LoRAs or LyCORIS networks with their weights, as in: moxin:0.8, lineart:1:te=0.5 (te: weight for the text encoder). Tags such as <lora:moxin:0.8> are understood.",
     add_lora: "The LoRA chosen here joins the list with the weight that is noted on its card, or 1.",
-    prompt: "What the side model is told. Empty: the main prompt without its extra-network tags.",
-    negative_prompt: "What the side model is told to avoid. Empty: the main negative prompt.",
+    cards: "While the accordion is open, a click on a card of the Lora tab puts that LoRA here, and not into the main prompt; a second click takes it out.",
+    preset: "Settings of this accordion under a name. Choose one to load it; write a new name to save one.",
+    save_preset: "Save the settings under the name in the box",
+    delete_preset: "Delete the preset whose name is in the box",
+    prompt: "What the side model is told. Empty: the main prompt without its extra-network tags, for which {prompt} stands.",
+    negative_prompt: "What the side model is told to avoid. Empty: the main negative prompt, for which {prompt} stands.",
     adapted_prompt: "A prompt for the adapted model alone; the difference between two prompts can be the delta, too.",
     quality: "How often the side model is asked: always, every 2nd step, every 4th step. In between, its delta is held.",
     hires: "In which passes of hires fix the delta is added.",
@@ -53,27 +58,26 @@ function deltaSamplingShown(tab) {
 
 // The constant curve has no start and end of its own.
 function deltaSamplingCurve(tab, drawn) {
-    const constant = drawn !== undefined && JSON.parse(drawn)[3] === "constant";
+    const constant = JSON.parse(drawn)[3] === "constant";
     for (const item of ["first", "last"]) {
-        deltaSamplingElement(tab, item)?.classList.toggle("delta-sampling-inactive", constant);
+        const widget = deltaSamplingElement(tab, item);
+        widget?.classList.toggle("delta-sampling-inactive", constant);
+        widget?.querySelectorAll("input").forEach((input) => { input.disabled = constant; });
     }
 }
 
-// Answers to quick changes can arrive in another order: a drawing that is not of the latest values is asked for again.
-function deltaSamplingDrawing(tab) {
-    const drawing = deltaSamplingElement(tab, "drawing");
-    const redraw = deltaSamplingElement(tab, "redraw");
+// Answers to quick changes can arrive in another order: what is not drawn of the latest values is asked for again.
+// `shown` gives these, null while somebody chooses; `follow` is told of everything that arrives.
+function deltaSamplingFresh(drawing, redraw, shown, follow) {
     if (!drawing || !redraw) return;
     let waiting, asked;
     const check = () => {
         const drawn = drawing.querySelector("[data-drawn]")?.dataset.drawn;
-        deltaSamplingCurve(tab, drawn);
-        const choosing = deltaSamplingElement(tab, "curve").contains(document.activeElement);
-        if (!drawn || choosing) return;
-        const shown = JSON.stringify(deltaSamplingShown(tab));
-        const difference = shown + drawn;
-        if (JSON.stringify(JSON.parse(drawn)) === shown || difference === asked) return;
-        asked = difference; // once: what the page shows can itself be late
+        if (!drawn) return;
+        follow(drawn);
+        const wanted = shown();
+        if (wanted === null || JSON.stringify(JSON.parse(drawn)) === wanted || wanted + drawn === asked) return;
+        asked = wanted + drawn; // once: what the page shows can itself be late
         redraw.click();
     };
     const checkSoon = () => {
@@ -82,6 +86,91 @@ function deltaSamplingDrawing(tab) {
     };
     new MutationObserver(checkSoon).observe(drawing, {childList: true, subtree: true});
     checkSoon();
+}
+
+function deltaSamplingDrawing(tab) {
+    const latest = () => {
+        const choosing = deltaSamplingElement(tab, "curve").contains(document.activeElement);
+        return choosing ? null : JSON.stringify(deltaSamplingShown(tab));
+    };
+    const [drawing, redraw] = ["drawing", "redraw"].map((item) => deltaSamplingElement(tab, item));
+    deltaSamplingFresh(drawing, redraw, latest, (drawn) => deltaSamplingCurve(tab, drawn));
+}
+
+// What is done with a row or a card goes to Python, which knows how the list of LoRAs is written.
+let deltaSamplingEdits = 0;
+
+function deltaSamplingEdit(tab, edit) {
+    const box = deltaSamplingElement(tab, "edit").querySelector("textarea, input");
+    deltaSamplingEdits += 1;
+    box.value = JSON.stringify({...edit, number: deltaSamplingEdits});
+    box.dispatchEvent(new Event("input", {bubbles: true}));
+    deltaSamplingElement(tab, "apply_edit").click();
+}
+
+// A row for each LoRA: its slider and its number move together, and count when they are let go.
+function deltaSamplingRows(tab) {
+    const rows = deltaSamplingElement(tab, "picked");
+    if (!rows) return;
+    let focused = "";
+    const told = (element) => {
+        const {index, name} = element.closest(".delta-sampling-pick").dataset;
+        return {index: Number(index), name};
+    };
+    rows.addEventListener("input", ({target}) => {
+        if (target.type !== "range") return;
+        target.closest(".delta-sampling-pick").querySelector("[type=number]").value = target.value;
+    });
+    rows.addEventListener("change", ({target}) => {
+        if (target.value === "") return;
+        focused = `[data-index="${told(target).index}"] [type=${target.type}]`;
+        deltaSamplingEdit(tab, {do: "weight", ...told(target), weight: Number(target.value)});
+    });
+    rows.addEventListener("click", ({target}) => {
+        const button = target.closest("[data-do]");
+        if (button) deltaSamplingEdit(tab, {do: button.dataset.do, ...told(button)});
+    });
+    const latest = () => JSON.stringify(deltaSamplingElement(tab, "loras").querySelector("textarea, input").value);
+    const redraw = deltaSamplingElement(tab, "redraw_picked");
+    deltaSamplingFresh(rows, redraw, latest, () => deltaSamplingNote(tab));
+    // Who moves a slider by keys goes on with the row that has taken its place.
+    new MutationObserver(() => {
+        if (focused && document.activeElement === document.body) rows.querySelector(focused)?.focus();
+        focused = "";
+    }).observe(rows, {childList: true, subtree: true});
+}
+
+// The list is out of sight while cards are clicked, so what it holds then is said for a moment.
+let deltaSamplingClicked = false;
+
+function deltaSamplingNote(tab) {
+    if (!deltaSamplingClicked) return;
+    deltaSamplingClicked = false;
+    const list = deltaSamplingElement(tab, "loras").querySelector("textarea, input").value;
+    const note = document.createElement("div");
+    note.className = "delta-sampling-note";
+    note.textContent = `Delta Sampling: ${list || "no LoRA"}`;
+    document.body.append(note);
+    setTimeout(() => note.remove(), 3000);
+}
+
+function deltaSamplingTakesCards(tab) {
+    const open = deltaSamplingElement(tab, "enabled")?.querySelector(".label-wrap")?.classList.contains("open");
+    return open && deltaSamplingElement(tab, "cards")?.querySelector("input")?.checked;
+}
+
+// Cards call this function of the WebUI by its name.
+function deltaSamplingCards() {
+    const intoPrompt = window.cardClicked;
+    if (!intoPrompt) return;
+    window.cardClicked = (tab, text, ...rest) => {
+        if (!/<(lora|lyco):/.test(text) || !deltaSamplingTakesCards(tab)) {
+            intoPrompt(tab, text, ...rest);
+            return;
+        }
+        deltaSamplingClicked = true;
+        deltaSamplingEdit(tab, {do: "card", text});
+    };
 }
 
 // The log below the gallery is written at the end of each generation, failed and plain ones included.
@@ -99,19 +188,23 @@ function deltaSamplingStatus(tab) {
 // The WebUI explains every "None" on the page as that of its own list of scripts; here it means something else.
 function deltaSamplingOwnTips(tab) {
     const settings = deltaSamplingElement(tab, "settings");
-    settings?.addEventListener("mouseover", (event) => {
-        for (let node = event.target; node && node !== settings; node = node.parentElement) {
-            if (node.title && !node.id.startsWith(`script_${tab}_delta_sampling_`)) node.title = "";
+    if (!settings) return;
+    new MutationObserver((changes) => {
+        for (const {target} of changes) {
+            if (target.title && !target.id.startsWith(`script_${tab}_delta_sampling_`)) target.title = "";
         }
-    }, true);
+    }).observe(settings, {attributes: true, attributeFilter: ["title"], subtree: true});
 }
 
 onUiLoaded(() => {
     for (const tab of ["txt2img", "img2img"]) {
+        deltaSamplingOwnTips(tab);
         deltaSamplingTooltips(tab);
         deltaSamplingSlider(tab);
         deltaSamplingDrawing(tab);
+        deltaSamplingRows(tab);
         deltaSamplingStatus(tab);
-        deltaSamplingOwnTips(tab);
+        deltaSamplingElement(tab, "default_preset")?.click();
     }
+    deltaSamplingCards();
 });

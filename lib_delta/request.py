@@ -30,6 +30,8 @@ BRIDGES = ("learned", "published", "same_snr")
 QUALITIES = ("exact", "balanced", "fast")
 # For each LoRA picked, whether it counts.
 Active = tuple[bool, ...]
+MAIN_PROMPT = "{prompt}"  # in a prompt of the side model's, where the main one is to stand
+_EMPTY = f"empty is the main one, for which {MAIN_PROMPT} stands"
 NONE = "None"  # what dropdowns show for an empty choice, for one whose default is empty cannot be pasted into
 
 
@@ -65,12 +67,15 @@ class Request:
     loras: str = _setting(
         "", "loras", "Delta LoRAs", "LoRAs with weights and options, as in 'moxin:0.8, lineart:1:te=0.5:lbw=MIDD'"
     )
-    prompt: str = _setting("", "prompt", "Delta prompt", "prompt of the side model; empty is the main prompt")
+    prompt: str = _setting("", "prompt", "Delta prompt", f"prompt of the side model; {_EMPTY}")
     negative_prompt: str = _setting(
-        "", "negative_prompt", "Delta negative prompt", "negative prompt of the side model; empty is the main one"
+        "", "negative_prompt", "Delta negative prompt", f"negative prompt of the side model; {_EMPTY}"
     )
     adapted_prompt: str = _setting(
-        "", "adapted_prompt", "Delta adapted prompt", "prompt of the adapted model alone; empty is the base's"
+        "",
+        "adapted_prompt",
+        "Delta adapted prompt",
+        f"prompt of the adapted model alone; empty is the base's, for which {MAIN_PROMPT} stands",
     )
     hires: str = _setting(
         "both", "hires", "Delta hires", "in which passes of hires fix the delta is added", choices=HIRES_PASSES

@@ -11,12 +11,13 @@ from pathlib import PurePath
 
 import gradio as gr
 from modules import script_callbacks, scripts, shared
-from modules.ui_common import create_refresh_button
 from modules.ui_components import FormRow, InputAccordion
 
 from lib_delta.drawing import drawing
 from lib_delta.errors import SettingError, shortened
 from lib_delta.hosts import host
+from lib_delta.hosts.lora_box import LoraBox, lora_choices, refresh_button
+from lib_delta.hosts.preset_row import PresetRow, preset_choices, unfolded
 from lib_delta.options import FORMER, FORMS, ON_ERROR, PRECISIONS
 from lib_delta.recipe import parse_picks, quoted
 from lib_delta.request import BRIDGES, HIRES_PASSES, NONE, QUALITIES, SETTINGS, SIZES, Request, from_infotext, schema
@@ -26,6 +27,7 @@ TITLE = "Delta Sampling"
 CHECKPOINT_FIELDS = ("base", "adapted")
 ALL = "... show all checkpoints"  # at the end of a list of those that can be a base
 LIMITS = {f.name: (f.metadata["minimum"], f.metadata["maximum"]) for f in SETTINGS if "minimum" in f.metadata}
+PROMPTS = ("prompt", "negative_prompt", "adapted_prompt")
 CURVE_FIELDS = ("strength", "start", "end", "curve", "first", "last")
 
 HELP = """<details class="delta-sampling-help"><summary>How to start</summary><ol>
@@ -46,6 +48,11 @@ def restore(name, values):
         return None
     value = from_infotext(values, name)
     return value or NONE if name in CHECKPOINT_FIELDS else value
+
+
+def unfold(values):
+    """Return the update that unfolds the side model's prompts, if a picture's text has any."""
+    return unfolded(Request(**{name: from_infotext(values, name) for name in PROMPTS}))
 
 
 # "Send to" compares these functions between the tabs, so there is one for each field, made once.
@@ -70,9 +77,14 @@ class DeltaSampling(scripts.Script):
         accordion = InputAccordion(False, label=TITLE, elem_id=self.elem_id("enabled"))
         inside = {"elem_classes": ["delta-sampling"], "elem_id": self.elem_id("settings")}
         with accordion as w["enabled"], gr.Column(**inside):
-            gr.HTML(HELP)
+            with gr.Row(elem_classes=["delta-sampling-row"]):
+                with gr.Column(min_width=240):
+                    gr.HTML(HELP)
+                with gr.Column(min_width=240):
+                    presets = PresetRow(self.elem_id)
             self._checkpoints(w)
-            self._loras(w, default)
+            box = LoraBox(self.elem_id, default.loras)
+            w["loras"] = box.loras
             w["strength"] = gr.Slider(
                 label="Lambda",
                 minimum=0,
@@ -82,7 +94,7 @@ class DeltaSampling(scripts.Script):
                 elem_id=self.elem_id("strength"),
             )
             picture, redraw = self._range(w, default)
-            self._prompts(w)
+            prompts = self._prompts(w)
             w["quality"] = gr.Radio(
                 label="Quality",
                 choices=list(QUALITIES),
@@ -98,12 +110,14 @@ class DeltaSampling(scripts.Script):
             )
             self._side_model(w, default)
             status, refresh = self._status()
+        box.connect(w["prompt"], w["negative_prompt"], prompts)
+        presets.connect(w, prompts)
         drawn = [w[name] for name in CURVE_FIELDS]
         for event in (*(widget.change for widget in drawn), redraw.click):
             event(drawing, inputs=drawn, outputs=[picture], queue=False, show_progress="hidden")
         for event in (refresh.click, w["enabled"].change):
             event(status_html, inputs=[], outputs=[status], queue=False, show_progress="hidden")
-        self.infotext_fields = [(w[name], function) for name, function in RESTORE.items()]
+        self.infotext_fields = [*((w[name], function) for name, function in RESTORE.items()), (prompts, unfold)]
         self.paste_field_names = list(RESTORE.values())
         return [w[f.name] for f in SETTINGS]
 
@@ -119,43 +133,9 @@ class DeltaSampling(scripts.Script):
                         allow_custom_value=True,  # or else a pasted name that is not here shows as nothing
                         elem_id=self.elem_id(name),
                     )
-                    self._refresh_button(w[name], name, host().refresh_checkpoints, base_choices)
+                    again = self.elem_id(f"refresh_{name}")
+                    refresh_button(w[name], host().refresh_checkpoints, base_choices, again)
                     w[name].select(whole_list, inputs=[w[name]], outputs=[w[name]], queue=False, show_progress="hidden")
-
-    def _loras(self, w, default):
-        with gr.Row(elem_classes=["delta-sampling-row"]):
-            with gr.Column(min_width=240), FormRow():
-                w["loras"] = gr.Textbox(
-                    label="LoRAs",
-                    placeholder="name:weight, name:weight:te=0.5",
-                    value=default.loras,  # named, for pasting goes by the type of the widget's default
-                    lines=1,
-                    max_lines=4,
-                    elem_id=self.elem_id("loras"),
-                )
-            with gr.Column(min_width=240), FormRow():
-                more = gr.Dropdown(
-                    label="Add a LoRA",
-                    choices=lora_choices(),
-                    value=NONE,
-                    interactive=True,  # gradio takes a widget that is no event's input for one that only shows
-                    elem_id=self.elem_id("add_lora"),
-                )
-                self._refresh_button(more, "add_lora", host().refresh_loras, lora_choices)
-        more.select(
-            with_lora,
-            inputs=[w["loras"]],
-            outputs=[w["loras"], more],
-            queue=False,
-            show_progress="hidden",
-        )
-
-    def _refresh_button(self, dropdown, name, refresh, choices):
-        def fresh():  # in the form that the widget has them in: gradio 4 keeps a label with each
-            labelled = any(isinstance(choice, tuple) for choice in dropdown.choices)
-            return {"choices": [(choice, choice) if labelled else choice for choice in choices()]}
-
-        create_refresh_button(dropdown, refresh, fresh, self.elem_id(f"refresh_{name}"))
 
     def _range(self, w, default):
         with gr.Row(elem_classes=["delta-sampling-row"]):
@@ -197,15 +177,17 @@ class DeltaSampling(scripts.Script):
 
     def _prompts(self, w):
         texts = {
-            "prompt": ("Prompt of the side model", "empty: the main prompt"),
-            "negative_prompt": ("Negative prompt of the side model", "empty: the main negative prompt"),
-            "adapted_prompt": ("Prompt of the adapted model alone", "empty: the same as the base's"),
+            "prompt": ("Prompt of the side model", "empty: the main prompt; {prompt} stands for it"),
+            "negative_prompt": ("Negative prompt of the side model", "empty: the main one; {prompt} stands for it"),
+            "adapted_prompt": ("Prompt of the adapted model alone", "empty: the base's; {prompt} stands for it"),
         }
-        with gr.Accordion("Prompts of the side model", open=False, elem_id=self.elem_id("prompts")):
+        prompts = gr.Accordion("Prompts of the side model", open=False, elem_id=self.elem_id("prompts"))
+        with prompts:
             for name, (label, placeholder) in texts.items():
                 w[name] = gr.Textbox(
                     label=label, placeholder=placeholder, lines=1, value="", elem_id=self.elem_id(name)
                 )
+        return prompts
 
     def _side_model(self, w, default):
         with gr.Row(elem_classes=["delta-sampling-row"]):
@@ -256,7 +238,7 @@ class DeltaSampling(scripts.Script):
 
     def postprocess(self, p, processed, *arguments):
         """Clear up after a generation."""
-        host().postprocess(p)
+        host().postprocess(p, processed)
 
 
 def checkpoint_choices():
@@ -278,24 +260,6 @@ def whole_list(value, selected: gr.SelectData):
 def side_sizes():
     """Return what the dropdown of the side model's size offers; other numbers of pixels can be typed."""
     return [*SIZES, "512", "640", "768"]
-
-
-def lora_choices():
-    """Return what the LoRA dropdown offers."""
-    return [NONE, *host().loras()]
-
-
-def with_lora(recipe, selected: gr.SelectData):
-    """Return the recipe with the selected LoRA, once, and the dropdown's empty choice."""
-    name = selected.value
-    if name == NONE:
-        return recipe, NONE
-    parts = [part for part in (recipe.strip().rstrip(","), f"{quoted(name)}:{host().preferred_weight(name):g}") if part]
-    try:
-        known = any(pick.name == name for pick in parse_picks(recipe))
-    except SettingError:  # half written: the user goes on from there
-        known = False
-    return (recipe if known else ", ".join(parts)), NONE
 
 
 def status_html(before=""):
@@ -358,6 +322,18 @@ def add_settings():
             {"choices": list(ON_ERROR)},
             section=section,
         ).info("the reason is shown either way"),
+        "delta_sampling_preset": shared.OptionInfo(
+            NONE,
+            "Default preset",
+            gr.Dropdown,
+            lambda: {"choices": preset_choices()},
+            section=section,
+        ).info("what the accordion holds when the page is opened"),
+        "delta_sampling_show": shared.OptionInfo(
+            False,
+            "Show the delta",
+            section=section,
+        ).info("a heat map beside the result: where the delta changed the estimate, and how much, mean over the steps"),
         "delta_sampling_adetailer": shared.OptionInfo(
             True,
             "Add the delta in the passes of ADetailer as well",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from copy import copy
@@ -38,6 +39,9 @@ class WebUI:
 
     def module(self, name="delta_sampling.py"):
         return next(data.module for data in self.scripts.scripts_data if data.module.__name__ == name)
+
+    def hosts(self, name):
+        return importlib.import_module(f"lib_delta.hosts.{name}")
 
     def runner(self, is_img2img=False):
         self.blocks.clear()
@@ -147,17 +151,65 @@ def test_the_default_of_each_pasted_widget_has_the_type_of_its_setting(webui):
 def test_send_to_finds_the_same_settings_in_both_tabs(webui):
     one, other = webui.runner(False), webui.runner(True)
     assert one.paste_field_names == other.paste_field_names
-    assert [name for _, name in one.infotext_fields] == one.paste_field_names
+    assert [name for _, name in one.infotext_fields][: len(one.paste_field_names)] == one.paste_field_names
 
 
-def test_a_lora_joins_the_list_once(webui):
-    add = webui.module().with_lora
+def test_a_lora_joins_the_list_once_and_with_the_weight_of_its_card(webui):
+    add = webui.hosts("lora_box").with_lora
     chosen = SimpleNamespace(value="moxin")
     assert add("", chosen) == ("moxin:1", "None")
+    assert add("", SimpleNamespace(value="lineart")) == ("lineart:0.6", "None")
     assert add("lineart:0.5, ", chosen) == ("lineart:0.5, moxin:1", "None")
     assert add("moxin:0.3", chosen) == ("moxin:0.3", "None")
     assert add("lineart:", chosen) == ("lineart:, moxin:1", "None")
     assert add("lineart", SimpleNamespace(value="None")) == ("lineart", "None")
+
+
+def test_an_edit_changes_the_texts_and_unfolds_the_prompts_it_has_filled(webui):
+    apply = webui.hosts("lora_box").apply
+    weight = '{"do": "weight", "index": 0, "name": "lineart", "weight": 0.25}'
+    *texts, rows, prompts = apply(weight, "lineart:0.6", "", "")
+    assert texts == ["lineart:0.25", "", ""] and 'value="0.25"' in rows and "open" not in prompts
+    *texts, rows, prompts = apply('{"do": "words", "name": "lineart"}', "lineart:0.6", "", "")
+    assert texts == ["lineart:0.6", "{prompt}, thin lines", ""] and prompts["open"] is True
+    for nothing in ("", "[]", "{", '{"do": "dance"}'):
+        assert apply(nothing, "lineart:0.6", "a", "b")[:3] == ("lineart:0.6", "a", "b")
+
+
+def test_a_preset_brings_back_what_was_saved_and_does_not_switch_the_delta_on(webui):
+    row, widgets = webui.hosts("preset_row"), webui.runner().inputs[1:]
+    wanted = Request(True, 2.5, base=BASE, loras="moxin:0.8", adapted_prompt="ink", quality="fast")
+    said, listed = row.save("ink on SDXL", *row.values(wanted))
+    assert "Saved as &#x27;ink on SDXL&#x27;" in said and listed["choices"] == ["None", "ink on SDXL"]
+    *values, prompts, said, name = row.chosen(SimpleNamespace(value="ink on SDXL"))
+    assert len(values) == len(widgets) and Request.from_arguments([True, *values]) == wanted
+    assert values[[f.name for f in SETTINGS][1:].index("adapted")] == "None", "an empty dropdown shows it"
+    assert prompts["open"] is True and said == "" and name["value"] == "ink on SDXL"
+    said, listed = row.delete("ink on SDXL")
+    assert "is deleted" in said and listed["choices"] == ["None"]
+
+
+def test_what_cannot_be_saved_loaded_or_deleted_is_said_and_changes_nothing(webui):
+    row = webui.hosts("preset_row")
+    assert "needs a name" in row.save("None", *row.values(Request()))[0]
+    assert "has no name" in row.save("x", *row.values(Request(loras=":1")))[0]
+    assert "There is no preset &#x27;x&#x27;" in row.delete("x")[0]
+    *updates, said, _ = row.chosen(SimpleNamespace(value="gone"))
+    assert "There is no preset &#x27;gone&#x27;" in said and all(set(update) == {"__type__"} for update in updates)
+
+
+def test_the_default_preset_is_loaded_when_the_page_is_there(webui):
+    row = webui.hosts("preset_row")
+    assert all("value" not in update for update in row.default() if update), "there is none"
+    row.save("mine", *row.values(Request(strength=3.0)))
+    webui.shared.opts.data["delta_sampling_preset"] = "mine"
+    assert row.default()[0] == 3.0
+
+
+def test_prompts_unfold_when_a_picture_has_filled_them(webui):
+    unfold = webui.module().unfold
+    assert unfold({"Delta lambda": "1", "Delta prompt": "ink"})["open"] is True
+    assert "open" not in unfold({"Delta lambda": "1"})
 
 
 def test_the_status_is_text_and_not_markup(webui):
@@ -175,6 +227,8 @@ def test_the_settings_page_has_the_documented_defaults(webui):
         "delta_sampling_precision": "Automatic",
         "delta_sampling_form": "automatic",
         "delta_sampling_on_error": "stop",
+        "delta_sampling_preset": "None",
+        "delta_sampling_show": False,
         "delta_sampling_adetailer": True,
     }
     base = webui.shared.opts.data_labels["delta_sampling_base"]

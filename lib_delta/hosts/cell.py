@@ -16,13 +16,18 @@ PLOT = "x/y/z plot"
 SCRIPT = "Script"
 
 
-def is_cell(p: Any) -> bool:
-    """Tell whether a generation is a cell of the plot."""
+def chosen_script(p: Any) -> str:
+    """Return the title, in small letters, of the script that is chosen below the accordions; empty for none."""
     chosen = next(iter(getattr(p, "script_args", None) or ()), 0)
     selectable = getattr(getattr(p, "scripts", None), "selectable_scripts", ())
     if isinstance(chosen, bool) or not isinstance(chosen, int) or not 0 < chosen <= len(selectable):
-        return False
-    return str(selectable[chosen - 1].title()).lower() == PLOT
+        return ""
+    return str(selectable[chosen - 1].title()).lower()
+
+
+def is_cell(p: Any) -> bool:
+    """Tell whether a generation is a cell of the plot."""
+    return chosen_script(p) == PLOT
 
 
 def claim_in_grid(p: Any, claims: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ from lib_delta.devices import without_autocast
 from lib_delta.errors import DeltaError, NotFiniteError
 from lib_delta.families import Family
 from lib_delta.guidance import DeltaGuidance, DenoiseStep, side_cfg
+from lib_delta.heatmap import HeatMap
 from lib_delta.hosts.webui import Target
 from lib_delta.parameterization import from_flow_space
 from lib_delta.quality import PLANS, Hold
@@ -22,7 +23,6 @@ from lib_delta.request import Active, Passes
 from lib_delta.sidemodel import SideModel, sentence
 from lib_delta.source import Source
 from lib_delta.strength import ROUNDING
-
 
 # Precisions as the settings page calls them, and those in which what overflows there may be finite.
 WIDER = {torch.float16: ("fp16", "bf16 or fp32"), torch.bfloat16: ("bf16", "fp32")}
@@ -50,12 +50,14 @@ class Run:
     ``sources`` are the source as the first and as the hires pass tell it its prompts, for each set of
     LoRAs that counts at some point.  ``fault`` is what ended the delta, where the user wants to go on
     without it.  ``effective`` tells that it was other than zero, ``interrupted`` that the user ended the run.
+    ``heat`` is where its changes are summed up, if the user wants to see them.
     """
 
     asked: Passes
     model: SideModel
     sources: dict[tuple[bool, Active], Source]
     on_fault: Callable[[DeltaError], None]
+    heat: HeatMap | None = None
     fault: DeltaError | None = None
     steps: int = 0
     seconds: float = 0.0
@@ -124,6 +126,8 @@ class Run:
             self.effective = self.effective or (changes is not None and any(bool(c.any()) for c in changes))
             if changes is not None:
                 self._sizes.append(float(changes[0].norm() / step.denoised.norm().clamp(min=1e-12)))
+                if self.heat is not None:
+                    self.heat.add(changes[0], step.denoised)
             self.seconds += time.perf_counter() - started
         return changes
 

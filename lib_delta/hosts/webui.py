@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING, Any
 from modules import extra_networks, processing, prompt_parser, script_callbacks, sd_models, sd_samplers, shared
 
 from lib_delta.errors import DeltaError, SettingError, near, shown
-from lib_delta.hosts import tags
+from lib_delta.hosts import heatmap, tags
 from lib_delta.hosts.cell import claim_in_grid, is_cell, picture_of
 from lib_delta.hosts.settings import bases_kept, device_wanted, one_of, option, warn_once
 from lib_delta.options import FORMS, ON_ERROR, PRECISIONS, STOP
+from lib_delta.picked import Card
+from lib_delta.presets import Presets
 from lib_delta.recipe import Pick, format_picks
-from lib_delta.request import HASHES, NONE, SKIPPED, Active, Passes, Request, infotext_labels
+from lib_delta.request import HASHES, MAIN_PROMPT, NONE, SKIPPED, Active, Passes, Request, infotext_labels
 
 if TYPE_CHECKING:
     import torch
@@ -153,15 +155,24 @@ class Host(ABC):
         """Return the names of the WebUI's LoRAs."""
         return sorted(self._networks(), key=str.lower)
 
-    def preferred_weight(self, name: str) -> float:
-        """Return the weight that the user has noted for a LoRA in the WebUI (a ``.json`` beside its file), or 1."""
-        file = getattr(self._networks().get(name), "filename", None)
+    def card(self, name: str) -> Card:
+        """Return what the user has noted in the WebUI for a LoRA (a ``.json`` beside its file)."""
         try:
-            noted = json.loads(Path(file).with_suffix(".json").read_text("utf-8")) if file else {}
+            network = self.lora(name)
+        except SettingError as error:
+            return Card(name, fault=str(error))
+        listed = next((own for own, known in self._networks().items() if known is network), name)
+        try:
+            noted = json.loads(Path(network.filename).with_suffix(".json").read_text("utf-8"))
             weight = float(noted.get("preferred weight") or 1)
+            words, negative = (str(noted.get(f"{key} text") or "").strip() for key in ("activation", "negative"))
         except (OSError, ValueError, TypeError, AttributeError):  # none there, or one that is not the WebUI's
-            return 1.0
-        return weight if math.isfinite(weight) else 1.0
+            return Card(listed)
+        return Card(listed, weight if math.isfinite(weight) else 1.0, words, negative)
+
+    def presets(self) -> Presets:
+        """Return the user's presets, which are in a file beside the WebUI's own settings of widgets."""
+        return Presets(Path(shared.cmd_opts.ui_config_file).with_name("delta-sampling-presets.json"))
 
     def refresh_loras(self) -> None:
         """Look for new LoRAs."""
@@ -349,6 +360,8 @@ class Host(ABC):
     def _finish(self, p: Any, run: Run) -> None:
         run.interrupted = bool(shared.state.interrupted or shared.state.skipped)
         self._last = run.summary()
+        if run.applied and run.heat is not None and run.heat.steps:
+            heatmap.keep(p, run.heat)
         if not run.applied:
             _claim_nothing(p)
             if run.fault is None and run.reason():
@@ -360,8 +373,9 @@ class Host(ABC):
         else:
             self.leave(run.model)
 
-    def postprocess(self, p: Any) -> None:
-        """Clean up after a generation."""
+    def postprocess(self, p: Any, processed: Any) -> None:
+        """Show what was kept of a generation beside what it has made, and clean up."""
+        heatmap.show(p, processed)
         for name in (REQUEST, AXES):
             p.__dict__.pop(name, None)
         if bases_kept() == 0 and not self._sampling:
@@ -388,6 +402,7 @@ class Host(ABC):
 
     def _prepare(self, p: Any, asked: Passes) -> Run:
         from lib_delta.fork import tile
+        from lib_delta.heatmap import HeatMap
         from lib_delta.hosts.run import Run
         from lib_delta.sidemodel import AdapterPick
 
@@ -414,7 +429,8 @@ class Host(ABC):
                 p.comment(f"Delta Sampling: {file.report()}")
         tile(model.unet, bool(getattr(p, "tiling", False)))
         sources = self._tell(p, asked, model)
-        run = Run(asked, model, sources, lambda fault: self._fault(p, fault))
+        heat = HeatMap() if option("show", False) else None
+        run = Run(asked, model, sources, lambda fault: self._fault(p, fault), heat)
         run.bridge(self.target())
         self.enter(p, model)
         return run
@@ -476,8 +492,8 @@ class Host(ABC):
             for hires, told in _passes(p, asked):
                 request = asked.of(hires)
                 base_told = engine.encode(base, told.prompts, told)
-                own = without_comments(request.adapted_prompt)
-                prompts = _cleaned([own], len(told.prompts)) if own else None
+                own = _own(request.adapted_prompt, told.prompts)
+                prompts = _cleaned(own, len(own)) if own else None
                 for active in asked.stages(hires):
                     adapted, adapted_told = model.adapted_tower(active), None
                     if adapted is not base or prompts:
@@ -600,11 +616,17 @@ def _passes(p: Any, asked: Passes) -> list[tuple[bool, Told]]:
 def _told(request: Request, prompts: Texts, negative: Texts, steps: int, hires_steps: int | None) -> Told:
     count = len(prompts)
     return Told(
-        _cleaned([without_comments(request.prompt)] if request.prompt else prompts, count),
-        _cleaned([without_comments(request.negative_prompt)] if request.negative_prompt else negative, count),
+        _cleaned(_own(request.prompt, prompts) or prompts, count),
+        _cleaned(_own(request.negative_prompt, negative) or negative, count),
         steps,
         hires_steps,
     )
+
+
+def _own(prompt: str, main: Texts) -> Texts:
+    """Return what a prompt of the side model is for each image, whose main one may stand in it; nothing if empty."""
+    own = without_comments(prompt)
+    return [own.replace(MAIN_PROMPT, text) for text in main] if own else ()
 
 
 def without_comments(prompt: str) -> str:

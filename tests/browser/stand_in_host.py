@@ -1,10 +1,14 @@
 """A host without a model: it reads settings as the real ones do, and remembers what was called."""
 
 import sys
+import tempfile
 import types
 from dataclasses import replace
+from pathlib import Path
 
 from lib_delta.errors import DeltaError
+from lib_delta.picked import Card
+from lib_delta.presets import Presets
 from lib_delta.request import Request, format_picks
 
 
@@ -17,6 +21,7 @@ class StandInHost:
         self.known_checkpoints = ["v1-5-pruned-emaonly.safetensors", "inks/moxin-tuned.safetensors [0123abcdef]"]
         self.known_loras = ["moxin", "lineart"]
         self.calls, self.loaded, self.runs = [], [], 0
+        self.folder = Path(tempfile.mkdtemp())
 
     def checkpoints(self):
         """Return the names that dropdowns show."""
@@ -34,9 +39,15 @@ class StandInHost:
         """Return the names that the dropdown shows."""
         return list(self.known_loras)
 
-    def preferred_weight(self, name):
+    def card(self, name):
         """Return what the user has noted for one of them."""
-        return 0.6 if name == "lineart" else 1.0
+        if name not in self.known_loras:
+            return Card(name, fault=f"there is no LoRA {name!r}")
+        return Card(name, 0.6, "thin lines", "photo") if name == "lineart" else Card(name)
+
+    def presets(self):
+        """Return the user's presets."""
+        return Presets(self.folder / "presets.json")
 
     def refresh_loras(self):
         """Find one more."""
@@ -71,7 +82,7 @@ class StandInHost:
         """Take note."""
         self.calls.append("before_sampling")
 
-    def postprocess(self, p):
+    def postprocess(self, p, processed):
         """Remember what the status tells."""
         self.calls.append("postprocess")
         self.runs += 1
@@ -94,5 +105,7 @@ def use_stand_in_host():
     made = StandInHost()
     module = types.ModuleType("lib_delta.hosts")
     module.host = lambda: made
+    # What makes widgets there knows no WebUI but through this one.
+    module.__path__ = [str(Path(__file__).resolve().parents[2] / "lib_delta" / "hosts")]
     sys.modules["lib_delta.hosts"] = module
     return made

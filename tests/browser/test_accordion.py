@@ -151,12 +151,14 @@ def test_lambda_is_drawn_anew_whenever_a_part_of_it_changes(tab):
     expect(tab.item("drawing")).to_contain_text("start (0.9) must not come after end (0.8)")
 
 
-def test_the_ends_of_the_curve_are_dim_while_it_is_constant(tab):
+def test_the_ends_of_the_curve_are_inactive_while_it_is_constant(tab):
     for item in ("first", "last"):
         expect(tab.item(item)).to_have_class(re.compile("delta-sampling-inactive"))
+        expect(tab.box(item)).to_be_disabled()
     tab.choose("curve", "cosine")
     for item in ("first", "last"):
         expect(tab.item(item)).not_to_have_class(re.compile("delta-sampling-inactive"))
+        expect(tab.box(item)).to_be_enabled()
 
 
 def test_the_latest_values_are_drawn_even_if_an_older_answer_comes_last(tab):
@@ -204,6 +206,92 @@ def test_loras_join_the_list_once_and_the_refresh_button_finds_new_ones(tab, ope
     expect(later.box("loras")).to_have_value("moxin:1")
 
 
+def row(tab, name):
+    return tab.item("picked").locator(f".delta-sampling-pick[data-name={name}]")
+
+
+def test_each_lora_has_a_slider_and_the_text_stays_the_truth(tab):
+    tab.type("loras", "moxin:0.8:te=0.5, lineart")
+    slider = row(tab, "moxin").locator("[type=range]")
+    expect(slider).to_have_value("0.8")
+    slider.focus()
+    slider.press("ArrowRight")
+    expect(tab.box("loras")).to_have_value("moxin:0.85:te=0.5, lineart")
+    expect(row(tab, "moxin").locator("[type=range]")).to_be_focused()
+    row(tab, "lineart").locator("[type=number]").fill("-0.5")
+    row(tab, "lineart").locator("[type=number]").blur()
+    expect(tab.box("loras")).to_have_value("moxin:0.85:te=0.5, lineart:-0.5")
+    expect(row(tab, "lineart").locator("[type=range]")).to_have_attribute("min", "-1")
+    row(tab, "moxin").get_by_text("\N{MULTIPLICATION SIGN}").click()
+    expect(tab.box("loras")).to_have_value("lineart:-0.5")
+    tab.type("loras", "lineart:much")
+    expect(tab.item("picked")).to_contain_text("has weight 'much': a number is needed")
+    tab.type("loras", "lineart:1, gone")
+    expect(row(tab, "gone")).to_contain_text("there is no LoRA 'gone'")
+
+
+def test_trigger_words_join_the_side_models_prompt(tab):
+    expect(tab.box("prompt")).to_be_hidden()
+    tab.choose("add_lora", "lineart")
+    row(tab, "lineart").get_by_text("+ thin lines").click()
+    expect(tab.box("prompt")).to_be_visible()
+    expect(tab.box("prompt")).to_have_value("{prompt}, thin lines")
+    row(tab, "lineart").get_by_text("photo").click()
+    expect(tab.box("negative_prompt")).to_have_value("{prompt}, photo")
+    expect(row(tab, "lineart")).to_contain_text("\N{CHECK MARK} thin lines")
+    assert 'Delta prompt: "{prompt}, thin lines"' in tab.generate()
+
+
+def test_a_click_on_a_card_adds_its_lora_while_the_accordion_is_open_and_its_switch_says_so(open_page):
+    tab = Tab(open_page())
+    card, main = tab.page.locator("#txt2img_card_moxin"), tab.page.locator("#txt2img_prompt textarea")
+    card.click()
+    expect(main).to_have_value("a harbour at night <lora:moxin:0.7> moxin style")
+    card.click()
+    tab.open()
+    card.click()
+    expect(main).to_have_value(re.compile("<lora:moxin:0.7> moxin style$"))
+    before = main.input_value()
+    tab.item("cards").locator("input").check()
+    card.click()
+    expect(tab.box("loras")).to_have_value("moxin:0.7")
+    expect(tab.page.locator(".delta-sampling-note")).to_have_text("Delta Sampling: moxin:0.7")
+    card.click()
+    expect(tab.box("loras")).to_have_value("")
+    assert main.input_value() == before
+    tab.page.locator("#txt2img_card_ball").click()
+    expect(main).to_have_value(f"{before} ball")
+    tab.enabled.uncheck()
+    card.click()
+    expect(main).to_have_value(f"{before} ball <lora:moxin:0.7> moxin style")
+
+
+def test_presets_are_saved_loaded_and_deleted(tab):
+    tab.type("strength", "3")
+    tab.type("loras", "lineart:0.5")
+    tab.type("preset", "lines")
+    tab.page.click("#script_txt2img_delta_sampling_save_preset")
+    expect(tab.item("preset_said")).to_contain_text("Saved as 'lines'")
+    tab.type("strength", "1")
+    tab.type("loras", "")
+    tab.choose("preset", "lines")
+    expect(tab.box("strength")).to_have_value("3")
+    expect(tab.box("loras")).to_have_value("lineart:0.5")
+    tab.drawn("lambda 3 from 0% to 100% of the steps")
+    expect(row(tab, "lineart").locator("[type=range]")).to_have_value("0.5")
+    tab.page.click("#script_txt2img_delta_sampling_delete_preset")
+    expect(tab.item("preset_said")).to_contain_text("'lines' is deleted")
+    expect(tab.box("preset")).to_have_value("None")
+    tab.page.click("#script_txt2img_delta_sampling_delete_preset")
+    expect(tab.item("preset_said")).to_contain_text("There is no preset")
+
+
+def test_the_webuis_tooltip_of_none_is_not_shown_over_ours(tab):
+    shown = tab.box("adapted")
+    shown.evaluate("element => { element.title = 'Do not do anything special'; }")
+    expect(shown).to_have_attribute("title", "")
+
+
 def test_a_run_tells_what_was_added_and_the_status_follows(tab):
     tab.choose("base", "v1-5-pruned-emaonly.safetensors")
     tab.choose("add_lora", "moxin")
@@ -233,6 +321,7 @@ def test_pasting_a_picture_restores_everything_and_generates_the_same(open_page)
     expect(tab.enabled).to_be_checked()
     for name, value in PASTED.items():
         expect(tab.box(name)).to_have_value(value)
+    expect(tab.box("prompt")).to_be_visible()
     tab.drawn("lambda 1.3 to 6.5, cosine, from 0% to 60% of the steps")
     given = DELTA.replace(" [0123abcdef]", "").partition("Delta")[2].split(", Delta")
     written = tab.generate().partition("Delta")[2].split(", Delta")

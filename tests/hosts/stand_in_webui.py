@@ -39,8 +39,8 @@ class DeltaScript:
     def process_before_every_sampling(self, p: Any) -> None:
         self.host.before_sampling(p)
 
-    def postprocess(self, p: Any, _made: Any, *_arguments: Any) -> None:
-        self.host.postprocess(p)
+    def postprocess(self, p: Any, made: Any, *_arguments: Any) -> None:
+        self.host.postprocess(p, made)
 
 
 class WebUI:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose samplers the stand-ins run")
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
@@ -354,12 +355,83 @@ def test_the_status_has_the_size_of_the_delta_at_each_step(webui: WebUI) -> None
     assert len(sizes.split(", ")) == 3 and all(float(size.rstrip("%")) > 0 for size in sizes.split(", "))
 
 
-def test_a_loras_preferred_weight_is_that_of_its_card(webui: WebUI) -> None:
+def test_a_loras_card_has_its_weight_and_its_words(webui: WebUI) -> None:
+    def noted(text: str) -> tuple[float, str, str]:
+        notes.write_text(text)
+        card = webui.host.card("ink")
+        assert card.name == "ink" and not card.fault
+        return card.weight, card.words, card.negative
+
     notes = webui.files.lora_file().with_suffix(".json")
-    assert webui.host.preferred_weight("ink") == webui.host.preferred_weight("nothing") == 1
+    assert webui.host.card("ink").weight == 1
+    assert webui.host.card("inq").fault == "there is no LoRA 'inq' for Delta Sampling: is 'ink' meant?"
     try:
-        for text, weight in (('{"preferred weight": 0.7}', 0.7), ('{"preferred weight": 0}', 1), ("[", 1), ("[]", 1)):
-            notes.write_text(text)
-            assert webui.host.preferred_weight("ink") == weight
+        whole = '{"preferred weight": 0.7, "activation text": " moxin style ", "negative text": "photo"}'
+        assert noted(whole) == (0.7, "moxin style", "photo")
+        for text in ('{"preferred weight": 0, "activation text": null}', "[", "[]", '{"preferred weight": NaN}'):
+            assert noted(text) == (1, "", "")
+        module = importlib.import_module("networks")
+        module.available_network_aliases["moxin"] = module.available_networks["ink"]
+        assert webui.host.card("moxin").name == "ink", "the name by which it is listed"
     finally:
         notes.unlink()
+        importlib.import_module("networks").available_network_aliases.clear()
+
+
+def test_the_main_prompt_can_stand_in_the_side_models(webui: WebUI) -> None:
+    written = {"prompt": "{prompt}, ink", "negative_prompt": "grey, {prompt}", "adapted_prompt": "{prompt}, brush"}
+    whole = {"prompt": "a dog, ink", "negative_prompt": "grey, blue", "adapted_prompt": "a dog, ink, brush"}
+    prompt = "a dog<delta:ink:1>"
+    asked = {"base": "base", "enabled": False}
+    made = webui.generate({**asked, **written}, prompt=prompt)
+    assert torch.equal(made.images, webui.latents({**asked, **whole}, prompt=prompt))
+    assert not torch.equal(made.images, webui.latents(asked, prompt=prompt))
+    assert "Delta prompt: {prompt}, ink" in made.infotexts[0]
+    two = webui.latents({**DELTA, "prompt": "{prompt}, ink"}, prompt=["a dog", "a cat"], batch_size=2)
+    assert not torch.equal(
+        two, webui.latents({**DELTA, "prompt": "a dog, ink"}, prompt=["a dog", "a cat"], batch_size=2)
+    )
+
+
+# The heat map.
+
+
+def shown(webui: WebUI, pictures: int = 1, **changes: Any) -> tuple[Any, list[Any]]:
+    """Generate, and return what was made with the pictures that the extension has put beside it."""
+    beside: list[Any] = []
+    p = webui.p(DELTA, **changes)
+    script = p.scripts.scripts[0]
+    postprocess = script.postprocess
+
+    def with_pictures(p: Any, made: Any, *arguments: Any) -> None:
+        plain = Image.new("RGB", (64, 64))
+        seen = SimpleNamespace(images=[plain] * pictures, infotexts=["a text"] * pictures, index_of_first_image=0)
+        postprocess(p, seen, *arguments)
+        beside.extend(zip(seen.images[pictures:], seen.infotexts[pictures:]))
+
+    script.postprocess = with_pictures
+    return webui.processing.process_images(p), beside
+
+
+def test_the_delta_is_shown_beside_each_picture_where_the_user_wants_it(webui: WebUI) -> None:
+    without, beside = shown(webui, 2, batch_size=2)
+    assert beside == []
+    webui.shared.opts.delta_sampling_show = True
+    made, beside = shown(webui, 2, batch_size=2)
+    assert torch.equal(made.images, without.images)
+    assert [(picture.size, text) for picture, text in beside] == [((64, 64), "a text")] * 2
+    assert webui.callbacks.swallowed == []
+    assert len(shown(webui, 2, n_iter=2)[1]) == 2
+
+
+def test_no_map_is_shown_of_a_run_without_a_delta_or_among_a_scripts_pictures(webui: WebUI) -> None:
+    webui.shared.opts.delta_sampling_show = True
+    assert shown(webui, prompt="a cat")[1]
+    webui.shared.opts.delta_sampling_on_error = "go on without"
+    p = webui.p({**DELTA, "loras": "ink:0"})
+    made = SimpleNamespace(images=[], infotexts=[])
+    p.scripts.scripts[0].postprocess = lambda p, _made, *_: webui.host.postprocess(p, made)
+    webui.processing.process_images(p)
+    assert made.images == []
+    cell(webui, {"strength": 1.0})
+    assert webui.callbacks.swallowed == [], "a plot's pictures are not added to"

@@ -8,6 +8,7 @@ import sys
 import time
 import types
 from copy import copy
+from html import escape
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -22,6 +23,7 @@ from PIL import Image, ImageDraw  # noqa: E402
 from stand_in_host import use_stand_in_host  # noqa: E402
 
 SIZE = 160
+CARDS = {"moxin": "<lora:moxin:0.7> moxin style", "ball": "ball"}  # a LoRA's, and another's
 SCRIPTS = [str(HERE / "scripts" / "xyz_grid.py"), str(ROOT / "scripts" / "delta_sampling.py")]
 
 
@@ -64,6 +66,12 @@ def draw(request):
     return picture
 
 
+def card(tab, label, text):
+    """Return a card of the Lora tab, which joins a text to the prompt."""
+    call = escape(f"cardClicked({tab!r}, {text!r}, '', true)")
+    return f'<button id="{tab}_card_{label}" onclick="{call}">{label}</button> '
+
+
 def tab(name):
     """Make one tab, and return its runner, its paste fields and its button to send from."""
     runner = scripts.ScriptRunner(name == "img2img")
@@ -83,6 +91,7 @@ def tab(name):
                 )
                 values = gr.Textbox(label="X values", elem_id=f"{name}_axis_values")
         with gr.Column(min_width=320):
+            gr.HTML("".join(card(name, label, text) for label, text in CARDS.items()))
             gallery = gr.Gallery(label="Output", elem_id=f"{name}_gallery", elem_classes=["delta-picture"], columns=4)
             text = gr.Textbox(label="Text of the picture", elem_id=f"{name}_infotext", lines=3)
             log = gr.HTML(elem_id=f"html_log_{name}")

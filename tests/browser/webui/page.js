@@ -9,6 +9,14 @@ function onUiLoaded(callback) {
     uiLoadedCallbacks.push(callback);
 }
 
+// What a card of the Lora tab calls: its text joins the prompt, or leaves it again.
+function cardClicked(tab, text, negative, allowNegative) {
+    const prompt = document.querySelector(`#${tab}_prompt textarea`);
+    const joined = ` ${text}`;
+    prompt.value = prompt.value.includes(joined) ? prompt.value.replace(joined, "") : prompt.value + joined;
+    prompt.dispatchEvent(new Event("input", {bubbles: true}));
+}
+
 function standInFollow(id, on) {
     const block = document.getElementById(id);
     block.standInVisible.checked = on;

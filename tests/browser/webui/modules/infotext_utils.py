@@ -34,9 +34,11 @@ def pasted(fields, text):
     updates = []
     for component, target in fields:
         value = target(values) if callable(target) else values.get(target)
-        kind = type(component.value)
+        kind = type(getattr(component, "value", None))
         if value is None:
             updates.append(gr.update())
+        elif isinstance(value, dict):
+            updates.append(value)
         elif kind is bool:
             updates.append(gr.update(value=bool(value) and value != "False"))
         else:

@@ -1,0 +1,50 @@
+"""Where in the picture, and how much, the delta changed what the target estimated: a mean over a run's steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+# From nothing to the largest change: black, violet, red, orange, pale yellow.
+COLOURS = np.array([(4, 4, 16), (82, 18, 124), (182, 54, 92), (250, 148, 30), (252, 250, 190)], np.float64)
+
+
+class HeatMap:
+    """The sizes of a run's changes, summed up step by step."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._sum: Tensor | None = None
+
+    def add(self, change: Tensor, denoised: Tensor) -> None:
+        """Take one step's change of the estimate, both ``(N, C, ..., H, W)``, of any float type.
+
+        A size is the root of the mean square over channels (and frames), as a share of that of the image's whole
+        estimate.  Where latents grow, as in hires fix, what was there before is enlarged.
+        """
+        between = tuple(range(1, change.dim() - 2))
+        whole = denoised.float().square().mean(tuple(range(1, denoised.dim())), keepdim=True).sqrt()
+        sizes = (change.float().square().mean(between, keepdim=True).sqrt() / whole.clamp(min=1e-12)).flatten(1, -3)
+        if self._sum is None:
+            self._sum = torch.zeros_like(sizes)
+        elif self._sum.shape[-2:] != sizes.shape[-2:]:
+            self._sum = interpolate(self._sum, sizes.shape[-2:], mode="bilinear")
+        self._sum = self._sum + sizes
+        self.steps += 1
+
+    def mean(self) -> npt.NDArray[np.float32]:
+        """Return the mean over the steps, ``(N, H, W)``, on the CPU; there has to be one."""
+        assert self._sum is not None
+        mean: npt.NDArray[np.float32] = (self._sum / self.steps)[:, 0].cpu().numpy()
+        return mean
+
+
+def coloured(sizes: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Return sizes ``(H, W)`` as a picture ``(height, width, 3)``, the largest of them the brightest."""
+    smooth = interpolate(torch.from_numpy(sizes)[None, None], (height, width), mode="bilinear")[0, 0].numpy()
+    share = smooth / max(float(smooth.max()), 1e-12)
+    at = np.linspace(0, 1, len(COLOURS))
+    return np.stack([np.interp(share, at, channel) for channel in COLOURS.T], -1).round().astype(np.uint8)
