@@ -203,7 +203,7 @@ def measure(options: argparse.Namespace) -> None:
     latents = Latents(photos(options.photos), autoencoders)
     table = figures(latents, shipped)
     if options.autoencoders:
-        fitted = stage.encode(autoencoders, options.pictures, None)
+        fitted = stage.encode(autoencoders, options.pictures, stage.generated(None))
         refitted = figures(latents, lambda source, target: stage.fit(fitted[source], fitted[target]))
         for pair, row in refitted.items():
             table[pair]["refitted"] = row

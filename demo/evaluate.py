@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from demo import algorithms, bridges, composition
+from demo import algorithms, bridges, composition, crossings
 from demo.embedded import MODELS
 from demo.pipeline import Settings
 from demo.samplers import NAMES
@@ -159,6 +159,9 @@ def main() -> None:
     settings = Settings(options.sampler, options.steps, options.cfg, options.source_cfg)
     workers, seeds = Workers(options.models, options.jobs), tuple(range(options.seeds))
     try:
+        if options.only == "targets":
+            _targets(workers, options, names, seeds, settings)
+            return
         if options.only:
             figures = json.loads(options.out.read_text("utf-8"))
             settings = Settings(**figures["settings"])
@@ -174,10 +177,25 @@ def main() -> None:
             figures["composed"] = composition.composed(workers, chosen, seeds, settings, best)
             figures["concepts"] = composition.concepts(workers, new, seeds, settings)
             figures["figure_3"] = composition.similarity_and_diversity(workers, chosen, seeds, settings, best)
+        if options.only is None and crossings.there(options.models):
+            _targets(workers, options, names, seeds, settings)
     finally:
         workers.close()
     options.out.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
     _show(figures, options, settings)
+
+
+def _targets(
+    workers: Workers, options: argparse.Namespace, names: Sequence[str], seeds: tuple[int, ...], settings: Settings
+) -> None:
+    """Measure the targets with latents of their own, and write and print their tables."""
+    chosen = tuple(chosen_prompts(names, options.algorithm_prompts))
+    found = crossings.measure(workers, options.models, chosen, seeds, settings)
+    crossings.write(options.targets_out, found, crossings.strip(options.models, settings))
+    for key, part in found.items():
+        if isinstance(part, dict) and "rows" in part:
+            print(table(part["rows"], key.replace("_", " ")), end="\n\n")
+    print(f"written to {options.targets_out}, and pictures beside it")
 
 
 def _options() -> argparse.Namespace:
@@ -188,7 +206,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each name")
     parser.add_argument("--fewer-prompts", type=int, default=15, help="names for the tables of ranges and samplers")
     parser.add_argument("--algorithm-prompts", type=int, default=25, help="names for the tables of algorithms")
-    parts = ("algorithms", "composition", "bridges")
+    parts = ("algorithms", "composition", "bridges", "targets")
     parser.add_argument("--only", choices=parts, help="measure this anew and keep the rest of --out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--sampler", choices=NAMES, default=Settings.sampler)
@@ -200,6 +218,7 @@ def _options() -> argparse.Namespace:
     bridges_stage.add_options(parser)
     parser.add_argument("--photos", type=Path, help="bridges: a folder of photos (scikit-image's public-domain ones)")
     parser.add_argument("--bridges-out", type=Path, default=Path(__file__).with_name("bridges.json"))
+    parser.add_argument("--targets-out", type=Path, default=Path(__file__).with_name("targets.json"))
     return parser.parse_args()
 
 

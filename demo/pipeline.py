@@ -13,7 +13,7 @@ from torch import Tensor
 from demo.samplers import run_levels, sample
 from lib_delta.adapters.apply import AdaptedTower, Form, attach, text_parameters
 from lib_delta.adapters.load import load_adapter
-from lib_delta.bridges import choose
+from lib_delta.bridges import Bridge, choose
 from lib_delta.checkpoint import WeightFile, load_unet, load_vae
 from lib_delta.controls.files import load_control
 from lib_delta.controls.guides import follow, prompt_by
@@ -228,13 +228,20 @@ class Branch:
 
 
 def with_delta(
-    target: Alone, model: Model, source: Source, base: Model, strength: Strength, settings: Settings
+    target: Alone,
+    model: Model,
+    source: Source,
+    base: Model,
+    strength: Strength,
+    settings: Settings,
+    bridge: Bridge | None = None,
 ) -> DeltaDenoiser:
-    """Return the target's denoiser with the delta added."""
-    known = base.parameterization.schedule.sigma_max
-    # A target of zero terminal SNR starts at more noise than an ordinary base was trained on.
-    limit = known if model.parameterization.schedule.sigma_max > known else None
-    bridge = choose(base.family, model.family, limit)
+    """Return the target's denoiser with the delta added; ``bridge`` None is the one for the two families."""
+    if bridge is None:
+        known = base.parameterization.schedule.sigma_max
+        # A target of zero terminal SNR starts at more noise than an ordinary base was trained on.
+        limit = known if model.parameterization.schedule.sigma_max > known else None
+        bridge = choose(base.family, model.family, limit)
     levels = run_levels(settings.sampler, settings.steps, model.parameterization.schedule)
     cfg = settings.cfg if settings.source_cfg is None else settings.source_cfg
     return DeltaDenoiser(target, DeltaGuidance(strength, bridge, source), levels, cfg)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 import torch.multiprocessing
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,9 +29,11 @@ from demo.pipeline import (
     with_delta,
 )
 from demo.samplers import denoise_from, noise_levels
+from demo.targets import Way, bridge_file, bridge_of, load_target, target_file
 from lib_delta.strength import Strength
 
 PROMPTS_AT_ONCE = 6
+JUDGED = 64  # pixels along a side
 Figures = dict[str, float | None]
 
 
@@ -41,6 +44,7 @@ class Task:
     ``kind`` is what draws: the ``target``, the ``base``, the ``adapted`` model, the target with the ``delta``
     of ``strength``, or ``img2img``: the target redrawing the last ``share`` of the steps of ``start``,
     the adapted model's latents.  ``adapters`` name the files that together make the adapted model.
+    ``target`` names one of :mod:`demo.targets` in place of the usual one, ``way`` how the delta reaches it.
     """
 
     kind: Literal["target", "base", "adapted", "delta", "img2img"]
@@ -51,6 +55,8 @@ class Task:
     share: float = 0.0
     start: Tensor | None = None
     adapters: tuple[str, ...] = (LORA,)
+    target: str = ""
+    way: Way = "as it is"
 
     @property
     def title(self) -> str:
@@ -78,6 +84,13 @@ class Studio:
         torch.set_num_threads(1)
         self.models, self.adapters = models, (LORA,)
         self.embedded = Embedded.load(models)
+        self._targets = {"": self.embedded.target}
+
+    def target(self, name: str) -> Model:
+        """Return a target by its name, loaded once; the usual one has none."""
+        if name not in self._targets:
+            self._targets[name] = load_target(target_file(self.models, name), self.embedded.target)
+        return self._targets[name]
 
     def run(self, task: Task) -> Result:
         """Make and judge one task's pictures."""
@@ -87,8 +100,9 @@ class Studio:
             batch = Batch(task.prompts[first : first + PROMPTS_AT_ONCE], task.seeds)
             latents.append(self._latents(task, batch, slice(first * seeds, (first + PROMPTS_AT_ONCE) * seeds)))
         made = torch.cat(latents)
-        model = self.embedded.base if task.kind in ("base", "adapted") else self.embedded.target
-        pictures = decode(model, made).unflatten(0, (len(task.prompts), seeds))
+        model = self.embedded.base if task.kind in ("base", "adapted") else self.target(task.target)
+        # Judges know pictures of one size.
+        pictures = F.adaptive_avg_pool2d(decode(model, made), JUDGED).unflatten(0, (len(task.prompts), seeds))
         names = torch.tensor([self.embedded.judged.index(prompt) for prompt in task.prompts])
         judges = self.embedded.judges
         by_prompt = tuple(judge(judges, pictures[i : i + 1], names[i : i + 1]) for i in range(len(names)))
@@ -100,7 +114,7 @@ class Studio:
             self.embedded, self.adapters = replace(self.embedded, adapted=adapted), adapters
 
     def _latents(self, task: Task, batch: Batch, rows: slice) -> Tensor:
-        base, model, settings = self.embedded.base, self.embedded.target, task.settings
+        base, model, settings = self.embedded.base, self.target(task.target), task.settings
         if task.kind in ("base", "adapted"):
             source = self.embedded.adapted.source(batch, settings)
             branch = Branch(source, settings.cfg, adapted=task.kind == "adapted")
@@ -110,7 +124,9 @@ class Studio:
             return self._draw(target, model, batch, settings)
         if task.kind == "delta":
             source = self.embedded.adapted.source(batch, settings)
-            return self._draw(with_delta(target, model, source, base, task.strength, settings), model, batch, settings)
+            bridge = bridge_of(task.way, base, model, bridge_file(self.models, task.target)) if task.target else None
+            delta = with_delta(target, model, source, base, task.strength, settings, bridge)
+            return self._draw(delta, model, batch, settings)
         assert task.start is not None
         return self._redraw(target, task.start[rows], task.share, batch, settings)
 

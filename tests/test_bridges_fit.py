@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randn
+from PIL import Image
+from safetensors.torch import save_file
 
 from demo import bridges as measured
 from demo.autoencoders import TINY, Autoencoder, tiny
@@ -20,7 +23,8 @@ from demo.train.bridges_pictures import EDITS, Sizes, draw, edited
 from lib_delta.bridges.learned import LearnedBridge, load
 from lib_delta.bridges.maps import DifferenceMap, StateMap
 from lib_delta.errors import CheckpointError
-from lib_delta.models import taesd
+from lib_delta.models import taesd, unet, vae
+from lib_delta.models.vae import VAE, VAEConfig
 from lib_delta.spaces import Space
 
 TAESD = os.environ.get("DELTA_TAESD", "")
@@ -112,6 +116,36 @@ def test_a_tiny_autoencoder_is_read_by_its_shapes(tmp_path: Path) -> None:
     assert taesd.load(tmp_path / "d.pth", "decoder")(torch.rand(1, 4, 2, 3)).shape == (1, 3, 16, 24)
     with pytest.raises(CheckpointError, match="e.pth is not the decoder of a tiny autoencoder"):
         taesd.load(tmp_path / "e.pth", "decoder")
+
+
+def checkpoint(path: Path, more: dict[str, torch.Tensor]) -> Path:
+    """Write a file that has an autoencoder, and of a UNet what tells its family."""
+    torch.manual_seed(len(more))
+    autoencoder = VAE(VAEConfig(levels=(8, 8, 8, 8), res_blocks=1))
+    tensors = {vae.PREFIX + key: value for key, value in autoencoder.state_dict().items()}
+    save_file({**tensors, f"{unet.PREFIX}input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3), **more}, str(path))
+    return path
+
+
+def test_checkpoints_own_autoencoders_are_measured_and_their_filters_fitted_anew(tmp_path: Path) -> None:
+    labels = {f"{unet.PREFIX}label_emb.0.0.weight": torch.zeros(8, 8)}
+    files = [checkpoint(tmp_path / "sd15.safetensors", {}), checkpoint(tmp_path / "sdxl.safetensors", labels)]
+    (tmp_path / "photos").mkdir()
+    for i in range(2):
+        noise = np.random.default_rng(i).integers(0, 255, (8, 6, 3), np.uint8)
+        Image.fromarray(noise).resize((240, 320)).save(tmp_path / "photos" / f"{i}.png")
+    options = Namespace(autoencoders=files, taesd=None, photos=tmp_path / "photos", pictures=16)
+    options.bridges_out = tmp_path / "bridges.json"
+    measured.measure(options)
+    table = json.loads(options.bridges_out.read_text("utf-8"))
+    assert table.keys() == {"sd1->sdxl", "sdxl->sd1"}
+    for row in table.values():
+        # What was fitted to these autoencoders knows them better than the maps of the released ones.
+        assert row["refitted"]["state_unexplained"] < row["state_unexplained"]
+        assert row["refitted"]["grey"] > row["grey"]
+    assert Image.open(tmp_path / "bridges.png").size == (4 * measured.SIDE, 2 * measured.SIDE + 18)
+    with pytest.raises(SystemExit, match="sd15.safetensors shares its latent space, SD 1.x/2.x, with another"):
+        stage.read(Namespace(autoencoders=[files[0], files[0]], taesd=None))
 
 
 @pytest.mark.skipif(not TAESD, reason="DELTA_TAESD names no folder of tiny autoencoders")

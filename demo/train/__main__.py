@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from demo.train import adapters, bridges, export
+from demo.train import adapters, bridges, export, targets
 from demo.train.common import Run
 from demo.train.data import Emoji, load, pixelated
 from demo.train.denoisers import (
@@ -80,6 +80,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "target": ("vae",),
     "metrics": (),
     **dict.fromkeys((*ADAPTERS, "lineart-full"), ("base",)),
+    **targets.NEEDS,
 }
 # How many of a picture's variants are augmented strongly: base and adapted follow what is in front of them; the
 # target keeps its colours and is moved less, but for a quarter, so that it too follows what it is shown.
@@ -112,6 +113,7 @@ class Workshop:
             "lineart-full": self.full,
             "metrics": self.metrics,
             **{name: partial(self.adapter, name) for name in ADAPTERS},
+            **self.targets().stages(),
         }
         stages[stage]()
         self._mark(stage).touch()
@@ -167,6 +169,13 @@ class Workshop:
             "target", TARGET, TARGET_TEXT, tokens, *latents, "v", self.cache, *runs, STRONG["noto"], start
         )
         export.sd2(MODELS / "target.safetensors", model, self.trained_vae())
+
+    def targets(self) -> targets.Bench:
+        """Return what the stages of targets with other latents work with."""
+        strong = STRONG["noto"]
+        return targets.Bench(
+            self.cache, MODELS, self.trained_vae, self.every, self.emoji, self.open_clip_tokens, strong
+        )
 
     def adapter(self, stage: str) -> None:
         tokens, latents, white = self.lesson(stage)

@@ -7,15 +7,17 @@ import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 from tqdm import tqdm
 
 from demo.autoencoders import WHERE, Autoencoder, of_checkpoints, tiny
 from demo.train.bridges_fit import Size, linear_bridge, save, train_state
-from demo.train.bridges_pictures import Sizes, draw, edited
+from demo.train.bridges_pictures import Array, Sizes, draw, edited
 from demo.train.bridges_pictures import blurred as blur
 from demo.train.data import Emoji
 from lib_delta.bridges.learned import WEIGHTS, LearnedBridge, path_of
@@ -23,13 +25,14 @@ from lib_delta.errors import DeltaError
 from lib_delta.spaces import Space
 
 BATCH = 16
+Key = TypeVar("Key")
 
 
 def run(options: argparse.Namespace, load: Callable[[], Emoji]) -> None:
     """Draw the pictures, encode them, and write a file for every ordered pair of spaces."""
     autoencoders = read(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    latents = encode(autoencoders, options.pictures, coloured(load()))
+    latents = encode(autoencoders, options.pictures, generated(coloured(load())))
     for source, target in itertools.permutations(autoencoders, 2):
         # The side model is of SD 1.x: pairs from there have networks, the others filters alone.
         size = Size(steps=options.steps) if source is Space.SD1 and options.steps else None
@@ -68,17 +71,22 @@ def fit(source: Tensor, target: Tensor, size: Size | None = None) -> LearnedBrid
     return replace(linear, state=train_state(linear, source, target, size))
 
 
+def generated(emoji: Tensor | None) -> Callable[[Generator], Array]:
+    """Return what draws a picture ``(3, 128, 128)`` of any kind, with or without emoji ``(N, 3, 64, 64)``."""
+    return lambda rng: draw(rng, Sizes(), emoji)
+
+
 def encode(
-    autoencoders: Mapping[Space, Autoencoder], count: int, emoji: Tensor | None, seed: int = 1
-) -> dict[Space, Tensor]:
-    """Draw ``count`` pictures and an edit of each, and return their latents ``(N, 2, C, 16, 16)`` in every space."""
-    rng, sizes = np.random.default_rng(seed), Sizes()
-    latents: dict[Space, list[Tensor]] = {space: [] for space in autoencoders}
-    before = draw(rng, sizes, emoji)
+    autoencoders: Mapping[Key, Autoencoder], count: int, picture_of: Callable[[Generator], Array], seed: int = 1
+) -> dict[Key, Tensor]:
+    """Draw ``count`` pictures and an edit of each, and return their latents ``(N, 2, C, H, W)`` in every space."""
+    rng = np.random.default_rng(seed)
+    latents: dict[Key, list[Tensor]] = {space: [] for space in autoencoders}
+    before = picture_of(rng)
     for _ in tqdm(range(0, count, BATCH), desc="drawing and encoding"):
         pairs = []
         for _ in range(BATCH):
-            picture = draw(rng, sizes, emoji)
+            picture = picture_of(rng)
             change, _ = edited(rng, picture, before)
             before = picture
             if rng.random() < 0.2:  # as an estimate at high noise looks

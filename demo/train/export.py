@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from demo.targets import PREDICTION
 from demo.train.adapters import Adapter
 from demo.train.denoisers import Conditioned
 from lib_delta.models import unet, vae
+from lib_delta.models.unet import UNet
 
 
 def sd1(path: Path, model: Conditioned, autoencoder: vae.VAE) -> None:
@@ -29,6 +31,19 @@ def sd2(path: Path, model: Conditioned, autoencoder: vae.VAE) -> None:
 def unet_only(path: Path, model: Conditioned) -> None:
     """Write a fine-tuned UNet alone; its text encoder and autoencoder are the base's."""
     _save(path, _below(unet.PREFIX, model.unet), {})
+
+
+def differing(path: Path, model: UNet, start: UNet, autoencoder: vae.VAE | None, prediction: str) -> None:
+    """Write the weights of a UNet that are not those of ``start``, and an autoencoder, for :mod:`demo.targets`."""
+    known = _below(unet.PREFIX, start)
+    own = {k: v for k, v in _below(unet.PREFIX, model).items() if not _alike(v, known[k])}
+    if autoencoder is not None:
+        own |= _below(vae.PREFIX, autoencoder)
+    _save(path, own, {PREDICTION: prediction})
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.half(), b.half())
 
 
 def adapter(path: Path, trained: Adapter) -> None:

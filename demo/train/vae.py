@@ -1,4 +1,4 @@
-"""Train the autoencoder that base and target share."""
+"""Train autoencoders: the one that base and target share, and those of targets with latents of their own."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from demo.train.data import Emoji, augment, to_float
 from lib_delta.models.vae import VAE, VAEConfig
 
 CONFIG = VAEConfig(levels=(16, 32, 64), res_blocks=1)
+OWN = VAEConfig(levels=(16, 32, 48), res_blocks=1)
+SIXTEEN = VAEConfig(levels=(16, 32, 48), res_blocks=1, latent_channels=16)
 SCALE = 0.18215
 
 
-def train_vae(emoji: Emoji, folder: Path, colour: Run, run: Run) -> VAE:
+def train_vae(emoji: Emoji, folder: Path, colour: Run, run: Run, config: VAEConfig = CONFIG, name: str = "vae") -> VAE:
     """Return the trained autoencoder, its latents standardised for SD's scale factor.
 
     Left to themselves the latents spend all they have on the luminance of edges, and pictures come
@@ -29,17 +31,19 @@ def train_vae(emoji: Emoji, folder: Path, colour: Run, run: Run) -> VAE:
     def loss(vae: VAE, distance: Callable[[Tensor, Tensor], Tensor], batch: int) -> Callable[[torch.Generator], Tensor]:
         def value(generator: torch.Generator) -> Tensor:
             chosen = augment(pictures[torch.randint(len(pictures), (batch,), generator=generator)], generator)
-            mean, log_variance = vae.moments(chosen)
-            noise = torch.randn(mean.shape, generator=generator)
-            restored = vae.decode(mean + (0.5 * log_variance).exp() * noise)
+            with torch.autocast(chosen.device.type, torch.bfloat16):
+                mean, log_variance = (moment.float() for moment in vae.moments(chosen))
+                noise = torch.randn(mean.shape, generator=generator)
+                restored = vae.decode(mean + (0.5 * log_variance).exp() * noise).float()
             kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
             return distance(restored, chosen) + 1e-4 * kl
 
         return value
 
-    vae = VAE(CONFIG)
-    vae = cast(VAE, train("vae-colour", vae, loss(vae, _coarse, colour.batch), folder, colour)).requires_grad_(True)
-    vae = cast(VAE, train("vae", vae, loss(vae, _fine, run.batch), folder, run))
+    vae = VAE(config)
+    coarse = train(f"{name}-colour", vae, loss(vae, _coarse, colour.batch), folder, colour)
+    vae = cast(VAE, coarse).requires_grad_(True)
+    vae = cast(VAE, train(name, vae, loss(vae, _fine, run.batch), folder, run))
     return _standardise(vae, pictures)
 
 
@@ -70,7 +74,7 @@ def _edges(pictures: Tensor) -> Tensor:
 @torch.no_grad()
 def _standardise(vae: VAE, pictures: Tensor) -> VAE:
     """Give every latent channel mean 0 and standard deviation 1 / 0.18215 by folding both into the 1x1 convolutions."""
-    latents = torch.cat([vae.encode(batch) for batch in pictures[:: len(pictures) // 600].split(50)])
+    latents = torch.cat([vae.encode(batch) for batch in pictures[:: max(1, len(pictures) // 600)].split(50)])
     mean, gain = latents.mean((0, 2, 3)), 1 / (SCALE * latents.std((0, 2, 3)))
     channels = vae.config.latent_channels
     vae.quant_conv.weight[:channels] *= gain[:, None, None, None]

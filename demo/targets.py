@@ -1,0 +1,125 @@
+"""Embedded targets whose latents are not the base's, and the ways that a delta can take to them.
+
+``own`` has an autoencoder of its own, trained apart from the base's; ``flow`` as well, of 16 channels, and
+is trained by flow matching; ``large`` has the base's autoencoder, and pictures of twice the size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from demo.autoencoders import Autoencoder, of_vae
+from demo.pipeline import Model
+from lib_delta.bridges import (
+    Bridge,
+    Composed,
+    Crossing,
+    IdentityBridge,
+    Noise,
+    NoiseLimitBridge,
+    ResolutionBridge,
+    ScaleBridge,
+)
+from lib_delta.bridges.identity import SameSize
+from lib_delta.bridges.learned import load, with_channels
+from lib_delta.bridges.maps import DifferenceMap
+from lib_delta.checkpoint import WeightFile, fill, load_vae
+from lib_delta.models import unet, vae
+from lib_delta.models.unet import UNet
+from lib_delta.parameterization import Parameterization, Prediction, Schedule
+
+# "as it is": the base sees the target's latents; "decoded": one autoencoder decodes, the other encodes; "decoded
+# state": that for the state, and the learned map for the delta; the last two show the base an average of its own size.
+Way = Literal["as it is", "scale", "learned", "decoded", "decoded state", "averaged", "unit"]
+PREDICTION = "delta.prediction"
+SIDE = 16  # of the latents that the base was trained on
+
+
+def target_file(models: Path, name: str) -> Path:
+    """Return where a target's weights are, as far as they differ from the usual target's."""
+    return models / f"target-{name}.safetensors"
+
+
+def bridge_file(models: Path, name: str) -> Path:
+    """Return where the maps between a target's latents and the base's are."""
+    return models / f"bridge-{name}.safetensors"
+
+
+def load_target(path: Path, target: Model) -> Model:
+    """Return the usual target with the weights and the autoencoder of a file in place of its own."""
+    with WeightFile.open(path) as file:
+        changed = file.below(unet.PREFIX)
+        weights = {**target.unet.state_dict(), **{key: changed.tensor(key) for key in changed.shapes}}
+        channels = weights["out.2.weight"].shape[0]
+        with torch.device("meta"):
+            network = UNet(replace(target.unet.config, in_channels=channels, out_channels=channels))
+        fill(network, weights, path.name, torch.float32, "cpu")
+        own = any(key.startswith(vae.PREFIX) for key in file.shapes)
+        prediction = cast(Prediction, file.metadata[PREDICTION])
+        return replace(
+            target,
+            name=path.name,
+            unet=network,
+            vae=load_vae(file) if own else target.vae,
+            parameterization=Parameterization(
+                prediction, flow_schedule() if prediction == "flow" else Schedule.stable_diffusion()
+            ),
+        )
+
+
+def flow_schedule() -> Schedule:
+    """Return the times 1/1001 to 1000/1001 of flow matching as a schedule, for samplers that follow one."""
+    time = torch.arange(1, 1001, dtype=torch.float64) / 1001
+    return Schedule((1 - time) ** 2 / ((1 - time) ** 2 + time**2))
+
+
+def bridge_of(way: Way, base: Model, target: Model, maps: Path) -> Bridge:
+    """Return the bridge for a way; ``maps`` is the file of the learned ones."""
+    known = base.parameterization.schedule.sigma_max
+    limit = (NoiseLimitBridge(known),) if target.parameterization.schedule.sigma_max > known else ()
+    return Composed((_crossing(way, base, target, maps), *limit))
+
+
+def _crossing(way: Way, base: Model, target: Model, maps: Path) -> Bridge:
+    if way == "as it is":
+        return IdentityBridge()
+    if way == "scale":
+        return ScaleBridge(base.family.scale_factor / target.family.scale_factor)
+    if way == "learned":
+        return load(maps)
+    if way in ("averaged", "unit"):
+        return ResolutionBridge(SIDE, SIDE, cast(Noise, way))
+    assert base.vae is not None and target.vae is not None
+    ends = of_vae(base.vae, base.family.scale_factor), of_vae(target.vae, target.family.scale_factor)
+    return DecodedBridge(*ends, load(maps).difference if way == "decoded state" else None)
+
+
+@dataclass(frozen=True)
+class DecodedBridge(SameSize):
+    """Decode with one autoencoder, encode with the other; ``difference`` None takes the delta the same way."""
+
+    source: Autoencoder
+    target: Autoencoder
+    difference: DifferenceMap | None = None
+
+    @property
+    def label(self) -> str:
+        return "decoded"
+
+    def to_source(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor, Crossing]:
+        clean = self.source.encode(self.target.decode(denoised))
+        return clean + with_channels(x - denoised, clean.shape[1]), sigma, Crossing(clean)
+
+    @torch.no_grad()
+    def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
+        if self.difference is not None:
+            return self.difference(delta)
+        with_it, without = (
+            self.target.encode(self.source.decode(z)) for z in (crossing.denoised + delta, crossing.denoised)
+        )
+        return with_it - without

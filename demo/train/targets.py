@@ -1,0 +1,175 @@
+"""Train targets whose latents are not the base's: of another autoencoder, of more channels, or twice as large.
+
+Each goes on from the trained target, with its text encoder as it is.  What a target of other latents has
+to learn is to see and to draw in them, so its attention stays as it is too; where latents have other
+channels, the first and the last convolution start anew.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from numpy.random import Generator
+from torch import Tensor
+
+from demo.autoencoders import of_vae
+from demo.targets import bridge_file, target_file
+from demo.train import bridges, export
+from demo.train.bridges_fit import Size, save
+from demo.train.bridges_pictures import Array
+from demo.train.common import Run, train
+from demo.train.data import Emoji, augment, load_large, to_float
+from demo.train.denoisers import (
+    TARGET,
+    TARGET_TEXT,
+    Conditioned,
+    all_contexts,
+    denoising_loss,
+    flow_loss,
+    initialise,
+    latent_variants,
+    load_conditioned,
+    white_latent,
+)
+from demo.train.vae import OWN, SCALE, SIXTEEN, train_vae
+from lib_delta.models.unet import SpatialTransformer, UNet
+from lib_delta.models.vae import VAE, VAEConfig
+
+FITTED_ON = 1600  # pictures, each with an edit
+NETWORK = Size()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What sets a target apart: ``vae`` None is the base's autoencoder, ``large`` pictures of twice the size."""
+
+    prediction: Literal["v", "flow"]
+    vae: VAEConfig | None = None
+    large: bool = False
+
+
+KINDS = {"own": Kind("v", OWN), "large": Kind("v", large=True), "flow": Kind("flow", SIXTEEN)}
+RUNS = {
+    "vae-own-colour": Run(steps=200, batch=8, rate=2e-3, warmup=50, average=0.97, seed=21),
+    "vae-own": Run(steps=800, batch=8, rate=2e-3, average=0.99, seed=21),
+    "vae-flow-colour": Run(steps=200, batch=8, rate=2e-3, warmup=50, average=0.97, seed=22),
+    "vae-flow": Run(steps=800, batch=8, rate=2e-3, average=0.99, seed=22),
+    "target-own": Run(steps=1500, batch=32, rate=1e-3, warmup=50, average=0.995, seed=23),
+    "target-large": Run(steps=700, batch=16, rate=5e-4, warmup=50, average=0.99, seed=24),
+    "target-flow": Run(steps=1500, batch=32, rate=1e-3, warmup=50, average=0.995, seed=25),
+}
+NEEDS: dict[str, tuple[str, ...]] = {
+    "vae-own": (),
+    "vae-flow": (),
+    "bridge-own": ("vae", "vae-own"),
+    "bridge-flow": ("vae", "vae-flow"),
+    "target-own": ("target", "vae-own"),
+    "target-flow": ("target", "vae-flow"),
+    "target-large": ("target",),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the stages work with: ``tokens`` and ``strong`` are as in :mod:`demo.train.denoisers`.
+
+    ``emoji`` are those of the models' names.
+    """
+
+    cache: Path
+    models: Path
+    vae: Callable[[], VAE]
+    every: Emoji
+    emoji: Emoji
+    tokens: Tensor
+    strong: int
+
+    def stages(self) -> dict[str, Callable[[], None]]:
+        """Return what each stage of :data:`NEEDS` does."""
+        steps = {"vae": self.train_vae, "bridge": self.fit_bridge, "target": self.train_target}
+        return {stage: partial(steps[stage.split("-")[0]], stage.split("-")[1]) for stage in NEEDS}
+
+    def train_vae(self, name: str) -> None:
+        """Train an autoencoder apart from the base's: other weights at the start, other draws."""
+        config, stage = KINDS[name].vae, f"vae-{name}"
+        assert config is not None
+        torch.manual_seed(RUNS[stage].seed)
+        trained = train_vae(self.every, self.cache, RUNS[f"{stage}-colour"], RUNS[stage], config, stage)
+        torch.save(trained.state_dict(), self.cache / f"{stage}.pt")
+
+    def own_vae(self, name: str) -> VAE:
+        """Return a target's autoencoder: of its own, or the base's."""
+        config = KINDS[name].vae
+        if config is None:
+            return self.vae()
+        vae = VAE(config)
+        vae.load_state_dict(torch.load(self.cache / f"vae-{name}.pt", weights_only=True))
+        return vae.requires_grad_(False)
+
+    def fit_bridge(self, name: str) -> None:
+        """Fit the maps between the base's latents and a target's, by the code that fits the extension's.
+
+        The pictures are of what these autoencoders were made for: emoji on white, and edits of them.
+        """
+        vaes = {"base": self.vae(), name: self.own_vae(name)}
+        autoencoders = {key: of_vae(vae, SCALE) for key, vae in vaes.items()}
+        unknown = self.every.only([prompt for prompt in self.every.prompts if prompt not in self.emoji.prompts])
+        latents = bridges.encode(autoencoders, FITTED_ON, on_white(bridges.coloured(unknown)))
+        fitted = bridges.fit(latents["base"], latents[name], NETWORK)
+        about = {"source": "base", "target": f"target-{name}", "pictures": str(FITTED_ON)}
+        save(fitted, bridge_file(self.models, name), about)
+
+    def train_target(self, name: str) -> None:
+        """Train a target on from the usual one, and write what differs."""
+        kind, run, vae = KINDS[name], RUNS[f"target-{name}"], self.own_vae(name)
+        model = Conditioned(TARGET, TARGET_TEXT, int(self.tokens.max()) + 1)
+        load_conditioned(model, self.models / "target.safetensors")
+        contexts, start = all_contexts(model.requires_grad_(False), self.tokens), model.unet
+        unet = (
+            copy.deepcopy(start).requires_grad_(True)
+            if kind.vae is None
+            else prepared_for(start, kind.vae.latent_channels)
+        )
+
+        def predict(noisy: Tensor, t: Tensor, index: Tensor) -> Tensor:
+            return unet(noisy[None], t, contexts[index][None])[0]
+
+        pictures = load_large(self.cache, self.emoji.prompts, "noto") if kind.large else self.emoji.pictures["noto"]
+        stored = self.cache / f"latents-noto-{name}.pt"
+        lesson = latent_variants(vae, pictures, self.strong, stored, seed=7), white_latent(vae)
+        flow = kind.prediction == "flow"
+        loss = flow_loss(predict, *lesson, run.batch) if flow else denoising_loss(predict, *lesson, "v", run.batch)
+        trained = train(
+            f"target-{name}", unet, loss, self.cache, run, [p for p in unet.parameters() if p.requires_grad]
+        )
+        export.differing(
+            target_file(self.models, name), trained, start, None if kind.vae is None else vae, kind.prediction
+        )
+
+
+def prepared_for(unet: UNet, channels: int) -> UNet:
+    """Return a copy of a UNet for other latents, of ``channels``: its ends are new, its attention does not train."""
+    other = initialise(UNet(replace(unet.config, in_channels=channels, out_channels=channels)))
+    ends = ("input_blocks.0.0.", "out.2.")
+    other.load_state_dict({k: v for k, v in unet.state_dict().items() if not k.startswith(ends)}, strict=False)
+    for module in other.modules():
+        if isinstance(module, SpatialTransformer):
+            module.requires_grad_(False)
+    return other
+
+
+def on_white(emoji: Tensor) -> Callable[[Generator], Array]:
+    """Return what draws one of ``(N, 3, 64, 64)`` emoji, moved and recoloured, as ``(3, 64, 64)`` in 0..1."""
+
+    def picture(rng: Generator) -> Array:
+        chosen = to_float(emoji[int(rng.integers(len(emoji)))][None])
+        moved = augment(chosen, torch.Generator().manual_seed(int(rng.integers(2**31))), strong=rng.random() < 0.5)
+        return (0.5 + 0.5 * moved[0]).clamp(0, 1).numpy()
+
+    return picture
