@@ -46,6 +46,10 @@ class DenoiseStep:
 class DeltaSource(Protocol):
     """Base and adapted model, as :class:`lib_delta.source.Source` brings them."""
 
+    def during(self, progress: float) -> DeltaSource:
+        """Return what of it counts at a point of the run (0 to 1): the same object for as long as it is the same."""
+        ...
+
     def deltas(
         self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int, uncond_skipped: bool, uncond_zero: bool
     ) -> tuple[Tensor, Tensor]:
@@ -102,14 +106,15 @@ class DeltaGuidance:
 
     def _deltas(self, x: Tensor, sigma: Tensor, step: DenoiseStep) -> tuple[Tensor, Tensor]:
         how = step.cfg_scale, step.uncond_skipped, step.uncond_zero
+        source = self.source.during(step.progress)
 
         def evaluate() -> tuple[Tensor, Tensor]:
             scale, skipped, zero = how
-            return self.source.deltas(x, sigma, scale, step.step, skipped, zero)
+            return source.deltas(x, sigma, scale, step.step, skipped, zero)
 
         if self.hold is None:
             return evaluate()
-        told = (self.source, *self.source.told(step.step), how, tuple(x.shape))
+        told = (source, *source.told(step.step), how, tuple(x.shape))
         return self.hold.deltas(evaluate, Moment(sigma, step.denoised, step.progress, step.levels, told))
 
 

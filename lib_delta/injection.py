@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lib_delta.errors import SettingError
 from lib_delta.fork import add_to_adapted
+from lib_delta.strength import ROUNDING
 
 Place = TypeVar("Place")
 What = TypeVar("What")
@@ -89,3 +91,32 @@ class Inputs:
 
 # An adaptation that is not weights.
 Guide = Callable[[Inputs], Injection]
+
+
+@dataclass(frozen=True, eq=False)
+class Timed:
+    """A guide that counts in a share of the run: from ``start`` to ``end``, 0 the first step and 1 the last.
+
+    Raises :class:`SettingError` for a share that is none.
+    """
+
+    guide: Guide
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.end <= 1:
+            raise SettingError(
+                f"a control is to count from {self.start:g} to {self.end:g}: "
+                "two shares of the run from 0 to 1 are needed, the earlier first"
+            )
+
+    def __call__(self, inputs: Inputs) -> Injection:
+        return self.guide(inputs)
+
+
+def counts(guide: Guide, progress: float) -> bool:
+    """Tell whether a guide counts at a point of the run; one that is not :class:`Timed` always does."""
+    if not isinstance(guide, Timed):
+        return True
+    return guide.start - ROUNDING <= progress <= guide.end + ROUNDING

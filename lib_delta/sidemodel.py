@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lib_delta.adapters.apply import AdaptedTower, Form, Weight, attach, detach, text_parameters
 from lib_delta.adapters.blocks import BlockWeights
 from lib_delta.adapters.load import AdapterFile, load_adapter
 from lib_delta.checkpoint import FileState, WeightFile, base_fault, load_unet
+from lib_delta.controls.steering import ControlPick, Steering
 from lib_delta.devices import out_of_memory, without_autocast
 from lib_delta.errors import CheckpointError, DeltaError
 from lib_delta.models.text import TextEncoder, load_towers
@@ -67,6 +69,22 @@ class SideModel:
         self._form: Form = "merged"
         self._files: dict[tuple[FileState, int | None], AdapterFile] = {}
         self._attached: object = None
+        self.steering = Steering(self.unet)
+        # What has to be on the device to sample: the UNet, and the networks of controls, if there are any.
+        self.network: nn.Module = self.unet
+
+    @torch.inference_mode(False)
+    def steer(self, picks: Sequence[ControlPick]) -> None:
+        """Have controls (ControlNets, image prompts) in place of those there were; raises as :meth:`Steering.steer`."""
+        before = self.steering.networks
+        try:
+            with without_autocast(torch.device("cpu")):
+                self.steering.steer(picks)
+        finally:
+            networks = self.steering.networks
+            if list(map(id, networks)) != list(map(id, before)):
+                parts = {"unet": self.unet, "controls": nn.ModuleList(networks)}
+                self.network = nn.ModuleDict(parts) if networks else self.unet
 
     @torch.inference_mode(False)
     def adapt(self, picks: Sequence[AdapterPick], form: Form) -> None:
@@ -132,8 +150,8 @@ class SideModel:
 
     @property
     def memory(self) -> int:
-        """Bytes of the weights of UNet, merged adapters and text encoder."""
-        tensors = (t for module in (self.unet, self.tower) for t in (*module.parameters(), *module.buffers()))
+        """Bytes of the weights of UNet, merged adapters, controls and text encoder."""
+        tensors = (t for module in (self.network, self.tower) for t in (*module.parameters(), *module.buffers()))
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from lib_delta.devices import out_of_memory, release_cached, without_autocast
 from lib_delta.fork import alone, expand, forks
-from lib_delta.injection import Guide, Injection, Inputs
+from lib_delta.injection import Guide, Injection, Inputs, counts
 from lib_delta.models.unet import Text, UNet
 from lib_delta.parameterization import Parameterization
 
@@ -50,8 +52,8 @@ Prompts = Callable[[int], Conditioning]
 class Source:
     """A base UNet with its adaptations attached, ready to be asked for the delta.
 
-    ``evaluations`` counts the passes through the UNet: one serves base and adapted, cond and uncond, unless memory is
-    too short for all of them at once.
+    One pass through the UNet serves base and adapted, cond and uncond, unless memory is too short for all of them at
+    once.
     """
 
     def __init__(
@@ -73,10 +75,29 @@ class Source:
         self.parameterization = parameterization
         self.quantize = quantize
         self.guides = tuple(guides)
-        self.evaluations = 0
+        self._evaluations = 0
         self._parts = 1
+        # The source without those of its guides that do not count, by which do.
+        self._during: dict[tuple[bool, ...], Source] = {}
         self._told = [_prompts(base)] if adapted is None else [_prompts(base), _prompts(adapted)]
         self._joined: OrderedDict[tuple[int, ...], tuple[tuple[Conditioning, ...], _Joined]] = OrderedDict()
+
+    @property
+    def evaluations(self) -> int:
+        """The passes through the UNet so far."""
+        return self._evaluations + sum(part.evaluations for part in self._during.values())
+
+    def during(self, progress: float) -> Source:
+        """Return the source with those of its guides that count at a point of the run; always the same object."""
+        flags = tuple(counts(guide, progress) for guide in self.guides)
+        if all(flags):
+            return self
+        if flags not in self._during:
+            part = copy(self)
+            part.guides = tuple(itertools.compress(self.guides, flags))
+            part._evaluations, part._during = 0, {}
+            self._during[flags] = part
+        return self._during[flags]
 
     def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int = 0, uncond_skipped: bool = False) -> Tensor:
         """Return ``D_adapted(x, sigma) - D_base(x, sigma)``, each after classifier-free guidance.
@@ -107,8 +128,12 @@ class Source:
                 each image's first prompt (as AUTOMATIC1111 does).
 
         Returns:
-            Two ``(N, C, H, W)`` in float32 on the device of ``x``; exactly 0 if nothing tells the two models apart.
+            Two ``(N, C, H, W)`` in float32 on the device of ``x``; exactly 0 if nothing tells the two models apart,
+            and without a pass where nothing could.
         """
+        if not self._may_differ():
+            nothing = torch.zeros_like(x, dtype=torch.float32)
+            return nothing, nothing
         guided, uncond = self._estimates(x, sigma, cfg_scale, step, uncond_skipped, uncond_zero)
         delta = _difference(guided, x)
         return delta, delta if uncond is guided else _difference(uncond, x)
@@ -169,15 +194,18 @@ class Source:
     def _in_parts(self, batch: _Batch) -> Tensor:
         if self._parts == 1:
             output = batch.evaluate(self.unet, self.guides, None)
-            self.evaluations += 1
+            self._evaluations += 1
             return output
         branches = self._branches(batch)
         pieces = batch.split(min(batch.rows, self._parts // len(branches)))
         output = torch.cat(
             [torch.cat([piece.evaluate(self.unet, self.guides, b) for piece in pieces], 1) for b in branches]
         )
-        self.evaluations += len(branches) * len(pieces)
+        self._evaluations += len(branches) * len(pieces)
         return output
+
+    def _may_differ(self) -> bool:
+        return len(self._told) > 1 or bool(self.guides) or forks(self.unet)
 
     def _branches(self, batch: _Batch) -> tuple[int | None, ...]:
         return (0, 1) if batch.forks or self.guides or forks(self.unet) else (None,)

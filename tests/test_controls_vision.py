@@ -58,6 +58,19 @@ def test_pictures_are_seen_as_transformers_sees_them(
     assert (ours(prepared, True) - expected.hidden_states[-2]).abs().max() < 1e-5
 
 
+def test_the_image_encoder_has_no_layers_that_webuis_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = load_image_encoder(their_encoder(tmp_path)[1])
+    prepared = encoder.prepare(randn(1, 3, 40, 40).sigmoid())
+    wanted = encoder(prepared, True)
+
+    def patched(self: torch.nn.Module, x: Tensor) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} is patched")
+
+    for kind in (torch.nn.Linear, torch.nn.LayerNorm, torch.nn.Conv2d):
+        monkeypatch.setattr(kind, "forward", patched)
+    assert torch.equal(encoder(prepared, True), wanted)
+
+
 @pytest.mark.parametrize("form", ["base", "plus", "full"])
 def test_tokens_of_pictures_and_of_none(form: str, tmp_path: Path) -> None:
     unet = tiny_unet()

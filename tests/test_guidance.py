@@ -25,6 +25,9 @@ class RecordingSource:
         self.value = delta
         self.asked: list[tuple[Tensor, Tensor, float]] = []
 
+    def during(self, progress: float) -> RecordingSource:
+        return self
+
     def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> tuple[Tensor, Tensor]:
         self.asked.append((x, sigma, cfg_scale))
         delta = torch.zeros_like(x, dtype=torch.float32) + self.value

@@ -60,7 +60,6 @@ CASES: dict[str, tuple[Any, Any, float]] = {
     "a prompt": (tiny_unet, (TOLD, TOLD_OTHERWISE), 3.0),
     "both": (adapted_unet, (TOLD, TOLD_OTHERWISE), 3.0),
     "AND": (adapted_unet, (JOINED, TOLD_OTHERWISE), 3.0),
-    "nothing": (tiny_unet, (TOLD,), 3.0),
 }
 
 
@@ -209,3 +208,10 @@ def test_the_networks_attend_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
     scores = 1024 * 1024 * 4
     assert largest.bytes <= scores // 4
+
+
+def test_without_anything_to_tell_them_apart_no_pass_is_made() -> None:
+    source = Source(tiny_unet(), Parameterization(), TOLD)
+    with room_for(0) as asked:
+        assert not source.delta(X, SIGMA, 3.0).any()
+    assert asked == [] and source.evaluations == 0

@@ -119,6 +119,9 @@ class Case:
 class ToySource:
     networks: tuple[Network, ...]
 
+    def during(self, progress: float) -> ToySource:
+        return self
+
     def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> tuple[Tensor, Tensor]:
         base, adapted = (guided(network, cfg_scale)(x, sigma) for network in self.networks)
         return adapted - base, adapted - base

@@ -38,6 +38,9 @@ class WatchedSource:
     def told(self, step: int) -> tuple[object, ...]:
         return (self._told(step),)
 
+    def during(self, progress: float) -> WatchedSource:
+        return self
+
     def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> tuple[Tensor, Tensor]:
         self.asked.append(float(sigma.max()))
         delta = ADAPTED(x, sigma) - BASE(x, sigma)

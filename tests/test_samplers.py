@@ -39,6 +39,9 @@ class WatchedSource:
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
+    def during(self, progress: float) -> WatchedSource:
+        return self
+
     def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> tuple[Tensor, Tensor]:
         self.seen.append(x.clone())
         delta = ADAPTED(x, sigma) - BASE(x, sigma)

@@ -52,8 +52,7 @@ class ControlNetGuide:
     _hints: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise SettingError(f"the control mode is {self.mode!r}: one of {', '.join(get_args(Mode))} is needed")
+        _refuse_unknown(self.mode, get_args(Mode), "control mode")
 
     def __call__(self, inputs: Inputs) -> Injection:
         if not self.weight:
@@ -86,7 +85,10 @@ class ControlNetGuide:
 
 @dataclass(eq=False)
 class FeatureGuide:
-    """Steer by a map through a T2I-Adapter; ``mode`` "control" leaves the negative prompt's estimate alone."""
+    """Steer by a map through a T2I-Adapter; ``mode`` "control" leaves the negative prompt's estimate alone.
+
+    Raises :class:`SettingError` for a mode that is not known.
+    """
 
     model: T2IAdapter
     unet: UNet
@@ -95,6 +97,9 @@ class FeatureGuide:
     mode: Mode = "balanced"
     factor: int = 8  # pixels along a latent's side
     _features: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _refuse_unknown(self.mode, get_args(Mode), "control mode")
 
     def __call__(self, inputs: Inputs) -> Injection:
         if not self.weight:
@@ -131,9 +136,7 @@ class ImageGuide:
     _seen: Sequence[tuple[Tensor, Tensor]] = ()  # keys and values are the same at every step
 
     def __post_init__(self) -> None:
-        if self.weight_type not in get_args(WeightType):
-            known = ", ".join(get_args(WeightType))
-            raise SettingError(f"the weight type is {self.weight_type!r}: one of {known} is needed")
+        _refuse_unknown(self.weight_type, get_args(WeightType), "weight type")
 
     def __call__(self, inputs: Inputs) -> Injection:
         if not self.weight:
@@ -149,6 +152,11 @@ class ImageGuide:
         return Injection(attended=attended)  # type: ignore[arg-type]
 
 
+def _refuse_unknown(value: str, known: Sequence[str], what: str) -> None:
+    if value not in known:
+        raise SettingError(f"the {what} is {value!r}: one of {', '.join(known)} is needed")
+
+
 def follow(file: ControlFile, unet: UNet, picture: Map, weight: float = 1.0, mode: Mode = "balanced") -> Guide:
     """Return the guide by which a ControlNet's or T2I-Adapter's file follows a map.
 
@@ -161,14 +169,20 @@ def follow(file: ControlFile, unet: UNet, picture: Map, weight: float = 1.0, mod
     raise SettingError(f"{file.name} is an {file.kind}, which follows no map: a ControlNet or T2I-Adapter is needed")
 
 
-def prompt_by(file: ControlFile, unet: UNet, tokens: tuple[Tensor, Tensor], weight: float = 1.0) -> Guide:
+def prompt_by(
+    file: ControlFile,
+    unet: UNet,
+    tokens: tuple[Tensor, Tensor],
+    weight: float = 1.0,
+    weight_type: WeightType = "linear",
+) -> Guide:
     """Return the guide by which an IP-Adapter's file prompts with the tokens of pictures, and of none.
 
     Raises :class:`SettingError` for a file that reads maps.
     """
     if not isinstance(file.model, IPAdapter):
         raise SettingError(f"{file.name} is a {file.kind}, which reads maps: an IP-Adapter is needed for a picture")
-    return ImageGuide(file.model, unet, tokens, weight)
+    return ImageGuide(file.model, unet, tokens, weight, weight_type)
 
 
 def _attended(k: Tensor, v: Tensor, weight: float) -> Attended:

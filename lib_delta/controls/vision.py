@@ -15,6 +15,7 @@ from lib_delta.checkpoint import Shapes, WeightFile, fill, header_number
 from lib_delta.controls.files import ControlFile
 from lib_delta.errors import AdapterError, CheckpointError, SettingError
 from lib_delta.models.ip_adapter import IPAdapter
+from lib_delta.models.unpatched import unpatched
 
 # Of CLIP's training pictures, by channel.
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -27,6 +28,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
+        unpatched(transformer)
         self.transformer = transformer
         self.side: int = transformer.config.image_size
 
@@ -91,6 +93,29 @@ def _config(file: WeightFile) -> dict[str, Any]:
         "patch_size": patch,
         "hidden_act": "quick_gelu" if projection == OPENAI_PROJECTION else "gelu",
     }
+
+
+def choose_encoder(file: ControlFile, candidates: Sequence[Path]) -> Path:
+    """Return the first image encoder whose pictures are as wide as an IP-Adapter looks at, by the files' headers.
+
+    Raises :class:`SettingError` where there is none.
+    """
+    if not isinstance(file.model, IPAdapter):
+        raise SettingError(f"{file.name} is a {file.kind}, which looks at maps: an IP-Adapter is needed for a picture")
+    projection = file.model.image_proj
+    wanted = "hidden_size" if projection.of_patches else "projection_dim"
+    for path in candidates:
+        try:
+            with WeightFile.open(path) as encoder:
+                found = _config(encoder)[wanted]
+        except CheckpointError:
+            continue  # whatever else lies in that folder
+        if found == projection.seen_width:
+            return path
+    raise SettingError(
+        f"no image encoder is there whose pictures are {projection.seen_width} wide, as {file.name} needs them:"
+        " put the one that it was made with (CLIP ViT-H for most) into the WebUI's folder for them"
+    )
 
 
 @torch.no_grad()

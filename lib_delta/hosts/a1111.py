@@ -91,11 +91,11 @@ class Automatic1111(Host):
         device = self.wanted_place()[0]
         if _low_memory() and device.type == devices.device.type:
             lowvram.send_everything_to_cpu()
-        model.unet.to(device)
+        model.network.to(device)
 
     def leave(self, model: SideModel) -> None:
         if _low_memory():
-            model.unet.to(devices.cpu)
+            model.network.to(devices.cpu)
             self.free_memory()
 
     def free_memory(self) -> None:

@@ -104,14 +104,14 @@ class Forge(Host):
     def enter(self, p: Any, model: SideModel) -> None:
         device = self.wanted_place()[0]
         managed = device == memory.get_torch_device()
-        if self._patcher is not None and not (managed and self._patcher.model is model.unet):
+        if self._patcher is not None and not (managed and self._patcher.model is model.network):
             self._drop_patcher()
         if not managed:
             # Where the user wants it elsewhere, it is none of the memory manager's business.
-            model.unet.to(device)
+            model.network.to(device)
         elif self._patcher is None:
             self._patcher = patching.ModelPatcher(
-                model.unet, load_device=device, offload_device=memory.unet_offload_device()
+                model.network, load_device=device, offload_device=memory.unet_offload_device()
             )
 
     def before_sampling(self, p: Any) -> None:

@@ -427,7 +427,7 @@ class Host(ABC):
         for file in model.adapters:
             if file.unmatched:
                 p.comment(f"Delta Sampling: {file.report()}")
-        tile(model.unet, bool(getattr(p, "tiling", False)))
+        tile(model.network, bool(getattr(p, "tiling", False)))
         sources = self._tell(p, asked, model)
         heat = HeatMap() if option("show", False) else None
         run = Run(asked, model, sources, lambda fault: self._fault(p, fault), heat)
@@ -499,7 +499,12 @@ class Host(ABC):
                     if adapted is not base or prompts:
                         adapted_told = engine.encode(adapted, prompts or told.prompts, told)
                     sources[hires, active] = Source(
-                        model.unet, model.parameterization, base_told, adapted_told, quantize=self.quantized()
+                        model.unet,
+                        model.parameterization,
+                        base_told,
+                        adapted_told,
+                        quantize=self.quantized(),
+                        guides=model.steering.guides,
                     )
         return sources
 

@@ -26,7 +26,7 @@ class TokenProjection(nn.Module):
 
     def __init__(self, seen_width: int, context_width: int, tokens: int) -> None:
         super().__init__()
-        self.tokens = tokens
+        self.tokens, self.seen_width = tokens, seen_width
         self.proj = Linear(seen_width, tokens * context_width)
         self.norm = LayerNorm(context_width)
 
@@ -42,6 +42,7 @@ class PatchProjection(nn.Module):
 
     def __init__(self, seen_width: int, context_width: int) -> None:
         super().__init__()
+        self.seen_width = seen_width
         self.proj = nn.ModuleDict(
             {
                 "0": Linear(seen_width, seen_width),
@@ -95,6 +96,7 @@ class Resampler(nn.Module):
         self, seen_width: int, width: int, context_width: int, tokens: int, depth: int, heads: int, inner: int
     ) -> None:
         super().__init__()
+        self.seen_width = seen_width
         self.latents = nn.Parameter(torch.empty(1, tokens, width))
         self.proj_in, self.proj_out = Linear(seen_width, width), Linear(width, context_width)
         self.norm_out = LayerNorm(context_width)

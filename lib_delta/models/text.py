@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib_delta.checkpoint import WeightFile, fill, header_number
 from lib_delta.errors import CheckpointError, DeltaError, SettingError
 from lib_delta.families import Family
 from lib_delta.models.unet import timestep_embedding
+from lib_delta.models.unpatched import unpatched
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -80,23 +80,6 @@ class TextConfig:
         )
 
 
-class _Linear(nn.Linear):
-    """A linear layer that hosts do not patch: they replace ``forward`` of torch's class, and cast weights in it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class _LayerNorm(nn.LayerNorm):
-    """A norm that hosts do not patch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-
-
-_UNPATCHED = {nn.Linear: _Linear, nn.LayerNorm: _LayerNorm}
-
-
 class TextEncoder(nn.Module):
     """One CLIP text model; ``transformer`` is transformers' module, in its key names.
 
@@ -126,8 +109,7 @@ class TextEncoder(nn.Module):
         )
         if config.projection is None:
             del self.transformer.text_projection
-        for module in self.transformer.modules():
-            module.__class__ = _UNPATCHED.get(type(module), type(module))
+        unpatched(self.transformer)
 
     def forward(self, tokens: Tensor, clip_skip: int = 1) -> tuple[Tensor, Tensor | None]:
         """Encode ``(N, T)`` tokens.

@@ -13,8 +13,10 @@ pytest.importorskip("transformers", reason="transformers is not installed, whose
 from small_files import TEXT_PREFIX, UNET_PREFIX, Files, checkpoint, make_files, write
 
 from lib_delta.adapters.apply import Form
+from lib_delta.controls.steering import ControlPick
 from lib_delta.devices import out_of_memory
 from lib_delta.errors import AdapterError, CheckpointError, DeltaError, SettingError
+from lib_delta.models.controlnet import ControlNet
 from lib_delta.sidemodel import AdapterPick, FileState, SideModel, SideModels, sentence
 
 FP32 = torch.float32
@@ -119,6 +121,26 @@ def test_merged_weights_count_as_memory_and_low_rank_ones_for_less(files: Files,
     merged = model.memory
     model.adapt([AdapterPick(files.lora_file())], "bypass")
     assert alone <= model.memory < merged
+
+
+def test_the_networks_of_controls_go_where_the_unet_goes_and_count_as_memory(
+    files: Files, model: SideModel, tmp_path: Path
+) -> None:
+    control = ControlNet(model.unet.config, (3, 16, 16, 32, 32, 96, 96, 256, model.unet.config.model_channels))
+    path = tmp_path / "edges.safetensors"
+    write({k: torch.zeros_like(v) for k, v in control.state_dict().items()}, path)
+    picks = [ControlPick(path, [torch.ones(1, 3, 64, 64)])]
+    alone = model.memory
+    assert model.network is model.unet
+    model.steer(picks)
+    loaded = model.network
+    assert model.memory - alone == sum(weight.nbytes for weight in control.parameters())
+    assert {*model.network.parameters()} > {*model.unet.parameters()}
+    model.steer(picks)
+    assert model.network is loaded, "a host has it on its device already"
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        model.steer([ControlPick(tmp_path / "gone.safetensors", [])])
+    assert model.network is model.unet and model.memory == alone and model.steering.guides == ()
 
 
 def test_the_type_is_the_one_asked_for(files: Files) -> None:

@@ -1,0 +1,106 @@
+"""Controls as hosts ask for them: read once while they stay, with the encoder that fits, and counted as memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randn, tiny_unet
+from safetensors.torch import save_file
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from test_controls import PICTURE, SIGMA, TOLD, X, image_tensors, save, tiny_control
+from test_controls_vision import their_encoder
+
+from lib_delta.controls import steering
+from lib_delta.controls.guides import ControlNetGuide, ImageGuide
+from lib_delta.controls.maps import Map
+from lib_delta.controls.steering import ControlPick, Steering
+from lib_delta.errors import AdapterError, SettingError
+from lib_delta.models.unet import UNet
+from lib_delta.parameterization import Parameterization
+from lib_delta.source import Source
+
+
+@pytest.fixture
+def unet() -> UNet:
+    return tiny_unet()
+
+
+@pytest.fixture
+def edges(tmp_path: Path, unet: UNet) -> ControlPick:
+    return ControlPick(save(tmp_path / "edges.safetensors", tiny_control(unet).state_dict()), [PICTURE], 0.8, end=0.6)
+
+
+@pytest.fixture
+def image(tmp_path: Path, unet: UNet) -> ControlPick:
+    path = save(tmp_path / "ip.safetensors", image_tensors("base", unet, 16))
+    other, encoder = tmp_path / "other", tmp_path / "own"
+    other.mkdir()
+    encoder.mkdir()
+    files = their_encoder(other, projection=48)[1], their_encoder(encoder)[1]
+    return ControlPick(path, [PICTURE, 1 - PICTURE], 0.7, weight_type="ease in", encoders=[path, *files])
+
+
+def test_picks_become_the_guides_they_ask_for(unet: UNet, edges: ControlPick, image: ControlPick) -> None:
+    kept = Steering(unet)
+    kept.steer([edges, image])
+    assert [(guide.start, guide.end) for guide in kept.guides] == [(0.0, 0.6), (0.0, 1.0)]
+    first, second = (guide.guide for guide in kept.guides)
+    assert isinstance(first, ControlNetGuide) and isinstance(second, ImageGuide)
+    assert second.weight_type == "ease in" and second.weight == 0.7 and second.tokens[0].shape == (8, 16)
+    expected = ControlNetGuide(tiny_control(unet), Map(PICTURE, "crop and resize"), 0.8)
+    deltas = [
+        Source(unet, Parameterization("eps"), TOLD, guides=[guide]).delta(X, SIGMA, 5.0) for guide in (expected, first)
+    ]
+    torch.testing.assert_close(*deltas)
+    assert len(kept.networks) == 2
+
+
+def test_files_and_pictures_that_stay_are_not_looked_at_again(
+    unet: UNet, edges: ControlPick, image: ControlPick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Steering(unet)
+    kept.steer([edges, image])
+    networks, tokens = kept.networks, kept.guides[1].guide.tokens  # type: ignore[attr-defined]
+    for name in ("load_control", "load_image_encoder"):
+        monkeypatch.setattr(steering, name, lambda *_, **__: pytest.fail("read again"))
+    kept.steer([image, edges])
+    assert set(map(id, kept.networks)) == set(map(id, networks))
+    assert kept.guides[0].guide.tokens is tokens  # type: ignore[attr-defined]
+    kept.steer([edges])
+    assert len(kept.networks) == 1
+    kept.steer([])
+    assert kept.networks == [] and kept.guides == ()
+
+
+def test_another_picture_is_looked_at(unet: UNet, image: ControlPick) -> None:
+    kept = Steering(unet)
+    seen = []
+    for pictures in ([PICTURE], [1 - PICTURE]):
+        kept.steer([ControlPick(image.path, pictures, encoders=image.encoders)])
+        seen.append(kept.guides[0].guide.tokens[0])  # type: ignore[attr-defined]
+    assert (seen[0] - seen[1]).abs().max() > 0.01
+
+
+def test_what_cannot_be_used_leaves_nothing_behind(
+    unet: UNet, edges: ControlPick, image: ControlPick, tmp_path: Path
+) -> None:
+    lora = tmp_path / "lora.safetensors"
+    save_file({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(4, 4)}, str(lora))
+    cases = {
+        "is a LoRA": [ControlPick(lora, [PICTURE])],
+        "has no map to follow": [ControlPick(edges.path, [])],
+        "has no picture to look at": [ControlPick(image.path, [], encoders=image.encoders)],
+        "no image encoder is there whose pictures are 40 wide": [ControlPick(image.path, [PICTURE])],
+        "are of several sizes": [ControlPick(edges.path, [PICTURE, randn(1, 3, 32, 32)])],
+    }
+    kept = Steering(unet)
+    for sentence, picks in cases.items():
+        kept.steer([edges])
+        with pytest.raises((AdapterError, SettingError), match=sentence):
+            kept.steer([edges, *picks])
+        assert kept.networks == [] and kept.guides == ()
