@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from demo.train import adapters, bridges, export, targets
+from demo.train import adapters, bridges, controls, export, targets
 from demo.train.common import Run
 from demo.train.data import Emoji, load, pixelated
 from demo.train.denoisers import (
@@ -62,6 +62,8 @@ RUNS = {
     "lineart-full": Run(steps=1200, batch=24, rate=5e-4, warmup=50, seed=4, average=0.99),
     "pixelart": Run(steps=1000, batch=24, rate=2e-3, warmup=50, seed=5, average=0.99),
     "concepts": Run(steps=1200, batch=24, rate=2e-3, warmup=50, seed=6, average=0.99),
+    "edges": Run(steps=1500, batch=32, rate=2e-3, warmup=50, seed=8, average=0.99),
+    "image-prompt": Run(steps=2000, batch=32, rate=1e-3, warmup=50, seed=9, average=0.99),
     "metrics": Run(steps=4000, batch=48, rate=2e-3, seed=7),
 }
 # The same style by every algorithm of adapters; the same algorithm for another style, and for names.
@@ -79,7 +81,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "base": ("vae",),
     "target": ("vae",),
     "metrics": (),
-    **dict.fromkeys((*ADAPTERS, "lineart-full"), ("base",)),
+    **dict.fromkeys((*ADAPTERS, "lineart-full", "edges", "image-prompt"), ("base",)),
     **targets.NEEDS,
 }
 # How many of a picture's variants are augmented strongly: base and adapted follow what is in front of them; the
@@ -111,6 +113,8 @@ class Workshop:
             "base": self.base,
             "target": self.target,
             "lineart-full": self.full,
+            "edges": self.edges,
+            "image-prompt": self.image_prompt,
             "metrics": self.metrics,
             **{name: partial(self.adapter, name) for name in ADAPTERS},
             **self.targets().stages(),
@@ -202,6 +206,19 @@ class Workshop:
     def full(self) -> None:
         model = train_full(self.trained_base(), self.tokens, *self.latents("lineart"), self.cache, RUNS["lineart-full"])
         export.unet_only(MODELS / "lineart-full.safetensors", model)
+
+    def edges(self) -> None:
+        trained = controls.train_edges("edges", self.steered(), self.cache, RUNS["edges"])
+        export.edges(MODELS / "edges.safetensors", trained)
+
+    def image_prompt(self) -> None:
+        trained = controls.train_image_prompt("image-prompt", self.steered(), self.cache, RUNS["image-prompt"])
+        export.image_prompt(MODELS, trained)
+
+    def steered(self) -> controls.Lesson:
+        """Return what controls learn from: the base's own latents, and the pictures these are of."""
+        pictures = controls.variants_of(self.emoji.pictures["flat"], STRONG["flat"], seed=7)
+        return controls.Lesson(self.trained_base(), self.tokens, self.latents("flat")[0], pictures)
 
     def metrics(self) -> None:
         judged = self.every.only([*NAMES, *CONCEPTS])

@@ -19,7 +19,7 @@ from torch import Size, Tensor, nn
 
 from lib_delta.adapters import ia3, loha, lokr, lora, oft
 from lib_delta.fork import Conv2d, Linear
-from lib_delta.models.unet import UNet
+from lib_delta.models.unet import Encoder
 
 LORA_RANK = 8
 LOHA_RANK = 4  # as many numbers as a LoRA of rank 8 has
@@ -42,9 +42,9 @@ class Kind:
 
 
 class Adapter(nn.Module):
-    """One adapter for every linear and convolution weight of a UNet."""
+    """One adapter for every linear and convolution weight of a UNet, or of the half that ControlNets copy."""
 
-    def __init__(self, unet: UNet, kind: Kind) -> None:
+    def __init__(self, unet: Encoder, kind: Kind) -> None:
         super().__init__()
         self.kind = kind
         self.names: list[tuple[str, str]] = []  # of layer and tensor
@@ -56,7 +56,7 @@ class Adapter(nn.Module):
                 self.names.append((path, name))
                 self.tensors.append(nn.Parameter(tensor, requires_grad=tensor.ndim > 0))
 
-    def merged(self, unet: UNet) -> Tensors:
+    def merged(self, unet: Encoder) -> Tensors:
         """Return the adapted weights by parameter name; gradients reach the adapter's tensors."""
         out = {}
         # Small products, and OFT's inverses, which bfloat16 has no solver for.

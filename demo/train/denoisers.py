@@ -7,8 +7,9 @@ by min-SNR-5 (Hang et al. 2023, arXiv 2303.09556) with a floor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import cast
 
@@ -116,6 +117,13 @@ def initialise(unet: UNet) -> UNet:
     return unet
 
 
+def picture_variants(pictures: Tensor, strong: int, seed: int) -> Iterator[list[Tensor]]:
+    """Yield ``VARIANTS`` augmentations of uint8 pictures, as floats in parts of 50; the last ``strong`` are strong."""
+    for variant in range(VARIANTS):
+        generator = torch.Generator().manual_seed(seed * 1000 + variant)
+        yield [augment(to_float(p), generator, variant >= VARIANTS - strong) for p in pictures.split(50)]
+
+
 @torch.no_grad()
 def latent_variants(
     vae: VAE, pictures: Tensor, strong: int, stored: Path, seed: int, look: Callable[[Tensor], Tensor] | None = None
@@ -127,9 +135,7 @@ def latent_variants(
     if stored.exists():
         return torch.load(stored, weights_only=True)
     variants = []
-    for variant in tqdm(range(VARIANTS), desc=stored.stem):
-        generator = torch.Generator().manual_seed(seed * 1000 + variant)
-        moved = [augment(to_float(p), generator, variant >= VARIANTS - strong) for p in pictures.split(50)]
+    for moved in tqdm(picture_variants(pictures, strong, seed), total=VARIANTS, desc=stored.stem):
         shown = moved if look is None else [look(p) for p in moved]
         variants.append(torch.cat([vae.encode(p).mul(SCALE).half() for p in shown]))
     latents = torch.stack(variants, 1)
@@ -155,6 +161,7 @@ def draw_batch(latents: Tensor, white: Tensor, count: int, generator: torch.Gene
     return torch.stack(shifted) + white, index
 
 
+@cache
 def alphas_cumprod() -> Tensor:
     """Return SD's scaled linear schedule: the share of signal variance at each of 1000 timesteps."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -165,28 +172,11 @@ def denoising_loss(
     predict: Callable[[Tensor, Tensor, Tensor], Tensor], latents: Tensor, white: Tensor, prediction: str, count: int
 ) -> Callable[[torch.Generator], Tensor]:
     """Return the loss of ``predict(noisy, t, picture numbers)``; number -1 stands for no prompt."""
-    signal = alphas_cumprod()
 
     def loss(generator: torch.Generator) -> Tensor:
         x0, index = draw_batch(latents, white, count, generator)
         index = torch.where(torch.rand(count, generator=generator) < WITHOUT_PROMPT, -1, index)
-        # A third of the draws in the highest fifth: it is there that the prompt decides. The others are even, since
-        # what is left to chance at low noise shows as speckles.
-        low, high = torch.rand(2, count, generator=generator)
-        t = torch.where(torch.rand(count, generator=generator) < 2 / 3, 1000 * low, 800 + 200 * high)
-        t = t.long().clamp(max=999)
-        noise = torch.randn(x0.shape, generator=generator)
-        a = signal[t][:, None, None, None]
-        noisy = a.sqrt() * x0 + (1 - a).sqrt() * noise
-        goal = noise if prediction == "eps" else a.sqrt() * noise - (1 - a).sqrt() * x0
-        snr = signal[t] / (1 - signal[t])
-        # As weights of the denoised estimate: SNR up to 5, and a floor without which prompts, which
-        # matter at high noise only, would hardly count. Its size is what each output can bear.
-        weight = (snr.clamp(max=5) + 0.2) / snr if prediction == "eps" else (snr.clamp(max=5) + 1) / (snr + 1)
-        with torch.autocast(noisy.device.type, torch.bfloat16):
-            output = predict(noisy, t.float(), index)
-        error = (output.float() - goal).square().mean((1, 2, 3))
-        return (weight * error).mean() / weight.mean()
+        return noise_loss(lambda noisy, t: predict(noisy, t, index), x0, prediction, generator)
 
     return loss
 
@@ -208,6 +198,30 @@ def flow_loss(
         return F.mse_loss(output.float(), noise - x0)
 
     return loss
+
+
+def noise_loss(
+    predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor, prediction: str, generator: torch.Generator
+) -> Tensor:
+    """Return the loss of ``predict(noisy, t)`` for latents ``x0`` ``(N, C, H, W)`` at noise levels of their own."""
+    signal, count = alphas_cumprod(), len(x0)
+    # A third of the draws in the highest fifth: it is there that the prompt decides. The others are even, since
+    # what is left to chance at low noise shows as speckles.
+    low, high = torch.rand(2, count, generator=generator)
+    t = torch.where(torch.rand(count, generator=generator) < 2 / 3, 1000 * low, 800 + 200 * high)
+    t = t.long().clamp(max=999)
+    noise = torch.randn(x0.shape, generator=generator)
+    a = signal[t][:, None, None, None]
+    noisy = a.sqrt() * x0 + (1 - a).sqrt() * noise
+    goal = noise if prediction == "eps" else a.sqrt() * noise - (1 - a).sqrt() * x0
+    snr = signal[t] / (1 - signal[t])
+    # As weights of the denoised estimate: SNR up to 5, and a floor without which prompts, which
+    # matter at high noise only, would hardly count. Its size is what each output can bear.
+    weight = (snr.clamp(max=5) + 0.2) / snr if prediction == "eps" else (snr.clamp(max=5) + 1) / (snr + 1)
+    with torch.autocast(noisy.device.type, torch.bfloat16):
+        output = predict(noisy, t.float())
+    error = (output.float() - goal).square().mean((1, 2, 3))
+    return (weight * error).mean() / weight.mean()
 
 
 def train_conditioned(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from demo.targets import PREDICTION
 from demo.train.adapters import Adapter
+from demo.train.controls import EdgeControl, PicturePrompt
 from demo.train.denoisers import Conditioned
 from lib_delta.models import unet, vae
 from lib_delta.models.unet import UNet
@@ -49,6 +50,18 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 def adapter(path: Path, trained: Adapter) -> None:
     """Write an adapter as kohya's scripts and LyCORIS do."""
     _save(path, trained.export(), trained.kind.metadata)
+
+
+def edges(path: Path, trained: EdgeControl) -> None:
+    """Write a ControlNet as Control-LoRAs are written: factors, to which the base is added."""
+    _save(path, trained.export(), {})
+
+
+def image_prompt(folder: Path, trained: PicturePrompt) -> None:
+    """Write an IP-Adapter in the release's names, and the image encoder beside it in transformers' names."""
+    _save(folder / "image-prompt.safetensors", dict(trained.adapter.state_dict()), {})
+    heads = {"delta.vision_heads": str(trained.encoder.config.num_attention_heads)}
+    _save(folder / "image-encoder.safetensors", _below("", trained.encoder), heads)
 
 
 def metrics(path: Path, model: nn.Module) -> None:

@@ -1,0 +1,198 @@
+"""Train what steers the base and is no new weights of it: an edge-map ControlNet, and prompts by pictures.
+
+The base is frozen, and what is learnt from are the pictures that it knows.  The ControlNet (arXiv
+2302.05543) is trained as the low-rank changes to the base's encoder that a Control-LoRA's file holds; the
+image prompt (IP-Adapter, arXiv 2308.06721) together with the image encoder that it looks through.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from demo.edges import edge_maps
+from demo.train.adapters import Adapter, low_rank
+from demo.train.common import Run, train
+from demo.train.denoisers import VARIANTS, Conditioned, all_contexts, initialise, noise_loss, picture_variants
+from lib_delta.adapters import lora
+from lib_delta.controls.vision import DEVIATION, MEAN
+from lib_delta.injection import Injection
+from lib_delta.models.controlnet import ControlNet
+from lib_delta.models.ip_adapter import IPAdapter, TokenProjection, attend, cross_attentions
+from lib_delta.models.unet import Encoder, UNet
+
+HINTS = (3, 8, 8, 16, 16, 32)  # channels of the convolutions that read a map; the UNet's own follow
+RANK = 32
+TOKENS = 4
+SEEN = {"hidden_size": 96, "intermediate_size": 192, "projection_dim": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "image_size": 64, "patch_size": 8, "hidden_act": "gelu"}  # fmt: skip
+# Shares of the training pictures without their prompt, so that what steers is listened to; without a reference, for
+# the negative prompt; and with a reference cut into patches in disorder, of which colours are left and no shapes.
+WITHOUT_PROMPT, WITHOUT_PICTURE, IN_DISORDER = 0.4, 0.1, 0.5
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Latents ``(P, V, 4, h, w)``, the uint8 pictures ``(P, V, 3, H, W)`` they are of, and the base with its prompts.
+
+    ``tokens[P]`` are the empty prompt's.
+    """
+
+    base: Conditioned
+    tokens: Tensor
+    latents: Tensor
+    pictures: Tensor
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Pick latents ``(N, 4, h, w)``; return them, the numbers of their prompts, and their pictures in [-1, 1]."""
+        number = torch.randint(self.latents.shape[0], (count,), generator=generator)
+        variant = torch.randint(VARIANTS, (count,), generator=generator)
+        silent = torch.rand(count, generator=generator) < WITHOUT_PROMPT
+        chosen = self.pictures[number, variant].float() / 127.5 - 1
+        return self.latents[number, variant].float(), torch.where(silent, -1, number), chosen
+
+
+def variants_of(pictures: Tensor, strong: int, seed: int) -> Tensor:
+    """Return what latents were made of: augmented pictures, uint8 ``(P, V, 3, H, W)``."""
+    moved = [torch.cat(parts) for parts in picture_variants(pictures, strong, seed)]
+    return torch.stack([((variant + 1) * 127.5).round().byte() for variant in moved], 1)
+
+
+class EdgeControl(nn.Module):
+    """A ControlNet whose encoder is the base's with low-rank changes."""
+
+    def __init__(self, unet: UNet) -> None:
+        super().__init__()
+        encoder = Encoder(unet.config)
+        shared = encoder.state_dict()
+        encoder.load_state_dict({key: value for key, value in unet.state_dict().items() if key in shared})
+        self.encoder = encoder.requires_grad_(False)
+        self.changes = Adapter(encoder, low_rank(RANK))
+        self.control = ControlNet(unet.config, (*HINTS, unet.config.model_channels))
+        initialise(self.control)
+        self.control.load_state_dict(encoder.state_dict(), strict=False)
+        for name, parameter in self.control.named_parameters():
+            parameter.requires_grad_(name not in shared)
+        for layer in (*self._outputs(), list(self.control.input_hint_block.values())[-1]):
+            nn.init.zeros_(layer.weight)
+
+    def _outputs(self) -> list[nn.Module]:
+        return [*(parts[0] for parts in self.control.zero_convs), self.control.middle_block_out[0]]
+
+    def forward(self, noisy: Tensor, t: Tensor, context: Tensor, maps: Tensor) -> list[Tensor]:
+        """Return what is added to each output of the encoder, for maps ``(N, 3, H, W)`` in [0, 1]."""
+        hint = self.control.hint(maps)
+        return functional_call(self.control, self.changes.merged(self.encoder), (noisy, t, context, hint))
+
+    def export(self) -> dict[str, Tensor]:
+        """Return the tensors of a Control-LoRA: factors by layer, and what the base has no part in."""
+        shared = self.encoder.state_dict()
+        out = {key: value for key, value in self.control.state_dict().items() if key not in shared}
+        sides = {lora.UP: "up", lora.DOWN: "down"}
+        for (path, name), tensor in zip(self.changes.names, self.changes.tensors):
+            if name in sides:
+                out[f"{path}.{sides[name]}"] = tensor
+        return {"lora_controlnet": torch.zeros(0), **out}
+
+
+def train_edges(name: str, lesson: Lesson, folder: Path, run: Run) -> EdgeControl:
+    """Teach a ControlNet to have the base follow the edges of its pictures."""
+    contexts, unet = all_contexts(lesson.base, lesson.tokens), lesson.base.unet.requires_grad_(False)
+    torch.manual_seed(run.seed)
+    model = EdgeControl(unet)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x0, number, pictures = lesson.draw(run.batch, generator)
+        context, maps = contexts[number], edge_maps(pictures)[:, None].expand(-1, 3, -1, -1)
+
+        def predict(noisy: Tensor, t: Tensor) -> Tensor:
+            residuals = model(noisy, t, context, maps)
+            return unet(noisy[None], t, context[None], None, Injection(decoder=dict(enumerate(residuals)), alone=True))[
+                0
+            ]
+
+        return noise_loss(predict, x0, "eps", generator)
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return cast(EdgeControl, train(name, model, loss, folder, run, trained))
+
+
+class PicturePrompt(nn.Module):
+    """An image encoder in CLIP's form, and the IP-Adapter that looks through it."""
+
+    def __init__(self, unet: UNet) -> None:
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        super().__init__()
+        self.encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**SEEN))
+        width = unet.config.context_width
+        widths = [layer.to_q.weight.shape[0] for _, layer in cross_attentions(unet)]
+        self.adapter = IPAdapter(TokenProjection(SEEN["projection_dim"], width, TOKENS), width, widths)
+        for layer in self.adapter.ip_adapter.values():
+            nn.init.kaiming_uniform_(layer.to_k_ip.weight, a=math.sqrt(5))
+            nn.init.zeros_(layer.to_v_ip.weight)
+        projection = self.adapter.image_proj
+        nn.init.kaiming_uniform_(projection.proj.weight, a=math.sqrt(5))
+        nn.init.ones_(projection.norm.weight)
+        for bias in (projection.proj.bias, projection.norm.bias):
+            nn.init.zeros_(bias)
+
+    def forward(self, references: Tensor, kept: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return each cross-attention's keys and values for pictures ``(N, 3, H, W)`` in [-1, 1] that are kept."""
+        mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
+        seen = self.encoder(pixel_values=((references + 1) / 2 - mean) / deviation).image_embeds
+        return self.adapter.keys_and_values(self.adapter.image_proj(seen * kept[:, None]))
+
+
+def train_image_prompt(name: str, lesson: Lesson, folder: Path, run: Run) -> PicturePrompt:
+    """Teach an IP-Adapter and its image encoder to have the base draw as a reference picture is coloured."""
+    contexts, unet = all_contexts(lesson.base, lesson.tokens), lesson.base.unet.requires_grad_(False)
+    torch.manual_seed(run.seed)
+    model = PicturePrompt(unet)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x0, number, pictures = lesson.draw(run.batch, generator)
+        references = in_disorder(turned(pictures, generator), generator)
+        kept = (torch.rand(run.batch, generator=generator) >= WITHOUT_PICTURE).float()
+
+        def predict(noisy: Tensor, t: Tensor) -> Tensor:
+            pairs = zip(cross_attentions(unet), model(references, kept))
+            attended = {layer: _seen(k, v) for (_, layer), (k, v) in pairs}
+            injection = Injection(attended=attended, alone=True)  # type: ignore[arg-type]
+            return unet(noisy[None], t, contexts[number][None], None, injection)[0]
+
+        return noise_loss(predict, x0, "eps", generator)
+
+    return cast(PicturePrompt, train(name, model, loss, folder, run))
+
+
+def _seen(k: Tensor, v: Tensor):  # type: ignore[no-untyped-def]
+    return lambda q, heads: attend(q, k, v, heads)
+
+
+def turned(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Turn each of ``(N, 3, H, W)`` by any angle, and mirror half of them: what stays is what it looks like."""
+    count = len(pictures)
+    angle = 2 * math.pi * torch.rand(count, generator=generator)
+    mirror = (torch.rand(count, generator=generator) < 0.5).float() * 2 - 1
+    cos, sin, none = angle.cos(), angle.sin(), torch.zeros(count)
+    affine = torch.stack((torch.stack((cos * mirror, -sin, none), 1), torch.stack((sin * mirror, cos, none), 1)), 1)
+    grid = F.affine_grid(affine, list(pictures.shape), align_corners=False)
+    return F.grid_sample(pictures - 1, grid, mode="bilinear", align_corners=False) + 1
+
+
+def in_disorder(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Put the patches of some pictures ``(N, 3, H, W)`` in disorder, each picture's in its own."""
+    side = SEEN["patch_size"]
+    patches = F.unfold(pictures, side, stride=side)
+    order = torch.rand(len(pictures), patches.shape[2], generator=generator).argsort(1)
+    mixed = patches.gather(2, order[:, None].expand_as(patches))
+    some = torch.rand(len(pictures), generator=generator) < IN_DISORDER
+    return F.fold(torch.where(some[:, None, None], mixed, patches), pictures.shape[2:], side, stride=side)
