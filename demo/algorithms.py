@@ -24,6 +24,8 @@ from lib_delta.strength import Strength
 
 FILES = {
     "LoRA": LORA,
+    "LoRA, second seed": "lineart-seed2.safetensors",
+    "LoRA, third seed": "lineart-seed3.safetensors",
     "LoHa": "lineart-loha.safetensors",
     "LoKr": "lineart-lokr.safetensors",
     "(IA)^3": "lineart-ia3.safetensors",
@@ -31,7 +33,7 @@ FILES = {
     "full fine-tune": "lineart-full.safetensors",
 }
 LAMBDAS = (1.0, 1.5)
-PICTURED = ("christmas tree", "cupcake", "crescent moon", "lobster", "paw prints")
+PICTURED = ("snowman", "cupcake", "crescent moon", "octopus", "footprints")
 DRAWS = 2000
 NAMES = ("style_share", "ink_share", "content_ratio", "near_ratio", "diversity")
 

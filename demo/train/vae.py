@@ -47,6 +47,26 @@ def train_vae(emoji: Emoji, folder: Path, colour: Run, run: Run, config: VAEConf
     return _standardise(vae, pictures)
 
 
+def train_decoder(vae: VAE, emoji: Emoji, folder: Path, run: Run) -> VAE:
+    """Train the decoder further, on the pictures of the world alone; latents stay what they are.
+
+    The encoder learnt on ten times as many pictures, so that its latents are even; what is shown is of these.
+    """
+    pictures = to_float(torch.cat(tuple(emoji.pictures.values())))
+
+    def loss(generator: torch.Generator) -> Tensor:
+        chosen = augment(pictures[torch.randint(len(pictures), (run.batch,), generator=generator)], generator)
+        with torch.no_grad():
+            mean, log_variance = vae.moments(chosen)
+            latents = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
+        with torch.autocast(latents.device.type, torch.bfloat16):
+            restored = vae.decode(latents)
+        return _fine(restored.float(), chosen)
+
+    decoder = [*vae.decoder.requires_grad_(True).parameters(), *vae.post_quant_conv.requires_grad_(True).parameters()]
+    return cast(VAE, train("vae-decoder", vae, loss, folder, run, decoder)).requires_grad_(False)
+
+
 def _coarse(restored: Tensor, pictures: Tensor) -> Tensor:
     """Compare averages of 4x4 pixels, and what is not grey in them.
 
