@@ -37,7 +37,6 @@ from demo.train.denoisers import (
     train_adapter,
     train_conditioned,
     train_full,
-    white_latent,
 )
 from demo.train.metrics import train_metrics
 from demo.train.tokenizer import train_tokenizer
@@ -52,9 +51,9 @@ RUNS = {
     "vae": Run(steps=900, batch=16, rate=2e-3, average=0.99),
     "vae-decoder": Run(steps=1000, batch=16, rate=1e-3, seed=10, average=0.99),
     "base-text": Run(steps=500, batch=48, rate=2e-3, warmup=50, seed=11, average=0.99),
-    "base": Run(steps=6000, batch=32, rate=1e-3, seed=1),
+    "base": Run(steps=9000, batch=32, rate=1e-3, seed=1),
     "target-text": Run(steps=500, batch=48, rate=2e-3, warmup=50, seed=12, average=0.99),
-    "target": Run(steps=6000, batch=32, rate=1e-3, seed=2),
+    "target": Run(steps=9000, batch=32, rate=1e-3, seed=2),
     "lineart": Run(steps=1200, batch=24, rate=2e-3, warmup=50, seed=3, average=0.99),
     "lineart-loha": Run(steps=1200, batch=24, rate=2e-3, warmup=50, seed=3, average=0.99),
     "lineart-lokr": Run(steps=1200, batch=24, rate=3e-3, warmup=50, seed=3, average=0.99),
@@ -148,15 +147,15 @@ class Workshop:
         with WeightFile.open(MODELS / "base.safetensors") as file:
             return load_vae(file)
 
-    def latents(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the variants of a set of pictures, and the latent of white."""
-        vae, stored = self.trained_vae(), self.cache / f"latents-{name}.pt"
-        return latent_variants(vae, self.emoji.pictures[name], STRONG[name], stored, seed=7), white_latent(vae)
+    def latents(self, name: str) -> Tensor:
+        """Return the variants of a set of pictures."""
+        stored = self.cache / f"latents-{name}.pt"
+        return latent_variants(self.trained_vae(), self.emoji.pictures[name], STRONG[name], stored, seed=7)
 
     def base(self) -> None:
         latents, runs = self.latents("flat"), (RUNS["base-text"], RUNS["base"])
         model = train_conditioned(
-            "base", BASE, BASE_TEXT, self.tokens, *latents, "eps", self.cache, *runs, STRONG["flat"], self.start("base")
+            "base", BASE, BASE_TEXT, self.tokens, latents, "eps", self.cache, *runs, STRONG["flat"], self.start("base")
         )
         torch.save(model.state_dict(), self.cache / "base.pt")
         export.sd1(MODELS / "base.safetensors", model, self.trained_vae())
@@ -174,7 +173,7 @@ class Workshop:
         latents, runs = self.latents("noto"), (RUNS["target-text"], RUNS["target"])
         tokens, start = self.open_clip_tokens, self.start("target")
         model = train_conditioned(
-            "target", TARGET, TARGET_TEXT, tokens, *latents, "v", self.cache, *runs, STRONG["noto"], start
+            "target", TARGET, TARGET_TEXT, tokens, latents, "v", self.cache, *runs, STRONG["noto"], start
         )
         export.sd2(MODELS / "target.safetensors", model, self.trained_vae())
 
@@ -186,29 +185,28 @@ class Workshop:
         )
 
     def adapter(self, stage: str) -> None:
-        tokens, latents, white = self.lesson(stage)
         trained = train_adapter(
-            stage, ADAPTERS[stage], self.trained_base(), tokens, latents, white, self.cache, RUNS[stage]
+            stage, ADAPTERS[stage], self.trained_base(), *self.lesson(stage), self.cache, RUNS[stage]
         )
         export.adapter(MODELS / f"{stage}.safetensors", trained)
 
-    def lesson(self, stage: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what an adapter learns from: tokens (the last are the empty prompt's), latents, and white's latent."""
+    def lesson(self, stage: str) -> tuple[Tensor, Tensor]:
+        """Return what an adapter learns from: tokens (the last are the empty prompt's) and latents."""
         if stage in LINE_ART:
-            return self.tokens, *self.latents("lineart")
+            return self.tokens, self.latents("lineart")
         vae, strong = self.trained_vae(), STRONG["flat"]
         if stage == "pixelart":
             flat, stored = self.emoji.pictures["flat"], self.cache / "latents-pixelart.pt"
             latents = latent_variants(vae, flat, strong, stored, seed=7, look=pixelated)
-            return self.tokens, latents, white_latent(vae)
-        known, white = self.latents("flat")
+            return self.tokens, latents
+        known = self.latents("flat")
         new = latent_variants(vae, self.concepts.pictures["flat"], strong, self.cache / "latents-concepts.pt", seed=7)
         times = round(CONCEPT_SHARE / (1 - CONCEPT_SHARE) * len(known) / len(new))
         tokens = torch.cat([self.concept_tokens] * times + [self.tokens])
-        return tokens, torch.cat([new] * times + [known]), white
+        return tokens, torch.cat([new] * times + [known])
 
     def full(self) -> None:
-        model = train_full(self.trained_base(), self.tokens, *self.latents("lineart"), self.cache, RUNS["lineart-full"])
+        model = train_full(self.trained_base(), self.tokens, self.latents("lineart"), self.cache, RUNS["lineart-full"])
         export.unet_only(MODELS / "lineart-full.safetensors", model)
 
     def edges(self) -> None:

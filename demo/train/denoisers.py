@@ -143,22 +143,15 @@ def latent_variants(
     return latents
 
 
-def white_latent(vae: VAE) -> Tensor:
-    """Return the scaled latent ``(4, 1, 1)`` of the middle of a white picture."""
-    with torch.no_grad():
-        return vae.encode(torch.ones(1, 3, 64, 64))[0, :, 8:9, 8:9] * SCALE
+def draw_batch(latents: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pick ``count`` latents; return them and their picture numbers.
 
-
-def draw_batch(latents: Tensor, white: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pick ``count`` latents, each shifted by up to one latent pixel; return them and their picture numbers."""
+    They are not shifted: the rim of a latent holds what the autoencoder makes of the picture's border, which
+    a pixel further in decodes as a line.
+    """
     index = torch.randint(latents.shape[0], (count,), generator=generator)
     variant = torch.randint(latents.shape[1], (count,), generator=generator)
-    chosen = latents[index, variant].float()
-    padded = F.pad(chosen - white, (1, 1, 1, 1))
-    x0, y0 = torch.randint(3, (2, count), generator=generator).tolist()
-    height, width = chosen.shape[-2:]
-    shifted = [p[:, y : y + height, x : x + width] for p, x, y in zip(padded, x0, y0)]
-    return torch.stack(shifted) + white, index
+    return latents[index, variant].float(), index
 
 
 @cache
@@ -169,12 +162,12 @@ def alphas_cumprod() -> Tensor:
 
 
 def denoising_loss(
-    predict: Callable[[Tensor, Tensor, Tensor], Tensor], latents: Tensor, white: Tensor, prediction: str, count: int
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor], latents: Tensor, prediction: str, count: int
 ) -> Callable[[torch.Generator], Tensor]:
     """Return the loss of ``predict(noisy, t, picture numbers)``; number -1 stands for no prompt."""
 
     def loss(generator: torch.Generator) -> Tensor:
-        x0, index = draw_batch(latents, white, count, generator)
+        x0, index = draw_batch(latents, count, generator)
         index = torch.where(torch.rand(count, generator=generator) < WITHOUT_PROMPT, -1, index)
         return noise_loss(lambda noisy, t: predict(noisy, t, index), x0, prediction, generator)
 
@@ -182,12 +175,12 @@ def denoising_loss(
 
 
 def flow_loss(
-    predict: Callable[[Tensor, Tensor, Tensor], Tensor], latents: Tensor, white: Tensor, count: int
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor], latents: Tensor, count: int
 ) -> Callable[[torch.Generator], Tensor]:
     """Return the loss of flow matching (arXiv 2209.03003) of ``predict(noisy, 1000 * time, picture numbers)``."""
 
     def loss(generator: torch.Generator) -> Tensor:
-        x0, index = draw_batch(latents, white, count, generator)
+        x0, index = draw_batch(latents, count, generator)
         index = torch.where(torch.rand(count, generator=generator) < WITHOUT_PROMPT, -1, index)
         # A third of the draws in the highest fifth, as for the others.
         low, high = torch.rand(2, count, generator=generator)
@@ -230,7 +223,6 @@ def train_conditioned(
     text: TextConfig,
     tokens: Tensor,
     latents: Tensor,
-    white: Tensor,
     prediction: str,
     folder: Path,
     reading: Run,
@@ -253,9 +245,7 @@ def train_conditioned(
     def predict(noisy: Tensor, t: Tensor, index: Tensor) -> Tensor:
         return model.unet(noisy[None], t, model.context(tokens[index])[None])[0]
 
-    return cast(
-        Conditioned, train(name, model, denoising_loss(predict, latents, white, prediction, run.batch), folder, run)
-    )
+    return cast(Conditioned, train(name, model, denoising_loss(predict, latents, prediction, run.batch), folder, run))
 
 
 def load_conditioned(model: Conditioned, path: Path) -> None:
@@ -312,7 +302,7 @@ def all_contexts(model: Conditioned, tokens: Tensor) -> Tensor:
 
 
 def train_adapter(
-    name: str, kind: Kind, base: Conditioned, tokens: Tensor, latents: Tensor, white: Tensor, folder: Path, run: Run
+    name: str, kind: Kind, base: Conditioned, tokens: Tensor, latents: Tensor, folder: Path, run: Run
 ) -> Adapter:
     """Train an adapter of any kind on a frozen base."""
     contexts = all_contexts(base, tokens)
@@ -323,12 +313,10 @@ def train_adapter(
     def predict(noisy: Tensor, t: Tensor, index: Tensor) -> Tensor:
         return functional_call(unet, adapter.merged(unet), (noisy[None], t, contexts[index][None]))[0]
 
-    return cast(Adapter, train(name, adapter, denoising_loss(predict, latents, white, "eps", run.batch), folder, run))
+    return cast(Adapter, train(name, adapter, denoising_loss(predict, latents, "eps", run.batch), folder, run))
 
 
-def train_full(
-    base: Conditioned, tokens: Tensor, latents: Tensor, white: Tensor, folder: Path, run: Run
-) -> Conditioned:
+def train_full(base: Conditioned, tokens: Tensor, latents: Tensor, folder: Path, run: Run) -> Conditioned:
     """Fine-tune a copy of the base's UNet; the text encoder stays as it is."""
     contexts = all_contexts(base, tokens)
     base.text.requires_grad_(False)
@@ -337,5 +325,5 @@ def train_full(
     def predict(noisy: Tensor, t: Tensor, index: Tensor) -> Tensor:
         return base.unet(noisy[None], t, contexts[index][None])[0]
 
-    loss = denoising_loss(predict, latents, white, "eps", run.batch)
+    loss = denoising_loss(predict, latents, "eps", run.batch)
     return cast(Conditioned, train("lineart-full", base, loss, folder, run, base.unet.parameters()))

@@ -35,7 +35,6 @@ from demo.train.denoisers import (
     initialise,
     latent_variants,
     load_conditioned,
-    white_latent,
 )
 from demo.train.vae import OWN, SCALE, SIXTEEN, train_vae
 from lib_delta.models.unet import SpatialTransformer, UNet
@@ -142,9 +141,9 @@ class Bench:
 
         pictures = load_large(self.cache, self.emoji.prompts, "noto") if kind.large else self.emoji.pictures["noto"]
         stored = self.cache / f"latents-noto-{name}.pt"
-        lesson = latent_variants(vae, pictures, self.strong, stored, seed=7), white_latent(vae)
+        latents = latent_variants(vae, pictures, self.strong, stored, seed=7)
         flow = kind.prediction == "flow"
-        loss = flow_loss(predict, *lesson, run.batch) if flow else denoising_loss(predict, *lesson, "v", run.batch)
+        loss = flow_loss(predict, latents, run.batch) if flow else denoising_loss(predict, latents, "v", run.batch)
         trained = train(
             f"target-{name}", unet, loss, self.cache, run, [p for p in unet.parameters() if p.requires_grad]
         )
