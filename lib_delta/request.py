@@ -419,10 +419,13 @@ def _plain(about: Mapping[str, Any], kind: Any, value: Any) -> Any:
 
 
 def _units_of(values: Sequence[Any]) -> tuple[Unit, ...]:
-    """Read the units' widgets, one unit's after another's."""
+    """Read the units' widgets, one unit's after another's; those after the last that is on are left out."""
     size = len(UNIT_FIELDS)
     rows = [values[i : i + size] for i in range(0, len(values), size)]
-    return tuple(Unit(**{name: plain_of_unit(name, value) for name, value in zip(UNIT_FIELDS, row)}) for row in rows)
+    units = [Unit(**{name: plain_of_unit(name, value) for name, value in zip(UNIT_FIELDS, row)}) for row in rows]
+    while units and not units[-1].enabled:
+        units.pop()
+    return tuple(units)
 
 
 def _units_named(given: Any) -> tuple[Unit, ...]:

@@ -18,15 +18,20 @@ from lib_delta.errors import SettingError, shortened
 from lib_delta.hosts import host
 from lib_delta.hosts.lora_box import LoraBox, lora_choices, refresh_button
 from lib_delta.hosts.preset_row import PresetRow, preset_choices, unfolded
+from lib_delta.hosts.settings import MOST_UNITS, UNITS
+from lib_delta.hosts.unit_box import UnitBox, control_choices
+from lib_delta.hosts.unit_box import unfold as unfold_units
 from lib_delta.options import FORMER, FORMS, ON_ERROR, PRECISIONS
 from lib_delta.recipe import parse_picks, quoted
 from lib_delta.request import BRIDGES, HIRES_PASSES, NONE, QUALITIES, SETTINGS, SIZES, Request, from_infotext, schema
 from lib_delta.strength import CURVES, MAXIMUM
+from lib_delta.units import LARGEST_WEIGHT
 
 TITLE = "Delta Sampling"
 CHECKPOINT_FIELDS = ("base", "adapted")
 ALL = "... show all checkpoints"  # at the end of a list of those that can be a base
 LIMITS = {f.name: (f.metadata["minimum"], f.metadata["maximum"]) for f in SETTINGS if "minimum" in f.metadata}
+LIMITS |= {"unit_weight": (0, LARGEST_WEIGHT), "unit_start": (0, 1), "unit_end": (0, 1)}
 PROMPTS = ("prompt", "negative_prompt", "adapted_prompt")
 CURVE_FIELDS = ("strength", "start", "end", "curve", "first", "last")
 
@@ -85,6 +90,7 @@ class DeltaSampling(scripts.Script):
             self._checkpoints(w)
             box = LoraBox(self.elem_id, default.loras)
             w["loras"] = box.loras
+            units = UnitBox(self.elem_id, is_img2img)
             w["strength"] = gr.Slider(
                 label="Lambda",
                 minimum=0,
@@ -117,9 +123,10 @@ class DeltaSampling(scripts.Script):
             event(drawing, inputs=drawn, outputs=[picture], queue=False, show_progress="hidden")
         for event in (refresh.click, w["enabled"].change):
             event(status_html, inputs=[], outputs=[status], queue=False, show_progress="hidden")
-        self.infotext_fields = [*((w[name], function) for name, function in RESTORE.items()), (prompts, unfold)]
-        self.paste_field_names = list(RESTORE.values())
-        return [w[f.name] for f in SETTINGS]
+        pasted = [*((w[name], function) for name, function in RESTORE.items()), *units.infotext_fields]
+        self.infotext_fields = [*pasted, (prompts, unfold), (units.accordion, unfold_units)]
+        self.paste_field_names = [function for _, function in pasted]
+        return [*(w[f.name] for f in SETTINGS), *units.inputs]
 
     def _checkpoints(self, w):
         labels = {"base": "Base checkpoint (SD 1.x)", "adapted": "Adapted (None: same as base)"}
@@ -287,6 +294,13 @@ def add_settings():
             refresh=host().refresh_checkpoints,
             section=section,
         ).info("for generations that choose none"),
+        "delta_sampling_units": shared.OptionInfo(
+            UNITS,
+            "ControlNet and IP-Adapter units",
+            gr.Slider,
+            {"minimum": 1, "maximum": MOST_UNITS, "step": 1},
+            section=section,
+        ).info("in the accordion, from the next start of the page on"),
         "delta_sampling_cache": shared.OptionInfo(
             1,
             "Base models kept in memory",
@@ -388,6 +402,10 @@ AXES = (
     ("Size", "size", 0.0),
     ("Bridge", "bridge", 0.0),
     ("Quality", "quality", 0.0),
+    ("Unit weight", "unit_weight", 0.0),
+    ("Unit start", "unit_start", 0.0),
+    ("Unit end", "unit_end", 0.0),
+    ("Unit model", "unit_model", 0.5),
 )
 CHOICES = {
     "curve": lambda: list(CURVES),
@@ -397,6 +415,7 @@ CHOICES = {
     "size": side_sizes,
     "bridge": lambda: list(BRIDGES),
     "quality": lambda: list(QUALITIES),
+    "unit_model": lambda: control_choices(),
 }
 
 
@@ -442,7 +461,7 @@ def confirm_axis(label, target, p, values):
         elif target in CHECKPOINT_FIELDS:
             if find_checkpoint(value) is None:
                 raise SettingError(f'{label} "{shortened(value)}" is no checkpoint: {listed(checkpoint_choices())}')
-        elif target in ("curve", "bridge", "quality") and value not in CHOICES[target]():
+        elif target in ("curve", "bridge", "quality", "unit_model") and value not in CHOICES[target]():
             raise SettingError(f'{label} "{shortened(value)}" is not allowed: {listed(CHOICES[target]())}')
         elif target == "size":
             Request(enabled=True, size=value)

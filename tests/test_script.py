@@ -14,6 +14,7 @@ import pytest
 from lib_delta.drawing import drawing
 from lib_delta.errors import SettingError
 from lib_delta.request import SETTINGS, Request, schema
+from lib_delta.units import FIELDS, Unit
 
 ROOT = Path(__file__).resolve().parents[1]
 STAND_IN = ROOT / "tests" / "browser"
@@ -26,10 +27,10 @@ class WebUI:
 
     def __init__(self):
         from modules import script_callbacks, scripts, shared
-        from recorded_gradio import made
+        from recorded_gradio import made, said
         from stand_in_host import use_stand_in_host
 
-        self.host, self.blocks = use_stand_in_host(), made
+        self.host, self.blocks, self.said = use_stand_in_host(), made, said
         self.scripts, self.callbacks, self.shared = scripts, script_callbacks, shared
         self.load()
 
@@ -76,6 +77,12 @@ def webui(monkeypatch):
     sys.modules.update(before)
 
 
+def read(runner, values):
+    """What is asked for when the widgets are set to values; None leaves one as it is."""
+    given = [(values.get(widget), widget.value) for widget in runner.inputs]
+    return Request.from_arguments([before if value is None else value for value, before in given])
+
+
 def restored(runner, values):
     """What each field of a tab is set to from a picture's text, by the order of the arguments."""
     return {component: target(values) for component, target in runner.infotext_fields}
@@ -84,7 +91,7 @@ def restored(runner, values):
 def test_widgets_come_in_the_order_of_the_settings_and_hold_their_defaults(webui):
     values = [widget.value for widget in webui.runner().inputs]
     assert Request.from_arguments(values) == Request()
-    assert len(values) == len(SETTINGS)
+    assert len(values) == len(SETTINGS) + 3 * len(FIELDS)
 
 
 @pytest.mark.parametrize("is_img2img", [False, True])
@@ -122,25 +129,26 @@ def test_the_host_is_started_once_for_each_load(webui):
 
 def test_infotext_restores_every_setting(webui):
     numbers, texts = (2.5, 0.1, 0.9, "cosine", 0.2, 0.7), ("ink", "photo", "brush", "hires pass")
-    request = Request(True, *numbers, BASE, TUNED, "moxin:0.8, lineart", *texts, quality="fast")
+    units = Unit(True, model="edges", preprocessor="canny", weight=0.8, end=0.6, resolution=640), Unit(), Unit(True)
+    request = Request(True, *numbers, BASE, TUNED, "moxin:0.8, lineart", *texts, quality="fast", units=units)
     runner = webui.runner()
     values = restored(runner, request.infotext({BASE: "aabbcc"}))
     # TUNED ends as a short hash does, which is a part of its name all the same.
-    assert Request.from_arguments([values[widget] for widget in runner.inputs]) == request
+    assert read(runner, values) == request
 
 
 def test_what_the_text_does_not_name_is_set_to_its_default(webui):
     runner = webui.runner()
     values = restored(runner, {"Delta lambda": "0.5"})
     expected = Request(enabled=True, strength=0.5, bridge="same_snr")
-    assert Request.from_arguments([values[w] for w in runner.inputs]) == expected
+    assert read(runner, values) == expected
     assert "None" in values.values(), "an empty dropdown is pasted by name"
 
 
 def test_a_picture_without_a_delta_closes_the_accordion_and_leaves_the_rest(webui):
     runner = webui.runner()
     values = restored(runner, {"Steps": "20"})
-    assert [values[w] for w in runner.inputs] == [False] + [None] * (len(SETTINGS) - 1)
+    assert [values.get(w) for w in runner.inputs] == [False] + [None] * (len(runner.inputs) - 1)
 
 
 def test_the_default_of_each_pasted_widget_has_the_type_of_its_setting(webui):
@@ -177,7 +185,7 @@ def test_an_edit_changes_the_texts_and_unfolds_the_prompts_it_has_filled(webui):
 
 
 def test_a_preset_brings_back_what_was_saved_and_does_not_switch_the_delta_on(webui):
-    row, widgets = webui.hosts("preset_row"), webui.runner().inputs[1:]
+    row, widgets = webui.hosts("preset_row"), webui.runner().inputs[1 : len(SETTINGS)]
     wanted = Request(True, 2.5, base=BASE, loras="moxin:0.8", adapted_prompt="ink", quality="fast")
     said, listed = row.save("ink on SDXL", *row.values(wanted))
     assert "Saved as &#x27;ink on SDXL&#x27;" in said and listed["choices"] == ["None", "ink on SDXL"]
@@ -222,6 +230,7 @@ def test_the_settings_page_has_the_documented_defaults(webui):
     webui.callbacks.call("ui_settings")
     assert webui.shared.opts.data == {
         "delta_sampling_base": "None",
+        "delta_sampling_units": 3,
         "delta_sampling_cache": 1,
         "delta_sampling_device": "Automatic",
         "delta_sampling_precision": "Automatic",
@@ -283,7 +292,7 @@ def test_names_with_commas_are_offered_as_they_are_read(webui):
 def test_axes_are_there_once_after_any_number_of_reloads(webui):
     webui.callbacks.call("before_ui")
     names = ["Lambda", "Start", "End", "Curve", "Base", "Adapted", "LoRAs", "LoRA weight", "CFG", "Size", "Bridge"]
-    names.append("Quality")
+    names += ["Quality", "Unit weight", "Unit start", "Unit end", "Unit model"]
     expected = ["Nothing", *(f"[Delta] {name}" for name in names)]
     assert [option.label for option in webui.module("xyz_grid.py").axis_options] == expected
     webui.load()
@@ -410,3 +419,48 @@ def test_the_drawing_takes_what_widgets_give_while_somebody_types():
     assert "start (0.5) must not come after end (0.2)" in drawing(1, 0.5, 0.2, "constant", 1, 1)
     wrong = drawing(1, 0, 1, "<wave>", 1, 1)
     assert "curve must be one of" in wrong and "<wave>" not in wrong
+
+
+def test_as_many_units_are_shown_as_the_settings_say(webui):
+    webui.shared.opts.data["delta_sampling_units"] = 1
+    runner = webui.runner()
+    assert len(runner.inputs) == len(SETTINGS) + len(FIELDS)
+    request = Request(True, units=(Unit(True, model="edges"), Unit(True, model="depth")))
+    assert read(runner, restored(runner, request.infotext())).units == request.units[:1]
+    assert webui.said == ["The picture has 2 units of Delta Sampling, and 1 are shown: see Settings"]
+    webui.shared.opts.data["delta_sampling_units"] = "many"
+    assert len(webui.runner().inputs) == len(SETTINGS) + 3 * len(FIELDS)
+
+
+def test_a_picture_switches_units_off_that_it_did_not_have_and_keeps_what_is_in_them(webui):
+    runner = webui.runner()
+    values = restored(runner, Request(True, units=(Unit(), Unit(True, model="depth"))).infotext())
+    enabled = [
+        values[widget] for widget in runner.inputs if widget.elem_id.endswith("_enabled") and "unit" in widget.elem_id
+    ]
+    assert enabled == [False, True, False]
+    model = [values[widget] for widget in runner.inputs if widget.elem_id.endswith("_model")]
+    assert model == [None, "depth", None]
+
+
+def test_a_map_is_shown_or_what_is_wrong_with_it(webui):
+    from PIL import Image
+
+    shown = webui.hosts("unit_box").shown_map
+    values = [widget.value for widget in webui.runner().inputs[len(SETTINGS) :][: len(FIELDS)]]
+    assert shown(*values) == (None, "<div>Put a picture in to see its map</div>")
+    values[1], values[3] = Image.new("L", (2, 2), 55), "canny"
+    made, said = shown(*values)
+    assert made.getpixel((0, 0)) == 200 and said == ""
+    values[3] = "depth_midas"
+    assert shown(*values) == (None, "<div>The preprocessor depth_midas failed</div>")
+
+
+def test_axes_of_units_have_their_limits_and_lists(webui):
+    assert webui.axis("Unit model").choices() == ["None", "control_v11p_sd15_canny", "ip-adapter_sd15"]
+    with pytest.raises(SettingError, match='Unit weight "3" is not allowed: a number from 0 to 2 is'):
+        webui.cells(SimpleNamespace(), "Unit weight", "3")
+    with pytest.raises(SettingError, match='Unit model "depth" is not allowed: one of None'):
+        webui.cells(SimpleNamespace(), "Unit model", "depth")
+    (cell,) = webui.cells(SimpleNamespace(), "Unit model", "None")
+    assert cell.delta_sampling_axes == {"enabled": True, "unit_model": ""}

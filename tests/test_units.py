@@ -159,8 +159,8 @@ def test_widgets_follow_the_settings_unit_by_unit() -> None:
     values = [f.default for f in SETTINGS]
     values[0] = True
     row = [True, "picture", "depth", "None", 1, 0, 0.5, "prompt", "just resize", True, 512.0, -1, -1, "linear"]
-    request = Request.from_arguments([*values, *row, False, *row[1:]])
-    first, second = request.units
+    request = Request.from_arguments([*values, False, *row[1:], *row, False, *row[1:]])
+    second, first = request.units
     assert first == Unit(True, None, "depth", "", 1.0, 0.0, 0.5, "prompt", "just resize", True, 512)
     assert first.image == "picture" and not second.enabled
 

@@ -34,6 +34,7 @@ from lib_delta.models.ip_adapter import (
 from lib_delta.models.unet import UNet
 
 Module = TypeVar("Module", bound=nn.Module)
+IMAGE_PROMPTS = ("ip_adapter.", "image_proj.")  # how an IP-Adapter's keys start
 NEEDED = "a ControlNet, T2I-Adapter or IP-Adapter is needed"
 FACE_WIDTH = 512  # of the faces' embeddings that FaceID models look at
 
@@ -87,6 +88,15 @@ def load_control(
         raise AdapterError(str(error)) from error
 
 
+def prompts_with_pictures(path: Path) -> bool:
+    """Tell an IP-Adapter's file, which looks at pictures, from those that read maps; by its header."""
+    try:
+        with WeightFile.open(path) as file:
+            return any(key.startswith(IMAGE_PROMPTS) for key in file.shapes)
+    except CheckpointError:
+        return False  # what is wrong with it is said when it is loaded
+
+
 Read = Callable[[WeightFile, UNet, torch.dtype, "torch.device | str"], Any]
 
 
@@ -102,7 +112,7 @@ def _kind(file: WeightFile) -> tuple[str, Read]:
         return "ControlNet", _control_net
     if any(key.startswith("controlnet_cond_embedding.") for key in shapes):
         return "ControlNet", _diffusers_control_net
-    if any(key.startswith(("ip_adapter.", "image_proj.")) for key in shapes):
+    if any(key.startswith(IMAGE_PROMPTS) for key in shapes):
         return "IP-Adapter", _ip_adapter
     if unet_prefix(shapes) is not None:
         family = detect_family(shapes, file.name).label

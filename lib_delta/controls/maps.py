@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib_delta.errors import SettingError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 ResizeMode = Literal["just resize", "crop and resize", "resize and fill"]
 FEW_COLOURS = 200  # up to so many a map has labels for colours (a segmentation), between which there is nothing
@@ -84,35 +88,46 @@ def _few_colours(pictures: Tensor) -> bool:
     return levels.shape[0] >= 3 and not bool((levels[0] == levels[1]).all()) and 2 < count <= FEW_COLOURS
 
 
-def read_picture(path: Path) -> Tensor:
-    """Read a picture file as ``(1, 3, H, W)`` in [0, 1]; what is transparent becomes black, as maps have it.
+def read_picture(source: Path | bytes, name: str = "", ground: float = 0.0) -> Tensor:
+    """Read a picture file, or what one holds, as ``(1, 3, H, W)`` in [0, 1].
 
+    What is transparent becomes ``ground``: black, as maps have it, or white (1), as pictures of things are seen.
     Raises :class:`SettingError` for a file that is no picture, or is too large.
     """
     from PIL import Image, UnidentifiedImageError
 
+    named = name or (source.name if isinstance(source, Path) else "a picture")
     try:
-        with Image.open(path) as picture:
-            if picture.width * picture.height > LARGEST:
-                raise SettingError(
-                    f"{path.name} has {picture.width} x {picture.height} pixels, and up to {LARGEST // 10**6} million"
-                    " are read: make it smaller"
-                )
-            return pixels(np.asarray(_plain_mode(picture)))
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as picture:
+            return pixels_of(picture, named, ground)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, UnidentifiedImageError) as error:
-        raise SettingError(f"{path} cannot be read as a picture ({error}): a .png, .jpg or .webp is needed") from error
+        shown = source if isinstance(source, Path) else named
+        raise SettingError(f"{shown} cannot be read as a picture ({error}): a .png, .jpg or .webp is needed") from error
 
 
-def _plain_mode(picture):  # type: ignore[no-untyped-def]
+def pixels_of(picture: Image, name: str, ground: float = 0.0) -> Tensor:
+    """Turn an image of PIL's into ``(1, 3, H, W)`` in [0, 1], upright; as :func:`read_picture`."""
+    from PIL import ImageOps
+
+    if picture.width * picture.height > LARGEST:
+        raise SettingError(
+            f"{name} has {picture.width} x {picture.height} pixels, and up to {LARGEST // 10**6} million"
+            " are read: make it smaller"
+        )
+    return pixels(np.asarray(_plain_mode(ImageOps.exif_transpose(picture))), ground)
+
+
+def _plain_mode(picture: Image) -> Image:
     if picture.mode.startswith(("I", "F")):
         return picture
     return picture.convert("RGBA" if "A" in picture.mode or "transparency" in picture.info else "RGB")
 
 
-def pixels(array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+def pixels(array: np.ndarray, ground: float = 0.0) -> Tensor:  # type: ignore[type-arg]
     """Turn an array of pixels, ``(H, W)`` or ``(H, W, 1, 3 or 4)``, into ``(1, 3, H, W)`` in [0, 1].
 
-    8 bits, 16 bits (also in 32), and floats in [0, 1] are told apart by type and range.
+    8 bits, 16 bits (also in 32), and floats in [0, 1] are told apart by type and range.  What is transparent
+    becomes ``ground``.
     """
     if array.ndim == 2:
         array = array[..., None]
@@ -125,5 +140,5 @@ def pixels(array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
         values = values / (255.0 if array.dtype == np.uint8 or values.max() <= 255 else 65535.0)
     values = values.clamp(0, 1)
     if values.shape[2] == 4:
-        values = values[..., :3] * values[..., 3:]
+        values = values[..., :3] * values[..., 3:] + ground * (1 - values[..., 3:])
     return values.expand(-1, -1, 3).permute(2, 0, 1)[None].contiguous()

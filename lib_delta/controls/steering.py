@@ -53,6 +53,11 @@ class Steering:
         self._tokens: dict[tuple[FileState, str], Tokens] = {}
 
     @property
+    def files(self) -> list[ControlFile]:
+        """The files in memory."""
+        return list(self._files.values())
+
+    @property
     def networks(self) -> list[nn.Module]:
         """The networks that are to be where the UNet is."""
         return [file.model for file in self._files.values()]

@@ -80,7 +80,7 @@ class Run:
         if self.fault is not None or not (request.wanted and request.in_pass(hires)):
             return 0.0
         self._points.setdefault(hires, []).append(progress)
-        if not (request.always or any(request.active(progress))):
+        if not request.adds(progress):
             return 0.0
         return request.lambda_over_run().at(progress)
 
@@ -194,7 +194,7 @@ class Run:
             return f"no step lies between start {request.start:g} and end {request.end:g} (they are at {at})"
         if not any(curve.at(point) for point in points):
             return "the curve leaves nothing of lambda at any step"
-        return "no LoRA counts at any step in the range"
+        return "no LoRA counts at any step in the range, and no unit"
 
     def summary(self) -> str:
         """Return what the run cost, in one line."""

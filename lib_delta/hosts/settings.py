@@ -11,6 +11,7 @@ from modules import shared
 from lib_delta.errors import shown
 from lib_delta.options import FORMER
 
+UNITS, MOST_UNITS = 3, 10
 _warned: set[str] = set()
 
 
@@ -36,6 +37,15 @@ def bases_kept() -> int:
         return int(value)
     warn_once(f"the setting 'cache' is {shown(value)}, and a whole number is needed: 1 is taken for it")
     return 1
+
+
+def units_shown() -> int:
+    """Return how many units the accordion has."""
+    value = option("units", UNITS)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value <= MOST_UNITS:
+        return int(value)
+    warn_once(f"the setting 'units' is {shown(value)}, and 1 to {MOST_UNITS} are offered: {UNITS} is taken for it")
+    return UNITS
 
 
 def device_wanted(known: Callable[[str], bool]) -> str:

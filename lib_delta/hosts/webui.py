@@ -27,6 +27,9 @@ from lib_delta.errors import DeltaError, SettingError, near, shown
 from lib_delta.hosts import heatmap, tags
 from lib_delta.hosts.cell import claim_in_grid, is_cell, picture_of
 from lib_delta.hosts.settings import bases_kept, device_wanted, one_of, option, warn_once
+from lib_delta.hosts.units import AXES as UNIT_AXES
+from lib_delta.hosts.units import HASHES as UNIT_HASHES
+from lib_delta.hosts.units import MAPS, Units, with_axes
 from lib_delta.options import FORMS, ON_ERROR, PRECISIONS, STOP
 from lib_delta.picked import Card
 from lib_delta.presets import Presets
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from lib_delta.sidemodel import SideModel, SideModels
     from lib_delta.source import Source
 
+PIXELS = 8  # of a picture, along one side, to a pixel of a latent
 REQUEST, RUN, AXES = "delta_sampling_request", "delta_sampling_run", "delta_sampling_axes"
 Texts = Sequence[str]
 
@@ -76,6 +80,7 @@ class Host(ABC):
     name = "WebUI"
 
     def __init__(self) -> None:
+        self.units = Units()
         self._models: SideModels | None = None
         self._last = "Nothing has run yet"
         self._sampling = 0  # generations, one within another, that work with side models now
@@ -277,9 +282,11 @@ class Host(ABC):
 
         try:
             request = replace(request, base=named(request.base), adapted=named(request.adapted))
+            request = self.units.named(request)
+            of_units = self.units.hashes(request, sd_models.model_hash)
         except SettingError:
             return request.infotext()  # the same error comes out when the batch samples
-        return request.infotext(self._hashes(request))
+        return request.infotext(self._hashes(request)) | of_units
 
     def _of_batch(self, p: Any, accordion: Request) -> Passes | DeltaError:
         axes = getattr(p, AXES, {})
@@ -337,7 +344,7 @@ class Host(ABC):
 
         if isinstance(asked, DeltaError):
             raise asked
-        if {"loras", "adapted"} & getattr(p, AXES, {}).keys() and not _adds(asked):
+        if {"loras", "adapted", *UNIT_AXES} & getattr(p, AXES, {}).keys() and not _adds(asked):
             _claim_nothing(p)  # such a cell of a plot is the plain picture
             claim_in_grid(p, self._claims(asked.first))
             return sample()
@@ -414,7 +421,8 @@ class Host(ABC):
             )
         if not _adds(asked):
             raise SettingError(
-                "Delta Sampling has nothing to add: choose a LoRA, an adapted checkpoint or an adapted prompt"
+                "Delta Sampling has nothing to add: choose a LoRA, an adapted checkpoint, an adapted prompt, "
+                "or a unit with a ControlNet or IP-Adapter"
             )
         picks = [self._file_of(pick) for pick in asked.picks()]
         base = self._file_named(p, request.base)
@@ -427,6 +435,7 @@ class Host(ABC):
         for file in model.adapters:
             if file.unmatched:
                 p.comment(f"Delta Sampling: {file.report()}")
+        self._steer(p, asked, model)
         tile(model.network, bool(getattr(p, "tiling", False)))
         sources = self._tell(p, asked, model)
         heat = HeatMap() if option("show", False) else None
@@ -434,6 +443,21 @@ class Host(ABC):
         run.bridge(self.target())
         self.enter(p, model)
         return run
+
+    def _steer(self, p: Any, asked: Passes, model: SideModel) -> None:
+        """Give the side model what the units ask for, and have the picture tell which maps these were."""
+        from lib_delta.bridges import choose
+
+        request, family = asked.first if asked.first.wanted else asked.hires, self.target().family
+
+        def sized(height: int, width: int) -> tuple[int, int]:
+            bridge = choose(model.report.family, family, form=request.bridge, size=request.side_size)  # type: ignore[arg-type]
+            rows, columns = bridge.source_size(-(-height // PIXELS), -(-width // PIXELS))
+            return PIXELS * rows, PIXELS * columns
+
+        picks, said = self.units.picks(p, asked, sized)
+        model.steer(picks)
+        p.extra_generation_params.update(said)
 
     def _load(self, path: Path) -> SideModel:
         from lib_delta.sidemodel import SideModels
@@ -531,6 +555,7 @@ class Host(ABC):
                 f" ({str(model.dtype).removeprefix('torch.')})"
             )
             lines += [file.report() for file in model.adapters]
+            lines += [f"{file.name}: {file.kind}" for file in model.steering.files]
         return "\n".join([*(lines or ["No side model is loaded"]), self._last])
 
     def unload(self) -> str:
@@ -543,6 +568,7 @@ class Host(ABC):
         from lib_delta.devices import give_back
 
         count = len(list(self._models or ()))
+        self.units.clear()
         if self._models is not None:
             self.forget()
             self._models.clear()
@@ -591,7 +617,7 @@ def _limits(told: Told) -> tuple[Any, ...]:
 
 
 def _adds(asked: Passes) -> bool:
-    return any(r.wanted and (r.picks() or r.always) for r in (asked.first, asked.hires))
+    return any(r.wanted and (r.picks() or r.always or r.steered) for r in (asked.first, asked.hires))
 
 
 def _is_device(name: str) -> bool:
@@ -653,7 +679,7 @@ def _with_axes(request: Request, axes: Mapping[str, Any]) -> Request:
     """Apply an XYZ cell's values, which switch the delta on."""
     if not axes:
         return request
-    request = replace(request, **{"enabled": True, **_fields_of(axes)})
+    request = with_axes(replace(request, **{"enabled": True, **_fields_of(axes)}), axes)
     weight = axes.get("lora_weight")
     if weight is None or not request.wanted:
         return request
@@ -670,11 +696,11 @@ def _fault_of(error: Exception) -> DeltaError:
 
 
 def _fields_of(axes: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in axes.items() if name != "lora_weight"}
+    return {name: value for name, value in axes.items() if name not in ("lora_weight", *UNIT_AXES)}
 
 
 def _claim_nothing(p: Any) -> None:
-    for label in (*infotext_labels().values(), HASHES, SKIPPED):
+    for label in (*infotext_labels().values(), HASHES, UNIT_HASHES, MAPS, SKIPPED):
         p.extra_generation_params.pop(label, None)
 
 

@@ -3,10 +3,10 @@
 import sys
 import types
 
-made = []
+made, said = [], []
 WIDGETS = (
     *("Accordion", "Button", "Checkbox", "Column", "Dropdown", "Group", "HTML"),
-    *("Radio", "Row", "SelectData", "Slider", "Textbox"),
+    *("Image", "Number", "Radio", "Row", "SelectData", "Slider", "Tab", "Tabs", "Textbox"),
 )
 
 
@@ -20,7 +20,7 @@ class Block:
         made.append(self)
 
     def __getattr__(self, event):
-        if event not in ("change", "click", "select", "release", "input"):
+        if event not in ("change", "click", "select", "release", "input", "upload"):
             raise AttributeError(event)
         return lambda fn=None, **about: self.triggers.append((event, fn, about))
 
@@ -42,5 +42,6 @@ def use_recorded_gradio():
     module.__version__ = "3.41.2"
     for name in WIDGETS:
         setattr(module, name, type(name, (Block,), {}))
+    module.Warning = said.append
     module.update, module.components = update, types.SimpleNamespace(Form=Block)
     sys.modules["gradio"] = module

@@ -12,6 +12,31 @@ from lib_delta.presets import Presets
 from lib_delta.request import Request, format_picks
 
 
+class StandInUnits:
+    """What the script sees of a WebUI's units: their files, their preprocessors, and a preview."""
+
+    def __init__(self):
+        self.files, self.known = self, ["control_v11p_sd15_canny", "ip-adapter_sd15"]
+
+    def names(self):
+        """Return the names of the models."""
+        return list(self.known)
+
+    def refresh(self):
+        """Find one more."""
+        self.known.append(f"found-{len(self.known)}")
+
+    def preprocessors(self):
+        """Return their names."""
+        return ["canny", "depth_midas"]
+
+    def preview(self, unit):
+        """Turn the picture into its negative; one preprocessor fails."""
+        if unit.preprocessor == "depth_midas":
+            raise DeltaError("the preprocessor depth_midas failed")
+        return unit.image.convert("L").point(lambda value: 255 - value)
+
+
 class StandInHost:
     """What the script sees of a WebUI."""
 
@@ -22,6 +47,7 @@ class StandInHost:
         self.known_loras = ["moxin", "lineart"]
         self.calls, self.loaded, self.runs = [], [], 0
         self.folder = Path(tempfile.mkdtemp())
+        self.units = StandInUnits()
 
     def checkpoints(self):
         """Return the names that dropdowns show."""

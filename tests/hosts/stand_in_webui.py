@@ -48,6 +48,8 @@ class WebUI:
 
     def __init__(self, name: str, files: Files) -> None:
         self.name, self.files = name, files
+        self.module("paths").models_path = str(files.folder / "models")
+        self.module("paths").extensions_dir = str(files.folder / "extensions")
         self._native: dict[str, Any] = {}
         self.sd_models.folder = files.checkpoints
         self.sd_models.list_models()

@@ -35,3 +35,8 @@ def reload_model_weights(info):
     """Load a checkpoint as the main one, unless it is that already."""
     if shared.sd_model is None or shared.sd_model.sd_checkpoint_info is not info:
         shared.sd_model = load_model(info)
+
+
+def model_hash(filename):
+    """Return the short hash of a file."""
+    return f"{len(Path(filename).name):08x}"

@@ -1,0 +1,169 @@
+"""Units in a generation: which files and maps they mean, and what a picture says of them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib_delta.errors import SettingError
+from lib_delta.hosts.control_files import ControlFiles, encoders
+from lib_delta.request import Passes, Request
+from lib_delta.units import Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lib_delta.controls.steering import ControlPick
+
+# What a picture says besides the recipe: which files these were, and which maps.
+HASHES, MAPS = "Delta unit hashes", "Delta map hashes"
+# Axes of the XYZ plot, by the field of the unit that each sets.
+AXES = {"unit_weight": "weight", "unit_start": "start", "unit_end": "end", "unit_model": "model"}
+KEPT = 8  # maps
+Sized = Callable[[int, int], tuple[int, int]]
+
+
+class Units:
+    """The units of a WebUI.  Maps stay for the next batches, which mostly ask for the same."""
+
+    def __init__(self) -> None:
+        self.files = ControlFiles()
+        self._maps: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+
+    def preprocessors(self) -> list[str]:
+        """Return the names of what makes maps here."""
+        from lib_delta.hosts import preprocessors
+
+        return preprocessors.names()
+
+    def preview(self, unit: Unit) -> Any:
+        """Return the map of a unit's first picture, ``(H, W, 3)`` in bytes; raises :class:`DeltaError`."""
+        from lib_delta.hosts.pictures import BLACK, WHITE, in_bytes, pictures_of
+
+        unit = replace(unit, enabled=True)
+        unit.check(1)
+        picture = pictures_of(unit.image, 1, WHITE if unit.preprocessor else BLACK)[0]
+        return in_bytes(self.map_of(unit, picture) if unit.preprocessor else picture)
+
+    def clear(self) -> None:
+        """Forget the maps."""
+        self._maps.clear()
+
+    def named(self, request: Request) -> Request:
+        """Return a request whose units' models are named as they are listed; raises :class:`SettingError`."""
+        return replace(request, units=tuple(self._named(i + 1, unit) for i, unit in enumerate(request.units)))
+
+    def _named(self, number: int, unit: Unit) -> Unit:
+        if not (unit.counts and unit.model):
+            return unit
+        return replace(unit, model=self.files.name_of(self.files.file(unit.model, number)))
+
+    def hashes(self, request: Request, hash_of: Callable[[str], str]) -> dict[str, str]:
+        """Return what a picture says of the units' files; raises :class:`SettingError`."""
+        units = [(i + 1, unit) for i, unit in enumerate(request.units) if unit.counts and unit.model]
+        found = {unit.model: hash_of(str(self.files.file(unit.model, number))) for number, unit in units}
+        return {HASHES: ", ".join(f"{name}: {value}" for name, value in found.items())} if found else {}
+
+    def picks(self, p: Any, asked: Passes, sized: Sized) -> tuple[list[ControlPick], dict[str, str]]:
+        """Return what units ask of the side model, and what the picture says of their maps.
+
+        ``sized`` tells the size, in pixels, that the side model works at for a picture's height and width.
+        Raises :class:`SettingError` for a unit without its model or picture.
+        """
+        request = asked.first if asked.first.wanted else asked.hires
+        size = sized(p.height, p.width)
+        picks, hashes = [], []
+        for number, unit in enumerate(request.units, 1):
+            if unit.counts:
+                pick, of_map = self._pick(p, number, unit, size)
+                picks.append(pick)
+                hashes.append(f"{number}: {of_map}")
+        return picks, {MAPS: ", ".join(hashes)} if hashes else {}
+
+    def _pick(self, p: Any, number: int, unit: Unit, size: tuple[int, int]) -> tuple[ControlPick, str]:
+        from lib_delta.controls.steering import ControlPick
+        from lib_delta.hosts.pictures import digest
+
+        file = self._file(number, unit)
+        pictures, resize = self._pictures(p, number, unit, file, size)
+        pick = ControlPick(
+            file,
+            pictures,
+            unit.weight,
+            unit.start,
+            unit.end,
+            unit.mode,  # type: ignore[arg-type]
+            resize,
+            unit.weight_type,  # type: ignore[arg-type]
+            encoders(),
+        )
+        return pick, digest(pictures)
+
+    def _file(self, number: int, unit: Unit) -> Path:
+        if not unit.model:
+            raise SettingError(
+                f"unit {number} of Delta Sampling has no model: "
+                "choose a ControlNet or IP-Adapter, or switch the unit off"
+            )
+        return self.files.file(unit.model, number)
+
+    def _pictures(self, p: Any, number: int, unit: Unit, file: Path, size: tuple[int, int]) -> tuple[list[Tensor], Any]:
+        """Return a unit's maps, or pictures to prompt with, and how they are brought to size."""
+        from lib_delta.controls.files import prompts_with_pictures
+        from lib_delta.hosts.pictures import BLACK, WHITE, cut_like_own, own_pictures, pictures_of, same_size
+
+        of_things = bool(unit.preprocessor) or prompts_with_pictures(file)
+        taken, resize = pictures_of(unit.image, number, WHITE if of_things else BLACK), unit.resize
+        if taken:
+            taken = cut_like_own(p, taken, resize)
+        else:
+            taken, resize = own_pictures(p)
+        if not taken:
+            raise SettingError(
+                f"unit {number} of Delta Sampling ({file.stem}) has no picture: put one in, or switch the unit off"
+            )
+        if unit.preprocessor:
+            taken = [self.map_of(unit, picture, size) for picture in taken]
+        return (taken if prompts_with_pictures(file) else same_size(taken, resize, *size)), resize
+
+    def map_of(self, unit: Unit, picture: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Return what a unit's preprocessor makes of a picture for a pass of a size, height first.
+
+        Without a size a pixel-perfect map is as large as the picture.
+        """
+        from lib_delta.controls.maps import pixels
+        from lib_delta.hosts import preprocessors
+        from lib_delta.hosts.pictures import digest, in_bytes
+
+        resolution = int(unit.resolution)
+        if unit.pixel_perfect:
+            height, width = picture.shape[-2:]
+            fill = unit.resize == "resize and fill"
+            resolution = preprocessors.pixel_perfect(height, width, size or (height, width), fill)
+        key = unit.preprocessor, resolution, unit.threshold_a, unit.threshold_b, digest([picture])
+        if key not in self._maps:
+            made = preprocessors.run(
+                unit.preprocessor, in_bytes(picture), resolution, unit.threshold_a, unit.threshold_b
+            )
+            self._maps[key] = pixels(made)
+        self._maps.move_to_end(key)
+        while len(self._maps) > KEPT:
+            self._maps.popitem(last=False)
+        return self._maps[key]
+
+
+def with_axes(request: Request, axes: Mapping[str, Any]) -> Request:
+    """Apply an XYZ cell's values to the first unit that is on; raises :class:`SettingError` where none is."""
+    values = {field: axes[axis] for axis, field in AXES.items() if axis in axes}
+    if not values:
+        return request
+    on = next((i for i, unit in enumerate(request.units) if unit.enabled), None)
+    if on is None:
+        raise SettingError("the plot's axis is of a unit of Delta Sampling, and none is on: switch one on")
+    changed = replace(request.units[on], **values)
+    if not changed.model:  # the axis' None: the picture without the unit
+        changed = replace(changed, enabled=False)
+    return replace(request, units=(*request.units[:on], changed, *request.units[on + 1 :]))

@@ -1,0 +1,321 @@
+"""ControlNets and IP-Adapters as units: in stand-ins for the WebUIs, and what is wrong with them before anything runs.
+
+Where the main checkpoint and the base are the same model, lambda 1 gives the picture that the model makes
+when it is itself steered: the reference hands the main model's UNet the same additions.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose samplers the stand-ins run")
+pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
+
+from PIL import Image
+from small_controls import as_tensor, make_controls, picture
+from small_files import make_files
+from stand_in_webui import WebUI, relative, running
+from torch import Tensor
+
+from lib_delta.controls.files import load_control
+from lib_delta.controls.maps import Map
+from lib_delta.controls.steering import ControlPick, Steering
+from lib_delta.errors import AdapterError, DeltaError, SettingError
+from lib_delta.injection import Injection, Inputs
+from lib_delta.models.controlnet import ControlNet
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchsde", "ignore:To copy construct from a tensor")
+PICTURE = picture()
+EDGES = {"model": "edges", "image": PICTURE}
+LOOK = {"model": "look", "image": PICTURE, "weight": 0.7}
+HIRES = {"enable_hr": True, "hr_second_pass_steps": 3, "hr_cfg": 4.0}
+
+
+@pytest.fixture(scope="module", params=["a1111", "forge", "neo"])
+def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
+    files = make_files(tmp_path_factory.mktemp(request.param))
+    make_controls(files)
+    with running(request.param, files) as webui:
+        yield webui
+
+
+@pytest.fixture
+def webui(started: WebUI) -> Iterator[WebUI]:
+    yield started
+    started.reset()
+
+
+def units(*given: Any, **more: Any) -> dict[str, Any]:
+    return {"base": "base", "units": list(given), **more}
+
+
+def folder(webui: WebUI) -> Path:
+    return webui.files.folder / "models" / "ControlNet"
+
+
+def encode(image: Image.Image) -> str:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def steered(webui: WebUI, weight: float = 0.8, shown: Image.Image = PICTURE) -> Call:
+    """The main checkpoint's UNet, steered by the ControlNet in the plain way: all of one map."""
+    unet = webui.shared.sd_model.networks.unet
+    control = load_control(folder(webui) / "edges.safetensors", unet).model
+    assert isinstance(control, ControlNet)
+    whole = Map(as_tensor(shown), "crop and resize")
+
+    def call(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        hint = control.hint(whole.at(8 * x.shape[2], 8 * x.shape[3], 3)).expand(len(x), -1, -1, -1)
+        residuals = [weight * residual for residual in control(x, t, context, hint)]
+        injection = Injection(decoder=dict(enumerate(residuals)), alone=True)
+        return unet(x[None], t, context[None], None, injection)[0]
+
+    return call
+
+
+def native(webui: WebUI, call: Call, **changes: Any) -> Tensor:
+    """Generate without the extension, with the main checkpoint's UNet replaced."""
+    networks = type(webui.shared.sd_model.networks)
+    original = networks.__call__
+    networks.__call__ = lambda self, x, t, context: call(x, t, context)
+    try:
+        return webui.latents(**changes)
+    finally:
+        networks.__call__ = original
+
+
+def assert_steered(webui: WebUI, call: Call, delta: dict[str, Any], **changes: Any) -> Any:
+    plain, wanted = webui.latents(**changes), native(webui, call, **changes)
+    made = webui.generate(delta, **changes)
+    assert webui.callbacks.swallowed == []
+    assert relative(plain, wanted) > 1e-3, "the unit changes nothing here"
+    assert float((made.images - wanted).norm() / (plain - wanted).norm()) < 1e-3
+    return made
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "a timestep sampler": {"sampler_name": "DDIM"},
+    "cfg 1": {"cfg_scale": 1.0},
+    "and": {"prompt": "a cat AND a dog :0.6 AND a red mat :-0.3"},
+    "batch": {"batch_size": 2, "n_iter": 2},
+    "hires": HIRES,
+    "not square": {"width": 72, "height": 104},
+}
+
+
+@pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
+def test_a_controlnet_steers_as_if_it_were_the_main_models_own(webui: WebUI, changes: dict[str, Any]) -> None:
+    made = assert_steered(webui, steered(webui), units({**EDGES, "weight": 0.8}), **changes)
+    assert all("Delta units: edges:0.8" in text for text in made.infotexts)
+
+
+@pytest.mark.parametrize("form", ["merged (faster)", "low-rank factors (less memory)"])
+def test_beside_a_lora_both_count(webui: WebUI, form: str) -> None:
+    webui.shared.opts.delta_sampling_form = form
+    plain = webui.latents()
+    webui.use(webui.files.tuned)
+    wanted = native(webui, steered(webui))
+    webui.use(webui.files.base)
+    made = webui.latents(units({**EDGES, "weight": 0.8}, loras="ink"))
+    assert float((made - wanted).norm() / (plain - wanted).norm()) < 1e-3
+
+
+def test_an_image_prompt_is_seen_by_the_encoder_that_fits(webui: WebUI) -> None:
+    unet = webui.shared.sd_model.networks.unet
+    kept = Steering(unet)
+    models = webui.files.folder / "models"
+    encoder = models / "ControlNetPreprocessor" / "seer.safetensors"
+    kept.steer([ControlPick(folder(webui) / "look.safetensors", [as_tensor(PICTURE)], 0.7, encoders=[encoder])])
+    negative = webui.shared.sd_model.get_learned_conditioning(["blue"])
+    if isinstance(negative, dict):
+        negative = negative["crossattn"]
+
+    def call(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        uncond = torch.tensor([torch.equal(row, negative[0]) for row in context])
+        inputs = Inputs(x, t, context, None, torch.zeros(len(x), dtype=torch.long), uncond)
+        added = Injection(attended=kept.guides[0](inputs).attended, alone=True)
+        return unet(x[None], t, context[None], None, added)[0]
+
+    assert_steered(webui, call, units(LOOK))
+
+
+def test_units_count_in_their_share_of_the_run(webui: WebUI) -> None:
+    plain, whole = webui.latents(steps=4), webui.latents(units(EDGES), steps=4)
+    early = webui.latents(units({**EDGES, "guidance_end": 0.4}), steps=4)
+    both = webui.latents(units({**EDGES, "end": 0.4}, {**EDGES, "start": 0.5}), steps=4)
+    assert relative(early, plain) > 1e-3 and relative(early, whole) > 1e-3
+    assert relative(both, whole) < 1e-5
+
+
+def test_a_weight_of_0_and_a_unit_that_is_off_add_nothing(webui: WebUI) -> None:
+    plain = webui.latents()
+    lora = webui.latents({"base": "base", "loras": "ink"})
+    for none in ({**EDGES, "weight": 0}, {**EDGES, "enabled": False}):
+        assert torch.equal(webui.latents(units(none, loras="ink")), lora)
+        with pytest.raises(SettingError, match="nothing to add"):
+            webui.generate(units(none))
+    assert not torch.equal(lora, plain)
+
+
+def test_pictures_are_taken_in_every_form_of_an_api_call(webui: WebUI, tmp_path: Path) -> None:
+    PICTURE.save(tmp_path / "map.png")
+    code = encode(PICTURE)
+    wanted = webui.latents(units(EDGES))
+    for image in (str(tmp_path / "map.png"), code, f"data:image/png;base64,{code}", {"image": code}, [code]):
+        assert torch.equal(webui.latents(units({"model": "edges", "image": image})), wanted)
+    assert torch.equal(webui.latents(units({**EDGES, "image": np.asarray(PICTURE)})), wanted)
+    for image in (encode(picture(1)), [code, encode(picture(1))]):
+        assert not torch.equal(webui.latents(units({**EDGES, "image": image}), batch_size=2)[1], wanted[0])
+
+
+def test_images_of_a_batch_have_their_own_maps_and_image_prompts_are_seen_together(webui: WebUI) -> None:
+    two = [PICTURE, picture(1)]
+    made = webui.latents(units({**EDGES, "image": two}), batch_size=2)
+    for i, own in enumerate(two):
+        alone = webui.latents(units({**EDGES, "image": own}), batch_size=2)
+        assert relative(made[i : i + 1], alone[i : i + 1]) < 1e-5
+    first, both = (webui.latents(units({**LOOK, "image": shown})) for shown in (PICTURE, two))
+    assert relative(first, both) > 1e-4
+
+
+def test_files_are_read_once_and_given_back(webui: WebUI) -> None:
+    webui.generate(units(EDGES))
+    (before,) = webui.side_model.steering.files
+    webui.generate(units({**EDGES, "weight": 0.5}))
+    assert webui.side_model.steering.files == [before]
+    assert "edges.safetensors: ControlNet" in webui.host.status()
+    webui.generate({"base": "base", "loras": "ink"})
+    assert not webui.side_model.steering.files
+    webui.generate(units(LOOK))
+    assert webui.host.unload() == "Unloaded 1 side model"
+
+
+# What a picture says.
+
+
+def test_a_picture_tells_models_weights_and_maps_and_not_the_picture(webui: WebUI) -> None:
+    (text,) = webui.generate(units({"enabled": False}, {**EDGES, "end": 0.6}, LOOK)).infotexts
+    assert "Delta units: off, edges:1:end=0.6, look:0.7," in text
+    assert "Delta unit hashes: edges: 00000011, look: 00000010" in text
+    found = re.search(r"Delta map hashes: 2: (\w{10}), 3: (\w{10})", text)
+    assert found and found[1] == found[2]
+    (other,) = webui.generate(units({**EDGES, "image": picture(1)})).infotexts
+    assert found[1] not in other and "Delta map hashes: 1: " in other
+    (plain,) = webui.generate({"base": "base", "loras": "ink"}).infotexts
+    assert "unit" not in plain and "map" not in plain
+
+
+def test_models_are_found_by_the_names_that_people_and_other_extensions_use(webui: WebUI) -> None:
+    assert webui.host.units.files.names() == ["edges", "look"]
+    wanted = webui.generate(units(EDGES))
+    for name in ("Edges", "edges.safetensors", "edges [0123abcd]"):
+        made = webui.generate(units({**EDGES, "model": name}))
+        assert torch.equal(made.images, wanted.images) and made.infotexts == wanted.infotexts
+    (folder(webui) / "more").mkdir()
+    (folder(webui) / "more" / "edges.safetensors").write_bytes((folder(webui) / "edges.safetensors").read_bytes())
+    webui.host.units.files.refresh()
+    assert webui.host.units.files.names() == ["edges.safetensors", "look", "more/edges.safetensors"]
+    (folder(webui) / "more" / "edges.safetensors").unlink()
+    (folder(webui) / "more").rmdir()
+    webui.host.units.files.refresh()
+
+
+def test_models_lie_in_every_folder_that_the_webuis_know(webui: WebUI, tmp_path: Path) -> None:
+    extension = webui.files.folder / "extensions" / "sd-webui-controlnet" / "models"
+    stated, listed, option = (tmp_path / name for name in ("flag", "flags", "option"))
+    for place in (extension, stated, listed, option):
+        place.mkdir(parents=True)
+        (place / f"of-{place.name}.pth").write_bytes(b"")
+    (stated / "notes.txt").write_text("no model")
+    webui.shared.cmd_opts = SimpleNamespace(controlnet_dir=str(stated), controlnet_dirs=[str(listed)])
+    webui.shared.opts.control_net_models_path = str(option)
+    webui.host.units.files.refresh()
+    try:
+        found = webui.host.units.files.names()
+        assert found == ["edges", "look", "of-flag", "of-flags", "of-models", "of-option"]
+    finally:
+        del webui.shared.cmd_opts
+        (extension / "of-models.pth").unlink()
+        webui.shared.opts.control_net_models_path = ""
+        webui.host.units.files.refresh()
+
+
+# What is wrong, in one sentence, before anything is sampled.
+
+
+def large() -> str:
+    return encode(Image.new("1", (9000, 8000)))
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no picture": ({"model": "edges"}, r"unit 1 of Delta Sampling \(edges\) has no picture: put one in"),
+    "no model": ({"image": PICTURE}, "unit 1 of Delta Sampling has no model: choose a ControlNet or IP-Adapter"),
+    "neither": ({}, "unit 1 of Delta Sampling has no model"),
+    "an unknown model": ({**EDGES, "model": "edge"}, "no ControlNet or IP-Adapter 'edge' for unit 1.*is 'edges' meant"),
+    "an address": ({**EDGES, "image": "https://example.org/a.png"}, "an address, and none are fetched"),
+    "a share": ({**EDGES, "image": r"\\\\server\\share\\a.png"}, "an address, and none are fetched"),
+    "another share": ({**EDGES, "image": "//server/share/a.png"}, "an address, and none are fetched"),
+    "no base64": ({**EDGES, "image": "missing.png"}, "neither a file on this machine nor base64"),
+    "no picture in it": ({**EDGES, "image": "aGVsbG8="}, "the picture of unit 1 cannot be read as a picture"),
+    "of another type": ({**EDGES, "image": 7}, "the picture of unit 1 is a int"),
+    "huge": ({**EDGES, "image": "large"}, "the picture of unit 1 has 9000 x 8000 pixels, and up to 64 million"),
+    "an unknown preprocessor": ({**EDGES, "module": "kanny"}, "no preprocessor 'kanny': is 'canny' meant"),
+}
+
+
+@pytest.mark.parametrize(("unit", "sentence"), WRONG.values(), ids=WRONG)
+def test_a_wrong_unit_is_one_sentence_before_sampling(webui: WebUI, unit: dict[str, Any], sentence: str) -> None:
+    networks, given = webui.shared.sd_model.networks, dict(unit)
+    if given.get("image") == "large":
+        given["image"] = large()
+    before = networks.evaluations
+    with pytest.raises(SettingError, match=sentence) as error:
+        webui.generate(units(given))
+    assert "\n" not in str(error.value) and networks.evaluations == before
+
+
+def test_a_lora_a_damaged_file_and_one_of_another_family_are_refused(webui: WebUI) -> None:
+    lora = folder(webui) / "ink.safetensors"
+    lora.write_bytes(webui.files.lora_file().read_bytes())
+    (folder(webui) / "broken.safetensors").write_bytes(b"no model at all")
+    webui.host.units.files.refresh()
+    try:
+        with pytest.raises(AdapterError, match="ink.safetensors is a LoRA: a ControlNet"):
+            webui.generate(units({**EDGES, "model": "ink"}))
+        with pytest.raises(DeltaError, match="broken.safetensors is not a model file"):
+            webui.generate(units({**EDGES, "model": "broken"}))
+    finally:
+        lora.unlink()
+        (folder(webui) / "broken.safetensors").unlink()
+        webui.host.units.files.refresh()
+
+
+@pytest.mark.parametrize("kind", ["16-bit", "transparent", "grey", "palette"])
+def test_pictures_of_every_kind_are_read(webui: WebUI, kind: str) -> None:
+    grey = PICTURE.convert("L")
+    image, same = {
+        "16-bit": (Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), grey),
+        "transparent": (Image.merge("RGBA", [*PICTURE.split(), Image.new("L", PICTURE.size, 255)]), PICTURE),
+        "grey": (grey, grey.convert("RGB")),
+        "palette": (grey.convert("P"), grey),
+    }[kind]
+    assert (
+        relative(webui.latents(units({**EDGES, "image": image})), webui.latents(units({**EDGES, "image": same}))) < 1e-4
+    )
+    assert relative(webui.latents(units({**EDGES, "image": encode(image)})), webui.latents(units(EDGES))) < 0.9
