@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lib_delta import units
@@ -56,6 +56,7 @@ UNITS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(UNITS | st.just(Unit()), max_size=4))
 @example([Unit(True, model="off"), Unit(), Unit(True, model="a@b, c:d", preprocessor='say "x"')])
 @example([Unit(True, model="0.8"), Unit(True, preprocessor="canny"), Unit(True, model="\\")])
