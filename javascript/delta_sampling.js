@@ -132,7 +132,7 @@ function deltaSamplingRows(tab) {
     });
     const latest = () => JSON.stringify(deltaSamplingElement(tab, "loras").querySelector("textarea, input").value);
     const redraw = deltaSamplingElement(tab, "redraw_picked");
-    deltaSamplingFresh(rows, redraw, latest, () => deltaSamplingNote(tab));
+    deltaSamplingFresh(rows, redraw, latest, (drawn) => deltaSamplingNote(tab, drawn));
     // Who moves a slider by keys goes on with the row that has taken its place.
     new MutationObserver(() => {
         if (focused && document.activeElement === document.body) rows.querySelector(focused)?.focus();
@@ -140,16 +140,16 @@ function deltaSamplingRows(tab) {
     }).observe(rows, {childList: true, subtree: true});
 }
 
-// The list is out of sight while cards are clicked, so what it holds then is said for a moment.
-let deltaSamplingClicked = false;
+// The list is out of sight while cards are clicked, so what it has become then is said for a moment.
+const deltaSamplingClicked = {};
 
-function deltaSamplingNote(tab) {
-    if (!deltaSamplingClicked) return;
-    deltaSamplingClicked = false;
-    const list = deltaSamplingElement(tab, "loras").querySelector("textarea, input").value;
+function deltaSamplingNote(tab, drawn) {
+    const before = deltaSamplingClicked[tab];
+    if (before === undefined || drawn === before) return;
+    delete deltaSamplingClicked[tab];
     const note = document.createElement("div");
     note.className = "delta-sampling-note";
-    note.textContent = `Delta Sampling: ${list || "no LoRA"}`;
+    note.textContent = `Delta Sampling: ${JSON.parse(drawn) || "no LoRA"}`;
     document.body.append(note);
     setTimeout(() => note.remove(), 3000);
 }
@@ -168,7 +168,7 @@ function deltaSamplingCards() {
             intoPrompt(tab, text, ...rest);
             return;
         }
-        deltaSamplingClicked = true;
+        deltaSamplingClicked[tab] = deltaSamplingElement(tab, "picked").querySelector("[data-drawn]")?.dataset.drawn;
         deltaSamplingEdit(tab, {do: "card", text});
     };
 }
