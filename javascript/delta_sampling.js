@@ -13,9 +13,10 @@ const deltaSamplingTips = {
     loras: "LoRAs or LyCORIS networks with their weights, as in: moxin:0.8, lineart:1:te=0.5 (te: weight for the text encoder). Tags such as <lora:moxin:0.8> are understood.",
     add_lora: "The LoRA chosen here joins the list with the weight that is noted on its card, or 1.",
     cards: "While the accordion is open, a click on a card of the Lora tab puts that LoRA here, and not into the main prompt; a second click takes it out.",
-    preset: "Settings of this accordion under a name. Choose one to load it; write a new name to save one.",
-    save_preset: "Save the settings under the name in the box",
-    delete_preset: "Delete the preset whose name is in the box",
+    preset: "Settings of this accordion that were saved under a name: choose one to load it.",
+    delete_preset: "Delete the preset that is chosen",
+    preset_name: "A name for what the accordion holds now; that of a preset replaces it.",
+    save_preset: "Save the settings under this name",
     prompt: "What the side model is told. Empty: the main prompt without its extra-network tags, for which {prompt} stands.",
     negative_prompt: "What the side model is told to avoid. Empty: the main negative prompt, for which {prompt} stands.",
     adapted_prompt: "A prompt for the adapted model alone; the difference between two prompts can be the delta, too.",
@@ -136,8 +137,10 @@ function deltaSamplingRows(tab) {
     // Who moves a slider by keys goes on with the row that has taken its place.
     new MutationObserver(() => {
         if (focused && document.activeElement === document.body) rows.querySelector(focused)?.focus();
-        focused = "";
     }).observe(rows, {childList: true, subtree: true});
+    document.addEventListener("focusin", ({target}) => {
+        if (!rows.contains(target)) focused = "";
+    });
 }
 
 // The list is out of sight while cards are clicked, so what it has become then is said for a moment.

@@ -149,10 +149,12 @@ def _row(index: int, pick: Pick, card: Card, told: Told) -> str:
     name, weight = escape(pick.name), written(pick.weight)
     low, high = min(0, math.floor(pick.weight)), max(2, math.ceil(pick.weight))
     number = f'step="{STEP}" value="{weight}"'
-    offers = [
-        _offer("words", card.words, told.prompt, "its trigger words join the side model's prompt"),
-        _offer("negative", card.negative, told.negative_prompt, "they join the side model's negative prompt"),
-    ]
+    offers = "".join(
+        [
+            _offer("words", card.words, told.prompt, "These trigger words join the side model's prompt"),
+            _offer("negative", card.negative, told.negative_prompt, "These join the side model's negative prompt"),
+        ]
+    )
     return "".join(
         [
             f'<div class="delta-sampling-pick" data-index="{index}" data-name="{name}">',
@@ -161,7 +163,7 @@ def _row(index: int, pick: Pick, card: Card, told: Told) -> str:
             f'<input type="number" {number} aria-label="Weight of {name} as a number">',
             f'<button type="button" data-do="drop" title="Take {name} out">\N{MULTIPLICATION SIGN}</button>',
             f'<span class="delta-sampling-wrong">{escape(card.fault)}</span>' if card.fault else "",
-            *offers,
+            f'<div class="delta-sampling-offers">{offers}</div>' if offers else "",
             "</div>",
         ]
     )

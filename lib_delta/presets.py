@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_delta.errors import SettingError, near, shown
-from lib_delta.request import SETTINGS, Request
+from lib_delta.request import NONE, SETTINGS, Request
 
 # Whether there is to be a delta at all is the user's to say each time.
 SAVED = tuple(f for f in SETTINGS if f.name != "enabled")
@@ -48,7 +48,7 @@ class Presets:
     def save(self, name: str, request: Request) -> str:
         """Keep settings under a name, in place of what was there, and return the name."""
         name = name.strip()
-        if not name:
+        if name in ("", NONE):
             raise SettingError("a preset needs a name: write one into the box, and save again")
         self._write({**self._read(), name: {f.metadata["key"]: getattr(request, f.name) for f in SAVED}})
         return name

@@ -82,11 +82,7 @@ class DeltaSampling(scripts.Script):
         accordion = InputAccordion(False, label=TITLE, elem_id=self.elem_id("enabled"))
         inside = {"elem_classes": ["delta-sampling"], "elem_id": self.elem_id("settings")}
         with accordion as w["enabled"], gr.Column(**inside):
-            with gr.Row(elem_classes=["delta-sampling-row"]):
-                with gr.Column(min_width=240):
-                    gr.HTML(HELP)
-                with gr.Column(min_width=240):
-                    presets = PresetRow(self.elem_id)
+            gr.HTML(HELP)
             self._checkpoints(w)
             box = LoraBox(self.elem_id, default.loras)
             w["loras"] = box.loras
@@ -115,6 +111,7 @@ class DeltaSampling(scripts.Script):
                 elem_id=self.elem_id("hires"),
             )
             self._side_model(w, default)
+            presets = PresetRow(self.elem_id)
             status, refresh = self._status()
         box.connect(w["prompt"], w["negative_prompt"], prompts)
         presets.connect(w, prompts)

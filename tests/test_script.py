@@ -187,14 +187,15 @@ def test_an_edit_changes_the_texts_and_unfolds_the_prompts_it_has_filled(webui):
 def test_a_preset_brings_back_what_was_saved_and_does_not_switch_the_delta_on(webui):
     row, widgets = webui.hosts("preset_row"), webui.runner().inputs[1 : len(SETTINGS)]
     wanted = Request(True, 2.5, base=BASE, loras="moxin:0.8", adapted_prompt="ink", quality="fast")
-    said, listed = row.save("ink on SDXL", *row.values(wanted))
+    said, listed, _ = row.save("ink on SDXL", *row.values(wanted))
     assert "Saved as &#x27;ink on SDXL&#x27;" in said and listed["choices"] == ["None", "ink on SDXL"]
-    *values, prompts, said, name = row.chosen(SimpleNamespace(value="ink on SDXL"))
+    *values, prompts, said, listed, name = row.chosen(SimpleNamespace(value="ink on SDXL"))
     assert len(values) == len(widgets) and Request.from_arguments([True, *values]) == wanted
     assert values[[f.name for f in SETTINGS][1:].index("adapted")] == "None", "an empty dropdown shows it"
-    assert prompts["open"] is True and said == "" and name["value"] == "ink on SDXL"
-    said, listed = row.delete("ink on SDXL")
-    assert "is deleted" in said and listed["choices"] == ["None"]
+    assert prompts["open"] is True and said == ""
+    assert listed["value"] == name["value"] == "ink on SDXL"
+    said, listed, name = row.delete("ink on SDXL")
+    assert "is deleted" in said and listed["choices"] == ["None"] and name["value"] == ""
 
 
 def test_what_cannot_be_saved_loaded_or_deleted_is_said_and_changes_nothing(webui):
@@ -202,7 +203,7 @@ def test_what_cannot_be_saved_loaded_or_deleted_is_said_and_changes_nothing(webu
     assert "needs a name" in row.save("None", *row.values(Request()))[0]
     assert "has no name" in row.save("x", *row.values(Request(loras=":1")))[0]
     assert "There is no preset &#x27;x&#x27;" in row.delete("x")[0]
-    *updates, said, _ = row.chosen(SimpleNamespace(value="gone"))
+    *updates, said, _, _ = row.chosen(SimpleNamespace(value="gone"))
     assert "There is no preset &#x27;gone&#x27;" in said and all(set(update) == {"__type__"} for update in updates)
 
 

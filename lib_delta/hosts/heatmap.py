@@ -32,9 +32,9 @@ def show(p: Any, processed: Any) -> None:
     first = getattr(processed, "index_of_first_image", 0)  # a grid may go before
     texts = list(processed.infotexts[first:])
     for number, (sizes, steps) in enumerate(maps):
-        height, width = p.height, p.width
-        if number < len(processed.images) - first:
-            width, height = processed.images[first + number].size  # hires fix has made it larger
+        height, width = p.height, p.width  # a picture of inpainting is larger where its mask alone was sampled
+        if getattr(p, "enable_hr", False):
+            height, width = p.hr_upscale_to_y or height, p.hr_upscale_to_x or width
         drawn = picture(sizes, steps, height, width)
         if apart is not None:
             apart.append(drawn)

@@ -24,32 +24,40 @@ class PresetRow:
 
     def __init__(self, elem_id: Callable[[str], str]) -> None:
         """Make them; ``elem_id`` completes a name to the id of an element of the tab."""
-        with FormRow():
-            self.name = gr.Dropdown(
-                label="Preset",
-                choices=preset_choices(),
-                value=NONE,
-                allow_custom_value=True,  # a new one's name
-                elem_id=elem_id("preset"),
-            )
-            refresh_button(self.name, _nothing, preset_choices, elem_id("refresh_preset"))
-            self.save = ToolButton(SAVE, elem_id=elem_id("save_preset"))
-            self.delete = ToolButton(DELETE, elem_id=elem_id("delete_preset"))
+        with gr.Row(elem_classes=["delta-sampling-row"]):
+            with gr.Column(min_width=240), FormRow():
+                self.name = gr.Dropdown(
+                    label="Preset",
+                    choices=preset_choices(),
+                    value=NONE,
+                    interactive=True,  # gradio takes a widget that is no event's input for one that only shows
+                    elem_id=elem_id("preset"),
+                )
+                refresh_button(self.name, _nothing, preset_choices, elem_id("refresh_preset"))
+                self.delete = ToolButton(DELETE, elem_id=elem_id("delete_preset"))
+            with gr.Column(min_width=240), FormRow():
+                # Not the list's own box: on gradio 3 what is typed there counts after the Enter key alone.
+                self.saved_as = gr.Textbox(
+                    label="Save preset as", placeholder="a name", lines=1, elem_id=elem_id("preset_name")
+                )
+                self.save = ToolButton(SAVE, elem_id=elem_id("save_preset"))
         self.said = gr.HTML("", elem_id=elem_id("preset_said"), elem_classes=["delta-sampling-said"])
         # The script of the page clicks it once, when the page is there.
         self.default = gr.Button(
             "Load the default preset", elem_id=elem_id("default_preset"), elem_classes=["delta-sampling-hidden"]
         )
-        self.name.do_not_save_to_config = True
+        for widget in (self.name, self.saved_as):
+            widget.do_not_save_to_config = True
 
     def connect(self, widgets: Mapping[str, Any], prompts: Any) -> None:
         """Let presets fill the widgets, which are those of the settings by name; ``prompts`` unfolds with them."""
         saved = [widgets[f.name] for f in SAVED]
-        filled = [*saved, prompts, self.said, self.name]
+        told = [self.said, self.name, self.saved_as]
+        filled = [*saved, prompts, *told]
         self.name.select(chosen, inputs=[], outputs=filled, **QUIET)
         self.default.click(default, inputs=[], outputs=filled, **QUIET)
-        self.save.click(save, inputs=[self.name, *saved], outputs=[self.said, self.name], **QUIET)
-        self.delete.click(delete, inputs=[self.name], outputs=[self.said, self.name], **QUIET)
+        self.save.click(save, inputs=[self.saved_as, *saved], outputs=told, **QUIET)
+        self.delete.click(delete, inputs=[self.name], outputs=told, **QUIET)
 
 
 def preset_choices() -> list[str]:
@@ -68,15 +76,23 @@ def default() -> list[Any]:
 
 
 def filled(name: str) -> list[Any]:
-    """Return what each widget is set to by a preset, whether the prompts unfold, and what is said of it."""
-    unchanged = [gr.update() for _ in SAVED]
+    """Return what each widget is set to by a preset, whether the prompts unfold, and what is told."""
+    unchanged = [gr.update() for _ in (*SAVED, "prompts")]
     if name == NONE:
-        return [*unchanged, gr.update(), "", gr.update()]
+        return [*unchanged, *told()]
     try:
         request = host().presets().load(name)
     except SettingError as error:
-        return [*unchanged, gr.update(), _sentence(str(error)), gr.update()]
-    return [*values(request), unfolded(request), "", gr.update(choices=preset_choices(), value=name)]
+        return [*unchanged, *told(str(error))]
+    return [*values(request), unfolded(request), *told("", name)]
+
+
+def told(sentence: str = "", name: str = "") -> tuple[str, Any, Any]:
+    """Return what is said of a preset, and the list and the box with its name; without one, these stay as they are."""
+    said = f"<div>{escape(sentence[:1].upper() + sentence[1:])}</div>" if sentence else ""
+    if not name:
+        return said, gr.update(), gr.update()
+    return said, gr.update(choices=preset_choices(), value=name), gr.update(value="" if name == NONE else name)
 
 
 def values(request: Request) -> list[Any]:
@@ -91,31 +107,22 @@ def unfolded(request: Request) -> Any:
     return gr.update(open=True) if told else gr.update()
 
 
-def save(name: str | None, *given: Any) -> tuple[str, Any]:
-    """Save what the widgets hold, and return what is said of it with the list."""
+def save(name: str, *given: Any) -> tuple[str, Any, Any]:
+    """Save what the widgets hold, and return what is told."""
     try:
-        kept = host().presets().save(_name(name), Request.from_arguments([True, *given]))
+        kept = host().presets().save(name, Request.from_arguments([True, *given]))
     except SettingError as error:
-        return _sentence(str(error)), gr.update()
-    return _sentence(f"saved as {shown(kept)}"), gr.update(choices=preset_choices(), value=kept)
+        return told(str(error))
+    return told(f"saved as {shown(kept)}", kept)
 
 
-def delete(name: str | None) -> tuple[str, Any]:
-    """Delete a preset, and return what is said of it with the list."""
+def delete(name: str) -> tuple[str, Any, Any]:
+    """Delete a preset, and return what is told."""
     try:
-        host().presets().delete(_name(name))
+        host().presets().delete(name)
     except SettingError as error:
-        return _sentence(str(error)), gr.update()
-    said = f"{shown(name)} is deleted; what it held is still in the settings below"
-    return _sentence(said), gr.update(choices=preset_choices(), value=NONE)
-
-
-def _name(name: str | None) -> str:
-    return "" if name in (None, NONE) else str(name)
-
-
-def _sentence(text: str) -> str:
-    return f"<div>{escape(text[:1].upper() + text[1:])}</div>"
+        return told(str(error))
+    return told(f"{shown(name)} is deleted; the settings are still as they are", NONE)
 
 
 def _nothing() -> None:

@@ -269,7 +269,7 @@ def test_a_click_on_a_card_adds_its_lora_while_the_accordion_is_open_and_its_swi
 def test_presets_are_saved_loaded_and_deleted(tab):
     tab.type("strength", "3")
     tab.type("loras", "lineart:0.5")
-    tab.type("preset", "lines")
+    tab.type("preset_name", "lines")
     tab.page.click("#script_txt2img_delta_sampling_save_preset")
     expect(tab.item("preset_said")).to_contain_text("Saved as 'lines'")
     tab.type("strength", "1")

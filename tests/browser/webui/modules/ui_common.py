@@ -17,6 +17,6 @@ def create_refresh_button(refresh_component, refresh_method, refreshed_args, ele
             setattr(refresh_component, name, value)
         return gr.update(**given)
 
-    button = ToolButton(refresh_symbol, elem_id=elem_id, elem_classes=["tool"])
+    button = ToolButton(refresh_symbol, elem_id=elem_id)
     button.click(refresh, inputs=[], outputs=[refresh_component])
     return button

@@ -29,6 +29,9 @@ class FormRow(*((gr.Row, InForms) if GRADIO_4 else (InForms, gr.Row))):
 class ToolButton(*((gr.Button, InForms) if GRADIO_4 else (InForms, gr.Button))):
     """A small square button beside another widget."""
 
+    def __init__(self, *values, elem_classes=(), **given):
+        super().__init__(*values, elem_classes=["tool", *elem_classes], **given)
+
     def get_block_name(self):
         """Keep gradio's name of the component."""
         return "button"
