@@ -27,6 +27,8 @@ EXAMPLES = """examples:
   python run.py demo
   python run.py demo --prompt "red apple" --prompt rocket --lambdas 0,1,2 --range 0.5 1
   python run.py demo --lora demo/models/lineart-loha.safetensors
+  python run.py demo --control demo/examples/edges/owl.png --prompt cupcake
+  python run.py demo --image demo/examples/references/frog.png --prompt cupcake
   python run.py demo --target sd21.safetensors --base v1-5.safetensors --lora style.safetensors:0.8 \\
       --prompt "a lighthouse" --size 512
 """
@@ -91,9 +93,10 @@ def _add_own_files(group: argparse._ArgumentGroup) -> None:
     add("--lora", action="append", metavar="FILE[:WEIGHT]",
         help="an adapter for the base or, without one, the embedded base; may be repeated")  # fmt: skip
     add("--control", action="append", metavar="PICTURE[:WEIGHT]",
-        help="a map to follow (edges, depth, a pose), for --control-model; may be repeated")  # fmt: skip
+        help="a map to follow (edges, depth, a pose); may be repeated")  # fmt: skip
     add("--control-model", action="append", type=Path, metavar="FILE",
-        help="the ControlNet or T2I-Adapter of the base that reads the map; one for each --control")  # fmt: skip
+        help="the ControlNet or T2I-Adapter of the base that reads the map; one for each --control "
+        "(default beside the embedded models: their own for edges)")  # fmt: skip
     add("--image", metavar="PICTURE[:WEIGHT]", help="a reference picture that the adapted model is prompted with")
     add("--image-model", type=Path, metavar="FILE", help="the IP-Adapter of the base that reads it")
     add("--image-encoder", type=Path, metavar="FILE", help="the CLIP image encoder that the IP-Adapter was made with")
@@ -158,14 +161,9 @@ def _check(options: argparse.Namespace) -> None:
             f"{given[0]} is for your own files: --target, --base "
             "and a --lora, --adapted, --control or --image are needed"
         )
-    maps, readers = len(options.control or ()), len(options.control_model or ())
-    if maps != readers:
-        raise SettingError(f"there are {maps} --control and {readers} --control-model: each map needs its model")
+    _check_controls(options)
     if given and not options.prompt:
         raise SettingError("--prompt is needed with your own files: say what to draw")
-    of_image = (options.image, options.image_model, options.image_encoder)
-    if any(of_image) and not all(of_image):
-        raise SettingError("--image, --image-model and --image-encoder are needed together")
     if options.steps is not None and not 2 <= options.steps <= 1000:
         raise SettingError(f"--steps is {options.steps}: 2 to 1000 are needed")
     for name, scale in (("--cfg", options.cfg), ("--source-cfg", options.source_cfg)):
@@ -177,6 +175,16 @@ def _check(options: argparse.Namespace) -> None:
         raise SettingError(f"--seed is {options.seed}: 0 or a positive number below 2**63 is needed")
     if options.out.suffix.lower() != ".png":
         raise SettingError(f"--out is {options.out}: the name of a .png file is needed")
+
+
+def _check_controls(options: argparse.Namespace) -> None:
+    """Refuse maps and pictures without their models, of which the embedded models have their own."""
+    maps, readers = len(options.control or ()), len(options.control_model or ())
+    if maps != readers and (readers or options.target):
+        raise SettingError(f"there are {maps} --control and {readers} --control-model: each map needs its model")
+    models = (options.image_model, options.image_encoder)
+    if (any(models) and not (all(models) and options.image)) or (options.image and options.target and not all(models)):
+        raise SettingError("--image, --image-model and --image-encoder are needed together")
 
 
 def _plan(options: argparse.Namespace, defaults: Settings) -> Plan:
@@ -259,12 +267,16 @@ def _lora(text: str) -> Adapter:
 
 
 def _controls(options: argparse.Namespace) -> list[Steering]:
+    from demo.embedded import EDGES, IMAGE_ENCODER, IMAGE_PROMPT
     from demo.pipeline import Control, ImagePrompt
 
-    pairs = zip(options.control_model or (), options.control or ())
-    found: list[Steering] = [Control(model, *_weighted(picture)) for model, picture in pairs]
+    maps = options.control or ()
+    readers = options.control_model or [options.models / EDGES] * len(maps)
+    found: list[Steering] = [Control(model, *_weighted(picture)) for model, picture in zip(readers, maps)]
     if options.image:
-        found.append(ImagePrompt(options.image_model, options.image_encoder, *_weighted(options.image)))
+        model = options.image_model or options.models / IMAGE_PROMPT
+        encoder = options.image_encoder or options.models / IMAGE_ENCODER
+        found.append(ImagePrompt(model, encoder, *_weighted(options.image)))
     return found
 
 

@@ -12,6 +12,7 @@ from demo.pipeline import AdaptedModel, Adapter, Model, Place, Steering, load_mo
 
 MODELS = Path(__file__).parent / "models"
 LORA = "lineart.safetensors"
+EDGES, IMAGE_PROMPT, IMAGE_ENCODER = "edges.safetensors", "image-prompt.safetensors", "image-encoder.safetensors"
 
 
 @dataclass(frozen=True)

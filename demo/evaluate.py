@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from demo import algorithms, bridges, composition, crossings
+from demo import algorithms, bridges, composition, controls, crossings
 from demo.embedded import MODELS
 from demo.pipeline import Settings
 from demo.samplers import NAMES
@@ -157,6 +157,11 @@ def main() -> None:
         return
     names = json.loads((options.models / "names.json").read_text("utf-8"))
     settings = Settings(options.sampler, options.steps, options.cfg, options.source_cfg)
+    if options.only == "controls":
+        figures = controls.measure(options, chosen_prompts(names, options.prompts), settings)
+        for kind in ("edges", "image_prompt"):
+            print("\n" + table(figures[kind], kind.replace("_", " ")))
+        return
     workers, seeds = Workers(options.models, options.jobs), tuple(range(options.seeds))
     try:
         if options.only == "targets":
@@ -219,6 +224,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--photos", type=Path, help="bridges: a folder of photos (scikit-image's public-domain ones)")
     parser.add_argument("--bridges-out", type=Path, default=Path(__file__).with_name("bridges.json"))
     parser.add_argument("--targets-out", type=Path, default=Path(__file__).with_name("targets.json"))
+    parser.add_argument("--controls-out", type=Path, default=Path(__file__).with_name("controls.json"))
     return parser.parse_args()
 
 

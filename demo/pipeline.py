@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -191,7 +192,12 @@ class ImagePrompt:
         return prompt_by(file, base.unet, tokens, self.weight)
 
 
-Steering = Control | ImagePrompt
+class Steering(Protocol):
+    """What steers a base: a map with its model, or a picture with its."""
+
+    def guide(self, base: Model) -> Guide:
+        """Load what is needed, for a base's UNet."""
+        ...
 
 
 class AdaptedModel:

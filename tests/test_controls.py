@@ -342,6 +342,19 @@ def test_the_map_follows_the_resolution_of_a_hires_pass() -> None:
         torch.testing.assert_close(source.delta(x, SIGMA, 5.0), expected, atol=1e-3, rtol=1e-3)
 
 
+def test_what_is_painted_anew_is_hidden_from_the_controlnet_for_inpainting() -> None:
+    """As its authors condition it: pixels under the mask are -1."""
+    unet = tiny_unet()
+    control = tiny_control(unet)
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 16:40, 8:48] = 1
+    source = Source(unet, Parameterization("eps"), TOLD, guides=[ControlNetGuide(control, Map(PICTURE, hidden=mask))])
+    condition = PICTURE.clone()
+    condition[mask.expand(-1, 3, -1, -1) > 0.5] = -1.0
+    expected = by_hand(unet, control, [1.0] * (len(unet.input_blocks) + 1), 5.0, picture=condition)
+    torch.testing.assert_close(source.delta(X, SIGMA, 5.0), expected, atol=1e-3, rtol=1e-3)
+
+
 def test_each_prompt_joined_by_and_is_steered() -> None:
     unet = tiny_unet()
     control = tiny_control(unet)

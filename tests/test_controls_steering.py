@@ -104,3 +104,14 @@ def test_what_cannot_be_used_leaves_nothing_behind(
         with pytest.raises((AdapterError, SettingError), match=sentence):
             kept.steer([edges, *picks])
         assert kept.networks == [] and kept.guides == ()
+
+
+def test_the_mask_of_img2img_is_for_the_controlnet_for_inpainting_alone(unet: UNet, tmp_path: Path) -> None:
+    mask = torch.ones(1, 1, 64, 64)
+    seen = {}
+    for name in ("inpaint", "edges"):
+        path = save(tmp_path / f"{name}.safetensors", tiny_control(unet).state_dict())
+        kept = Steering(unet)
+        kept.steer([ControlPick(path, [PICTURE], mask=mask)])
+        seen[name] = kept.guides[0].guide.map.at(64, 64, 3)  # type: ignore[attr-defined]
+    assert (seen["inpaint"] == -1).all() and torch.equal(seen["edges"], PICTURE)

@@ -64,8 +64,8 @@ RUNS = {
     "lineart-full": Run(steps=1200, batch=24, rate=5e-4, warmup=50, seed=4, average=0.99),
     "pixelart": Run(steps=1000, batch=24, rate=2e-3, warmup=50, seed=5, average=0.99),
     "concepts": Run(steps=1200, batch=24, rate=2e-3, warmup=50, seed=6, average=0.99),
-    "edges": Run(steps=1500, batch=32, rate=2e-3, warmup=50, seed=8, average=0.99),
-    "image-prompt": Run(steps=2000, batch=32, rate=1e-3, warmup=50, seed=9, average=0.99),
+    "edges": Run(steps=700, batch=24, rate=2e-3, warmup=50, seed=8, average=0.99),
+    "image-prompt": Run(steps=700, batch=24, rate=2e-3, warmup=50, seed=9, average=0.99),
     "metrics": Run(steps=4000, batch=48, rate=2e-3, seed=7),
 }
 # The same style by every algorithm of adapters, and by a LoRA from three seeds, whose differences are the noise that
@@ -210,17 +210,21 @@ class Workshop:
         export.unet_only(MODELS / "lineart-full.safetensors", model)
 
     def edges(self) -> None:
-        trained = controls.train_edges("edges", self.steered(), self.cache, RUNS["edges"])
-        export.edges(MODELS / "edges.safetensors", trained)
+        lesson = self.steered(controls.maps_of(self.shown()))
+        export.edges(MODELS / "edges.safetensors", controls.train_edges("edges", lesson, self.cache, RUNS["edges"]))
 
     def image_prompt(self) -> None:
-        trained = controls.train_image_prompt("image-prompt", self.steered(), self.cache, RUNS["image-prompt"])
+        lesson = self.steered(self.shown())
+        trained = controls.train_image_prompt("image-prompt", lesson, self.cache, RUNS["image-prompt"])
         export.image_prompt(MODELS, trained)
 
-    def steered(self) -> controls.Lesson:
-        """Return what controls learn from: the base's own latents, and the pictures these are of."""
-        pictures = controls.variants_of(self.emoji.pictures["flat"], STRONG["flat"], seed=7)
-        return controls.Lesson(self.trained_base(), self.tokens, self.latents("flat")[0], pictures)
+    def shown(self) -> Tensor:
+        """Return the pictures that the base's latents are of."""
+        return controls.variants_of(self.emoji.pictures["flat"], STRONG["flat"], seed=7)
+
+    def steered(self, shown: Tensor) -> controls.Lesson:
+        """Return what a control learns from: the base's own latents, each with what it is to be drawn by."""
+        return controls.Lesson(self.trained_base(), self.tokens, self.latents("flat"), shown)
 
     def metrics(self) -> None:
         judged = self.every.only([*NAMES, *CONCEPTS])

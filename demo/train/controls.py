@@ -20,6 +20,7 @@ from torch.func import functional_call
 from demo.edges import edge_maps
 from demo.train.adapters import Adapter, low_rank
 from demo.train.common import Run, train
+from demo.train.data import to_float
 from demo.train.denoisers import VARIANTS, Conditioned, all_contexts, initialise, noise_loss, picture_variants
 from lib_delta.adapters import lora
 from lib_delta.controls.vision import DEVIATION, MEAN
@@ -40,29 +41,34 @@ WITHOUT_PROMPT, WITHOUT_PICTURE, IN_DISORDER = 0.4, 0.1, 0.5
 
 @dataclass(frozen=True)
 class Lesson:
-    """Latents ``(P, V, 4, h, w)``, the uint8 pictures ``(P, V, 3, H, W)`` they are of, and the base with its prompts.
+    """Latents ``(P, V, 4, h, w)``, what each is learnt with, and the base with its prompts.
 
-    ``tokens[P]`` are the empty prompt's.
+    ``shown`` ``(P, V, C, H, W)`` are the latents' pictures or the maps of these, in bytes; ``tokens[P]`` are the empty
+    prompt's.
     """
 
     base: Conditioned
     tokens: Tensor
     latents: Tensor
-    pictures: Tensor
+    shown: Tensor
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Pick latents ``(N, 4, h, w)``; return them, the numbers of their prompts, and their pictures in [-1, 1]."""
+        """Pick latents ``(N, 4, h, w)``; return them, the numbers of their prompts, and what they are learnt with."""
         number = torch.randint(self.latents.shape[0], (count,), generator=generator)
         variant = torch.randint(VARIANTS, (count,), generator=generator)
         silent = torch.rand(count, generator=generator) < WITHOUT_PROMPT
-        chosen = self.pictures[number, variant].float() / 127.5 - 1
-        return self.latents[number, variant].float(), torch.where(silent, -1, number), chosen
+        return self.latents[number, variant].float(), torch.where(silent, -1, number), self.shown[number, variant]
 
 
 def variants_of(pictures: Tensor, strong: int, seed: int) -> Tensor:
     """Return what latents were made of: augmented pictures, uint8 ``(P, V, 3, H, W)``."""
     moved = [torch.cat(parts) for parts in picture_variants(pictures, strong, seed)]
     return torch.stack([((variant + 1) * 127.5).round().byte() for variant in moved], 1)
+
+
+def maps_of(pictures: Tensor) -> Tensor:
+    """Return the edge maps of pictures as :func:`variants_of` gives them, uint8 ``(P, V, 1, H, W)``."""
+    return torch.stack([255 * edge_maps(to_float(one)).byte() for one in pictures])[:, :, None]
 
 
 class EdgeControl(nn.Module):
@@ -109,8 +115,8 @@ def train_edges(name: str, lesson: Lesson, folder: Path, run: Run) -> EdgeContro
     model = EdgeControl(unet)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x0, number, pictures = lesson.draw(run.batch, generator)
-        context, maps = contexts[number], edge_maps(pictures)[:, None].expand(-1, 3, -1, -1)
+        x0, number, shown = lesson.draw(run.batch, generator)
+        context, maps = contexts[number], (shown / 255).expand(-1, 3, -1, -1)
 
         def predict(noisy: Tensor, t: Tensor) -> Tensor:
             residuals = model(noisy, t, context, maps)
@@ -158,8 +164,8 @@ def train_image_prompt(name: str, lesson: Lesson, folder: Path, run: Run) -> Pic
     model = PicturePrompt(unet)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x0, number, pictures = lesson.draw(run.batch, generator)
-        references = in_disorder(turned(pictures, generator), generator)
+        x0, number, shown = lesson.draw(run.batch, generator)
+        references = in_disorder(turned(to_float(shown), generator), generator)
         kept = (torch.rand(run.batch, generator=generator) >= WITHOUT_PICTURE).float()
 
         def predict(noisy: Tensor, t: Tensor) -> Tensor:

@@ -70,6 +70,11 @@ class ControlFile:
         """Whether what it adds is averaged over the picture: no weight tells, so the released file's name does."""
         return "shuffle" in self.name.lower()
 
+    @property
+    def fills(self) -> bool:
+        """Whether it fills what is hidden of its map; told by the name as well."""
+        return "inpaint" in self.name.lower()
+
 
 def load_control(
     path: Path, unet: UNet, dtype: torch.dtype | None = None, device: torch.device | str | None = None

@@ -26,12 +26,14 @@ LARGEST = 64_000_000  # pixels of a picture that is read
 class Map:
     """One map, or one for each image: ``(count, channels, H, W)`` in [0, 1].
 
-    ``resize`` says what happens where the proportions differ.
+    ``resize`` says what happens where the proportions differ.  ``hidden`` ``(count or 1, 1, H, W)`` is above a half
+    where pixels are hidden: -1, as the ControlNet for inpainting was trained to fill.
     Raises :class:`SettingError` for a mode that is not known or a map that is empty.
     """
 
     pictures: Tensor
     resize: ResizeMode = "just resize"
+    hidden: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.resize not in get_args(ResizeMode):
@@ -52,7 +54,10 @@ class Map:
         pictures = self.pictures
         if found != channels:
             pictures = pictures.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-        return self._resized(pictures, height, width).contiguous()
+        resized = self._resized(pictures, height, width).contiguous()
+        return (
+            resized if self.hidden is None else resized.masked_fill(self._resized(self.hidden, height, width) > 0.5, -1)
+        )
 
     def _resized(self, pictures: Tensor, height: int, width: int) -> Tensor:
         across, down = width / pictures.shape[3], height / pictures.shape[2]

@@ -29,7 +29,8 @@ class ControlPick:
 
     ``pictures`` are ``(1, 3, H, W)`` in [0, 1]: one map, or one for each image of the batch, all of a size; or the
     pictures to prompt with, of any size.  ``mode`` and ``resize`` are of maps, ``weight_type`` is of image prompts,
-    as are ``encoders``: files of image encoders, of which the one that fits is taken.
+    as are ``encoders``: files of image encoders, of which the one that fits is taken.  ``mask`` ``(1, 1, H, W)`` is
+    where img2img paints (1): what the ControlNet for inpainting is not shown, and others are.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class ControlPick:
     resize: ResizeMode = "crop and resize"
     weight_type: WeightType = "linear"
     encoders: Sequence[Path] = ()
+    mask: Tensor | None = None
 
 
 class Steering:
@@ -88,7 +90,8 @@ class Steering:
         if seen is not None:
             guide = prompt_by(file, self.unet, seen[1], pick.weight, pick.weight_type)
         else:
-            guide = follow(file, self.unet, Map(_together(file, pick), pick.resize), pick.weight, pick.mode)
+            hidden = pick.mask if file.fills else None
+            guide = follow(file, self.unet, Map(_together(file, pick), pick.resize, hidden), pick.weight, pick.mode)
         return Timed(guide, pick.start, pick.end)
 
     def _seen(self, state: FileState, pick: ControlPick) -> tuple[tuple[FileState, str], Tokens] | None:
