@@ -213,6 +213,7 @@ def test_a_map_is_followed_beside_or_without_other_adapters(models: Path, tmp_pa
     drawn = {}
     for name, arguments in {
         "map": control,
+        "map by its own model": control[:2],
         "weight 0": [f"{control[0]}", f"{control[1]}:0", *control[2:]],
         "map and LoRA": [*control, "--lora", str(models / "lineart.safetensors")],
         "LoRA": ["--lora", str(models / "lineart.safetensors")],
@@ -223,6 +224,7 @@ def test_a_map_is_followed_beside_or_without_other_adapters(models: Path, tmp_pa
     base, adapted, target, delta = range(4)
     assert (drawn["weight 0"][0, base] == drawn["weight 0"][0, adapted]).all()
     assert (drawn["weight 0"][0, target] == drawn["weight 0"][0, delta]).all()
+    assert (drawn["map by its own model"] == drawn["map"]).all()
     for a, b in (("map", "weight 0"), ("map", "LoRA"), ("map and LoRA", "map"), ("map and LoRA", "LoRA")):
         assert (drawn[a][0, delta] != drawn[b][0, delta]).any()
 
@@ -230,8 +232,12 @@ def test_a_map_is_followed_beside_or_without_other_adapters(models: Path, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--image", "edges.png"], "--image, --image-model and --image-encoder are needed together"),
-        (["--control", "edges.png"], "there are 1 --control and 0 --control-model"),
+        (["--image-model", "x"], "--image, --image-model and --image-encoder are needed together"),
+        (["--image", "edges.png"], "image-prompt.safetensors cannot be read"),
+        (
+            ["--control", "edges.png", "--control", "edges.png", "--control-model", "edges.safetensors"],
+            "there are 2 --control and 1 --control-model",
+        ),
         (["--control", "names.json", "--control-model", "edges.safetensors"], "cannot be read as a picture"),
         (["--control", "edges.png", "--control-model", "lineart.safetensors"], "is a LoRA"),
         (["--control", "edges.png", "--control-model", "base.safetensors"], "is a checkpoint"),
@@ -272,6 +278,7 @@ OWN = ["--target", "no.safetensors", "--base", "no.safetensors", "--lora", "no.s
     [
         (OWN, "--prompt is needed with your own files"),
         ([*OWN, "--prompt", "fox"], "no.safetensors cannot be read"),
+        ([*OWN[:4], "--prompt", "fox", "--control", "x"], "there are 1 --control and 0 --control-model"),
         ([*OWN[:4], "--prompt", "fox"], "--target, --base and a --lora, --adapted, --control or --image are needed"),
         (["--prediction", "v"], "--prediction is for your own files"),
         ([*OWN, "--prompt", "fox", "--device", "warp"], "--device warp cannot be used here"),
