@@ -1,7 +1,7 @@
 """Named settings of the accordion, in a small JSON file of the user's.
 
-The file holds, by name, the keys that API calls give.  It is read whenever it is asked for, so that it may be edited
-by hand; importing this module imports no torch.
+The file holds, by name, the keys that API calls give; units by their recipes, without the pictures.  It is read
+whenever it is asked for, so that it may be edited by hand; importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from lib_delta.errors import SettingError, near, shown
 from lib_delta.request import NONE, SETTINGS, Request
+from lib_delta.units import format_units
 
 # Whether there is to be a delta at all is the user's to say each time.
 SAVED = tuple(f for f in SETTINGS if f.name != "enabled")
@@ -50,7 +51,9 @@ class Presets:
         name = name.strip()
         if name in ("", NONE):
             raise SettingError("a preset needs a name: write one into the box, and save again")
-        self._write({**self._read(), name: {f.metadata["key"]: getattr(request, f.name) for f in SAVED}})
+        named = {f.metadata["key"]: getattr(request, f.name) for f in SAVED}
+        units = {"units": format_units(request.units)} if request.steered else {}
+        self._write({**self._read(), name: named | units})
         return name
 
     def delete(self, name: str) -> None:

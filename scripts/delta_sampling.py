@@ -114,7 +114,7 @@ class DeltaSampling(scripts.Script):
             presets = PresetRow(self.elem_id)
             status, refresh = self._status()
         box.connect(w["prompt"], w["negative_prompt"], prompts)
-        presets.connect(w, prompts)
+        presets.connect(w, prompts, units)
         drawn = [w[name] for name in CURVE_FIELDS]
         for event in (*(widget.change for widget in drawn), redraw.click):
             event(drawing, inputs=drawn, outputs=[picture], queue=False, show_progress="hidden")

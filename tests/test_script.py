@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,13 +185,23 @@ def test_an_edit_changes_the_texts_and_unfolds_the_prompts_it_has_filled(webui):
         assert apply(nothing, "lineart:0.6", "a", "b")[:3] == ("lineart:0.6", "a", "b")
 
 
+def held(row, request):
+    """What the widgets hold that a preset saves: the settings, and the units without their pictures."""
+    units = [*request.units, Unit(), Unit(), Unit()]
+    return [*(getattr(request, f.name) for f in SETTINGS[1:]), *(getattr(units[i], n) for i, n in row.unit_fields())]
+
+
 def test_a_preset_brings_back_what_was_saved_and_does_not_switch_the_delta_on(webui):
-    row, widgets = webui.hosts("preset_row"), webui.runner().inputs[1 : len(SETTINGS)]
-    wanted = Request(True, 2.5, base=BASE, loras="moxin:0.8", adapted_prompt="ink", quality="fast")
-    said, listed, _ = row.save("ink on SDXL", *row.values(wanted))
+    row, runner = webui.hosts("preset_row"), webui.runner()
+    unit = Unit(True, None, "edges", "canny", 0.7, end=0.5)
+    wanted = Request(True, 2.5, base=BASE, loras="moxin:0.8", adapted_prompt="ink", quality="fast", units=(unit,))
+    said, listed, _ = row.save("ink on SDXL", *held(row, wanted))
     assert "Saved as &#x27;ink on SDXL&#x27;" in said and listed["choices"] == ["None", "ink on SDXL"]
-    *values, prompts, said, listed, name = row.chosen(SimpleNamespace(value="ink on SDXL"))
-    assert len(values) == len(widgets) and Request.from_arguments([True, *values]) == wanted
+    *values, prompts, units, said, listed, name = row.chosen(SimpleNamespace(value="ink on SDXL"))
+    assert Request.from_arguments([True, *values[: len(SETTINGS) - 1]]) == replace(wanted, units=())
+    assert len(values) == len(runner.infotext_fields) - 3, "all but the switch of the delta, and two that unfold"
+    assert values[len(SETTINGS) - 1 :][: len(row.PASTED)] == [getattr(unit, name) for name in row.PASTED]
+    assert units["open"] is True
     assert values[[f.name for f in SETTINGS][1:].index("adapted")] == "None", "an empty dropdown shows it"
     assert prompts["open"] is True and said == ""
     assert listed["value"] == name["value"] == "ink on SDXL"
@@ -200,8 +211,8 @@ def test_a_preset_brings_back_what_was_saved_and_does_not_switch_the_delta_on(we
 
 def test_what_cannot_be_saved_loaded_or_deleted_is_said_and_changes_nothing(webui):
     row = webui.hosts("preset_row")
-    assert "needs a name" in row.save("None", *row.values(Request()))[0]
-    assert "has no name" in row.save("x", *row.values(Request(loras=":1")))[0]
+    assert "needs a name" in row.save("None", *held(row, Request()))[0]
+    assert "has no name" in row.save("x", *held(row, Request(loras=":1")))[0]
     assert "There is no preset &#x27;x&#x27;" in row.delete("x")[0]
     *updates, said, _, _ = row.chosen(SimpleNamespace(value="gone"))
     assert "There is no preset &#x27;gone&#x27;" in said and all(set(update) == {"__type__"} for update in updates)
@@ -210,7 +221,7 @@ def test_what_cannot_be_saved_loaded_or_deleted_is_said_and_changes_nothing(webu
 def test_the_default_preset_is_loaded_when_the_page_is_there(webui):
     row = webui.hosts("preset_row")
     assert all("value" not in update for update in row.default() if update), "there is none"
-    row.save("mine", *row.values(Request(strength=3.0)))
+    row.save("mine", *held(row, Request(strength=3.0)))
     webui.shared.opts.data["delta_sampling_preset"] = "mine"
     assert row.default()[0] == 3.0
 

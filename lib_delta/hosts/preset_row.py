@@ -10,11 +10,13 @@ import gradio as gr
 from modules.ui_components import FormRow, ToolButton
 
 from lib_delta.errors import SettingError, shown
-from lib_delta.hosts import host
+from lib_delta.hosts import host, unit_box
 from lib_delta.hosts.lora_box import QUIET, refresh_button
-from lib_delta.hosts.settings import option
+from lib_delta.hosts.settings import option, units_shown
+from lib_delta.hosts.unit_box import PASTED, UnitBox, restoring
 from lib_delta.presets import SAVED
 from lib_delta.request import NONE, Request
+from lib_delta.units import FIELDS
 
 SAVE, DELETE = "\N{FLOPPY DISK}", "\N{WASTEBASKET}\ufe0f"
 
@@ -49,11 +51,14 @@ class PresetRow:
         for widget in (self.name, self.saved_as):
             widget.do_not_save_to_config = True
 
-    def connect(self, widgets: Mapping[str, Any], prompts: Any) -> None:
-        """Let presets fill the widgets, which are those of the settings by name; ``prompts`` unfolds with them."""
-        saved = [widgets[f.name] for f in SAVED]
+    def connect(self, widgets: Mapping[str, Any], prompts: Any, units: UnitBox) -> None:
+        """Let presets fill the widgets, which are those of the settings by name, and the units'.
+
+        ``prompts`` unfolds with them.
+        """
+        saved = [*(widgets[f.name] for f in SAVED), *(widget for widget, _ in units.infotext_fields)]
         told = [self.said, self.name, self.saved_as]
-        filled = [*saved, prompts, *told]
+        filled = [*saved, prompts, units.accordion, *told]
         self.name.select(chosen, inputs=[], outputs=filled, **QUIET)
         self.default.click(default, inputs=[], outputs=filled, **QUIET)
         self.save.click(save, inputs=[self.saved_as, *saved], outputs=told, **QUIET)
@@ -76,15 +81,15 @@ def default() -> list[Any]:
 
 
 def filled(name: str) -> list[Any]:
-    """Return what each widget is set to by a preset, whether the prompts unfold, and what is told."""
-    unchanged = [gr.update() for _ in (*SAVED, "prompts")]
+    """Return what each widget is set to by a preset, whether prompts and units unfold, and what is told."""
+    unchanged = [gr.update() for _ in (*SAVED, *unit_fields(), "prompts", "units")]
     if name == NONE:
         return [*unchanged, *told()]
     try:
         request = host().presets().load(name)
     except SettingError as error:
         return [*unchanged, *told(str(error))]
-    return [*values(request), unfolded(request), *told("", name)]
+    return [*values(request), unfolded(request), unit_box.unfold(request.infotext()), *told("", name)]
 
 
 def told(sentence: str = "", name: str = "") -> tuple[str, Any, Any]:
@@ -96,9 +101,20 @@ def told(sentence: str = "", name: str = "") -> tuple[str, Any, Any]:
 
 
 def values(request: Request) -> list[Any]:
-    """Return the widgets' values for settings: an empty dropdown shows None."""
+    """Return the widgets' values for settings and units: an empty dropdown shows None."""
     found = [(f.name, getattr(request, f.name)) for f in SAVED]
-    return [value or NONE if name in ("base", "adapted") else value for name, value in found]
+    # A picture's text holds the units as a preset does: by their recipes, and without the pictures.
+    text = request.infotext()
+    of_units = [restoring(place, name)(text) for place, name in unit_fields()]
+    return [
+        *(value or NONE if name in ("base", "adapted") else value for name, value in found),
+        *(gr.update() if value is None else value for value in of_units),
+    ]
+
+
+def unit_fields() -> list[tuple[int, str]]:
+    """Return the place of a unit and the name of a field for each widget of the units that a preset fills."""
+    return [(place, name) for place in range(units_shown()) for name in PASTED]
 
 
 def unfolded(request: Request) -> Any:
@@ -109,8 +125,10 @@ def unfolded(request: Request) -> Any:
 
 def save(name: str, *given: Any) -> tuple[str, Any, Any]:
     """Save what the widgets hold, and return what is told."""
+    of_units = dict(zip(unit_fields(), given[len(SAVED) :]))
+    units = [of_units.get((place, field)) for place in range(units_shown()) for field in FIELDS]
     try:
-        kept = host().presets().save(name, Request.from_arguments([True, *given]))
+        kept = host().presets().save(name, Request.from_arguments([True, *given[: len(SAVED)], *units]))
     except SettingError as error:
         return told(str(error))
     return told(f"saved as {shown(kept)}", kept)
