@@ -25,7 +25,7 @@ from lib_delta.units import plain as plain_of_unit
 HIRES_PASSES = ("both", "first pass", "hires pass")
 SIZES = ("automatic", "picture")
 # The forms of lib_delta.bridges; pictures of versions that knew no other were made with the last.
-BRIDGES = ("learned", "published", "same_snr")
+BRIDGES = ("learned", "taesd", "published", "same_snr")
 # The plans of lib_delta.quality, which needs torch.
 QUALITIES = ("exact", "balanced", "fast")
 # For each LoRA picked, whether it counts.
@@ -96,7 +96,12 @@ class Request:
         sizes=(64, 4096),
     )
     bridge: str = _setting(
-        "learned", "bridge", "Delta bridge", "how latents of another kind are carried over", choices=BRIDGES
+        "learned",
+        "bridge",
+        "Delta bridge",
+        "how latents of another kind are carried over: by learned maps, over pictures by the WebUI's TAESD files, "
+        "or by scale alone in one of two forms",
+        choices=BRIDGES,
     )
     quality: str = _setting(
         "exact",

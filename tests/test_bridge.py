@@ -193,9 +193,10 @@ def test_the_status_line_tells_space_bridge_and_size() -> None:
 
 def test_latents_that_no_bridge_leads_to_are_refused() -> None:
     reached = r"SD 1\.x/2\.x, SDXL, SD 3 or FLUX\.1"
-    with pytest.raises(SettingError, match=rf"no bridge leads .* to those of Qwen-Image: .* latents of {reached}"):
+    named = r"Wan 2\.1 \(Qwen-Image, Wan\)"
+    with pytest.raises(SettingError, match=rf"no bridge leads .* to those of {named}: .* latents of {reached}"):
         choose(Family.SD1, Family.QWEN_IMAGE)
-    with pytest.raises(SettingError, match="must be learned, not published"):
+    with pytest.raises(SettingError, match="must be learned or taesd, not published"):
         choose(Family.SD1, Family.FLUX, form="published")
     with pytest.raises(SettingError, match="form of a bridge must be one of"):
         choose(Family.SD1, Family.SDXL, form="other")

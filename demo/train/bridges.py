@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from demo.autoencoders import WHERE, Autoencoder, of_checkpoints, tiny
-from demo.train.bridges_fit import Size, linear_bridge, save, train_state
+from demo.train.bridges_fit import Size, detailed, linear_bridge, save, train_state
 from demo.train.bridges_pictures import Array, Sizes, draw, edited
 from demo.train.bridges_pictures import blurred as blur
 from demo.train.data import Emoji
@@ -62,13 +62,15 @@ def read(options: argparse.Namespace) -> dict[Space, Autoencoder]:
 def fit(source: Tensor, target: Tensor, size: Size | None = None) -> LearnedBridge:
     """Fit a bridge to the latents ``(N, 2, C, H, W)`` of pictures and their edits in two spaces.
 
-    Without a ``size`` it is filters alone; with one, the map of states is a network besides.
+    Without a ``size`` it is filters alone; with one, the map of states is a network besides, and that of differences
+    takes detail from the target's latent.
     Both spaces must have as many latent pixels per picture.
     """
     linear = linear_bridge(source, target)
     if size is None:
         return linear
-    return replace(linear, state=train_state(linear, source, target, size))
+    difference = detailed(linear.difference, source, target)
+    return replace(linear, state=train_state(linear, source, target, size), difference=difference)
 
 
 def generated(emoji: Tensor | None) -> Callable[[Generator], Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib_delta.bridges.learned import LearnedBridge
-from lib_delta.bridges.maps import DifferenceMap, Filter, StateMap
+from lib_delta.bridges.maps import DifferenceMap, Filter, StateMap, followed
 
 RIDGE = 1e-4  # of the mean variance, so that channels that hardly vary stay small
 
@@ -54,6 +54,23 @@ def linear_bridge(source: Tensor, target: Tensor, width: int = 5) -> LearnedBrid
     difference = DifferenceMap(source.shape[2], target.shape[2], width)
     difference.filter = fit_filter(changes, width, bias=False)
     return LearnedBridge(state.eval().requires_grad_(False), difference.eval().requires_grad_(False))
+
+
+@torch.no_grad()
+def detailed(linear: DifferenceMap, source: Tensor, target: Tensor) -> DifferenceMap:
+    """Fit what a map of differences takes besides from the target's latent, on ``(N, 2, C, H, W)`` of both spaces."""
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for s, t in zip(source.split(100), target.split(100)):
+            before, change = t[:, 0].float(), t[:, 1].float() - t[:, 0]
+            carried = linear.filter(s[:, 1].float() - s[:, 0])
+            yield torch.cat((carried, followed(carried, before)), 1), change
+
+    channels_out, channels_in, width, _ = linear.filter.weight.shape
+    fitted = DifferenceMap(channels_in, channels_out, width, detailed=True)
+    fitted.filter = linear.filter
+    fitted.detail = fit_filter(pairs(), width, bias=False)
+    return fitted.eval().requires_grad_(False)
 
 
 def save(bridge: LearnedBridge, path: Path, about: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lib_delta.bridges.identity import SameSize
-from lib_delta.bridges.maps import DifferenceMap, StateMap
+from lib_delta.bridges.maps import DifferenceMap, StateMap, wrap
 from lib_delta.bridges.protocol import Crossing
 from lib_delta.checkpoint import WeightFile, fill
 from lib_delta.devices import without_autocast
@@ -27,7 +27,7 @@ class LearnedBridge(SameSize):
     """Two maps fitted on the same pictures encoded by both autoencoders (``README.md`` beside this file).
 
     ``state`` maps the target's clean latent ``(N, A, H, W)`` to the source's ``(N, B, H, W)``;
-    ``difference`` maps the source's delta to the target's latent.  Both compute in
+    ``difference`` maps the source's delta to the target's latent, where that is known.  Both compute in
     float32, whatever autocast a host runs under.
     """
 
@@ -41,20 +41,32 @@ class LearnedBridge(SameSize):
 
     @torch.no_grad()
     def to_source(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor, Crossing]:
-        target, known = denoised.float(), self.state.filter.weight.shape[1]
-        if target.shape[1] != known:
-            raise SettingError(
-                f"the bridge {self.name} is for latents of {known} channels, and the main model's have "
-                f"{target.shape[1]}: its checkpoint is of another family than it was taken for"
-            )
+        target = denoised.float()
+        check_channels(target, self.state.filter.weight.shape[1], self.name)
         with without_autocast(x.device):
             clean = self.state.to(x.device)(target)
-        return clean + with_channels(x.float() - target, clean.shape[1]), sigma, Crossing(clean)
+        return clean + with_channels(x.float() - target, clean.shape[1]), sigma, Crossing(clean, target=target)
 
     @torch.no_grad()
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
-        with without_autocast(delta.device):
-            return self.difference.to(delta.device)(delta.float())
+        return carried(self.difference, delta, crossing)
+
+
+def carried(difference: DifferenceMap, delta: Tensor, crossing: Crossing) -> Tensor:
+    """Return a delta of the source's in the target's latent, from where the crossing started."""
+    assert crossing.target is not None
+    with without_autocast(delta.device):
+        mapped: Tensor = difference.to(delta.device)(delta.float(), crossing.target)
+    return mapped
+
+
+def check_channels(target: Tensor, known: int, name: str) -> None:
+    """Raise :class:`SettingError` where a target's latent is not of the channels that a bridge is for."""
+    if target.shape[1] != known:
+        raise SettingError(
+            f"the bridge {name} is for latents of {known} channels, and the main model's have "
+            f"{target.shape[1]}: its checkpoint is of another family than it was taken for"
+        )
 
 
 def with_channels(noise: Tensor, channels: int) -> Tensor:
@@ -81,14 +93,17 @@ def path_of(source: Space, target: Space) -> Path:
 
 
 @cache
-def load(path: Path) -> LearnedBridge:
-    """Read a bridge's file; while the process lives, it is read once.
+def load(path: Path, tiled: bool = False) -> LearnedBridge:
+    """Read a bridge's file; while the process lives, it is read once for pictures that can be ``tiled``, and once else.
 
     Raises :class:`CheckpointError` if the file is damaged or of another kind.
     """
     with WeightFile.open(path) as file:
         state = _filled(StateMap, file.below("state."), path.name)
         difference = _filled(DifferenceMap, file.below("difference."), path.name)
+    if tiled:
+        wrap(state)
+        wrap(difference)
     return LearnedBridge(state, difference, path.stem)
 
 

@@ -9,10 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Shapes = Mapping[str, tuple[int, ...]]
+REGRESSION_RIDGE = 0.01  # of latents, whose variance is about 1
 
 
 class Filter(nn.Module):
-    """A linear filter over a latent's surroundings, its edges repeated: ``(N, A, H, W)`` to ``(N, B, H, W)``."""
+    """A linear filter over a latent's surroundings: ``(N, A, H, W)`` to ``(N, B, H, W)``.
+
+    Beyond its edges a latent is continued by them, or by what lies at the other one (:func:`wrap`).
+    """
+
+    edges = "replicate"
 
     def __init__(self, channels_in: int, channels_out: int, width: int, bias: bool) -> None:
         super().__init__()
@@ -21,7 +27,16 @@ class Filter(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         reach = self.weight.shape[-1] // 2
-        return F.conv2d(F.pad(z, [reach] * 4, mode="replicate"), self.weight, self.bias)
+        return F.conv2d(F.pad(z, [reach] * 4, mode=self.edges), self.weight, self.bias)
+
+
+def wrap(module: nn.Module) -> None:
+    """Have the convolutions of a map see beyond an edge what lies at the other one, for pictures that can be tiled."""
+    for layer in module.modules():
+        if isinstance(layer, Filter):
+            layer.edges = "circular"
+        elif isinstance(layer, nn.Conv2d):
+            layer.padding_mode = "circular"
 
 
 class Residual(nn.Module):
@@ -71,19 +86,44 @@ class StateMap(nn.Module):
 class DifferenceMap(nn.Module):
     """A difference of source latents ``(N, A, H, W)`` as one of the target's ``(N, B, H, W)``.
 
-    A filter without offset: linear, so that a delta may be of any size, and nothing stays exactly nothing.
+    A filter without offset, and, where there is one, a second that is given besides what the change has in common
+    with the target's latent (:func:`followed`), whose detail the source's latent lacks.  Both are linear, so that
+    a delta may be of any size, and nothing stays exactly nothing.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, width: int = 5) -> None:
+    def __init__(self, channels_in: int, channels_out: int, width: int = 5, detailed: bool = False) -> None:
         super().__init__()
         self.filter = Filter(channels_in, channels_out, width, bias=False)
+        self.detail = Filter(2 * channels_out, channels_out, width, bias=False) if detailed else None
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> DifferenceMap:
         """Read the sizes off weight shapes; raises ``KeyError`` or ``ValueError`` if they are of something else."""
         channels_out, channels_in, width, _ = shapes["filter.weight"]
-        return cls(channels_in, channels_out, width)
+        return cls(channels_in, channels_out, width, "detail.weight" in shapes)
 
-    def forward(self, difference: Tensor) -> Tensor:
+    def forward(self, difference: Tensor, target: Tensor) -> Tensor:
+        """Map a difference where the target's clean latent is ``target`` ``(N, B, H, W)``."""
         carried: Tensor = self.filter(difference)
-        return carried
+        if self.detail is None:
+            return carried
+        detailed: Tensor = self.detail(torch.cat((carried, followed(carried, target, self.filter.edges)), 1))
+        return detailed
+
+
+def followed(change: Tensor, state: Tensor, edges: str = "replicate") -> Tensor:
+    """Return the part of a change ``(N, B, H, W)`` that follows the state ``(N, B, H, W)``, with the state's detail.
+
+    It is the change's regression, one for each image, on the state and on its average over 3x3 points: where an
+    edit makes of the same colours the same others, as to grey does, this is nearly all of it.
+    """
+    soft = F.avg_pool2d(F.pad(state, [1] * 4, mode=edges), 3, 1)
+    known = torch.cat((state, soft), 1).flatten(2).transpose(1, 2)
+    wanted = change.flatten(2).transpose(1, 2)
+    known, mean = known - known.mean(1, keepdim=True), wanted.mean(1, keepdim=True)
+    gram = known.transpose(1, 2) @ known / known.shape[1]
+    moment = known.transpose(1, 2) @ (wanted - mean) / known.shape[1]
+    # So few numbers are solved for where every device's users can: not all have a solver.
+    ridged = gram.cpu() + REGRESSION_RIDGE * torch.eye(gram.shape[-1])
+    weights = torch.linalg.solve(ridged, moment.cpu()).to(change.device)
+    return (known @ weights + mean).transpose(1, 2).reshape(change.shape)

@@ -23,12 +23,14 @@ class ResolutionBridge:
     Latents of up to ``limit * limit`` pass as they are.  The aspect is kept as far as multiples of 8
     allow.  ``noise`` says what becomes of the noise: it is ``averaged`` with the rest, and the source
     is asked at the lower sigma that this leaves (averaging 2x2 halves it); or it is kept at ``unit``
-    variance, and the source is asked at the target's sigma.
+    variance, and the source is asked at the target's sigma.  Of a picture that can be ``tiled`` the delta is
+    enlarged as if its edges met.
     """
 
     side: int
     limit: int
     noise: Noise = "averaged"
+    tiled: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.side <= self.limit:
@@ -64,8 +66,24 @@ class ResolutionBridge:
 
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
         assert crossing.target is not None
-        size = crossing.target.shape[-2:]
-        return delta if delta.shape[-2:] == size else F.interpolate(delta, size, mode="bilinear", align_corners=False)
+        height, width = crossing.target.shape[-2:]
+        if delta.shape[-2:] == (height, width):
+            return delta
+        return (_enlarged_tile if self.tiled else _enlarged)(delta, height, width)
+
+
+def _enlarged(delta: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(delta, (height, width), mode="bilinear", align_corners=False)
+
+
+def _enlarged_tile(delta: Tensor, height: int, width: int) -> Tensor:
+    """Enlarge with as much of the other side around it as makes whole points of the result."""
+    rows, columns = delta.shape[-2:]
+    down, across = rows // math.gcd(rows, height), columns // math.gcd(columns, width)
+    more_down, more_across = down * height // rows, across * width // columns
+    around = F.pad(delta, (across, across, down, down), mode="circular")
+    enlarged = _enlarged(around, height + 2 * more_down, width + 2 * more_across)
+    return enlarged[..., more_down : more_down + height, more_across : more_across + width]
 
 
 def _noise_left(full: tuple[int, int], size: tuple[int, int]) -> float:

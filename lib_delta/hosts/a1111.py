@@ -16,6 +16,7 @@ from modules import devices, lowvram, script_callbacks, shared
 from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
 from torch import Tensor
 
+from lib_delta.errors import SettingError
 from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
 from lib_delta.hosts.progress import pass_progress
@@ -150,6 +151,11 @@ def _call(run: Run, hires: bool, params: Any) -> Call:
     x, sigma = params.x[-images:].float(), params.sigma[-images:].float()
     timesteps = isinstance(denoiser, CFGDenoiserTimesteps)
     if timesteps:
+        if family_of(shared.sd_model) is Family.SD3:
+            raise SettingError(
+                f"the sampler {denoiser.p.sampler_name} asks for noise at timesteps, and SD 3 knows neither: "
+                "choose another sampler"
+            )
         x, sigma = from_timestep_space(x, sigma, Schedule(shared.sd_model.alphas_cumprod))
     return Call(
         run=run,

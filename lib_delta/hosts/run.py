@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lib_delta.bridges import Bridge, choose, status
+from lib_delta.bridges import Bridge, choose, described
 from lib_delta.devices import without_autocast
 from lib_delta.errors import DeltaError, NotFiniteError
 from lib_delta.families import Family
@@ -48,7 +49,8 @@ class Run:
     """The delta of one batch.
 
     ``sources`` are the source as the first and as the hires pass tell it its prompts, for each set of
-    LoRAs that counts at some point.  ``fault`` is what ended the delta, where the user wants to go on
+    LoRAs that counts at some point.  ``tiled`` tells whether the picture's edges meet, and ``autoencoders`` where
+    the WebUI has its tiny ones.  ``fault`` is what ended the delta, where the user wants to go on
     without it.  ``effective`` tells that it was other than zero, ``interrupted`` that the user ended the run.
     ``heat`` is where its changes are summed up, if the user wants to see them.
     """
@@ -58,6 +60,8 @@ class Run:
     sources: dict[tuple[bool, Active], Source]
     on_fault: Callable[[DeltaError], None]
     heat: HeatMap | None = None
+    tiled: bool = False
+    autoencoders: Path | None = None
     fault: DeltaError | None = None
     steps: int = 0
     seconds: float = 0.0
@@ -101,6 +105,8 @@ class Run:
                 limit,
                 request.bridge,  # type: ignore[arg-type]
                 request.side_size,
+                tiled=self.tiled,
+                autoencoders=self.autoencoders,
             )
         return self._bridges[target.family, limit]
 
@@ -141,8 +147,7 @@ class Run:
     def _note_bridge(self, target: Target, step: DenoiseStep) -> None:
         """Note for the status which bridge the last step had, and how large the side model's latents were."""
         rows, columns = step.x.shape[-2:]
-        source, request = self.model.report.family, self.asked.first
-        self.bridged = status(source, target.family, rows, columns, request.bridge, request.side_size)  # type: ignore[arg-type]
+        self.bridged = described(self.bridge(target), target.family, rows, columns)
 
     def _of_source(self, step: DenoiseStep, target: Target) -> DenoiseStep:
         """Bring a step to the terms of the source: its scale of noise, and its own guidance."""

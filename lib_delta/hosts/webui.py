@@ -21,7 +21,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from modules import extra_networks, processing, prompt_parser, script_callbacks, sd_models, sd_samplers, shared
+from modules import (
+    extra_networks,
+    paths_internal,
+    processing,
+    prompt_parser,
+    script_callbacks,
+    sd_models,
+    sd_samplers,
+    shared,
+)
 
 from lib_delta.errors import DeltaError, SettingError, near, shown
 from lib_delta.hosts import heatmap, tags
@@ -128,6 +137,10 @@ class Host(ABC):
     def keep_schedule(self, p: Any) -> Callable[[], None]:
         """Return what gives the main model its noise schedule of now back, where an error would leave another."""
         return lambda: None
+
+    def tiny_autoencoders(self) -> Path:
+        """Return the folder where the WebUI has the tiny autoencoders (TAESD) that it shows previews by."""
+        return Path(paths_internal.models_path) / "VAE-taesd"
 
     def quantized(self) -> bool:
         """Tell whether the WebUI asks its models at whole timesteps only, and not between them."""
@@ -436,10 +449,18 @@ class Host(ABC):
             if file.unmatched:
                 p.comment(f"Delta Sampling: {file.report()}")
         self._steer(p, asked, model)
-        tile(model.network, bool(getattr(p, "tiling", False)))
+        tiled = bool(getattr(p, "tiling", False))
+        tile(model.network, tiled)
         sources = self._tell(p, asked, model)
-        heat = HeatMap() if option("show", False) else None
-        run = Run(asked, model, sources, lambda fault: self._fault(p, fault), heat)
+        run = Run(
+            asked,
+            model,
+            sources,
+            lambda fault: self._fault(p, fault),
+            heat=HeatMap() if option("show", False) else None,
+            tiled=tiled,
+            autoencoders=self.tiny_autoencoders(),
+        )
         run.bridge(self.target())
         self.enter(p, model)
         return run

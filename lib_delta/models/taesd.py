@@ -78,6 +78,13 @@ def load(path: Path, part: str) -> nn.Sequential:
     return module
 
 
+def latent_channels(module: nn.Sequential, part: str) -> int:
+    """Return the channels of the latents that an encoder makes, or a decoder reads."""
+    channels = _latent_channels({key: tuple(value.shape) for key, value in module.state_dict().items()}, part)
+    assert channels is not None
+    return channels
+
+
 def _latent_channels(shapes: Mapping[str, tuple[int, ...]], part: str) -> int | None:
     """Read the channels of the latents off the first (decoder) or the last (encoder) convolution."""
     numbers = [int(m[1]) for key in shapes if (m := re.match(r"(\d+)\.", key))]

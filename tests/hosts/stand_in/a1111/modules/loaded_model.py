@@ -45,5 +45,9 @@ class LoadedModel:
         (context,) = cond["c_crossattn"]
         return self.networks(x, t, context)
 
+    def noised(self, x, noise, sigma):
+        """Return a latent with noise of a level, in the model's own terms."""
+        return x + noise * sigma
+
 
 load_model = LoadedModel

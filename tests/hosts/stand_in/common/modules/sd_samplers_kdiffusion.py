@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from k_diffusion import sampling
 
+from modules import shared
 from modules.sd_samplers_cfg_denoiser import CFGDenoiser, model_for_sigmas
 from modules.sd_samplers_common import Sampler, SamplerData, setup_img2img_steps
 
@@ -64,7 +65,7 @@ class KDiffusionSampler(Sampler):
     def sample_img2img(self, p, x, noise, cond, uncond, steps=None):
         steps, encoded = setup_img2img_steps(p, steps)
         sigmas = self.get_sigmas(p, steps)[steps - encoded - 1 :]
-        noisy = x + noise * sigmas[0]
+        noisy = shared.sd_model.noised(x, noise, sigmas[0])
         return self.run(p, encoded + 1, noisy, (cond, uncond), x, **self.arguments(p, sigmas, x))
 
 

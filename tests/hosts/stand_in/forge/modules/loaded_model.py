@@ -67,5 +67,9 @@ class LoadedModel:
         self.text.clip_skip = shared.opts.CLIP_stop_at_last_layers
         return self.text(texts)
 
+    def noised(self, x, noise, sigma):
+        """Return a latent with noise of a level, in the model's own terms."""
+        return x + noise * sigma
+
 
 load_model = LoadedModel

@@ -58,7 +58,7 @@ class CFGDenoiser(torch.nn.Module):
         numbered, text_cond = prompt_parser.reconstruct_multicond_batch(cond, self.step)
         text_uncond = None if uncond is None else prompt_parser.reconstruct_cond_batch(uncond, self.step)
         if self.mask is not None:
-            x = x * self.nmask + (self.init_latent + torch.randn_like(x) * s) * self.mask
+            x = x * self.nmask + shared.sd_model.noised(self.init_latent, torch.randn_like(x), s) * self.mask
         self._call("cfg_denoiser", x=x, sigma=sigma, text_cond=text_cond, text_uncond=text_uncond, denoiser=self)
         if self.p.is_hr_pass:
             cond_scale = self.p.hr_cfg

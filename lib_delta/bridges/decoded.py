@@ -1,0 +1,148 @@
+"""States carried over as pictures: decoded by one tiny autoencoder, encoded by another."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib_delta.bridges.learned import carried, check_channels, load, path_of, with_channels
+from lib_delta.bridges.maps import DifferenceMap, wrap
+from lib_delta.bridges.protocol import Bridge, Crossing
+from lib_delta.checkpoint import FileState
+from lib_delta.devices import without_autocast
+from lib_delta.errors import CheckpointError, SettingError
+from lib_delta.models import taesd
+from lib_delta.spaces import Space
+
+TINY = {Space.SD1: "taesd", Space.SDXL: "taesdxl", Space.SD3: "taesd3", Space.FLUX1: "taef1"}
+ENDINGS = (".safetensors", ".pth", ".pt")
+# A picture that has gone through a pair that belongs together agrees with itself by .89 and more, and one through a
+# pair of which one is of another space by .77 and less.
+LEAST_AGREEMENT = 0.83
+
+
+@dataclass(frozen=True)
+class DecodedBridge:
+    """A target's clean latent is decoded to a picture, and that encoded in the source's space, one at a time.
+
+    ``resolution`` says how large the source's latents are, and what becomes of the noise; the picture is averaged
+    to that size, for pictures can be where latents cannot.  Deltas go back by the learned map ``difference``, which
+    carries them better than pictures do.  All compute in float32, whatever autocast a host runs under.
+    """
+
+    decoder: nn.Module
+    encoder: nn.Module
+    channels: tuple[int, int]  # of the target's latents, and of the source's
+    difference: DifferenceMap
+    resolution: Bridge
+    name: str = "taesd"
+
+    @property
+    def label(self) -> str:
+        return "TAESD bridge"
+
+    def source_size(self, height: int, width: int) -> tuple[int, int]:
+        return self.resolution.source_size(height, width)
+
+    @torch.no_grad()
+    def to_source(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor, Crossing]:
+        target = denoised.float()
+        check_channels(target, self.channels[0], self.name)
+        noise = with_channels(x.float() - target, self.channels[1])
+        noise, sigma, resized = self.resolution.to_source(noise, sigma, torch.zeros_like(noise))
+        with without_autocast(x.device):
+            size = (noise.shape[-2], noise.shape[-1])
+            clean = torch.cat([self._encoded(latent, size) for latent in target.split(1)])
+        return clean + noise, sigma, Crossing(clean, (resized,), target)
+
+    def _encoded(self, latent: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return one latent in the source's space, in a size of its latents."""
+        picture = self.decoder.to(latent.device)(latent).clamp(0, 1)
+        if size != latent.shape[-2:]:
+            picture = F.interpolate(picture, [taesd.FACTOR * length for length in size], mode="area")
+        encoded: Tensor = self.encoder.to(latent.device)(picture)
+        return encoded
+
+    @torch.no_grad()
+    def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
+        return carried(self.difference, self.resolution.delta_to_target(delta, crossing.parts[0]), crossing)
+
+
+def decoded_bridge(
+    source: Space, target: Space, folder: Path | None, resolution: Bridge, tiled: bool = False
+) -> DecodedBridge:
+    """Return the bridge over the tiny autoencoders of a folder, whose files are read once while they stay the same.
+
+    Raises :class:`SettingError` where one is missing, and :class:`CheckpointError` where one is another file than its
+    name says.
+    """
+    files = tuple(FileState.of(_file(folder, *wanted)) for wanted in ((target, "decoder"), (source, "encoder")))
+    decoder, encoder = _loaded(*files, source, target, tiled)
+    difference = load(path_of(source, target), tiled).difference
+    return DecodedBridge(decoder, encoder, (target.channels, source.channels), difference, resolution)
+
+
+def _file(folder: Path | None, space: Space, part: str) -> Path:
+    name = f"{TINY[space]}_{part}"
+    found = (folder / f"{name}{ending}" for ending in ENDINGS) if folder is not None else ()
+    file = next((path for path in found if path.is_file()), None)
+    if file is None:
+        place = "the folder VAE-taesd of the WebUI's models" if folder is None else folder
+        raise SettingError(
+            f"the bridge taesd needs {name} ({' or '.join(ENDINGS)}) in {place}, and there is none: download it from "
+            "github.com/madebyollin/taesd, or choose the learned bridge"
+        )
+    return file
+
+
+@lru_cache(maxsize=8)
+def _loaded(
+    decoder: FileState, encoder: FileState, source: Space, target: Space, tiled: bool
+) -> tuple[nn.Module, nn.Module]:
+    parts = _part(decoder.path, "decoder", target), _part(encoder.path, "encoder", source)
+    _check_fit(*parts, source, target, f"{decoder.path.name} and {encoder.path.name}")
+    if tiled:
+        for part in parts:
+            wrap(part)
+    return parts
+
+
+def _part(path: Path, part: str, space: Space) -> nn.Module:
+    module = taesd.load(path, part)
+    channels = taesd.latent_channels(module, part)
+    if channels != space.channels:
+        raise CheckpointError(
+            f"{path.name} is a tiny autoencoder for latents of {channels} channels, and those of {space.label} have "
+            f"{space.channels}: it is another file than its name says"
+        )
+    return module
+
+
+@torch.no_grad()
+def _check_fit(decoder: nn.Module, encoder: nn.Module, source: Space, target: Space, names: str) -> None:
+    """Raise :class:`CheckpointError` unless both are of their spaces, which shapes do not tell.
+
+    A picture is encoded, mapped to the target's space by the learned map and decoded.
+    """
+    picture = _probe()
+    mapped = load(path_of(target, source)).state(encoder(picture))
+    both = torch.cat((decoder(mapped), picture)).flatten(2)
+    agreement = float(F.cosine_similarity(*(both - both.mean(2, keepdim=True)).flatten(1).split(1)))
+    if not agreement > LEAST_AGREEMENT:
+        raise CheckpointError(
+            f"{names} do not fit together as those of {target.label} and of {source.label} do (a picture that goes "
+            f"through both agrees with itself by {agreement:.2f}): one is another file than its name says"
+        )
+
+
+def _probe(side: int = 96) -> Tensor:
+    """Return a picture ``(1, 3, side, side)`` of soft colours."""
+    down, across = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
+    waves = 5 * across + 2 * down, math.pi / 2 - 3 * across + 4 * down, 7 * (across - 0.5) ** 2 + 6 * down
+    return torch.stack([0.5 + 0.4 * wave.sin() for wave in waves])[None]

@@ -1,0 +1,3 @@
+"""Where the WebUI's folders are."""
+
+models_path = "models"
