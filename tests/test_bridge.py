@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import randn
 from safetensors.torch import save_file
 
@@ -20,6 +22,7 @@ from lib_delta.bridges import (
     status,
 )
 from lib_delta.bridges.learned import WEIGHTS, load, with_channels
+from lib_delta.bridges.maps import StateMap
 from lib_delta.errors import CheckpointError, SettingError
 from lib_delta.families import Family
 from lib_delta.spaces import Space
@@ -145,6 +148,8 @@ def test_the_source_of_a_learned_bridge_sees_large_pictures_at_its_own_size() ->
     assert bridge.source_size(96, 96) == (96, 96)
     assert bridge.source_size(128, 128) == (64, 64)
     assert bridge.source_size(112, 144) == (56, 72)
+    assert bridge.source_size(152, 104) == (76, 52)  # half, whose latents maps know
+    assert bridge.source_size(192, 192) == (64, 64)
     assert choose(Family.SD1, Family.SDXL, size="picture").source_size(128, 128) == (128, 128)
     assert choose(Family.SD1, Family.SDXL, size=640).source_size(128, 128) == (80, 80)
     assert choose(Family.SD1, Family.SDXL, form="published").source_size(128, 128) == (128, 128)
@@ -200,6 +205,23 @@ def test_latents_that_no_bridge_leads_to_are_refused() -> None:
         choose(Family.SD1, Family.FLUX, form="published")
     with pytest.raises(SettingError, match="form of a bridge must be one of"):
         choose(Family.SD1, Family.SDXL, form="other")
+
+
+def test_a_map_that_knows_half_the_size_gives_it_and_averages_for_others() -> None:
+    torch.manual_seed(0)
+    state = StateMap(4, 4, 3, half=6)
+    for parameter in state.parameters():
+        torch.nn.init.normal_(parameter)
+    z = randn(1, 4, 16, 24)
+    whole = F.conv2d(F.pad(z, (1,) * 4, mode="replicate"), state.filter.weight, state.filter.bias)
+    half = F.conv2d(F.pad(z, (2,) * 4, mode="replicate"), state.halving.weight, state.halving.bias, 2)
+    torch.testing.assert_close(state(z), whole)
+    torch.testing.assert_close(state(z, (8, 12)), half)
+    torch.testing.assert_close(state(z, (4, 6)), F.avg_pool2d(whole, 4))
+    square = z[..., :16]
+    bridge = replace(load(WEIGHTS / "sd1-sdxl.safetensors"), state=state, resolution=ResolutionBridge(8, 8))
+    _, _, crossing = bridge.to_source(square, torch.ones(1), square)
+    torch.testing.assert_close(crossing.denoised, state.halving(square))
 
 
 def test_a_damaged_file_of_a_bridge_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from demo import bridges as measured
 from demo.autoencoders import TINY, Autoencoder, tiny
 from demo.train import bridges as stage
-from demo.train.bridges_fit import Size, linear_bridge, save
+from demo.train.bridges_fit import Size, detailed, linear_bridge, save
 from demo.train.bridges_pictures import EDITS, Sizes, draw, edited
 from lib_delta.bridges.learned import LearnedBridge, load
 from lib_delta.bridges.maps import DifferenceMap, StateMap
@@ -67,6 +67,33 @@ def test_networks_improve_on_filters_where_the_relation_bends(tmp_path: Path) ->
     again = load(tmp_path / "a-b.safetensors")
     torch.testing.assert_close(again.state(target[:, 0]), trained.state(target[:, 0]), atol=0.02, rtol=0.02)
     assert torch.equal(again.difference.filter.weight, linear.difference.filter.weight.half().float())
+
+
+def test_a_state_map_learns_what_latents_are_at_half_the_size() -> None:
+    source = pictures()
+    target = other_space(source)
+    halves = 2 * F.avg_pool2d(source.flatten(0, 1), 2).unflatten(0, source.shape[:2]) - 0.3
+    state = stage.fit(source, target, halves=halves).state
+    new = randn(2, 1, 4, 12, 12, seed=9)
+    wanted = 2 * F.avg_pool2d(new[:, 0], 2) - 0.3
+    error = (state(other_space(new)[:, 0], (6, 6)) - wanted)[..., 1:-1, 1:-1]
+    assert float(error.square().mean()) < 0.03
+    averaged = stage.fit(source, target).state(other_space(new)[:, 0], (6, 6))
+    assert float((averaged - wanted).square().mean()) > 0.1
+
+
+def test_differences_take_detail_from_the_targets_latent() -> None:
+    """The source knows coarsely that all is made stronger by half, and the target's latent has what is fine."""
+    before = pictures(60)[:, 0]
+    target = torch.stack((before, 1.5 * before), 1)
+    soft = F.avg_pool2d(F.pad(before, [2] * 4, mode="replicate"), 5, 1)
+    source = torch.stack((soft, 1.5 * soft), 1)
+    linear = linear_bridge(source, target).difference
+    fitted = detailed(linear, source, target)
+    new = randn(2, 4, 12, 12, seed=9)
+    change = 0.5 * F.avg_pool2d(F.pad(new, [2] * 4, mode="replicate"), 5, 1)
+    errors = [float((made - 0.5 * new).square().mean()) for made in (linear(change, new), fitted(change, new))]
+    assert errors[1] < 0.3 * errors[0]
 
 
 def test_pictures_and_every_edit_are_pictures() -> None:

@@ -11,12 +11,13 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.random import Generator
 from torch import Tensor
 from tqdm import tqdm
 
 from demo.autoencoders import WHERE, Autoencoder, of_checkpoints, tiny
-from demo.train.bridges_fit import Size, detailed, linear_bridge, save, train_state
+from demo.train.bridges_fit import Size, detailed, linear_bridge, save, train_state, with_half
 from demo.train.bridges_pictures import Array, Sizes, draw, edited
 from demo.train.bridges_pictures import blurred as blur
 from demo.train.data import Emoji
@@ -25,6 +26,7 @@ from lib_delta.errors import DeltaError
 from lib_delta.spaces import Space
 
 BATCH = 16
+HALVES = "halves"
 Key = TypeVar("Key")
 
 
@@ -32,11 +34,14 @@ def run(options: argparse.Namespace, load: Callable[[], Emoji]) -> None:
     """Draw the pictures, encode them, and write a file for every ordered pair of spaces."""
     autoencoders = read(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    latents = encode(autoencoders, options.pictures, generated(coloured(load())))
+    encoders: dict[Space | str, Autoencoder] = dict(autoencoders)
+    if Space.SD1 in autoencoders:
+        encoders[HALVES] = halved(autoencoders[Space.SD1])
+    latents = encode(encoders, options.pictures, generated(coloured(load())))
     for source, target in itertools.permutations(autoencoders, 2):
         # The side model is of SD 1.x: pairs from there have networks, the others filters alone.
         size = Size(steps=options.steps) if source is Space.SD1 and options.steps else None
-        fitted = fit(latents[source], latents[target], size)
+        fitted = fit(latents[source], latents[target], size, latents[HALVES] if source is Space.SD1 else None)
         about = {"source": source.key, "target": target.key, "pictures": str(options.pictures)}
         save(fitted, options.out / path_of(source, target).name, about)
         print(f"{source.key} and {target.key}: written")
@@ -59,18 +64,23 @@ def read(options: argparse.Namespace) -> dict[Space, Autoencoder]:
         raise SystemExit(str(error)) from error
 
 
-def fit(source: Tensor, target: Tensor, size: Size | None = None) -> LearnedBridge:
+def halved(autoencoder: Autoencoder) -> Autoencoder:
+    """Return one that sees pictures at half the size."""
+    return replace(autoencoder, encoder=lambda pictures: autoencoder.encoder(F.avg_pool2d(pictures, 2)))
+
+
+def fit(source: Tensor, target: Tensor, size: Size | None = None, halves: Tensor | None = None) -> LearnedBridge:
     """Fit a bridge to the latents ``(N, 2, C, H, W)`` of pictures and their edits in two spaces.
 
     Without a ``size`` it is filters alone; with one, the map of states is a network besides, and that of differences
-    takes detail from the target's latent.
-    Both spaces must have as many latent pixels per picture.
+    takes detail from the target's latent.  ``halves``, the source's latents of the pictures at half the size, teach
+    the map of states to give these.  Both spaces must have as many latent pixels per picture.
     """
-    linear = linear_bridge(source, target)
-    if size is None:
-        return linear
-    difference = detailed(linear.difference, source, target)
-    return replace(linear, state=train_state(linear, source, target, size), difference=difference)
+    bridge = linear_bridge(source, target)
+    if size is not None:
+        difference = detailed(bridge.difference, source, target)
+        bridge = replace(bridge, state=train_state(bridge, source, target, size), difference=difference)
+    return bridge if halves is None else replace(bridge, state=with_half(bridge.state, target, halves))
 
 
 def generated(emoji: Tensor | None) -> Callable[[Generator], Array]:

@@ -19,12 +19,18 @@ RIDGE = 1e-4  # of the mean variance, so that channels that hardly vary stay sma
 
 
 @torch.no_grad()
-def fit_filter(pairs: Iterable[tuple[Tensor, Tensor]], width: int, bias: bool, ridge: float = RIDGE) -> Filter:
-    """Return the filter of least squares that maps ``(N, A, H, W)`` to ``(N, B, H, W)`` over all pairs."""
+def fit_filter(
+    pairs: Iterable[tuple[Tensor, Tensor]], width: int, bias: bool, ridge: float = RIDGE, stride: int = 1
+) -> Filter:
+    """Return the filter of least squares that maps ``(N, A, H, W)`` to ``(N, B, H, W)`` over all pairs.
+
+    With a ``stride`` of 2 the latter are half as large along each side.
+    """
     gram: Tensor | None = None
     moment: Tensor | None = None
     for a, b in pairs:
-        rows = F.unfold(F.pad(a.float(), [width // 2] * 4, mode="replicate"), width).transpose(1, 2).flatten(0, 1)
+        around = F.pad(a.float(), [(width - stride + 1) // 2] * 4, mode="replicate")
+        rows = F.unfold(around, width, stride=stride).transpose(1, 2).flatten(0, 1)
         rows = torch.cat((rows, torch.ones(len(rows), 1)), 1) if bias else rows
         wanted = b.float().flatten(2).transpose(1, 2).flatten(0, 1)
         gram = (rows.T @ rows).double() if gram is None else gram + (rows.T @ rows).double()
@@ -33,7 +39,7 @@ def fit_filter(pairs: Iterable[tuple[Tensor, Tensor]], width: int, bias: bool, r
         raise ValueError("a filter cannot be fitted to no pictures")
     solved = torch.linalg.solve(gram + ridge * gram.diagonal().mean() * torch.eye(len(gram)).double(), moment).float()
     weight = solved[:-1] if bias else solved
-    fitted = Filter(a.shape[1], b.shape[1], width, bias)
+    fitted = Filter(a.shape[1], b.shape[1], width, bias, stride)
     fitted.weight.copy_(weight.T.reshape(fitted.weight.shape))
     if fitted.bias is not None:
         fitted.bias.copy_(solved[-1])
@@ -70,6 +76,21 @@ def detailed(linear: DifferenceMap, source: Tensor, target: Tensor) -> Differenc
     fitted = DifferenceMap(channels_in, channels_out, width, detailed=True)
     fitted.filter = linear.filter
     fitted.detail = fit_filter(pairs(), width, bias=False)
+    return fitted.eval().requires_grad_(False)
+
+
+def with_half(state: StateMap, target: Tensor, halves: Tensor, width: int = 6) -> StateMap:
+    """Return a state map that knows half the size: ``halves`` are the source's latents of the smaller pictures.
+
+    Both are ``(N, 2, C, H, W)``, of pictures and their edits.
+    """
+    pairs = [(t.flatten(0, 1), h.flatten(0, 1)) for t, h in zip(target.split(100), halves.split(100))]
+    channels_in, channels_out = state.channels
+    hidden = 0 if state.head is None else state.head.weight.shape[1]
+    blocks = 0 if state.network is None else len(state.network) - 2
+    fitted = StateMap(channels_in, channels_out, state.filter.weight.shape[-1], hidden, blocks, width)
+    fitted.load_state_dict(state.state_dict(), strict=False)
+    fitted.halving = fit_filter(pairs, width, bias=True, stride=2)
     return fitted.eval().requires_grad_(False)
 
 

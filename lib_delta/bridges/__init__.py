@@ -7,7 +7,6 @@ no second state is carried along and every sampler of the target works as it is.
 
 from lib_delta.bridges.choice import FORMS, Form, Size, bridged, choose, described, status
 from lib_delta.bridges.composed import Composed
-from lib_delta.bridges.decoded import DecodedBridge
 from lib_delta.bridges.identity import IdentityBridge
 from lib_delta.bridges.learned import LearnedBridge
 from lib_delta.bridges.noise_limit import NoiseLimitBridge
@@ -20,7 +19,6 @@ __all__ = [
     "Bridge",
     "Composed",
     "Crossing",
-    "DecodedBridge",
     "Form",
     "IdentityBridge",
     "LearnedBridge",

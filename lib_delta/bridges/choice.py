@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from lib_delta.bridges.composed import Composed
 from lib_delta.bridges.decoded import decoded_bridge
 from lib_delta.bridges.identity import IdentityBridge
-from lib_delta.bridges.learned import load, path_of
+from lib_delta.bridges.learned import SAME_SIZE, load, path_of
 from lib_delta.bridges.noise_limit import NoiseLimitBridge
 from lib_delta.bridges.protocol import Bridge
 from lib_delta.bridges.resolution import Noise, ResolutionBridge
@@ -47,8 +48,8 @@ def choose(
         target: what the main model works in.
         sigma_max: the largest noise level that the source knows, where the target's schedule goes
             further (:class:`NoiseLimitBridge`).
-        form: "learned" maps; "taesd", where states go over pictures (:class:`DecodedBridge`); or one of the
-            two forms of :class:`ScaleBridge`.  Without meaning where both share a space.
+        form: "learned" maps; "taesd", where states go over pictures (:mod:`lib_delta.bridges.decoded`); or one
+            of the two forms of :class:`ScaleBridge`.  Without meaning where both share a space.
         size: of the side model.  "automatic" shows it pictures above 768 x 768 at the size of
             512 x 512, where a learned bridge is needed; elsewhere it is "picture", as large as the picture.
         noise: see :class:`ResolutionBridge`.
@@ -70,11 +71,12 @@ def choose(
         return _composed(*limit, IdentityBridge(), *resolution)
     if end not in bridged(start):
         raise SettingError(_no_bridge(start, end))
+    sized = resolution[0] if resolution else SAME_SIZE
     # What counts is the noise that the source is shown in the end.
     if form == "learned":
-        return _composed(load(path_of(start, end), tiled), *resolution, *limit)
+        return _composed(replace(load(path_of(start, end), tiled), resolution=sized), *limit)
     if form == "taesd":
-        return _composed(decoded_bridge(start, end, autoencoders, _composed(*resolution), tiled), *limit)
+        return _composed(decoded_bridge(start, end, autoencoders, sized, tiled), *limit)
     if start.channels != end.channels:
         raise SettingError(
             f"latents of {start.label} and {end.label} differ in more than scale: "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_delta.bridges.learned import carried, check_channels, load, path_of, with_channels
-from lib_delta.bridges.maps import DifferenceMap, wrap
-from lib_delta.bridges.protocol import Bridge, Crossing
+from lib_delta.bridges.learned import LearnedBridge, load, path_of
+from lib_delta.bridges.maps import wrap
+from lib_delta.bridges.protocol import Bridge
 from lib_delta.checkpoint import FileState
-from lib_delta.devices import without_autocast
 from lib_delta.errors import CheckpointError, SettingError
 from lib_delta.models import taesd
 from lib_delta.spaces import Space
@@ -27,65 +25,42 @@ ENDINGS = (".safetensors", ".pth", ".pt")
 LEAST_AGREEMENT = 0.83
 
 
-@dataclass(frozen=True)
-class DecodedBridge:
+class DecodedState(nn.Module):
     """A target's clean latent is decoded to a picture, and that encoded in the source's space, one at a time.
 
-    ``resolution`` says how large the source's latents are, and what becomes of the noise; the picture is averaged
-    to that size, for pictures can be where latents cannot.  Deltas go back by the learned map ``difference``, which
-    carries them better than pictures do.  All compute in float32, whatever autocast a host runs under.
+    The picture is averaged to the size that is wanted, for pictures can be where latents cannot.
     """
 
-    decoder: nn.Module
-    encoder: nn.Module
-    channels: tuple[int, int]  # of the target's latents, and of the source's
-    difference: DifferenceMap
-    resolution: Bridge
-    name: str = "taesd"
+    label = "TAESD bridge"
 
-    @property
-    def label(self) -> str:
-        return "TAESD bridge"
+    def __init__(self, decoder: nn.Module, encoder: nn.Module, channels: tuple[int, int]) -> None:
+        super().__init__()
+        self.decoder, self.encoder, self.channels = decoder, encoder, channels
 
-    def source_size(self, height: int, width: int) -> tuple[int, int]:
-        return self.resolution.source_size(height, width)
-
-    @torch.no_grad()
-    def to_source(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor, Crossing]:
-        target = denoised.float()
-        check_channels(target, self.channels[0], self.name)
-        noise = with_channels(x.float() - target, self.channels[1])
-        noise, sigma, resized = self.resolution.to_source(noise, sigma, torch.zeros_like(noise))
-        with without_autocast(x.device):
-            size = (noise.shape[-2], noise.shape[-1])
-            clean = torch.cat([self._encoded(latent, size) for latent in target.split(1)])
-        return clean + noise, sigma, Crossing(clean, (resized,), target)
+    def forward(self, z: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Map latents ``(N, A, H, W)`` to ``(N, B, *size)``."""
+        return torch.cat([self._encoded(latent, size or (z.shape[-2], z.shape[-1])) for latent in z.split(1)])
 
     def _encoded(self, latent: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return one latent in the source's space, in a size of its latents."""
-        picture = self.decoder.to(latent.device)(latent).clamp(0, 1)
-        if size != latent.shape[-2:]:
+        picture = self.decoder(latent).clamp(0, 1)
+        if size != tuple(latent.shape[-2:]):
             picture = F.interpolate(picture, [taesd.FACTOR * length for length in size], mode="area")
-        encoded: Tensor = self.encoder.to(latent.device)(picture)
+        encoded: Tensor = self.encoder(picture)
         return encoded
-
-    @torch.no_grad()
-    def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
-        return carried(self.difference, self.resolution.delta_to_target(delta, crossing.parts[0]), crossing)
 
 
 def decoded_bridge(
     source: Space, target: Space, folder: Path | None, resolution: Bridge, tiled: bool = False
-) -> DecodedBridge:
+) -> LearnedBridge:
     """Return the bridge over the tiny autoencoders of a folder, whose files are read once while they stay the same.
 
+    Deltas go back by the learned map, which carries them better than pictures do.
     Raises :class:`SettingError` where one is missing, and :class:`CheckpointError` where one is another file than its
     name says.
     """
     files = tuple(FileState.of(_file(folder, *wanted)) for wanted in ((target, "decoder"), (source, "encoder")))
-    decoder, encoder = _loaded(*files, source, target, tiled)
     difference = load(path_of(source, target), tiled).difference
-    return DecodedBridge(decoder, encoder, (target.channels, source.channels), difference, resolution)
+    return LearnedBridge(_loaded(*files, source, target, tiled), difference, "taesd", resolution)
 
 
 def _file(folder: Path | None, space: Space, part: str) -> Path:
@@ -102,15 +77,13 @@ def _file(folder: Path | None, space: Space, part: str) -> Path:
 
 
 @lru_cache(maxsize=8)
-def _loaded(
-    decoder: FileState, encoder: FileState, source: Space, target: Space, tiled: bool
-) -> tuple[nn.Module, nn.Module]:
+def _loaded(decoder: FileState, encoder: FileState, source: Space, target: Space, tiled: bool) -> DecodedState:
     parts = _part(decoder.path, "decoder", target), _part(encoder.path, "encoder", source)
     _check_fit(*parts, source, target, f"{decoder.path.name} and {encoder.path.name}")
+    state = DecodedState(*parts, (target.channels, source.channels))
     if tiled:
-        for part in parts:
-            wrap(part)
-    return parts
+        wrap(state)
+    return state
 
 
 def _part(path: Path, part: str, space: Space) -> nn.Module:

@@ -5,68 +5,81 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from lib_delta.bridges.identity import SameSize
+from lib_delta.bridges.identity import IdentityBridge
 from lib_delta.bridges.maps import DifferenceMap, StateMap, wrap
-from lib_delta.bridges.protocol import Crossing
+from lib_delta.bridges.protocol import Bridge, Crossing
 from lib_delta.checkpoint import WeightFile, fill
 from lib_delta.devices import without_autocast
 from lib_delta.errors import CheckpointError, SettingError
 from lib_delta.spaces import Space
 
 WEIGHTS = Path(__file__).parent
+SAME_SIZE = IdentityBridge()
 Map = TypeVar("Map", StateMap, DifferenceMap)
 
 
+class State(Protocol):
+    """A module of torch that maps a target's clean latents ``(N, A, H, W)`` to the source's ``(N, B, h, w)``."""
+
+    label: str
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """A and B."""
+        ...
+
+    def __call__(self, z: Tensor, size: tuple[int, int] | None = None) -> Tensor: ...
+
+    def to(self, device: torch.device) -> State: ...
+
+
 @dataclass(frozen=True)
-class LearnedBridge(SameSize):
+class LearnedBridge:
     """Two maps fitted on the same pictures encoded by both autoencoders (``README.md`` beside this file).
 
-    ``state`` maps the target's clean latent ``(N, A, H, W)`` to the source's ``(N, B, H, W)``;
-    ``difference`` maps the source's delta to the target's latent, where that is known.  Both compute in
-    float32, whatever autocast a host runs under.
+    ``state`` maps the target's clean latent ``(N, A, H, W)`` to the source's ``(N, B, h, w)``, of which ``resolution``
+    says how large it is, and what becomes of the noise; ``difference`` maps the source's delta to the target's
+    latent, where that is known.  Both compute in float32, whatever autocast a host runs under.
     """
 
-    state: StateMap
+    state: State
     difference: DifferenceMap
     name: str = "learned"
+    resolution: Bridge = SAME_SIZE
 
     @property
     def label(self) -> str:
-        return "learned bridge"
+        return self.state.label
+
+    def source_size(self, height: int, width: int) -> tuple[int, int]:
+        return self.resolution.source_size(height, width)
 
     @torch.no_grad()
     def to_source(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor, Crossing]:
-        target = denoised.float()
-        check_channels(target, self.state.filter.weight.shape[1], self.name)
+        target, (known, channels) = denoised.float(), self.state.channels
+        if target.shape[1] != known:
+            raise SettingError(
+                f"the bridge {self.name} is for latents of {known} channels, and the main model's have "
+                f"{target.shape[1]}: its checkpoint is of another family than it was taken for"
+            )
+        noise = with_channels(x.float() - target, channels)
+        noise, sigma, resized = self.resolution.to_source(noise, sigma, torch.zeros_like(noise))
         with without_autocast(x.device):
-            clean = self.state.to(x.device)(target)
-        return clean + with_channels(x.float() - target, clean.shape[1]), sigma, Crossing(clean, target=target)
+            clean = self.state.to(x.device)(target, (noise.shape[-2], noise.shape[-1]))
+        return clean + noise, sigma, Crossing(clean, (resized,), target)
 
     @torch.no_grad()
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
-        return carried(self.difference, delta, crossing)
-
-
-def carried(difference: DifferenceMap, delta: Tensor, crossing: Crossing) -> Tensor:
-    """Return a delta of the source's in the target's latent, from where the crossing started."""
-    assert crossing.target is not None
-    with without_autocast(delta.device):
-        mapped: Tensor = difference.to(delta.device)(delta.float(), crossing.target)
-    return mapped
-
-
-def check_channels(target: Tensor, known: int, name: str) -> None:
-    """Raise :class:`SettingError` where a target's latent is not of the channels that a bridge is for."""
-    if target.shape[1] != known:
-        raise SettingError(
-            f"the bridge {name} is for latents of {known} channels, and the main model's have "
-            f"{target.shape[1]}: its checkpoint is of another family than it was taken for"
-        )
+        assert crossing.target is not None
+        delta = self.resolution.delta_to_target(delta.float(), crossing.parts[0])
+        with without_autocast(delta.device):
+            carried: Tensor = self.difference.to(delta.device)(delta, crossing.target)
+        return carried
 
 
 def with_channels(noise: Tensor, channels: int) -> Tensor:

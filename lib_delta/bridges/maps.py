@@ -15,19 +15,21 @@ REGRESSION_RIDGE = 0.01  # of latents, whose variance is about 1
 class Filter(nn.Module):
     """A linear filter over a latent's surroundings: ``(N, A, H, W)`` to ``(N, B, H, W)``.
 
-    Beyond its edges a latent is continued by them, or by what lies at the other one (:func:`wrap`).
+    Beyond its edges a latent is continued by them, or by what lies at the other one (:func:`wrap`).  With a ``stride``
+    of 2 what comes out is half as large along each side.
     """
 
     edges = "replicate"
 
-    def __init__(self, channels_in: int, channels_out: int, width: int, bias: bool) -> None:
+    def __init__(self, channels_in: int, channels_out: int, width: int, bias: bool, stride: int = 1) -> None:
         super().__init__()
+        self.stride = stride
         self.weight = nn.Parameter(torch.zeros(channels_out, channels_in, width, width))
         self.bias = nn.Parameter(torch.zeros(channels_out)) if bias else None
 
     def forward(self, z: Tensor) -> Tensor:
-        reach = self.weight.shape[-1] // 2
-        return F.conv2d(F.pad(z, [reach] * 4, mode=self.edges), self.weight, self.bias)
+        reach = (self.weight.shape[-1] - self.stride + 1) // 2
+        return F.conv2d(F.pad(z, [reach] * 4, mode=self.edges), self.weight, self.bias, self.stride)
 
 
 def wrap(module: nn.Module) -> None:
@@ -64,23 +66,44 @@ def _network_shape(shapes: Shapes) -> tuple[int, int]:
 
 
 class StateMap(nn.Module):
-    """A target's clean latent ``(N, A, H, W)`` as the source's ``(N, B, H, W)``: a filter, and what a network adds."""
+    """A target's clean latent ``(N, A, H, W)`` as the source's ``(N, B, H, W)``: a filter, and what a network adds.
 
-    def __init__(self, channels_in: int, channels_out: int, width: int = 5, hidden: int = 0, blocks: int = 0) -> None:
+    ``halving``, where there is one, gives the source's latent of the picture at half the size, which no average is.
+    """
+
+    label = "learned bridge"
+
+    def __init__(
+        self, channels_in: int, channels_out: int, width: int = 5, hidden: int = 0, blocks: int = 0, half: int = 0
+    ) -> None:
         super().__init__()
         self.filter = Filter(channels_in, channels_out, width, bias=True)
         self.network = _network(channels_in, hidden, blocks) if hidden else None
         self.head = Filter(hidden, channels_out, 3, bias=True) if hidden else None
+        self.halving = Filter(channels_in, channels_out, half, bias=True, stride=2) if half else None
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> StateMap:
         """Read the sizes off weight shapes; raises ``KeyError`` or ``ValueError`` if they are of something else."""
         channels_out, channels_in, width, _ = shapes["filter.weight"]
-        return cls(channels_in, channels_out, width, *_network_shape(shapes))
+        half = shapes.get("halving.weight", (0,))[-1]
+        return cls(channels_in, channels_out, width, *_network_shape(shapes), half)
 
-    def forward(self, z: Tensor) -> Tensor:
+    @property
+    def channels(self) -> tuple[int, int]:
+        """The channels of the target's latents, and of the source's."""
+        channels_out, channels_in, _, _ = self.filter.weight.shape
+        return channels_in, channels_out
+
+    def forward(self, z: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Map a latent, to another ``size`` than its own where one is given."""
+        if self.halving is not None and size is not None and tuple(z.shape[-2:]) == (2 * size[0], 2 * size[1]):
+            smaller: Tensor = self.halving(z)
+            return smaller
         mapped: Tensor = self.filter(z)
-        return mapped if self.network is None or self.head is None else mapped + self.head(self.network(z))
+        if self.network is not None and self.head is not None:
+            mapped = mapped + self.head(self.network(z))
+        return mapped if size in (None, tuple(z.shape[-2:])) else F.interpolate(mapped, size, mode="area")
 
 
 class DifferenceMap(nn.Module):

@@ -14,17 +14,18 @@ from lib_delta.errors import SettingError
 
 Noise = Literal["averaged", "unit"]
 STEP = 8  # a UNet halves its latents three times
+NEAR = 0.1
 
 
 @dataclass(frozen=True)
 class ResolutionBridge:
     """Average latents of the source's space down to about ``side * side``, and enlarge the delta again.
 
-    Latents of up to ``limit * limit`` pass as they are.  The aspect is kept as far as multiples of 8
-    allow.  ``noise`` says what becomes of the noise: it is ``averaged`` with the rest, and the source
-    is asked at the lower sigma that this leaves (averaging 2x2 halves it); or it is kept at ``unit``
-    variance, and the source is asked at the target's sigma.  Of a picture that can be ``tiled`` the delta is
-    enlarged as if its edges met.
+    Latents of up to ``limit * limit`` pass as they are.  Where half the size is near what is wanted, it is
+    taken; else the aspect is kept as far as multiples of 8 allow.  ``noise`` says what becomes of the
+    noise: it is ``averaged`` with the rest, and the source is asked at the lower sigma that this leaves
+    (averaging 2x2 halves it); or it is kept at ``unit`` variance, and the source is asked at the target's
+    sigma.  Of a picture that can be ``tiled`` the delta is enlarged as if its edges met.
     """
 
     side: int
@@ -47,6 +48,9 @@ class ResolutionBridge:
     def source_size(self, height: int, width: int) -> tuple[int, int]:
         if height * width <= self.limit**2:
             return height, width
+        # Maps know half the size; latents of others are averages, which are no smaller picture's.
+        if height % 2 == width % 2 == 0 and abs(math.sqrt(height * width) / 2 / self.side - 1) < NEAR:
+            return height // 2, width // 2
         shrink = self.side / math.sqrt(height * width)
         # An elongated picture must not get longer along one side.
         across = [max(STEP, round(length * shrink / STEP) * STEP) for length in (height, width)]
