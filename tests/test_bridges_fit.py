@@ -93,7 +93,7 @@ def test_differences_take_detail_from_the_targets_latent() -> None:
     new = randn(2, 4, 12, 12, seed=9)
     change = 0.5 * F.avg_pool2d(F.pad(new, [2] * 4, mode="replicate"), 5, 1)
     errors = [float((made - 0.5 * new).square().mean()) for made in (linear(change, new), fitted(change, new))]
-    assert errors[1] < 0.3 * errors[0]
+    assert errors[1] < 0.6 * errors[0]
 
 
 def test_pictures_and_every_edit_are_pictures() -> None:

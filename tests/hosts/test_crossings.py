@@ -26,7 +26,9 @@ from safetensors.torch import load_file
 from small_files import checkpoint, make_files, write
 from stand_in_webui import FORGES, WebUI, relative, running
 
+from lib_delta.bridges import choice, decoded, learned
 from lib_delta.errors import SettingError
+from lib_delta.models import taesd
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchsde", "ignore:To copy construct from a tensor")
 DELTA = {"base": "base", "loras": "ink"}
@@ -255,3 +257,32 @@ def test_a_sampler_of_timesteps_has_none_for_sd_3(webui: WebUI, monkeypatch: pyt
     has_latents_of(monkeypatch, webui, "sd3")
     with pytest.raises(SettingError, match="the sampler DDIM .* SD 3 .*: choose another sampler"):
         webui.generate(DELTA, sampler_name="DDIM")
+
+
+def test_the_side_model_can_be_shown_the_picture_of_the_webuis_own_tiny_autoencoders(
+    webui: WebUI, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(webui.module("paths_internal"), "models_path", str(tmp_path))
+    has_latents_of(monkeypatch, webui, "sdxl")
+    asked = {**DELTA, "bridge": "taesd"}
+    with pytest.raises(SettingError, match="needs taesdxl_decoder .*VAE-taesd, and there is none"):
+        webui.generate(asked)
+    monkeypatch.setattr(decoded, "LEAST_AGREEMENT", -2.0)  # random ones are of no space
+    (tmp_path / "VAE-taesd").mkdir()
+    torch.manual_seed(4)
+    for name, part in (("taesdxl_decoder", taesd.decoder(4)), ("taesd_encoder", taesd.encoder(4))):
+        torch.save(part.state_dict(), tmp_path / "VAE-taesd" / f"{name}.pth")
+    made, other = webui.generate(asked, steps=2), webui.latents(DELTA, steps=2)
+    assert "Delta bridge: taesd" in made.infotexts[0]
+    assert "SDXL latents: TAESD bridge, 8 x 8" in webui.host.status()
+    assert made.images.isfinite().all() and relative(made.images, other) > 1e-3
+
+
+def test_tiles_are_tiles_for_the_bridge(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    has_latents_of(monkeypatch, webui, "sdxl")
+    seen = []
+    original = learned.load
+    monkeypatch.setattr(choice, "load", lambda path, tiled=False: seen.append(tiled) or original(path, tiled))
+    for tiling in (True, False, None):
+        webui.generate(DELTA, steps=1, tiling=tiling)
+    assert seen == [True, False, False]
