@@ -472,7 +472,13 @@ class Host(ABC):
         request, family = asked.first if asked.first.wanted else asked.hires, self.target().family
 
         def sized(height: int, width: int) -> tuple[int, int]:
-            bridge = choose(model.report.family, family, form=request.bridge, size=request.side_size)  # type: ignore[arg-type]
+            bridge = choose(
+                model.report.family,
+                family,
+                form=request.bridge,  # type: ignore[arg-type]
+                size=request.side_size,
+                autoencoders=self.tiny_autoencoders(),
+            )
             rows, columns = bridge.source_size(-(-height // PIXELS), -(-width // PIXELS))
             return PIXELS * rows, PIXELS * columns
 
