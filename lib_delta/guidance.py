@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib_delta.deltas import Deltas, each
 from lib_delta.errors import NotFiniteError
 from lib_delta.families import Family
 from lib_delta.quality import Hold, Moment
@@ -52,11 +53,8 @@ class DeltaSource(Protocol):
 
     def deltas(
         self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int, uncond_skipped: bool, uncond_zero: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return ``D_adapted(x, sigma) - D_base(x, sigma)``, guided and for the negative prompt alone.
-
-        Both in float32, on the device of ``x``.
-        """
+    ) -> Deltas:
+        """Return ``D_adapted(x, sigma) - D_base(x, sigma)``, in float32 on the device of ``x``."""
         ...
 
     def told(self, step: int) -> tuple[object, ...]:
@@ -85,8 +83,8 @@ class DeltaGuidance:
         changes = self.changes(step)
         return step.denoised if changes is None else (step.denoised.float() + changes[0]).to(step.denoised.dtype)
 
-    def changes(self, step: DenoiseStep) -> tuple[Tensor, Tensor] | None:
-        """Return what is to be added to the target's guided estimate, and to that for its negative prompt.
+    def changes(self, step: DenoiseStep) -> Deltas | None:
+        """Return what is to be added to the target's estimates.
 
         None at lambda 0, where no side model is called.  Raises as calling does.
         """
@@ -94,21 +92,23 @@ class DeltaGuidance:
         if strength == 0:
             return None
         x, sigma, crossing = self.bridge.to_source(step.x, step.sigma, step.denoised)
-        guided, uncond = self._deltas(x, sigma, step)
-        change = strength * self.bridge.delta_to_target(guided, crossing).float()
-        if not torch.isfinite(change).all():
+
+        def to_target(images: Tensor | None, delta: Tensor) -> Tensor:
+            place = crossing if images is None else crossing.of(images)
+            return strength * self.bridge.delta_to_target(delta, place).float()
+
+        changes = each(to_target, self._deltas(x, sigma, step))
+        if not torch.isfinite(changes.guided).all():
             raise NotFiniteError(
                 f"the side model's delta is not a number at step {step.step + 1} (sigma {float(step.sigma.max()):.4g})"
             )
-        if uncond is guided:
-            return change, change
-        return change, strength * self.bridge.delta_to_target(uncond, crossing).float()
+        return changes
 
-    def _deltas(self, x: Tensor, sigma: Tensor, step: DenoiseStep) -> tuple[Tensor, Tensor]:
+    def _deltas(self, x: Tensor, sigma: Tensor, step: DenoiseStep) -> Deltas:
         how = step.cfg_scale, step.uncond_skipped, step.uncond_zero
         source = self.source.during(step.progress)
 
-        def evaluate() -> tuple[Tensor, Tensor]:
+        def evaluate() -> Deltas:
             scale, skipped, zero = how
             return source.deltas(x, sigma, scale, step.step, skipped, zero)
 

@@ -18,11 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lib_delta.deltas import Deltas, each, of_images
 from lib_delta.errors import SettingError
 from lib_delta.parameterization import per_image
 
 Quality = Literal["exact", "balanced", "fast"]
-Deltas = tuple[Tensor, Tensor]
 # Beyond its last noise level by more than this, a sampler has gone back, and what was held is of another time.
 BACK = 1.1
 ROUNDING = 1e-4
@@ -79,7 +79,7 @@ class Moment:
 @dataclass(frozen=True)
 class _Kept:
     moment: Moment
-    # Changes of v: guided, and for the negative prompt alone; one object where they are the same.
+    # Those of v.
     changes: Deltas
 
 
@@ -98,10 +98,7 @@ class Hold:
             deltas = evaluate()
             self._keep(deltas, moment)
             return deltas
-        share = self._share(moment)
-        guided = self._now(0, share, moment)
-        same = self._kept[-1].changes[0] is self._kept[-1].changes[1]
-        return guided, guided if same else self._now(1, share, moment)
+        return self._now(self._share(moment), moment)
 
     def _stale(self, moment: Moment) -> bool:
         if not self._kept:
@@ -116,9 +113,7 @@ class Hold:
         return moment.cell(self.plan.every) != last.cell(self.plan.every)
 
     def _keep(self, deltas: Deltas, moment: Moment) -> None:
-        scale = _scale(moment.sigma, deltas[0])
-        guided = deltas[0] / scale
-        changes = guided, guided if deltas[1] is deltas[0] else deltas[1] / scale
+        changes = each(lambda images, delta: delta / _scale(of_images(moment.sigma, images), delta), deltas)
         # Of what came before, only what leads here: of the same things, and at more noise.
         before = [k for k in self._kept[-1:] if _same(k.moment, moment) and k.moment.progress < moment.progress]
         self._kept = [*before, _Kept(moment, changes)]
@@ -131,13 +126,15 @@ class Hold:
         way, beyond = before - last, last - moment.sigma.log()
         # No further than from there to here, and not backwards.
         share = torch.where(way > ROUNDING, beyond / way.clamp(min=ROUNDING), 0.0).clamp(0, 1)
-        return per_image(share, self._kept[-1].changes[0])
+        return per_image(share, self._kept[-1].changes.guided)
 
-    def _now(self, which: int, share: Tensor | None, moment: Moment) -> Tensor:
-        change = self._kept[-1].changes[which]
-        if share is not None:
-            change = change + share * (change - self._kept[-2].changes[which])
-        return change * _scale(moment.sigma, change)
+    def _now(self, share: Tensor | None, moment: Moment) -> Deltas:
+        def now(images: Tensor | None, change: Tensor, before: Tensor) -> Tensor:
+            if share is not None:
+                change = change + of_images(share, images) * (change - before)
+            return change * _scale(of_images(moment.sigma, images), change)
+
+        return each(now, self._kept[-1].changes, self._kept[0].changes)
 
 
 def _same(a: Moment, b: Moment) -> bool:

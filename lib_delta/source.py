@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lib_delta.deltas import Deltas, Parts, Weights
 from lib_delta.devices import out_of_memory, release_cached, without_autocast
 from lib_delta.fork import alone, expand, forks
 from lib_delta.injection import Guide, Injection, Inputs, counts
 from lib_delta.models.unet import Text, UNet
 from lib_delta.parameterization import Parameterization
 
-Weights = tuple[tuple[float, ...], ...]
 # Prompts may alternate from step to step: of so many at a time is known what layers make of them.
 MOST_PROMPTS = 4
 
@@ -104,7 +104,7 @@ class Source:
 
         The first of :meth:`deltas`.
         """
-        return self.deltas(x, sigma, cfg_scale, step, uncond_skipped)[0]
+        return self.deltas(x, sigma, cfg_scale, step, uncond_skipped).guided
 
     @torch.no_grad()
     def deltas(
@@ -115,8 +115,8 @@ class Source:
         step: int = 0,
         uncond_skipped: bool = False,
         uncond_zero: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Return what the adaptation changes in the guided estimate, and in the one for the negative prompt.
+    ) -> Deltas:
+        """Return what the adaptation changes in the guided estimate, in the one for the negative prompt, and by parts.
 
         Args:
             x: the source's noisy latents ``(N, C, H, W)``.
@@ -128,15 +128,18 @@ class Source:
                 each image's first prompt (as AUTOMATIC1111 does).
 
         Returns:
-            Two ``(N, C, H, W)`` in float32 on the device of ``x``; exactly 0 if nothing tells the two models apart,
-            and without a pass where nothing could.
+            All in float32 on the device of ``x``; exactly 0 if nothing tells the two models apart, and without a pass
+            where nothing could.
         """
         if not self._may_differ():
             nothing = torch.zeros_like(x, dtype=torch.float32)
-            return nothing, nothing
-        guided, uncond = self._estimates(x, sigma, cfg_scale, step, uncond_skipped, uncond_zero)
-        delta = _difference(guided, x)
-        return delta, delta if uncond is guided else _difference(uncond, x)
+            return Deltas(nothing, nothing)
+        estimates = self._estimates(x, sigma, cfg_scale, step, uncond_skipped, uncond_zero)
+        delta = _difference(estimates.guided, x)
+        uncond = delta if estimates.uncond is estimates.guided else _difference(estimates.uncond, x)
+        if estimates.parts is None or estimates.weights is None:
+            return Deltas(delta, uncond)
+        return Deltas(delta, uncond, Parts(_difference(estimates.parts, x), estimates.weights))
 
     @torch.no_grad()
     def denoised(
@@ -149,11 +152,11 @@ class Source:
         uncond_zero: bool = False,
     ) -> Tensor:
         """Return the guided estimates of base and adapted, ``(R, N, C, H, W)``; R is 1 if they are the same."""
-        return self._estimates(x, sigma, cfg_scale, step, uncond_skipped, uncond_zero)[0]
+        return self._estimates(x, sigma, cfg_scale, step, uncond_skipped, uncond_zero).guided
 
     def _estimates(
         self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int, uncond_skipped: bool, uncond_zero: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> _Estimates:
         weight = self.unet.time_embed["0"].weight
         x, sigma = x.to(weight.device, torch.float32), sigma.to(weight.device, torch.float32)
         joined = self._at(step, len(x))
@@ -166,13 +169,17 @@ class Source:
         denoised = self.parameterization.denoised(output.float(), x[told.rows], sigma[told.rows])
         cond, uncond = denoised[:, : len(told.images)], denoised[:, len(told.images) :]
         if told.weights is None and not with_uncond:
-            return cond, cond
+            return _Estimates(cond, cond)
         if not with_uncond:
             uncond = torch.zeros_like(x)[None] if uncond_zero else cond[:, told.first]
             cfg_scale = 1.0
         if told.weights is None:
-            return uncond + cfg_scale * (cond - uncond), uncond
-        return _compose(cond, uncond, cfg_scale * told.weights, told.images), uncond
+            return _Estimates(uncond + cfg_scale * (cond - uncond), uncond)
+        guided = _compose(cond, uncond, cfg_scale * told.weights, told.images)
+        if joined.stated is None:
+            return _Estimates(guided, uncond)
+        own = uncond[:, told.images]
+        return _Estimates(guided, uncond, own + cfg_scale * (cond - own), joined.stated)
 
     def _evaluated(self, batch: _Batch) -> Tensor:
         """Return the UNet's output ``(R, rows, C, H, W)``, in as many parts as memory asks for; that is remembered.
@@ -299,7 +306,8 @@ class _Joined:
     """What base and adapted are told, with the branch axis: contexts ``(R, rows, T, C)``, labels ``(R, rows, L)``.
 
     Row m of cond belongs to image ``images[m]``, whose first row is ``first[image]``.  ``weights``
-    ``(R or 1, M)`` is None where each image has one prompt of weight 1.
+    ``(R or 1, M)`` is None where each image has one prompt of weight 1; ``stated`` are those that base and adapted
+    have in common, None where they have not.
     """
 
     contexts: tuple[Tensor, Tensor]
@@ -307,6 +315,7 @@ class _Joined:
     images: Tensor
     first: Tensor
     weights: Tensor | None
+    stated: Weights | None
     placed: dict[tuple[torch.device, torch.dtype, bool], _Placed] = field(default_factory=dict)
 
     def on(self, device: torch.device, dtype: torch.dtype, with_uncond: bool) -> _Placed:
@@ -334,6 +343,19 @@ class _Joined:
         return torch.cat(expand(*_same_length(self.contexts)), 1), label
 
 
+@dataclass(frozen=True)
+class _Estimates:
+    """Base's and adapted's estimates: guided and for the negative prompt ``(R, N, ...)``, of each part ``(R, M, ...)``.
+
+    ``weights`` say how parts are joined, if both models are told the same.
+    """
+
+    guided: Tensor
+    uncond: Tensor
+    parts: Tensor | None = None
+    weights: Weights | None = None
+
+
 def _difference(branches: Tensor, x: Tensor) -> Tensor:
     """Return adapted minus base of ``(R, N, C, H, W)``, on the device of ``x``."""
     return (branches[-1] - branches[0]).to(x.device) if len(branches) > 1 else torch.zeros_like(x, dtype=torch.float32)
@@ -355,6 +377,7 @@ def _join(told: list[Conditioning], batch: int) -> _Joined:
         torch.arange(batch).repeat_interleave(counts),
         counts.cumsum(0) - counts,
         torch.stack(weights) if weights else None,
+        told[0].weights if all(c.weights == told[0].weights for c in told) else None,
     )
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 from conftest import randn
 from torch import Tensor
 
-from lib_delta.bridges import IdentityBridge, NoiseLimitBridge, ScaleBridge
+from lib_delta.bridges import Composed, Crossing, IdentityBridge, NoiseLimitBridge, ScaleBridge
+from lib_delta.deltas import Deltas, Parts
 from lib_delta.errors import DeltaError
 from lib_delta.families import Family
 from lib_delta.guidance import DeltaDenoiser, DeltaGuidance, DenoiseStep, side_cfg
@@ -28,10 +32,10 @@ class RecordingSource:
     def during(self, progress: float) -> RecordingSource:
         return self
 
-    def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> tuple[Tensor, Tensor]:
+    def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Deltas:
         self.asked.append((x, sigma, cfg_scale))
         delta = torch.zeros_like(x, dtype=torch.float32) + self.value
-        return delta, delta / 2
+        return Deltas(delta, delta / 2)
 
 
 def step(progress: float = 0.5, x: Tensor = X, denoised: Tensor = DENOISED) -> DenoiseStep:
@@ -43,6 +47,25 @@ def test_the_negative_prompts_own_delta_is_there_for_samplers_that_ask() -> None
     assert changes is not None
     assert torch.equal(changes[0], torch.full_like(X, 1.0)) and torch.equal(changes[1], torch.full_like(X, 0.5))
     assert DeltaGuidance(Strength(0.0), IdentityBridge(), RecordingSource()).changes(step()) is None
+
+
+def test_each_part_of_and_crosses_the_bridge_as_its_image_does() -> None:
+    class Parted(RecordingSource):
+        def deltas(self, *asked: Any) -> Deltas:
+            return super().deltas(*asked)._replace(parts=Parts(small, ((1.0, 0.5), (1.0,))))
+
+    @dataclass(frozen=True)
+    class Curved(IdentityBridge):
+        """As a bridge by way of a decoder: what a delta comes to depends on where it is."""
+
+        def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
+            return delta * crossing.denoised
+
+    small = randn(3, 4, 8, 8, seed=5)
+    changes = DeltaGuidance(Strength(2.0), Composed((Curved(), ScaleBridge(0.5))), Parted()).changes(step())
+    assert changes is not None and changes.parts is not None
+    torch.testing.assert_close(changes.parts.change, 2 * small / 0.5 * DENOISED[[0, 0, 1]])
+    torch.testing.assert_close(changes.guided, 2 * 0.25 / 0.5 * DENOISED)
 
 
 def test_the_delta_is_added_with_its_strength() -> None:

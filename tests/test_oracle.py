@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lib_delta.bridges import Bridge, Crossing, ScaleBridge, choose
+from lib_delta.deltas import Deltas
 from lib_delta.families import Family
 from lib_delta.guidance import DeltaDenoiser, DeltaGuidance, DeltaSource
 from lib_delta.models.unet import UNet, UNetConfig, timestep_embedding
@@ -122,9 +123,10 @@ class ToySource:
     def during(self, progress: float) -> ToySource:
         return self
 
-    def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> tuple[Tensor, Tensor]:
+    def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Deltas:
         base, adapted = (guided(network, cfg_scale)(x, sigma) for network in self.networks)
-        return adapted - base, adapted - base
+        delta = adapted - base
+        return Deltas(delta, delta)
 
 
 def rows(told: dict[bool, Tensor], parts: tuple[bool, ...], batch: int) -> Tensor:

@@ -14,6 +14,7 @@ from test_samplers import ADAPTED, BASE, TARGET, k_diffusion_samplers, run
 from torch import Tensor
 
 from lib_delta.bridges import IdentityBridge
+from lib_delta.deltas import Deltas, Parts
 from lib_delta.errors import SettingError
 from lib_delta.guidance import DeltaDenoiser, DeltaGuidance, DenoiseStep
 from lib_delta.quality import PLANS, Hold, Moment, Plan
@@ -41,10 +42,10 @@ class WatchedSource:
     def during(self, progress: float) -> WatchedSource:
         return self
 
-    def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> tuple[Tensor, Tensor]:
+    def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Deltas:
         self.asked.append(float(sigma.max()))
         delta = ADAPTED(x, sigma) - BASE(x, sigma)
-        return delta, delta
+        return Deltas(delta, delta)
 
 
 def sampled(name: str, plan: Plan | None) -> tuple[Tensor, list[float], int]:
@@ -98,9 +99,9 @@ def evaluated(plan: Plan, asked: list[Moment]) -> list[bool]:
     for moment in asked:
         calls: list[int] = []
 
-        def evaluate(calls: list[int] = calls) -> tuple[Tensor, Tensor]:
+        def evaluate(calls: list[int] = calls) -> Deltas:
             calls.append(1)
-            return randn(2, 4, 4, 4), randn(2, 4, 4, 4)
+            return Deltas(randn(2, 4, 4, 4), randn(2, 4, 4, 4))
 
         hold.deltas(evaluate, moment)
         answers.append(bool(calls))
@@ -144,18 +145,25 @@ def test_a_change_of_v_that_is_constant_or_linear_in_log_sigma_is_held_exactly(l
 
     hold, answers = Hold(Plan(2, linear)), []
     for moment in moments([0.0, 0.05, 0.1, 0.15, 0.2, 0.25]):
-        guided, uncond = hold.deltas(lambda m=moment: (truth(m.sigma), 3 * truth(m.sigma)), moment)
-        answers.append((guided, uncond, truth(moment.sigma)))
-    for guided, uncond, true in answers[2:]:
-        torch.testing.assert_close(guided, true, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(uncond, 3 * true, rtol=1e-4, atol=3e-4)
+        moment = replace(moment, sigma=moment.sigma * torch.tensor([1.0, 1.5]))
+
+        def evaluate(m: Moment = moment) -> Deltas:
+            true = truth(m.sigma)
+            return Deltas(true, 3 * true, Parts(2 * true[[0, 1, 1]], ((1.0,), (0.5, 0.5))))
+
+        answers.append((hold.deltas(evaluate, moment), truth(moment.sigma)))
+    for deltas, true in answers[2:]:
+        torch.testing.assert_close(deltas.guided, true, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(deltas.uncond, 3 * true, rtol=1e-4, atol=3e-4)
+        assert deltas.parts is not None and deltas.parts.weights == ((1.0,), (0.5, 0.5))
+        torch.testing.assert_close(deltas.parts.change, 2 * true[[0, 1, 1]], rtol=1e-4, atol=2e-4)
 
 
 def test_levels_that_a_bridge_has_made_equal_are_no_division_by_zero() -> None:
     hold = Hold(Plan(2, linear=True))
     for moment in moments([0.0, 0.1, 0.15]):
         same = replace(moment, sigma=torch.tensor([14.0, 14.0]))
-        assert hold.deltas(lambda: (randn(2, 4, 4, 4),) * 2, same)[0].isfinite().all()
+        assert hold.deltas(lambda: Deltas(*(randn(2, 4, 4, 4),) * 2), same).guided.isfinite().all()
 
 
 def test_prompts_that_change_in_mid_run_force_an_evaluation() -> None:

@@ -11,6 +11,7 @@ from conftest import randn
 from torch import Tensor
 
 from lib_delta.bridges import IdentityBridge
+from lib_delta.deltas import Deltas
 from lib_delta.guidance import DeltaDenoiser, DeltaGuidance, DenoiseStep
 from lib_delta.parameterization import Parameterization, Schedule, denoiser, eps_of, from_timestep_space
 from lib_delta.strength import Strength
@@ -42,10 +43,10 @@ class WatchedSource:
     def during(self, progress: float) -> WatchedSource:
         return self
 
-    def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> tuple[Tensor, Tensor]:
+    def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Deltas:
         self.seen.append(x.clone())
         delta = ADAPTED(x, sigma) - BASE(x, sigma)
-        return delta, delta
+        return Deltas(delta, delta)
 
 
 class WatchedTarget:

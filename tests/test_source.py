@@ -158,6 +158,24 @@ def test_prompts_joined_by_and_are_weighted_against_the_negative_prompt() -> Non
     assert not source.deltas(X, SIGMA, 4.0, uncond_skipped=True, uncond_zero=True)[1].any()
 
 
+def test_each_part_of_and_has_a_delta_of_its_own() -> None:
+    unet = tiny_unet()
+    cond = torch.cat([randn(1, 7, 16, seed=s) for s in (11, 12, 13)])
+    told = Conditioning(cond, BASE_TOLD.uncond, weights=((1.0, -0.5), (0.8,)))
+    other = replace(told, cond=cond.flip(0), uncond=ADAPTED_TOLD.uncond)
+    deltas = Source(unet, EPS, told, other).deltas(X, SIGMA, 4.0)
+    assert deltas.parts is not None and deltas.parts.weights == told.weights
+    images = (0, 0, 1)
+    assert deltas.parts.images.tolist() == list(images)
+    for part, image in enumerate(images):
+        alone = [Conditioning(c.cond[part : part + 1], c.uncond) for c in (told, other)]
+        expected = separately(unet, alone[1], 4.0) - separately(unet, alone[0], 4.0)
+        torch.testing.assert_close(deltas.parts.change[part], expected[image], atol=1e-3, rtol=1e-3)
+    assert Source(unet, EPS, told, replace(other, weights=((1.0, -0.4), (0.8,)))).deltas(X, SIGMA, 4.0).parts is None
+    assert Source(unet, EPS, told, ADAPTED_TOLD).deltas(X, SIGMA, 4.0).parts is None
+    assert Source(unet, EPS, BASE_TOLD, ADAPTED_TOLD).deltas(X, SIGMA, 4.0).parts is None
+
+
 def test_prompts_may_change_from_step_to_step() -> None:
     unet = tiny_unet()
     source = Source(unet, EPS, lambda step: BASE_TOLD, lambda step: BASE_TOLD if step < 2 else ADAPTED_TOLD)
@@ -174,12 +192,12 @@ def test_a_target_without_guidance_in_a_step_takes_the_source_along() -> None:
 def test_the_delta_for_the_negative_prompt_alone() -> None:
     unet = tiny_unet()
     source = Source(unet, EPS, BASE_TOLD, ADAPTED_TOLD)
-    guided, uncond = source.deltas(X, SIGMA, 4.0)
+    guided, uncond, _ = source.deltas(X, SIGMA, 4.0)
     assert torch.equal(guided, source.delta(X, SIGMA, 4.0))
     negative = [replace(told, cond=told.uncond) for told in (ADAPTED_TOLD, BASE_TOLD)]
     expected = separately(unet, negative[0], 1.0) - separately(unet, negative[1], 1.0)
     torch.testing.assert_close(uncond, expected, atol=1e-3, rtol=1e-3)
-    guided, uncond = source.deltas(X, SIGMA, 1.0)
+    guided, uncond, _ = source.deltas(X, SIGMA, 1.0)
     assert uncond is guided
 
 

@@ -20,6 +20,12 @@ class Crossing:
     parts: tuple[Crossing, ...] = ()
     target: Tensor | None = None
 
+    def of(self, images: Tensor) -> Crossing:
+        """Return the crossing of as many states as ``images`` ``(M,)`` has numbers, each one's that of its image."""
+        images = images.to(self.denoised.device)
+        target = None if self.target is None else self.target[images]
+        return Crossing(self.denoised[images], tuple(part.of(images) for part in self.parts), target)
+
 
 class Bridge(Protocol):
     """The way from the target's latent to the source's and back, for one step at a time.

@@ -16,15 +16,18 @@ from modules import devices, lowvram, script_callbacks, shared
 from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
 from torch import Tensor
 
+from lib_delta.deltas import Deltas, Weights, each, of_images
 from lib_delta.errors import SettingError
 from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
+from lib_delta.hosts.others import taken_over
 from lib_delta.hosts.progress import pass_progress
 from lib_delta.hosts.webui import RUN, Host, Target, TextEngine
 from lib_delta.parameterization import Schedule, denoised_of, from_timestep_space, per_image
 
 if TYPE_CHECKING:
     from lib_delta.hosts.run import Run
+    from lib_delta.models.merging import TokenMerging
     from lib_delta.sidemodel import SideModel
 
 
@@ -32,18 +35,20 @@ if TYPE_CHECKING:
 class Call:
     """One call of ``CFGDenoiser.forward``, as its first callback sees it.
 
-    ``rows`` gives, for every row that the model evaluates, its image's number; ``weights`` for each
-    image the weights of its prompts joined by AND.  In ``eps`` the rows that come out are noise.
+    ``params`` is what that callback was given, and what the model evaluates once all callbacks are through.  ``rows``
+    gives, for every row of it, its image's number; ``weights`` for each image the weights of its prompts
+    joined by AND.  In ``eps`` the rows that come out are noise.
     """
 
     run: Run
     hires: bool
+    params: Any
     x: Tensor
     sigma: Tensor
     progress: float
     step: int
     cfg_scale: float
-    weights: list[list[float]]
+    weights: Weights
     rows: Tensor
     eps: bool
     image_cfg_scale: float | None
@@ -69,7 +74,7 @@ class Automatic1111(Host):
         family = family_of(shared.sd_model)
         if family is Family.SD3:  # of flow matching, whatever ``parameterization`` says
             return Target(family, math.inf, flow=True)
-        return Target(family, Schedule(shared.sd_model.alphas_cumprod).sigma_max)
+        return Target(family, Schedule(shared.sd_model.alphas_cumprod).sigma_max, merging=_merging(shared.sd_model))
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         device: torch.device = devices.device
@@ -116,6 +121,9 @@ class Automatic1111(Host):
             run.levels[hires] = pass_progress(params.denoiser).levels
             if run.strength(call.progress, hires):
                 self._call = call
+                # So extensions cut pictures into tiles and add ControlNets.
+                unet = getattr(shared.sd_model.model, "diffusion_model", None)
+                run.unfollowed |= taken_over(params.denoiser.inner_model, unet)
 
     def _after_model(self, params: Any) -> None:
         call, self._call = self._call, None
@@ -125,7 +133,8 @@ class Automatic1111(Host):
 
     def _add(self, call: Call, params: Any) -> None:
         """Edit the rows that the model gave so that guidance gives the target's estimate with the delta."""
-        out = params.x.float()
+        places = _places(call)
+        out = params.x[places].float()
         estimates = denoised_of(out, call.x[call.rows], call.sigma[call.rows]) if call.eps else out
         skipped = _uncond_skipped(params.x, call)
         scale = 1.0 if skipped else call.cfg_scale
@@ -134,14 +143,15 @@ class Automatic1111(Host):
         changes = call.run.changes(step, self.target, call.hires)
         if changes is None:
             return
-        guided, uncond = (-c / per_image(call.sigma, c) for c in changes) if call.eps else changes
-        params.x += _row_changes(guided, uncond, scale, call).to(params.x)
+        if call.eps:
+            changes = each(lambda images, change: -change / per_image(of_images(call.sigma, images), change), changes)
+        params.x[places] += _row_changes(changes, scale, call).to(params.x)
 
 
 def _call(run: Run, hires: bool, params: Any) -> Call:
     denoiser = params.denoiser
     extra = denoiser.sampler.sampler_extra_args
-    weights = [[float(part.weight) for part in image] for image in extra["cond"].batch]
+    weights = tuple(tuple(float(part.weight) for part in image) for image in extra["cond"].batch)
     images = len(weights)
     counts = torch.tensor([len(image) for image in weights])
     # An editing model (InstructPix2Pix) has two rows of each image without the prompt.
@@ -160,6 +170,7 @@ def _call(run: Run, hires: bool, params: Any) -> Call:
     return Call(
         run=run,
         hires=hires,
+        params=params,
         x=x,
         sigma=sigma,
         progress=pass_progress(denoiser)(sigma),
@@ -171,6 +182,22 @@ def _call(run: Run, hires: bool, params: Any) -> Call:
         image_cfg_scale=denoiser.image_cfg_scale if without_prompt == 2 else None,
         may_skip=_may_skip(denoiser, float(params.sigma[0]), float(extra.get("s_min_uncond") or 0)),
     )
+
+
+def _places(call: Call) -> Tensor:
+    """Return where each row is that the model evaluated: extensions (Regional Prompter) move those of batches about.
+
+    An image's rows are known by its latent, and keep their order.
+    """
+    x, images = call.params.x, call.params.x[-len(call.weights) :]
+    count, own = len(x) - len(images), call.rows
+    unmoved = torch.arange(len(x), device=x.device)
+    if torch.equal(x, images[own]) or call.image_cfg_scale is not None:
+        return unmoved
+    found = [(x[:count] == image).flatten(1).all(1).nonzero()[:, 0] for image in images]
+    if [len(places) for places in found] != [len(weights) for weights in call.weights]:
+        return unmoved
+    return torch.cat((*found, unmoved[count:]))
 
 
 def _cfg_scale(denoiser: Any, stated: float) -> float:
@@ -214,20 +241,24 @@ def _guided(estimates: Tensor, call: Call, cfg_scale: float) -> Tensor:
     return uncond.clone().index_add_(0, rows, (cond - uncond[rows]) * per_image(cfg_scale * weights, cond))
 
 
-def _row_changes(guided: Tensor, uncond: Tensor, cfg_scale: float, call: Call) -> Tensor:
-    """Return what to add to each row, so that guidance adds up to ``guided``.
+def _row_changes(changes: Deltas, cfg_scale: float, call: Call) -> Tensor:
+    """Return what to add to each row, so that guidance adds up to ``changes.guided``.
 
-    The same for all rows would do, but CFG++ samplers look at the negative prompt's rows by themselves,
-    and previews and interrupted pictures are the prompt's: each gets what the adaptation changes in it.
+    The same for all rows would do, but CFG++ samplers look at the negative prompt's rows by themselves, previews and
+    interrupted pictures are the prompt's, and extensions give each of AND's parts a region of its own: each row gets
+    what the adaptation changes in it, where the side model is told the same parts.
     """
+    guided, uncond, parts = changes
     if call.image_cfg_scale is not None:
         return guided[call.rows]
+    rows = call.rows[: -len(call.weights)]
+    if parts is not None and parts.weights == call.weights and abs(cfg_scale) > 0.01:
+        return torch.cat((uncond[rows] + (parts.change - uncond[rows]) / cfg_scale, uncond))
     share = cfg_scale * torch.tensor([sum(image) for image in call.weights]).to(guided)
     if not bool((share.abs() > 0.01).all()):
         return guided[call.rows]
     cond = uncond + (guided - uncond) / per_image(share, guided)
-    images = len(call.weights)
-    return torch.cat((cond[call.rows[:-images]], uncond))
+    return torch.cat((cond[rows], uncond))
 
 
 def family_of(model: Any) -> Family:
@@ -237,6 +268,13 @@ def family_of(model: Any) -> Family:
     if getattr(model, "is_sd3", False):
         return Family.SD3
     return Family.SD2 if getattr(model, "is_sd2", False) else Family.SD1
+
+
+def _merging(model: Any) -> TokenMerging | None:
+    from lib_delta.models.merging import TokenMerging
+
+    ratio = float(getattr(model, "applied_token_merged_ratio", 0) or 0)
+    return TokenMerging(ratio) if ratio > 0 else None
 
 
 def _low_memory() -> bool:

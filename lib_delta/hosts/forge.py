@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +22,14 @@ from torch import Tensor
 from lib_delta.errors import DeltaError, SettingError
 from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
+from lib_delta.hosts.others import owners
 from lib_delta.hosts.progress import pass_progress
+from lib_delta.hosts.regions_forge import WRAPPER, in_regions
 from lib_delta.hosts.webui import RUN, Host, Target, TextEngine
 
 if TYPE_CHECKING:
     from lib_delta.hosts.run import Run
+    from lib_delta.models.merging import TokenMerging
     from lib_delta.sidemodel import SideModel
 
 BACKEND = importlib.util.find_spec("backend") is not None
@@ -37,6 +40,8 @@ sampling = importlib.import_module("backend.sampling.sampling_function" if BACKE
 VERSION = getattr(importlib.import_module("modules_forge.forge_version"), "version", "")
 
 POST_CFG = "sampler_post_cfg_function"
+# Where extensions put what they change in the main model and its guidance.
+OTHERS = ("transformer_options", WRAPPER, "sampler_cfg_function", "sampler_pre_cfg_function", POST_CFG)
 # What one row of a pass through an SD 1.5 UNet needs besides its weights, for each pixel of the latent.
 ACTIVATION_BYTES = 32 * 1024
 
@@ -54,6 +59,7 @@ class Call:
     step: int
     cfg_scale: float
     uncond_used: bool
+    merging: TokenMerging | None
 
 
 class Forge(Host):
@@ -208,7 +214,10 @@ class Forge(Host):
             uncond_used = True
             if self._post_cfg not in functions:
                 functions.append(self._post_cfg)
-        self._call = Call(run, hires, progress, denoiser.step, float(scale), uncond_used)
+        merging = _merging(denoiser.p, hires)
+        self._call = Call(run, hires, progress, denoiser.step, float(scale), uncond_used, merging)
+        unet = denoiser.inner_model.inner_model.forge_objects.unet
+        run.unfollowed |= owners([unet.model_options.get(name) for name in OTHERS])
         self._put_in_place(denoiser.p, denoiser.inner_model.inner_model.forge_objects, x)
 
     def _put_in_place(self, p: Any, forge_objects: Any, x: Tensor) -> None:
@@ -233,13 +242,33 @@ class Forge(Host):
         skipped = uncond is None or not bool(uncond.any())
         x, sigma = args["input"].float(), args["sigma"].float()
         step = DenoiseStep(x, sigma, denoised.float(), call.cfg_scale, call.progress, call.step, skipped, True)
-        changes = call.run.changes(step, self.target, call.hires)
+        changes = call.run.changes(step, lambda: replace(self.target(), merging=call.merging), call.hires)
         if changes is None:
             return denoised
+        if BACKEND:
+            with call.run.watched("giving AND's parts their regions"):
+                changes = in_regions(changes, args, call.cfg_scale, skipped, sampling.calc_cond_uncond_batch)
         if call.uncond_used and uncond is not None and not skipped:
             # In place, for what a function returns is the guided estimate alone.
-            uncond += changes[1].to(uncond)
-        return (denoised + changes[0]).to(denoised)
+            uncond += changes.uncond.to(uncond)
+        return (denoised + changes.guided).to(denoised)
+
+
+def _merging(p: Any, hires: bool) -> TokenMerging | None:
+    """Return the main model's token merging in a pass, with the random choice that it is about to make."""
+    ratio = float(p.get_token_merging_ratio(for_hr=hires) or 0)
+    if not ratio > 0:
+        return None
+    from lib_delta.models.merging import Drawn, TokenMerging, first_of_cell
+
+    same = bool(getattr(shared.opts, "token_merging_no_rand", False))
+    return TokenMerging(
+        ratio,
+        int(getattr(shared.opts, "token_merging_stride", 2)),
+        int(getattr(shared.opts, "token_merging_downsample", 1)),
+        queries=True,
+        choice=first_of_cell if same else Drawn.as_next_on(memory.get_torch_device()),
+    )
 
 
 def _room_for(p: Any, patcher: Any) -> int:

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lib_delta.bridges import Bridge, choose, described
+from lib_delta.deltas import Deltas
 from lib_delta.devices import without_autocast
 from lib_delta.errors import DeltaError, NotFiniteError
 from lib_delta.families import Family
 from lib_delta.guidance import DeltaGuidance, DenoiseStep, side_cfg
 from lib_delta.heatmap import HeatMap
 from lib_delta.hosts.webui import Target
+from lib_delta.models.unet import merge_tokens
 from lib_delta.parameterization import from_flow_space
 from lib_delta.quality import PLANS, Hold
 from lib_delta.request import Active, Passes
@@ -50,7 +51,8 @@ class Run:
 
     ``sources`` are the source as the first and as the hires pass tell it its prompts, for each set of
     LoRAs that counts at some point.  ``tiled`` tells whether the picture's edges meet, and ``autoencoders`` where
-    the WebUI has its tiny ones.  ``fault`` is what ended the delta, where the user wants to go on
+    the WebUI has its tiny ones.  ``unfollowed`` names what changes the main model and not the side model.
+    ``fault`` is what ended the delta, where the user wants to go on
     without it.  ``effective`` tells that it was other than zero, ``interrupted`` that the user ended the run.
     ``heat`` is where its changes are summed up, if the user wants to see them.
     """
@@ -62,6 +64,7 @@ class Run:
     heat: HeatMap | None = None
     tiled: bool = False
     autoencoders: Path | None = None
+    unfollowed: set[str] = field(default_factory=set)
     fault: DeltaError | None = None
     steps: int = 0
     seconds: float = 0.0
@@ -110,8 +113,8 @@ class Run:
             )
         return self._bridges[target.family, limit]
 
-    def changes(self, step: DenoiseStep, target: Callable[[], Target], hires: bool) -> tuple[Tensor, Tensor] | None:
-        """Return what the delta changes in the target's guided and negative estimates; None for nothing.
+    def changes(self, step: DenoiseStep, target: Callable[[], Target], hires: bool) -> Deltas | None:
+        """Return what the delta changes in the target's estimates; None for nothing.
 
         ``step`` is as the target's sampler has it.  A fault, be it that no bridge leads to what the
         target has become, goes to ``on_fault``, which raises it, or lets the target's own estimates stand.
@@ -123,21 +126,23 @@ class Run:
             self.model.activate(active)
             source = self.sources[hires, active]
             main = target()
+            # Models of another layout merge elsewhere, and SDXL nowhere as the WebUIs have it set.
+            merge_tokens(self.model.unet, main.merging if main.family.space is self.model.report.family.space else None)
             strength, bridge = self.asked.of(hires).lambda_over_run(), self.bridge(main)
             guidance = DeltaGuidance(strength, bridge, source, self._hold(hires))
             step = replace(step, levels=self.levels.get(hires, 0))
             changes = self._finite(guidance, self._of_source(step, main))
             self._note_bridge(main, step)
             self.steps += 1
-            self.effective = self.effective or (changes is not None and any(bool(c.any()) for c in changes))
             if changes is not None:
-                self._sizes.append(float(changes[0].norm() / step.denoised.norm().clamp(min=1e-12)))
+                self.effective = self.effective or bool(changes.guided.any() or changes.uncond.any())
+                self._sizes.append(float(changes.guided.norm() / step.denoised.norm().clamp(min=1e-12)))
                 if self.heat is not None:
-                    self.heat.add(changes[0], step.denoised)
+                    self.heat.add(changes.guided, step.denoised)
             self.seconds += time.perf_counter() - started
         return changes
 
-    def _finite(self, guidance: DeltaGuidance, step: DenoiseStep) -> tuple[Tensor, Tensor] | None:
+    def _finite(self, guidance: DeltaGuidance, step: DenoiseStep) -> Deltas | None:
         """Return the changes; where they are not numbers, the error says what helps at the side model's precision."""
         try:
             return guidance.changes(step)
@@ -209,7 +214,14 @@ class Run:
             return f"Last run: no step had the delta{reason}"
         passes = sum(source.evaluations for source in self.sources.values())
         cost = f"{_counted(passes, 'pass', 'es')} of the side model, {self.seconds:.1f} s"
-        return f"Last run: delta in {_counted(self.steps, 'step')}, {cost} ({self.bridged}){self._in_sizes()}{reason}"
+        done = f"Last run: delta in {_counted(self.steps, 'step')}, {cost} ({self.bridged})"
+        return f"{done}{self._in_sizes()}{self._without()}{reason}"
+
+    def _without(self) -> str:
+        named = ", ".join(sorted(self.unfollowed))
+        return (
+            f"; the main model alone has what {named} {'do' if len(self.unfollowed) > 1 else 'does'}" if named else ""
+        )
 
     def _in_sizes(self) -> str:
         """Say how large the delta was at each step, as a share of what the target estimated."""

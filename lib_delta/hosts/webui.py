@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from lib_delta.families import Family
     from lib_delta.hosts.prompts import Padding
     from lib_delta.hosts.run import Run
+    from lib_delta.models.merging import TokenMerging
     from lib_delta.models.text import TextEncoder
     from lib_delta.sidemodel import SideModel, SideModels
     from lib_delta.source import Source
@@ -76,11 +77,13 @@ class Target:
     """The main checkpoint: its family, the largest noise level of its schedule, and whether it is one of flow matching.
 
     Samplers of such a model hold ``(1 - t) * x0 + t * noise`` and call t sigma; its largest level is infinite.
+    ``merging`` is the token merging that it runs with now.
     """
 
     family: Family
     sigma_max: float
     flow: bool = False
+    merging: TokenMerging | None = None
 
 
 class Host(ABC):

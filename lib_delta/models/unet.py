@@ -21,6 +21,7 @@ from lib_delta import fork
 from lib_delta.errors import CheckpointError
 from lib_delta.fork import Conv2d, GroupNorm, LayerNorm, Linear
 from lib_delta.injection import Injection
+from lib_delta.models.merging import TokenMerging
 
 PREFIX = "model.diffusion_model."
 
@@ -200,9 +201,13 @@ class CrossAttention(nn.Module):
         self.to_v = Linear(context_width, width, bias=False)
         self.to_out = nn.ModuleDict({"0": Linear(width, width)})
 
-    def forward(self, x: Tensor, text: Text | None = None, injection: Injection | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, text: Text | None = None, injection: Injection | None = None, keys: Tensor | None = None
+    ) -> Tensor:
+        """Attend to a text, or where there is none to ``keys``, which are x itself unless given."""
         q = self.to_q(x)
-        k, v = (self.to_k(x), self.to_v(x)) if text is None else text.keys_values(self)
+        to = x if keys is None else keys
+        k, v = (self.to_k(to), self.to_v(to)) if text is None else text.keys_values(self)
         h = fork.attention(q, k, v, self.heads)
         if injection is not None:
             h = injection.beside(self, q, h, self.heads)
@@ -239,9 +244,14 @@ class TransformerBlock(nn.Module):
         self.attn2 = CrossAttention(width, context_width, heads)
         self.ff = FeedForward(width)
         self.norm1, self.norm2, self.norm3 = LayerNorm(width), LayerNorm(width), LayerNorm(width)
+        self.merging: TokenMerging | None = None
 
-    def forward(self, x: Tensor, text: Text, injection: Injection) -> Tensor:
-        x = fork.spread(self.attn1(self.norm1(x)) + x, text.rows)
+    def forward(self, x: Tensor, text: Text, injection: Injection, size: torch.Size) -> Tensor:
+        """Evaluate the block for pixels ``(R, N, T, C)`` of feature maps of a ``size``."""
+        normed = self.norm1(x)
+        merging = self.merging
+        attended = self.attn1(normed) if merging is None else merging.attend(self, x, normed, size)
+        x = fork.spread(attended + x, text.rows)
         x = self.attn2(self.norm2(x), text, injection) + x
         return self.ff(self.norm3(x)) + x
 
@@ -269,7 +279,7 @@ class SpatialTransformer(nn.Module):
         if self.linear:
             h = self.proj_in(h)
         for block in self.transformer_blocks:
-            h = block(h, text, injection)
+            h = block(h, text, injection, size)
         if self.linear:
             h = self.proj_out(h)
         # Transposed only in name, it would turn all that follows to channels-last, and weights with it in each pass.
@@ -395,6 +405,18 @@ class UNet(Encoder):
             h = fork.cat(h, skips.pop(), dim=2)
             h = _run(parts, h, emb, text, injection, skips[-1].shape[-2:] if skips else None)
         return self.out["2"](F.silu(self.out["0"](h)))
+
+
+def merge_tokens(unet: UNet, merging: TokenMerging | None) -> None:
+    """Have pixels that are alike attend as one, in blocks of feature maps that are large enough; None ends it."""
+    level = 0
+    for parts in (*unet.input_blocks, unet.middle_block, *unet.output_blocks):
+        level += any(isinstance(part, Downsample) for part in parts)
+        wanted = merging if merging is not None and 2**level <= merging.downsample else None
+        for layer in parts.modules():
+            if isinstance(layer, TransformerBlock):
+                layer.merging = wanted
+        level -= any(isinstance(part, Upsample) for part in parts)
 
 
 def _block(in_channels: int, out_channels: int, depth: int, config: UNetConfig) -> nn.ModuleList:

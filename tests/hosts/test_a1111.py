@@ -84,6 +84,78 @@ def test_an_editing_model_has_two_rows_without_the_prompt(
     assert float((got - wanted).norm() / (plain - wanted).norm()) < 1e-3
 
 
+class Regions:
+    """What Regional Prompter's mode *Latent* does in the two callbacks: each of AND's parts has a region of its own.
+
+    In between it has the rows of batches in another order, so that each pass through the model is of one part.
+    """
+
+    def __init__(self, images: int, parts: int) -> None:
+        self.masks = torch.zeros(parts, 1, 8, 8)
+        for i, mask in enumerate(self.masks):
+            mask[..., i * 8 // parts : (i + 1) * 8 // parts] = 0.9
+        self.images, self.parts = images, parts
+        self.moved = torch.arange(images * parts).reshape(images, parts).T.flatten()
+
+    def before_model(self, params: Any) -> None:
+        count = len(self.moved)
+        for rows in (params.x, params.sigma, params.text_cond):
+            rows[:count] = rows[:count][self.moved]
+
+    def after_model(self, params: Any) -> None:
+        rows, count = params.x.clone(), len(self.moved)
+        rows[self.moved] = params.x[:count]
+        uncond = rows[count:].repeat_interleave(self.parts, 0)
+        masks = self.masks.repeat(self.images, 1, 1, 1)
+        params.x[:count] = rows[:count] * masks + uncond * (1 - masks)
+
+
+@pytest.fixture
+def with_regions(webui: WebUI) -> Iterator[Any]:
+    """Give both callbacks of such an extension, which registers them when it is first used: after ours."""
+    before, after = (webui.callbacks.registered[kind] for kind in ("cfg_denoiser", "cfg_denoised"))
+    counts = len(before), len(after)
+
+    def start(images: int, parts: int) -> None:
+        regions = Regions(images, parts)
+        before.append(regions.before_model)
+        after.append(regions.after_model)
+
+    yield start
+    del before[counts[0] :], after[counts[1] :]
+
+
+REGIONS: dict[str, dict[str, Any]] = {
+    "one image": {"prompt": "a cat AND a dog :0.6 AND a red mat :0.8"},
+    "DDIM": {"prompt": "a cat AND a red mat", "sampler_name": "DDIM"},
+    "two images": {"prompt": ["a cat AND a dog", "a mat AND a"], "batch_size": 2, "sampler_name": "Heun"},
+    "without guidance": {"prompt": "a cat AND a dog", "cfg_scale": 1.0},
+    "CFG++": {"prompt": "a cat AND a dog", "sampler_name": "DDIM CFG++"},
+}
+
+
+@pytest.mark.parametrize("changes", REGIONS.values(), ids=REGIONS)
+def test_regions_that_an_extension_gives_to_the_parts_of_and(
+    webui: WebUI, with_regions: Any, changes: dict[str, Any]
+) -> None:
+    prompts = changes["prompt"]
+    first = prompts if isinstance(prompts, str) else prompts[0]
+    without = webui.latents(DELTA, **changes)
+    with_regions(changes.get("batch_size", 1), first.count("AND") + 1)
+    plain, wanted, got = webui.latents(**changes), webui.native(**changes), webui.latents(DELTA, **changes)
+    assert webui.callbacks.swallowed == []
+    assert relative(without, wanted) > 1e-3, "the regions change nothing here"
+    assert float((got - wanted).norm() / (plain - wanted).norm()) < 1e-3
+
+
+def test_parts_of_and_that_the_side_model_is_not_told_share_one_change(webui: WebUI) -> None:
+    """What comes out of the picture's own guidance is the change of what the side model is told."""
+    changes = {"steps": 1, "prompt": "a cat AND a dog :0.6"}
+    got = webui.latents({**DELTA, "prompt": "a red mat"}, **changes) - webui.latents(**changes)
+    alone = {**changes, "prompt": "a red mat"}
+    assert relative(got, webui.native(**alone) - webui.latents(**alone)) < 1e-3
+
+
 def test_weights_of_and_that_cancel_leave_cfg_plus_plus_a_delta(webui: WebUI) -> None:
     """There is no estimate for the prompts from which the rest could be told, so all rows get the same."""
     changes = {"sampler_name": "DDIM CFG++", "prompt": "a cat :1 AND a dog :-1"}

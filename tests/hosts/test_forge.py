@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import wraps
 from types import SimpleNamespace
@@ -111,6 +112,88 @@ def test_a_sampler_that_puts_functions_of_its_own_in_place_of_all(
     monkeypatch.setattr(samplers, "create_sampler", create_with_own)
     assert relative(webui.latents(DELTA), wanted) < 1e-5
     assert len(asked) == 3
+
+
+class Regions:
+    """What Regional Prompter's mode *Latent* does around the model: each of AND's parts has a region of its own."""
+
+    def __init__(self, parts: int) -> None:
+        self.masks = torch.zeros(parts, 1, 8, 8)
+        for i, mask in enumerate(self.masks):
+            mask[..., i * 8 // parts : (i + 1) * 8 // parts] = 0.9
+
+    def __call__(self, apply: Any, asked: dict[str, Any]) -> torch.Tensor:
+        kinds, told = asked["cond_or_uncond"], asked["c"]["c_crossattn"].chunk(len(asked["cond_or_uncond"]))
+        states, levels = asked["input"].chunk(len(kinds)), asked["timestep"].chunk(len(kinds))
+        rows = [apply(x, t, c_crossattn=text) for x, t, text in zip(states, levels, told)]
+        uncond = rows[kinds.index(1)]
+        parts = iter(reversed(self.masks))  # as the WebUI has their order
+        return torch.cat([row if kind else uncond + next(parts) * (row - uncond) for row, kind in zip(rows, kinds)])
+
+
+class Tiles:
+    """A wrapper of another kind, as tiled evaluation is: it shows the model halves of the picture."""
+
+    def __call__(self, apply: Any, asked: dict[str, Any]) -> torch.Tensor:
+        x, told = asked["input"], asked["c"]
+        return torch.cat([apply(half, asked["timestep"], **told) for half in x.chunk(2, 3)], 3)
+
+
+def wrapped_in(webui: WebUI, wrapper: Any) -> Any:
+    """Return a callback that puts a wrapper around the main model, whichever it is."""
+
+    def put(params: Any) -> None:
+        options = params.denoiser.inner_model.inner_model.forge_objects.unet.model_options
+        options["model_function_wrapper"] = wrapper
+
+    return put
+
+
+REGIONS: dict[str, dict[str, Any]] = {
+    "one image": {"prompt": "a cat AND a dog :0.6 AND a red mat :0.8"},
+    "two images": {"prompt": ["a cat AND a dog", "a mat AND a"], "batch_size": 2, "sampler_name": "Heun"},
+    "DDIM CFG++": {"prompt": "a cat AND a dog", "sampler_name": "DDIM CFG++"},
+}
+
+
+@pytest.mark.parametrize("changes", REGIONS.values(), ids=REGIONS)
+@pytest.mark.parametrize("made_by", ["a wrapper", "masks"])
+def test_regions_that_the_parts_of_and_have(
+    webui: WebUI, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], made_by: str
+) -> None:
+    prompts = changes["prompt"]
+    count = (prompts if isinstance(prompts, str) else prompts[0]).count("AND") + 1
+    regions, registered = Regions(count), webui.callbacks.registered["cfg_denoiser"]
+    ours, without = len(registered), webui.latents(DELTA, **changes)
+    if made_by == "masks":
+        denoiser = webui.module("sd_samplers_cfg_denoiser")
+        compiled, masks = denoiser.compiled, itertools.cycle(regions.masks + 0.1)
+
+        def masked(context: torch.Tensor, *strength: float) -> dict[str, Any]:
+            return compiled(context, *strength) | ({"mask": next(masks)} if strength else {})
+
+        monkeypatch.setattr(denoiser, "compiled", masked)
+    else:
+        registered.append(wrapped_in(webui, regions))
+    try:
+        plain, wanted, got = webui.latents(**changes), webui.native(**changes), webui.latents(DELTA, **changes)
+    finally:
+        del registered[ours:]
+    assert webui.callbacks.swallowed == []
+    assert relative(without, wanted) > 1e-3, "the regions change nothing here"
+    assert float((got - wanted).norm() / (plain - wanted).norm()) < 1e-3
+
+
+def test_a_wrapper_that_shows_the_model_parts_of_the_picture_leaves_the_sums_change(webui: WebUI) -> None:
+    registered, changes = webui.callbacks.registered["cfg_denoiser"], {"steps": 1, "prompt": "a cat AND a dog :0.6"}
+    wanted = webui.latents(DELTA, **changes) - webui.latents(**changes)
+    registered.append(wrapped_in(webui, Tiles()))
+    try:
+        got = webui.latents(DELTA, **changes) - webui.latents(**changes)
+    finally:
+        registered.pop()
+    # The base sees another estimate; a single step from noise has the same state.
+    assert relative(got, wanted) < 1e-3
 
 
 def test_a_refiner_that_replaces_the_patcher_in_mid_run(webui: WebUI) -> None:

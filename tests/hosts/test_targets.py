@@ -56,12 +56,12 @@ def flow_matching(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
     def times(self: Any) -> torch.Tensor:
         return vars(self)["sigmas"] / (1 + vars(self)["sigmas"])
 
-    def apply_model(self: Any, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def apply_model(self: Any, x: torch.Tensor, t: torch.Tensor, c_crossattn: torch.Tensor) -> torch.Tensor:
         sigma, s = t / (1 - t), (t / (1 - t))[:, None, None, None]
         table = vars(self.predictor)["sigmas"]
         step = (sigma.log() - table.log()[:, None]).abs().argmin(0).float()
         x = x * (1 + s)
-        return x - s * self.networks(x / (1 + s**2).sqrt(), step, context)
+        return x - s * self.networks(x / (1 + s**2).sqrt(), step, c_crossattn)
 
     monkeypatch.setattr(loaded.Predictor, "sigmas", property(times, lambda p, v: vars(p).update(sigmas=v)), False)
     monkeypatch.setattr(loaded.Predictor, "prediction_type", "const", raising=False)
@@ -83,8 +83,8 @@ def flux(webui: WebUI, monkeypatch: pytest.MonkeyPatch, last: float = 1.0) -> No
     loaded = webui.module("loaded_model")
     times = torch.arange(1, 1001) / 1000 * last
 
-    def apply_model(self: Any, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        return 0.3 * torch.tanh(x) + 0.1 * context.mean()
+    def apply_model(self: Any, x: torch.Tensor, t: torch.Tensor, c_crossattn: torch.Tensor) -> torch.Tensor:
+        return 0.3 * torch.tanh(x) + 0.1 * c_crossattn.mean()
 
     monkeypatch.setattr(loaded.Predictor, "sigmas", property(lambda _: times, lambda p, v: None), False)
     monkeypatch.setattr(loaded.Predictor, "prediction_type", "const", raising=False)

@@ -325,6 +325,43 @@ def test_a_picture_that_can_be_tiled_has_a_delta_that_can(webui: WebUI) -> None:
     assert torch.equal(webui.latents(DELTA), plain)
 
 
+def drawn_by_torch(_block: Any, pixels: int, cells: tuple[int, int]) -> torch.Tensor:
+    return torch.randint(pixels, (*cells, 1))[..., 0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"sampler_name": "DDIM"}, HIRES], ids=["Euler", "DDIM", "hires"])
+def test_token_merging_is_followed(webui: WebUI, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    merging: Any = importlib.import_module("lib_delta.models.merging")
+    unet: Any = importlib.import_module("lib_delta.models.unet")
+    plain_models = webui.latents(DELTA, **changes)
+    networks, forge = webui.module("network").Networks, webui.name == "forge"
+    how = merging.TokenMerging(0.5, queries=forge, choice=drawn_by_torch if forge else merging.first_of_cell)
+    evaluate = networks.__call__
+
+    def merged(self: Any, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        unet.merge_tokens(self.unet, how)
+        made: torch.Tensor = evaluate(self, x, t, context)
+        unet.merge_tokens(self.unet, None)
+        return made
+
+    monkeypatch.setattr(networks, "__call__", merged)
+    monkeypatch.setattr(webui.shared.opts, "token_merging_ratio", 0.5)
+    monkeypatch.setattr(type(webui.shared.sd_model), "applied_token_merged_ratio", 0.5, raising=False)
+    plain, wanted, got = webui.latents(**changes), webui.native(**changes), webui.latents(DELTA, **changes)
+    assert webui.callbacks.swallowed == []
+    assert relative(got, plain_models) > 1e-3, "nothing was merged"
+    assert float((got - wanted).norm() / (plain - wanted).norm()) < 1e-3
+
+
+def test_token_merging_ends_with_the_option(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = webui.latents(DELTA)
+    with monkeypatch.context() as while_on:
+        while_on.setattr(webui.shared.opts, "token_merging_ratio", 0.5)
+        while_on.setattr(type(webui.shared.sd_model), "applied_token_merged_ratio", 0.5, raising=False)
+        assert not torch.equal(webui.latents(DELTA), plain)
+    assert torch.equal(webui.latents(DELTA), plain)
+
+
 def test_a_base_of_another_kind_is_refused_before_it_is_built(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
     sidemodel: Any = importlib.import_module("lib_delta.sidemodel")
     webui.host.unload()

@@ -94,6 +94,8 @@ RESET = {
     "skip_early_cond": 0,
     "pad_cond_uncond": False,
     "enable_quantization": False,
+    "token_merging_ratio": 0,
+    "token_merging_ratio_hr": 0,
     "delta_sampling_on_error": "stop",
     "delta_sampling_cache": 1,
 }

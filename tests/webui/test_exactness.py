@@ -104,8 +104,11 @@ FEATURES: dict[str, dict[str, Any]] = {
     "tiling": {"tiling": True},
     "a variation seed": {"subseed": 5, "subseed_strength": 0.4},
     "whole timesteps": {"override_settings": {"enable_quantization": True}, "sampler_name": "DPM2"},
-    "no padding": {"override_settings": {"pad_cond_uncond": True}, "prompt": "cat, " * 50},
+    "padded prompts": {"override_settings": {"pad_cond_uncond": True}, "prompt": "cat, " * 50},
+    "token merging": {"override_settings": {"token_merging_ratio": 0.5}},
 }
+# What a feature is a feature of: its picture is compared with one that has this alone.
+ORDINARY = ("sampler_name", "prompt")
 
 
 @pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
@@ -113,7 +116,15 @@ def test_features(webui: WebUI, files: Files, changes: dict[str, Any]) -> None:
     unknown = changes.get("override_settings", {}).keys() - webui.get("/sdapi/v1/options").keys()
     if unknown:
         pytest.skip(f"this WebUI has no setting {', '.join(unknown)}")
+    ordinary = webui.generate(**{key: value for key, value in changes.items() if key in ORDINARY})
+    assert not np.array_equal(webui.generate(**changes).pictures, ordinary.pictures), "the feature changes nothing here"
     assert_exact(webui, files, **changes)
+
+
+def test_token_merging_in_the_hires_pass(webui: WebUI, files: Files) -> None:
+    merging = {"override_settings": {"token_merging_ratio_hr": 0.5}}
+    assert not np.array_equal(webui.generate(**HIRES, **merging).pictures, webui.generate(**HIRES).pictures)
+    assert_exact(webui, files, **HIRES, **merging)
 
 
 def test_sizes_that_are_no_multiple_of_64(webui: WebUI, files: Files) -> None:
@@ -142,7 +153,9 @@ def test_hires_fix(webui: WebUI, files: Files, sampler: str) -> None:
 
 
 def test_hires_fix_with_another_sampler_and_prompt(webui: WebUI, files: Files) -> None:
-    assert_exact(webui, files, hr_sampler_name="DDIM", hr_prompt="a dog in the rain", hr_negative_prompt="red", **HIRES)
+    other = {"hr_sampler_name": "DDIM", "hr_prompt": "a dog in the rain", "hr_negative_prompt": "red"}
+    assert not np.array_equal(webui.generate(**other, **HIRES).pictures, webui.generate(**HIRES).pictures)
+    assert_exact(webui, files, **other, **HIRES)
 
 
 def test_hires_fix_with_another_checkpoint(webui: WebUI, files: Files) -> None:
@@ -209,12 +222,14 @@ def test_inpainting(webui: WebUI, files: Files, sampler: str, soft: bool) -> Non
 
 def test_a_fine_tuned_checkpoint(webui: WebUI, files: Files) -> None:
     wanted = webui.generate(override_settings={"sd_model_checkpoint": files.tuned})
+    assert np.abs(wanted.pictures - webui.generate().pictures).max() > 10 * NEAR, "it is not tuned"
     assert_same(webui.generate(delta(files, loras="", adapted=files.tuned)), wanted)
 
 
 def test_lora_weights_and_tags(webui: WebUI, files: Files) -> None:
-    half = native(webui, files)
     half = webui.generate(prompt=f"{webui.defaults['prompt']} <lora:{files.lora}:0.5>")
+    for other in (native(webui, files), webui.generate()):
+        assert np.abs(half.pictures - other.pictures).max() > 10 * NEAR, "the weight changes nothing here"
     assert_same(webui.generate(delta(files, loras=f"{files.lora}:0.5")), half)
     tag = f"{webui.defaults['prompt']} <delta:{files.lora}:1:weight=0.5>"
     got = webui.generate({"enabled": False, "base": files.sd1}, prompt=tag)

@@ -75,6 +75,10 @@ class StableDiffusionProcessing:
     def comment(self, text):
         self.comments.append(text)
 
+    def get_token_merging_ratio(self, for_hr=False):
+        ratio = shared.opts.token_merging_ratio
+        return getattr(shared.opts, "token_merging_ratio_hr", 0) or ratio if for_hr else ratio
+
     def latent_size(self):
         return self.height // 8, self.width // 8
 

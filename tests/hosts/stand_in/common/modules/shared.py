@@ -13,6 +13,7 @@ DEFAULTS = {
     "s_min_uncond_all": False,
     "sd_noise_schedule": "Default",
     "skip_early_cond": 0.0,
+    "token_merging_ratio": 0.0,
     "use_old_scheduling": False,
 }
 

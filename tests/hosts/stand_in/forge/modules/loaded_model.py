@@ -30,9 +30,12 @@ class KModel:
     def __init__(self, networks):
         self.networks, self.predictor = networks, Predictor()
 
-    def apply_model(self, x, sigma, context):
+    def apply_model(self, x, sigma, c_crossattn):
         s = sigma[:, None, None, None]
-        return x - s * self.networks(x / (1 + s**2).sqrt(), self.predictor.timestep(sigma), context)
+        return x - s * self.networks(x / (1 + s**2).sqrt(), self.predictor.timestep(sigma), c_crossattn)
+
+    def memory_required(self, input_shape):
+        return 0
 
 
 class ForgeObjects:

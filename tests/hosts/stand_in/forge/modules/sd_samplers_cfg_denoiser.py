@@ -3,7 +3,7 @@
 import math
 
 import torch
-from backend.sampling.sampling_function import sampling_prepare
+from backend.sampling.sampling_function import calc_cond_uncond_batch, compiled, sampling_prepare
 from k_diffusion.external import DiscreteSchedule
 from modules import prompt_parser, script_callbacks, shared
 from modules.sd_samplers_common import InterruptedException
@@ -93,18 +93,17 @@ class CFGDenoiser(torch.nn.Module):
         # As many sub-prompts as every image has; all images share the weights of the last.
         parts = list(zip(*numbered))
         weights = [part[-1][1] for part in parts]
-        estimates = [unet.model.apply_model(x, sigma, text_cond[[row for row, _ in part]]) for part in parts]
-        positive = sum(w * e for w, e in zip(weights, estimates)) / sum(weights)
-        negative = torch.zeros_like(x)
-        if text_uncond is not None and not math.isclose(scale, 1.0):
-            negative = unet.model.apply_model(x, sigma, text_uncond)
+        cond = [compiled(text_cond[[row for row, _ in part]], weight) for part, weight in zip(parts, weights)]
+        uncond = None if text_uncond is None else [compiled(text_uncond)]
+        asked = None if math.isclose(scale, 1.0) else uncond
+        positive, negative = calc_cond_uncond_batch(unet.model, cond, asked, x, sigma, options)
         denoised = negative + (positive - negative) * scale * sum(weights)
         for function in options.get("sampler_post_cfg_function", []):
             denoised = function(
                 {
                     "denoised": denoised,
-                    "cond": text_cond,
-                    "uncond": text_uncond,
+                    "cond": cond,
+                    "uncond": uncond,
                     "cond_denoised": positive,
                     "uncond_denoised": negative,
                     "model": unet.model,

@@ -1,4 +1,6 @@
-"""Before a pass."""
+"""Before a pass, and in it: parts of prompts and negative prompts through the model, and what comes of them."""
+
+import torch
 
 from backend.memory_management import load_models_gpu
 
@@ -6,3 +8,48 @@ from backend.memory_management import load_models_gpu
 def sampling_prepare(unet, x):
     """Have the model and what extensions have added to it on the device."""
     load_models_gpu([unet, *unet.extra_model_patchers_during_sampling])
+
+
+class Condition:
+    """What the model is told."""
+
+    def __init__(self, cond):
+        self.cond = cond
+
+    def can_concat(self, other):
+        return self.cond.shape == other.cond.shape
+
+
+def compiled(context, strength=1.0):
+    """Return one part of a prompt, for all images."""
+    return {"strength": strength, "model_conds": {"c_crossattn": Condition(context)}}
+
+
+def calc_cond_uncond_batch(model, cond, uncond, x_in, timestep, model_options):
+    """Return the weighted means of the parts and of the negative prompts, each from where its mask leaves it.
+
+    Those whose texts have one length go through the model together, in reverse.
+    """
+    waiting = [(part, 0) for part in cond] + [(part, 1) for part in uncond or ()]
+    sums, counts = (torch.zeros_like(x_in).repeat(2, 1, 1, 1, 1) for _ in range(2))
+    while waiting:
+        first = waiting[0][0]["model_conds"]["c_crossattn"]
+        together = [first.can_concat(part["model_conds"]["c_crossattn"]) for part, _ in waiting]
+        chosen = [entry for entry, fits in zip(waiting, together) if fits][::-1]
+        waiting = [entry for entry, fits in zip(waiting, together) if not fits]
+        output = _through(model, chosen, x_in, timestep, model_options)
+        for (part, kind), rows in zip(chosen, output.chunk(len(chosen))):
+            share = part["strength"] * part.get("mask", torch.ones(1, *x_in.shape[2:]))[:, None]
+            sums[kind] += share * rows
+            counts[kind] += share
+    return tuple(sums / (counts + 1e-37))
+
+
+def _through(model, chosen, x, timestep, options):
+    kinds = [kind for _, kind in chosen]
+    told = {"c_crossattn": torch.cat([part["model_conds"]["c_crossattn"].cond for part, _ in chosen])}
+    x, timestep = x.repeat(len(kinds), 1, 1, 1), timestep.repeat(len(kinds))
+    wrapper = options.get("model_function_wrapper")
+    if wrapper is None:
+        return model.apply_model(x, timestep, **told)
+    return wrapper(model.apply_model, {"input": x, "timestep": timestep, "c": told, "cond_or_uncond": kinds})
