@@ -58,7 +58,8 @@ def test_a_block_merges_as_the_package_does(
     got = block(x[None], Text(TEXT), Injection(), torch.Size(size))[0]
     torch.testing.assert_close(got, by_tomesd(block, x, size, merging, no_rand=True), atol=1e-4, rtol=1e-4)
     block.merging = None
-    assert (block(x[None], Text(TEXT), Injection(), torch.Size(size))[0] - got).norm() > 1e-2 * got.norm()
+    plain = block(x[None], Text(TEXT), Injection(), torch.Size(size))[0]
+    assert (plain - got).abs().max() > 3e-3, "there is nothing alike here"
 
 
 @torch.no_grad()

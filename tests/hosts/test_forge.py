@@ -70,6 +70,9 @@ def test_other_extensions_functions_come_before_and_stay(webui: WebUI) -> None:
         webui.shared.sd_model = None
         webui.use("base")
     assert len(called) == 3
+    assert webui.host.status().endswith("; the main model alone has what test_forge does")
+    webui.generate(DELTA)
+    assert "alone" not in webui.host.status()
 
 
 def test_a_sampler_that_leaves_out_the_functions_is_a_fault(webui: WebUI) -> None:

@@ -260,7 +260,7 @@ def test_inpainting_leaves_what_is_outside_the_mask(webui: WebUI, sampler: str) 
         registered.pop()
     assert torch.equal(made[..., :4], latent(2)[..., :4])
     if sampler == "Euler a":  # timestep samplers have their estimates, not noise, blended by Forge alone
-        assert all(torch.equal(seen[..., :4], latent(2)[..., :4]) for seen in previews)
+        assert previews and all(torch.equal(seen[..., :4], latent(2)[..., :4]) for seen in previews)
 
 
 # How far along a step is.
