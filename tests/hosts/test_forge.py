@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from types import SimpleNamespace
 from typing import Any
@@ -142,14 +143,35 @@ class Tiles:
         return torch.cat([apply(half, asked["timestep"], **told) for half in x.chunk(2, 3)], 3)
 
 
-def wrapped_in(webui: WebUI, wrapper: Any) -> Any:
-    """Return a callback that puts a wrapper around the main model, whichever it is."""
+@contextmanager
+def wrapped_in(webui: WebUI, wrapper: Any) -> Iterator[None]:
+    """Have a wrapper around the main model, whichever it is, in each evaluation and not beyond."""
+    before, after = (webui.callbacks.registered[kind] for kind in ("cfg_denoiser", "cfg_after_cfg"))
 
-    def put(params: Any) -> None:
-        options = params.denoiser.inner_model.inner_model.forge_objects.unet.model_options
-        options["model_function_wrapper"] = wrapper
+    def options() -> dict[str, Any]:
+        known: dict[str, Any] = webui.shared.sd_model.forge_objects.unet.model_options
+        return known
 
-    return put
+    before.append(lambda _params: options().update(model_function_wrapper=wrapper))
+    after.append(lambda _params: options().pop("model_function_wrapper"))
+    try:
+        yield
+    finally:
+        before.pop(), after.pop()
+
+
+@contextmanager
+def masked(webui: WebUI, masks: torch.Tensor) -> Iterator[None]:
+    """Give each of AND's parts a mask, in turn."""
+    denoiser, turn = webui.module("sd_samplers_cfg_denoiser"), itertools.cycle(masks + 0.1)
+    compiled = denoiser.compiled
+
+    def with_mask(context: torch.Tensor, *strength: float) -> dict[str, Any]:
+        return {**compiled(context, *strength), **({"mask": next(turn)} if strength else {})}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoiser, "compiled", with_mask)
+        yield
 
 
 REGIONS: dict[str, dict[str, Any]] = {
@@ -161,40 +183,22 @@ REGIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", REGIONS.values(), ids=REGIONS)
 @pytest.mark.parametrize("made_by", ["a wrapper", "masks"])
-def test_regions_that_the_parts_of_and_have(
-    webui: WebUI, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], made_by: str
-) -> None:
+def test_regions_that_the_parts_of_and_have(webui: WebUI, changes: dict[str, Any], made_by: str) -> None:
     prompts = changes["prompt"]
     count = (prompts if isinstance(prompts, str) else prompts[0]).count("AND") + 1
-    regions, registered = Regions(count), webui.callbacks.registered["cfg_denoiser"]
-    ours, without = len(registered), webui.latents(DELTA, **changes)
-    if made_by == "masks":
-        denoiser = webui.module("sd_samplers_cfg_denoiser")
-        compiled, masks = denoiser.compiled, itertools.cycle(regions.masks + 0.1)
-
-        def masked(context: torch.Tensor, *strength: float) -> dict[str, Any]:
-            return compiled(context, *strength) | ({"mask": next(masks)} if strength else {})
-
-        monkeypatch.setattr(denoiser, "compiled", masked)
-    else:
-        registered.append(wrapped_in(webui, regions))
-    try:
+    regions, without = Regions(count), webui.latents(DELTA, **changes)
+    with masked(webui, regions.masks) if made_by == "masks" else wrapped_in(webui, regions):
         plain, wanted, got = webui.latents(**changes), webui.native(**changes), webui.latents(DELTA, **changes)
-    finally:
-        del registered[ours:]
     assert webui.callbacks.swallowed == []
     assert relative(without, wanted) > 1e-3, "the regions change nothing here"
     assert float((got - wanted).norm() / (plain - wanted).norm()) < 1e-3
 
 
 def test_a_wrapper_that_shows_the_model_parts_of_the_picture_leaves_the_sums_change(webui: WebUI) -> None:
-    registered, changes = webui.callbacks.registered["cfg_denoiser"], {"steps": 1, "prompt": "a cat AND a dog :0.6"}
+    changes = {"steps": 1, "prompt": "a cat AND a dog :0.6"}
     wanted = webui.latents(DELTA, **changes) - webui.latents(**changes)
-    registered.append(wrapped_in(webui, Tiles()))
-    try:
+    with wrapped_in(webui, Tiles()):
         got = webui.latents(DELTA, **changes) - webui.latents(**changes)
-    finally:
-        registered.pop()
     # The base sees another estimate; a single step from noise has the same state.
     assert relative(got, wanted) < 1e-3
 
