@@ -113,9 +113,8 @@ def all_texts(files: Files) -> dict[str, str]:
 
 
 def test_positional_arguments_are_the_named_ones(webui: WebUI, files: Files) -> None:
-    settings = all_settings(files)
-    order = webui.get("/delta-sampling/schema")["properties"]
-    arguments = {SCRIPT: {"args": [settings[key] for key in order]}}
+    settings, order = all_settings(files), webui.get("/delta-sampling/schema")["properties"]
+    arguments = {SCRIPT: {"args": [settings.get(key, about["default"]) for key, about in order.items()]}}
     named, by_position = webui.generate(settings), webui.generate(alwayson_scripts=arguments)
     assert np.array_equal(named.pictures, by_position.pictures)
     assert delta_keys(named.infotexts[0]) == delta_keys(by_position.infotexts[0]) != {}
