@@ -86,7 +86,7 @@ def test_where_a_unet_merges() -> None:
     merge_tokens(unet, TokenMerging(0.5))
     largest = set(merging_blocks(unet))
     assert 0 < len(largest) < len(every)
-    assert {name.split(".1.")[0] for name in largest} <= {"input_blocks.1", "output_blocks.2", "output_blocks.3"}
+    assert all(name.startswith(("input_blocks.1.", "output_blocks.2.", "output_blocks.3.")) for name in largest)
     merge_tokens(unet, TokenMerging(0.5, downsample=8))
     assert set(merging_blocks(unet)) == every
     merge_tokens(unet, None)
