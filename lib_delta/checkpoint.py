@@ -7,8 +7,10 @@ run), in the key names of the original Stable Diffusion release, "LDM layout".
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +33,8 @@ from lib_delta.models.vae import VAE, VAEConfig
 from lib_delta.parameterization import Prediction
 
 Module = TypeVar("Module", bound=nn.Module)
+# One thread copies out of the page cache at a fraction of what memory can do, and more than four gain little.
+READERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,12 @@ class WeightFile:
             return self._reader.tensor(self.prefix + key)
         except (RuntimeError, KeyError) as error:
             raise CheckpointError(f"{self.name} has no readable weight {self.prefix}{key} ({error})") from error
+
+    def tensors(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Return several tensors as they are stored, read by several threads."""
+        keys = tuple(keys)
+        with ThreadPoolExecutor(READERS) as readers:
+            return dict(zip(keys, readers.map(self.tensor, keys)))
 
     def below(self, prefix: str) -> WeightFile:
         """Return a view of the keys that start with ``prefix``, with it removed."""
@@ -436,9 +446,7 @@ def build(make: Callable[[], Module], weights: WeightFile, dtype: torch.dtype, d
     """
     with torch.device("meta"):
         module = make()
-    fill(
-        module, {k: weights.tensor(k) for k in module.state_dict() if k in weights.shapes}, weights.name, dtype, device
-    )
+    fill(module, weights.tensors(k for k in module.state_dict() if k in weights.shapes), weights.name, dtype, device)
     return module
 
 

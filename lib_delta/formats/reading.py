@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ class StoredFile:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}): a model file is needed") from error
         self._state = self._now()
         self.size = self._state[0]
+        self._placing = threading.Lock()
 
     def _now(self) -> tuple[int, int]:
         found = os.fstat(self.stream.fileno())
@@ -43,8 +45,7 @@ class StoredFile:
         data = torch.empty(span.length, dtype=torch.uint8)
         view = memoryview(data.numpy())
         try:
-            self.stream.seek(span.start)
-            complete = self._fill(view) and self._now() == self._state
+            complete = self._fill(view, span.start) and self._now() == self._state
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.name} cannot be read ({error}): a model file is needed") from error
         if not complete:
@@ -55,14 +56,21 @@ class StoredFile:
             )
         return data
 
-    def _fill(self, view: memoryview) -> bool:
+    def _fill(self, view: memoryview, start: int) -> bool:
         done = 0
         while done < len(view):
-            got = self.stream.readinto(view[done:])  # type: ignore[attr-defined]
+            got = self._read_into(view[done:], start + done)
             if not got:
                 return False
             done += got
         return True
+
+    def _read_into(self, view: memoryview, start: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self.stream.fileno(), [view], start)
+        with self._placing:  # elsewhere (Windows) the place to read from is the file's, and readers take turns
+            self.stream.seek(start)
+            return self.stream.readinto(view)  # type: ignore[attr-defined]
 
     def bytes(self, span: Span) -> bytes:
         """Return a short stretch of the file."""

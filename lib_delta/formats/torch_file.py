@@ -10,6 +10,7 @@ import io
 import math
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class TorchFileReader:
         self.shapes: Shapes = {key: stored.shape for key, stored in self._tensors.items()}
         uses = Counter(stored.storage.key for stored in self._tensors.values())
         self._shared: dict[str, Tensor | None] = {key: None for key, count in uses.items() if count > 1}
+        self._sharing = threading.Lock()
 
     def _check(self) -> None:
         """Refuse tensors that are larger than what is stored of them."""
@@ -100,13 +102,19 @@ class TorchFileReader:
     def _numbers(self, stored: StoredTensor) -> Tensor:
         """Return the storage of a tensor as a vector of its type."""
         storage = stored.storage
-        data = self._shared.get(storage.key)
-        if data is None:
-            data = self._file.read(self._spans[storage.key])
-            if storage.key in self._shared:
-                self._shared[storage.key] = data
+        data = self._of_several(storage.key) if storage.key in self._shared else self._read(storage.key)
         unit = 1 if storage.dtype is None else itemsize(stored.dtype)
         return data[storage.start * unit : (storage.start + storage.length) * unit].view(stored.dtype)
+
+    def _of_several(self, key: str) -> Tensor:
+        with self._sharing:  # or else it would be read once for each that asks
+            data = self._shared[key]
+            if data is None:
+                data = self._shared[key] = self._read(key)
+            return data
+
+    def _read(self, key: str) -> Tensor:
+        return self._file.read(self._spans[key])
 
     def close(self) -> None:
         self._shared = {}

@@ -192,9 +192,7 @@ def _clip_weights(file: WeightFile, family: Family) -> dict[str, Tensor]:
     if prefix is None:
         return {}
     weights = file.below(prefix)
-    return {
-        k: weights.tensor(k) for k in weights.keys if k.startswith(("embeddings.", "encoder.", "final_layer_norm."))
-    }
+    return weights.tensors(k for k in weights.keys if k.startswith(("embeddings.", "encoder.", "final_layer_norm.")))
 
 
 _OPEN_CLIP_NAMES = {
