@@ -16,19 +16,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
-from bench import bridges, storage
+from bench import bridges, operations, storage
 from bench.models import Layout, diffusers_unet, random_lora, random_unet, sd15, sdxl
 from bench.timing import Case, ratios, rounds
-from lib_delta.adapters.apply import attach, detach
+from lib_delta.adapters.apply import Form, attach, detach
 from lib_delta.adapters.load import AdapterFile
 from lib_delta.families import Family
 from lib_delta.models.unet import Text, UNet
 
 WIDTHS = {"tiny": 64, "small": 128, "full": 320}
 LAYERS = {"all layers": "", "attention": "attn", "decoder": "output_blocks"}
-FORMS = ("merged", "bypass")
+FORMS: tuple[Form, ...] = ("merged", "bypass", "automatic")
 BRIDGED = (Family.SDXL, Family.SD3, Family.FLUX)
 PLAIN, PUBLISHED, FOUR = "plain pass (diffusers)", "two more networks (the published way)", "one pass of four rows"
 RESULTS = Path(__file__).with_name("results")
@@ -81,9 +80,15 @@ def flops(case: Case) -> float:
     """Return the floating-point operations of a case, in units of 10^9."""
     case.prepare()
     case.run()  # keys and values of the prompt are then known, as they are in all steps but the first
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counter:
+    return operations.gflop(case.run)
+
+
+def activations(case: Case, passes: Passes) -> float:
+    """Return what a case holds at most besides weights, in units of 2^20 bytes."""
+    case.prepare()
+    with operations.Peak((*passes.unet.parameters(), *passes.unet.buffers())) as peak:
         case.run()
-    return counter.get_total_flops() / 1e9
+    return peak.bytes / 2**20
 
 
 def native_resolution() -> dict[str, float]:
@@ -96,9 +101,8 @@ def native_resolution() -> dict[str, float]:
             x, t = torch.empty(1, rows, 4, size, size), torch.empty(rows)
             context = torch.empty(1, rows, 77, layout.ours.context_width)
             label = torch.empty(1, rows, layout.ours.label_width) if layout.ours.label_width else None
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            unet(x, t, context, label)
-        return counter.get_total_flops() / 1e9
+        with torch.no_grad():
+            return operations.gflop(lambda: unet(x, t, context, label))
 
     target, branch = count(sdxl(), 128, 2), count(sd15(), 64, 2)
     # At most both branches are computed whole.
@@ -109,6 +113,40 @@ def native_resolution() -> dict[str, float]:
         "whole step, exact": round(1 + 2 * branch / target, 3),
         "whole step, balanced": round(1 + branch / target, 3),
         "whole step, fast": round(1 + branch / 2 / target, 3),
+    }
+
+
+def native_times(width: int, size: int, rounds_: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Time a step of SDXL's layout with the source at half its size beside a plain one, both narrowed alike."""
+    target = random_unet(sdxl(width), device, dtype)
+    reference = diffusers_unet(sdxl(width), target)
+    source = Passes(sd15(width), size, device, dtype)
+    make = partial(torch.randn, device=device, dtype=dtype)
+    x, context = make(2, 4, 2 * size, 2 * size), make(2, 77, sdxl(width).ours.context_width)
+    pooled = {"text_embeds": make(2, 1280), "time_ids": make(2, 6)}
+    lora = random_lora(source.unet, 16, "")
+
+    @torch.no_grad()
+    def plain() -> None:
+        reference(x, source.t.expand(2), context, added_cond_kwargs=pooled)
+
+    def whole() -> None:
+        plain()
+        source.ours()
+
+    attach(source.unet, [(lora, 1.0)], "automatic")
+    cases = {"plain step": Case(plain), "whole step, exact": Case(whole)}
+    found = ratios(rounds(cases, rounds_, device), "plain step")
+    return {"width": width, "latents of the target": 2 * size, **found}
+
+
+def delta_steps(passes: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Return what a step with the delta takes, in plain steps, at each quality."""
+    shares = {"exact": 1.0, "balanced": 0.5, "fast": 0.25}
+    return {
+        name: {quality: round(1 + share * row["ratio"], 3) for quality, share in shares.items()}
+        for name, row in passes.items()
+        if name.startswith("ours, ") or name == PUBLISHED
     }
 
 
@@ -124,6 +162,7 @@ def main() -> None:
     plain = flops(cases[PLAIN])
     for name, case in cases.items():
         times[name]["flops"] = round(flops(case) / plain, 3)
+        times[name]["activations, MB"] = round(activations(case, passes), 1)
     results = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "torch": torch.__version__,
@@ -133,22 +172,26 @@ def main() -> None:
         "latent": options.size,
         "rounds": options.rounds,
         "passes": times,
+        "delta step": delta_steps(times),
         "memory": storage.weights(passes.unet, loras),
         "swap": storage.swaps(passes.unet, options.rank, device, times[PLAIN]["seconds"]),
         "native resolution": native_resolution(),
     }
     detach(passes.unet)
     results["load"] = storage.loading(passes.unet, options.rounds)
+    del passes, cases, loras
+    results["native resolution, timed"] = native_times(64, options.size, options.rounds, device, dtype)
     _write(results, options.out / f"{device.type}-{options.width}-{options.size}")
 
 
 def _write(results: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    print("| pass | of diffusers' pass | range | by operations |\n|---|---|---|---|")
+    print("| pass | of diffusers' pass | range | by operations | activations |\n|---|---|---|---|---|")
     for name, row in results["passes"].items():
-        print(f"| {name} | {row['ratio']:.2f} | {row['lowest']:.2f}-{row['highest']:.2f} | {row['flops']:.2f} |")
-    for part in ("memory", "swap", "load", "native resolution"):
+        times = f"{row['ratio']:.2f} | {row['lowest']:.2f}-{row['highest']:.2f}"
+        print(f"| {name} | {times} | {row['flops']:.2f} | {row['activations, MB']:.0f} MB |")
+    for part in ("delta step", "memory", "swap", "load", "native resolution", "native resolution, timed"):
         print(f"\n{part}: {json.dumps(results[part], indent=1)}")
     _plot(results["passes"], path.with_suffix(".png"))
     print(f"\nwritten to {path}.json and .png")

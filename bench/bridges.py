@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from bench import operations
 from lib_delta.bridges import choose
 from lib_delta.families import Family
 
@@ -14,7 +14,9 @@ SIDE = 128  # latents of 1024 x 1024 pixels
 def gflop(target: Family) -> float:
     """Return the operations, in units of 10^9, of the way to SD 1.x and back for one picture of 1024 x 1024."""
     bridge, clean = choose(Family.SD1, target), torch.randn(1, target.latent_channels, SIDE, SIDE)
-    with FlopCounterMode(display=False) as counter:
+
+    def cross() -> None:
         x, _, crossing = bridge.to_source(clean, torch.ones(1), clean)
         bridge.delta_to_target(x, crossing)
-    return counter.get_total_flops() / 1e9
+
+    return operations.gflop(cross)
