@@ -46,6 +46,8 @@ class ForkedLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.adaptation: Adaptation | None = None
+        # The type that the layer computes in, where its weight is stored in a smaller one (:meth:`store`).
+        self.computes: torch.dtype | None = None
         # The one branch that is evaluated, where the two are evaluated one after the other (:func:`alone`).
         self.branch: int | None = None
 
@@ -53,9 +55,23 @@ class ForkedLayer(nn.Module):
         """Compute the layer for ``x`` of shape ``(N, ...)`` with the given weights."""
         raise NotImplementedError
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the layer computes in."""
+        return self.computes or self.weight.dtype
+
+    def store(self, dtype: torch.dtype) -> None:
+        """Keep the weight in a smaller type, as fp8; it is cast whenever it is used."""
+        self.computes = self.dtype
+        self.weight = nn.Parameter(self.weight.to(dtype), requires_grad=False)
+
+    def own_weight(self) -> Tensor:
+        """Return the base model's weight in the type that the layer computes in."""
+        return self.weight if self.computes is None else self.weight.to(self.computes)
+
     def base(self, x: Tensor) -> Tensor:
         """Compute the base model's layer for ``x`` of shape ``(N, ...)``."""
-        return self.apply_weights(x, self.weight, self.bias)
+        return self.apply_weights(x, self.own_weight(), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(R, N, ...)`` to ``(R', N, ...)``; ``R'`` is 2 where the layer is adapted and no branch is alone."""
@@ -76,6 +92,14 @@ class Linear(ForkedLayer):
 
     def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
+
+    def write(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Compute the layer for ``x`` of shape ``(N, ..., in)`` into ``y``, which is contiguous."""
+        rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        if bias is None:
+            torch.mm(rows, weight.t(), out=out)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=out)
 
 
 class Conv2d(ForkedLayer):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 STOP = "stop"
-PRECISIONS = ("Automatic", "fp16", "bf16", "fp32")
+# fp8 is how weights are stored; the device's own type is what they are computed with.
+FP8 = "fp8 weights"
+PRECISIONS = ("Automatic", "fp16", "bf16", "fp32", FP8)
+WHOLE, STREAMED = "whole", "block by block"
+PLACEMENTS = (WHOLE, STREAMED)
 FORMS = ("automatic", "merged", "low-rank factors")
 ON_ERROR = (STOP, "go on without")
 # Values as versions before had them, which settings files still hold, for what they are now.

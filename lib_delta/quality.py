@@ -53,6 +53,13 @@ class Plan:
         return self.every == 1 and self.moved is None
 
 
+def plan_of(quality: str, every: float = 0.0, between: str = "automatic", moved: float = 0.0) -> Plan:
+    """Return the plan of a quality, with its details in the place of what it says of them: 0 and automatic leave it."""
+    plan = PLANS[quality]
+    linear = plan.linear if between == "automatic" else between == "linear"
+    return Plan(every or plan.every, linear, moved or None)
+
+
 PLANS: dict[str, Plan] = {"exact": Plan(), "balanced": Plan(2, linear=True), "fast": Plan(4)}
 
 

@@ -28,6 +28,7 @@ SIZES = ("automatic", "picture")
 BRIDGES = ("learned", "taesd", "published", "same_snr")
 # The plans of lib_delta.quality, which needs torch.
 QUALITIES = ("exact", "balanced", "fast")
+BETWEEN = ("automatic", "held", "linear")
 # For each LoRA picked, whether it counts.
 Active = tuple[bool, ...]
 MAIN_PROMPT = "{prompt}"  # in a prompt of the side model's, where the main one is to stand
@@ -110,6 +111,29 @@ class Request:
         "how often the side model is asked: exact (always), balanced (every 2nd step), fast (every 4th)",
         choices=QUALITIES,
     )
+    every: float = _setting(
+        0.0,
+        "quality_steps",
+        "Delta quality steps",
+        "in place of what quality says: how many steps one evaluation of the side model serves; 0: as quality says",
+        minimum=0,
+        maximum=10,
+    )
+    between: str = _setting(
+        "automatic",
+        "quality_between",
+        "Delta quality between",
+        "what the delta does between evaluations: it is held, or goes on linearly; automatic: as quality says",
+        choices=BETWEEN,
+    )
+    moved: float = _setting(
+        0.0,
+        "quality_moved",
+        "Delta quality moved",
+        "the side model is asked, instead, when the main estimate has moved by this share of its size; 0: by steps",
+        minimum=0,
+        maximum=1,
+    )
     units: tuple[Unit, ...] = _setting((), "units", "Delta units", "ControlNets and IP-Adapters with their pictures")
 
     def __post_init__(self) -> None:
@@ -117,6 +141,8 @@ class Request:
             return
         for setting in SETTINGS:
             _check(setting.metadata, setting.type, getattr(self, setting.name))
+        if 0 < self.every < 1:
+            raise SettingError(f"Delta Sampling's 'quality_steps' must be 0 or from 1 to 10, not {self.every:g}")
         for i, unit in enumerate(self.units):
             unit.check(i + 1)
         self.lambda_over_run()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +19,15 @@ from lib_delta.checkpoint import FileState, WeightFile, base_fault, load_unet
 from lib_delta.controls.steering import ControlPick, Steering
 from lib_delta.devices import out_of_memory, without_autocast
 from lib_delta.errors import CheckpointError, DeltaError
+from lib_delta.fork import Conv2d, Linear
+from lib_delta.kept import Kept
 from lib_delta.models.text import TextEncoder, load_towers
+from lib_delta.models.unet import UNet
 from lib_delta.parameterization import Parameterization, Schedule
+from lib_delta.placement import CPU, Placed, Stream, visit
+
+# How much of adapter files stays in CPU memory when others are attached, in bytes: a few LoRAs, no checkpoints.
+ADAPTERS_KEPT = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,10 @@ class SideModel:
 
     # Outside of inference mode, in which Forge loads it: what is made there can be written to in that mode alone.
     @torch.inference_mode(False)
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype, storage: torch.dtype | None = None) -> None:
         """Load a checkpoint's UNet and text encoder on the CPU, in ``dtype``.
 
+        ``storage`` is a smaller type, as fp8, in which the UNet's matrices are kept; they are cast where they are used.
         Raises :class:`CheckpointError` unless it is a whole, ordinary SD 1.x checkpoint.
         """
         self.name = path.name
@@ -60,6 +68,8 @@ class SideModel:
             raise CheckpointError(fault)
         with WeightFile.open(path) as file:
             self.unet, self.report = load_unet(file, dtype)
+            if storage is not None:
+                _store(self.unet, storage)
             self.tower: TextEncoder = load_towers(file, self.report.family, dtype)[0]
         self.parameterization = Parameterization(
             self.report.prediction, Schedule.stable_diffusion(self.report.zero_terminal_snr)
@@ -67,8 +77,12 @@ class SideModel:
         self.adapters: tuple[AdapterFile, ...] = ()
         self._picks: tuple[AdapterPick, ...] = ()
         self._form: Form = "merged"
-        self._files: dict[tuple[FileState, int | None], AdapterFile] = {}
+        self._files: Kept[tuple[FileState, int | None], AdapterFile] = Kept(AdapterFile.memory)
         self._attached: object = None
+        self._placed: Placed | None = None
+        self._states: tuple[FileState, ...] = ()
+        # What prompts were encoded to, by all that this depends on; for hosts to use.
+        self.encoded: Kept[object, Any] = Kept(lambda _prompts: 0)
         self.steering = Steering(self.unet)
         # What has to be on the device to sample: the UNet, and the networks of controls, if there are any.
         self.network: nn.Module = self.unet
@@ -88,23 +102,26 @@ class SideModel:
 
     @torch.inference_mode(False)
     def adapt(self, picks: Sequence[AdapterPick], form: Form) -> None:
-        """Attach adapters in place of those there were; files that stay are not read again.
+        """Attach adapters in place of those there were; files that were used lately are not read again.
 
         Raises :class:`AdapterError` for a file that cannot be used; the model is then the base alone.
         """
         try:
             states = [FileState.of(pick.path) for pick in picks]
             wanted = [(state, pick.rank) for state, pick in zip(states, picks)]
-            # Those that are no longer needed make room before others are read.
-            self._files = {key: file for key, file in self._files.items() if key in wanted}
+            found = {key: self._files.get(key) for key in wanted}
+            # Large ones that are no longer needed make room before others are read.
+            self._files.shrink(ADAPTERS_KEPT, least=sum(file is not None for file in found.values()))
             for state, rank in wanted:
-                if (state, rank) not in self._files:
-                    self._files[state, rank] = self._read(state.path).with_rank(rank)
-            self.adapters = tuple(self._files[key] for key in wanted)
+                read = found[state, rank] or self._read(state.path).with_rank(rank)
+                found[state, rank] = read
+                self._files.put((state, rank), read)
+            self.adapters = tuple(file for key in wanted if (file := found[key]) is not None)
+            self._files.shrink(ADAPTERS_KEPT, least=len(found))
         except BaseException:
             self._release()
             raise
-        self._picks, self._form = tuple(picks), form
+        self._picks, self._form, self._states = tuple(picks), form, tuple(states)
         self.activate()
 
     def _read(self, path: Path) -> AdapterFile:
@@ -130,13 +147,43 @@ class SideModel:
         return [(file, pick) for file, pick, on in zip(self.adapters, self._picks, flags) if on]
 
     def _release(self) -> None:
-        self._attached, self.adapters, self._picks, self._files = None, (), (), {}
+        self._attached, self.adapters, self._picks = None, (), ()
+        self._files.clear()
         detach(self.unet)
+
+    @torch.inference_mode(False)
+    def place(self, device: torch.device) -> None:
+        """Have the UNet, and the networks of controls, on a device, to stay there."""
+        self.wait()
+        self.network.to(device)
+
+    @torch.inference_mode(False)
+    def visit(self, device: torch.device) -> None:
+        """Have all that on a device until :meth:`wait`; a copy stays in CPU memory."""
+        self.place(CPU)
+        self._placed = visit(self.network, device)
+
+    @torch.inference_mode(False)
+    def stream(self, device: torch.device) -> None:
+        """Have the UNet compute on a device, where each of its parts is only while it runs: slow, and smallest."""
+        self.place(CPU)
+        self._placed = Stream(self.unet, self.steering.networks, device)
+
+    def wait(self) -> None:
+        """End a visit, or a stream: all waits in CPU memory."""
+        placed, self._placed = self._placed, None
+        if placed is not None:
+            placed.come_home()
 
     @property
     def embeddings(self) -> dict[str, torch.Tensor]:
         """Textual inversions that came with the adapters, ``(vectors, width)`` by name."""
         return {name: vectors for file in self.adapters for name, vectors in file.embeddings.items()}
+
+    @property
+    def embedded(self) -> tuple[FileState, ...]:
+        """The adapters' files that brought textual inversions."""
+        return tuple(state for state, file in zip(self._states, self.adapters) if file.embeddings)
 
     @property
     def device(self) -> torch.device:
@@ -163,6 +210,13 @@ class SideModel:
         finally:
             self.tower.to(home)
 
+    def text_state(self, active: Sequence[bool] = ()) -> tuple[object, ...]:
+        """Return what tells the adapted text encoder from the base's: nothing, if the active adapters let it be."""
+        flags = itertools.chain(active, itertools.repeat(True))
+        adapters = zip(self.adapters, self._picks, self._states, flags)
+        changing = ((s, pick) for file, pick, s, on in adapters if on and pick.text_weight and any(file.text))
+        return tuple((state, pick.rank, pick.text_weight) for state, pick in changing)
+
     def adapted_tower(self, active: Sequence[bool] = ()) -> TextEncoder:
         """Return the text encoder with the active adapters, where it is now; ``active`` as in :meth:`activate`.
 
@@ -178,33 +232,48 @@ def can_be_base(path: Path) -> bool:
     return not base_fault(path)
 
 
+def _store(unet: UNet, storage: torch.dtype) -> None:
+    """Keep a UNet's matrices in a smaller type, but for those at its ends, which are small and matter most."""
+    for path, layer in unet.named_modules():
+        if isinstance(layer, (Linear, Conv2d)) and "block" in path and not path.startswith("input_blocks.0."):
+            layer.store(storage)
+
+
 class SideModels:
     """The bases in memory, the most lately used ones."""
 
     def __init__(self) -> None:
-        self._models: OrderedDict[tuple[FileState, torch.dtype], SideModel] = OrderedDict()
+        self._models: Kept[object, SideModel] = Kept(lambda model: model.memory)
 
-    def get(self, path: Path, dtype: torch.dtype, limit: int = 1) -> SideModel:
-        """Return a base, loaded if need be; beyond ``limit`` the one longest unused is given back."""
-        key = FileState.of(path), dtype
-        if key not in self._models:
-            # Room first: two bases at once may be more than fits.
-            self._shrink(limit - 1)
-            self._models[key] = SideModel(path, dtype)
-        self._models.move_to_end(key)
-        self._shrink(limit)
-        return self._models[key]
+    def get(
+        self,
+        path: Path,
+        dtype: torch.dtype,
+        limit: int = 1,
+        room: float = float("inf"),
+        storage: torch.dtype | None = None,
+    ) -> SideModel:
+        """Return a base, loaded if need be; those longest unused are given back.
 
-    def _shrink(self, limit: int) -> None:
-        while len(self._models) > max(limit, 0):
-            self._models.popitem(last=False)
+        At most ``limit`` stay, in ``room`` bytes of weights together; the one that is asked for does in any case.
+        """
+        state = FileState.of(path)
+        key = state, dtype, storage
+        model = self._models.get(key)
+        if model is None:
+            # Room first: two bases at once may be more than fits.  A file is at least about what it takes.
+            self._models.shrink(room - state.size, limit - 1, least=0)
+            model = SideModel(path, dtype, storage)
+            self._models.put(key, model)
+        self._models.shrink(room, limit)
+        return model
 
     def clear(self) -> None:
         """Give everything back."""
         self._models.clear()
 
     def __iter__(self) -> Iterator[SideModel]:
-        return iter(tuple(self._models.values()))
+        return iter(self._models)
 
 
 def sentence(error: BaseException, doing: str) -> DeltaError:

@@ -21,9 +21,20 @@ from lib_delta.hosts.preset_row import PresetRow, preset_choices, unfolded
 from lib_delta.hosts.settings import MOST_UNITS, UNITS
 from lib_delta.hosts.unit_box import UnitBox, control_choices
 from lib_delta.hosts.unit_box import unfold as unfold_units
-from lib_delta.options import FORMER, FORMS, ON_ERROR, PRECISIONS
+from lib_delta.options import FORMER, FORMS, ON_ERROR, PLACEMENTS, PRECISIONS
 from lib_delta.recipe import parse_picks, quoted
-from lib_delta.request import BRIDGES, HIRES_PASSES, NONE, QUALITIES, SETTINGS, SIZES, Request, from_infotext, schema
+from lib_delta.request import (
+    BETWEEN,
+    BRIDGES,
+    HIRES_PASSES,
+    NONE,
+    QUALITIES,
+    SETTINGS,
+    SIZES,
+    Request,
+    from_infotext,
+    schema,
+)
 from lib_delta.strength import CURVES, MAXIMUM
 from lib_delta.units import LARGEST_WEIGHT
 
@@ -103,6 +114,7 @@ class DeltaSampling(scripts.Script):
                 value=default.quality,
                 elem_id=self.elem_id("quality"),
             )
+            self._quality_details(w, default)
             w["hires"] = gr.Radio(
                 visible=not is_img2img,
                 label="With hires fix, in",
@@ -124,6 +136,35 @@ class DeltaSampling(scripts.Script):
         self.infotext_fields = [*pasted, (prompts, unfold), (units.accordion, unfold_units)]
         self.paste_field_names = [function for _, function in pasted]
         return [*(w[f.name] for f in SETTINGS), *units.inputs]
+
+    def _quality_details(self, w, default):
+        shown = gr.Accordion("Advanced: how often the side model is asked", open=False, elem_id=self.elem_id("details"))
+        with shown, gr.Row(elem_classes=["delta-sampling-row"]):
+            w["every"] = gr.Slider(
+                label="Every so many steps (0: as Quality says)",
+                minimum=LIMITS["every"][0],
+                maximum=LIMITS["every"][1],
+                step=1,
+                value=default.every,
+                min_width=200,
+                elem_id=self.elem_id("every"),
+            )
+            w["between"] = gr.Radio(
+                label="In between",
+                choices=list(BETWEEN),
+                value=default.between,
+                min_width=200,
+                elem_id=self.elem_id("between"),
+            )
+            w["moved"] = gr.Slider(
+                label="Or when the main estimate has moved by (0: by steps)",
+                minimum=LIMITS["moved"][0],
+                maximum=LIMITS["moved"][1],
+                step=0.05,
+                value=default.moved,
+                min_width=200,
+                elem_id=self.elem_id("moved"),
+            )
 
     def _checkpoints(self, w):
         labels = {"base": "Base checkpoint (SD 1.x)", "adapted": "Adapted (None: same as base)"}
@@ -305,6 +346,13 @@ def add_settings():
             {"minimum": 0, "maximum": 4, "step": 1},
             section=section,
         ).info("0: memory is given back after each generation"),
+        "delta_sampling_cache_size": shared.OptionInfo(
+            8,
+            "Memory for base models that are kept (GB)",
+            gr.Slider,
+            {"minimum": 0, "maximum": 64, "step": 1},
+            section=section,
+        ).info("those longest unused go first; the one in use stays"),
         "delta_sampling_device": shared.OptionInfo(
             "Automatic",
             "Device of the side models",
@@ -318,7 +366,17 @@ def add_settings():
             gr.Radio,
             {"choices": list(PRECISIONS)},
             section=section,
-        ).info("Automatic: the WebUI's own; bf16 or fp32 where fp16 overflows; fp32 takes twice the memory"),
+        ).info(
+            "Automatic: the WebUI's own; bf16 or fp32 where fp16 overflows; fp32 takes twice the memory, "
+            "fp8 weights half, and LoRAs on them are never rounded to fp8"
+        ),
+        "delta_sampling_placement": shared.OptionInfo(
+            PLACEMENTS[0],
+            "Side models on their device",
+            gr.Radio,
+            {"choices": list(PLACEMENTS)},
+            section=section,
+        ).info("block by block: weights wait in CPU memory, and each block's are there while it runs; for small GPUs"),
         "delta_sampling_form": shared.OptionInfo(
             FORMS[0],
             "How LoRAs are held",
@@ -326,6 +384,11 @@ def add_settings():
             {"choices": list(FORMS)},
             section=section,
         ).info("automatic: as factors where that is faster, mostly; merged: up to 1.7 GB more in half precision"),
+        "delta_sampling_compile": shared.OptionInfo(
+            False,
+            "Compile the side model (torch.compile)",
+            section=section,
+        ).info("takes minutes for each size of picture and each LoRA; where torch cannot, it runs as it is"),
         "delta_sampling_on_error": shared.OptionInfo(
             ON_ERROR[0],
             "When the delta cannot be computed",
@@ -399,6 +462,8 @@ AXES = (
     ("Size", "size", 0.0),
     ("Bridge", "bridge", 0.0),
     ("Quality", "quality", 0.0),
+    ("Quality steps", "every", 0.0),
+    ("Quality moved", "moved", 0.0),
     ("Unit weight", "unit_weight", 0.0),
     ("Unit start", "unit_start", 0.0),
     ("Unit end", "unit_end", 0.0),

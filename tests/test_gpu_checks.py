@@ -59,6 +59,7 @@ def test_all_checks_pass_on_the_stand_in(bench: checks.Bench, transfers: Counter
         found += ["a transfer"] * (transfers["from the device"] - before)
 
     lines = [*checks.ambient(bench), *checks.shortage(bench, short), *checks.swaps(bench, 6)]
+    lines += checks.placements(bench)
     lines += checks.synchronisation(bench, watched)
     assert all(line.good for line in lines), checks.table("on the stand-in", lines)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import test_samplers
@@ -17,7 +18,7 @@ from lib_delta.bridges import IdentityBridge
 from lib_delta.deltas import Deltas, Parts
 from lib_delta.errors import SettingError
 from lib_delta.guidance import DeltaDenoiser, DeltaGuidance, DenoiseStep
-from lib_delta.quality import PLANS, Hold, Moment, Plan
+from lib_delta.quality import PLANS, Hold, Moment, Plan, plan_of
 from lib_delta.strength import Strength
 
 LEVELS = 20
@@ -180,3 +181,18 @@ def test_prompts_that_change_in_mid_run_force_an_evaluation() -> None:
 def test_plans_that_cannot_be_are_refused(plan: dict[str, float]) -> None:
     with pytest.raises(SettingError, match="quality"):
         Plan(**plan)
+
+
+@pytest.mark.parametrize(
+    ("details", "plan"),
+    [
+        (("exact",), Plan()),
+        (("balanced",), Plan(2, linear=True)),
+        (("balanced", 3.0), Plan(3, linear=True)),
+        (("balanced", 3.0, "held"), Plan(3)),
+        (("exact", 4.0, "linear"), Plan(4, linear=True)),
+        (("exact", 0.0, "automatic", 0.2), Plan(moved=0.2)),
+    ],
+)
+def test_details_take_the_place_of_what_a_quality_says(details: tuple[Any, ...], plan: Plan) -> None:
+    assert plan_of(*details) == plan

@@ -89,6 +89,16 @@ def test_another_adapter_makes_other_keys_and_values() -> None:
         assert torch.equal(source.delta(X, SIGMA, 3.0), Source(unet, EPS, TOLD).delta(X, SIGMA, 3.0))
 
 
+def test_keys_and_values_of_an_adapter_that_is_gone_are_not_the_bases() -> None:
+    unet = tiny_unet()
+    source = Source(unet, EPS, TOLD)
+    base = source.denoised(X, SIGMA, 3.0)[0]
+    attach(unet, [(lora(unet, "attn2"), 1.0)], "bypass")
+    source.delta(X, SIGMA, 3.0)
+    attach(unet, [])
+    assert torch.equal(source.denoised(X, SIGMA, 3.0)[0], base)
+
+
 def test_prompts_that_alternate_are_known_when_they_return() -> None:
     unet = tiny_unet()
     other = Conditioning(randn(1, 7, 16, seed=3), TOLD.uncond)

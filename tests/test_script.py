@@ -131,7 +131,8 @@ def test_the_host_is_started_once_for_each_load(webui):
 def test_infotext_restores_every_setting(webui):
     numbers, texts = (2.5, 0.1, 0.9, "cosine", 0.2, 0.7), ("ink", "photo", "brush", "hires pass")
     units = Unit(True, model="edges", preprocessor="canny", weight=0.8, end=0.6, resolution=640), Unit(), Unit(True)
-    request = Request(True, *numbers, BASE, TUNED, "moxin:0.8, lineart", *texts, quality="fast", units=units)
+    details = {"quality": "fast", "every": 3.0, "between": "linear", "moved": 0.2, "units": units}
+    request = Request(True, *numbers, BASE, TUNED, "moxin:0.8, lineart", *texts, **details)
     runner = webui.runner()
     values = restored(runner, request.infotext({BASE: "aabbcc"}))
     # TUNED ends as a short hash does, which is a part of its name all the same.
@@ -244,9 +245,12 @@ def test_the_settings_page_has_the_documented_defaults(webui):
         "delta_sampling_base": "None",
         "delta_sampling_units": 3,
         "delta_sampling_cache": 1,
+        "delta_sampling_cache_size": 8,
         "delta_sampling_device": "Automatic",
         "delta_sampling_precision": "Automatic",
+        "delta_sampling_placement": "whole",
         "delta_sampling_form": "automatic",
+        "delta_sampling_compile": False,
         "delta_sampling_on_error": "stop",
         "delta_sampling_preset": "None",
         "delta_sampling_show": False,

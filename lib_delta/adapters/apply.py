@@ -6,6 +6,7 @@ The base's own weights are never written to, so detaching leaves it as it was, b
 from __future__ import annotations
 
 import math
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
@@ -20,7 +21,7 @@ from lib_delta.adapters.load import AdapterFile
 from lib_delta.adapters.protocol import LayerAdapter
 from lib_delta.devices import without_autocast
 from lib_delta.errors import SettingError
-from lib_delta.fork import Adaptation, ForkedLayer
+from lib_delta.fork import Adaptation, ForkedLayer, Linear
 from lib_delta.models.text import TextEncoder
 from lib_delta.models.unet import UNet
 
@@ -33,6 +34,19 @@ Weighted = tuple[LayerAdapter, float]
 Weight = float | Callable[[str], float]
 
 
+class MadeOf:
+    """Which adapters, each with its weight, were put on a layer; it keeps none of them in memory."""
+
+    def __init__(self, parts: Sequence[Weighted]) -> None:
+        self._parts = [(weakref.ref(adapter), weight) for adapter, weight in parts]
+
+    def same(self, parts: Sequence[Weighted]) -> bool:
+        """Tell whether it is these."""
+        return len(parts) == len(self._parts) and all(
+            ref() is adapter and before == weight for (ref, before), (adapter, weight) in zip(self._parts, parts)
+        )
+
+
 class Merged(nn.Module, Adaptation):
     """A second weight and, where it changes, a second bias, in the layer's dtype."""
 
@@ -40,21 +54,31 @@ class Merged(nn.Module, Adaptation):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, made_of: MadeOf) -> None:
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self.made_of = made_of
 
     def forward(self, layer: ForkedLayer, x: Tensor) -> Tensor:
         return layer.apply_weights(x, self.weight, layer.bias if self.bias is None else self.bias)
+
+    def forked(self, layer: ForkedLayer, x: Tensor) -> Tensor:
+        """Compute both models' layers; where torch can, straight into the places of the two."""
+        if not isinstance(layer, Linear):
+            return super().forked(layer, x)
+        y = x.new_empty(2, *x.shape[1:-1], len(self.weight))
+        layer.write(y[0], x[0], layer.own_weight(), layer.bias)
+        layer.write(y[1], x[-1], self.weight, layer.bias if self.bias is None else self.bias)
+        return y
 
 
 class Bypass(nn.Module, Adaptation):
     """The low-rank factors themselves, added to the layer's output (the smallest form)."""
 
-    def __init__(self, adapters: Sequence[Weighted]) -> None:
+    def __init__(self, adapters: Sequence[Weighted], made_of: MadeOf) -> None:
         super().__init__()
-        self.adapters = tuple(adapters)
+        self.adapters, self.made_of = tuple(adapters), made_of
 
     def forward(self, layer: ForkedLayer, x: Tensor) -> Tensor:
         y = layer.base(x)
@@ -78,17 +102,25 @@ class Bypass(nn.Module, Adaptation):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bypass:
         super()._apply(fn, recurse)
-        self.adapters = tuple((adapter.map(fn), weight) for adapter, weight in self.adapters)
+        self.adapters = self._mapped(fn)
         return self
+
+    def on(self, device: torch.device) -> tuple[Weighted, ...]:
+        """Return the factors on a device, those that are elsewhere as copies."""
+        return self._mapped(lambda t: t.to(device, non_blocking=True))
+
+    def _mapped(self, fn: Callable[[Tensor], Tensor]) -> tuple[Weighted, ...]:
+        return tuple((adapter.map(fn), weight) for adapter, weight in self.adapters)
 
 
 def attach(unet: UNet, adapters: Sequence[tuple[AdapterFile, Weight]], form: Form = "merged") -> None:
     """Give the UNet's layers a second branch: the sum of the adapters, each times its weight.
 
-    What was attached before is replaced, and its memory is used again.  Layers that no adapter of a
-    weight other than 0 touches stay shared.  In the form ``bypass``, layers with an adapter that needs
-    whole weights are merged; in the form ``automatic``, those as well whose factors would cost more than
-    a second weight.  A fine-tuned checkpoint counts first: the others adapt what it has made.
+    What was attached before is replaced, and its memory is used again; layers that stay adapted as they
+    were are left alone.  Layers that no adapter of a weight other than 0 touches stay shared.  In the form
+    ``bypass``, layers with an adapter that needs whole weights are merged; in the form ``automatic``, those
+    as well whose factors would cost more than a second weight.  A fine-tuned checkpoint counts first: the
+    others adapt what it has made.
     Raises :class:`SettingError` for a weight that is not finite or an unknown form, with nothing attached.
     """
     if form not in get_args(Form):
@@ -158,10 +190,14 @@ def _by_layer(adapters: Sequence[tuple[str, Mapping[str, LayerAdapter], Weight]]
 
 
 def _adaptation(layer: ForkedLayer, parts: Sequence[Weighted], form: Form, before: object) -> Merged | Bypass:
-    own = layer.weight
-    if not _as_factors(parts, form, own.shape):
-        return Merged(*_merge(layer, parts, before.weight if isinstance(before, Merged) else None))
-    return Bypass([(adapter.map(lambda t: t.to(own.device, own.dtype)), weight) for adapter, weight in parts])
+    kind = Bypass if _as_factors(parts, form, layer.weight.shape) else Merged
+    if isinstance(before, kind) and before.made_of.same(parts):
+        return before
+    made_of = MadeOf(parts)
+    if kind is Merged:
+        return Merged(*_merge(layer, parts, before.weight if isinstance(before, Merged) else None), made_of)
+    place = layer.weight.device, layer.dtype
+    return Bypass([(adapter.map(lambda t: t.to(*place)), weight) for adapter, weight in parts], made_of)
 
 
 def _as_factors(parts: Sequence[Weighted], form: Form, shape: torch.Size) -> bool:
@@ -171,9 +207,9 @@ def _as_factors(parts: Sequence[Weighted], form: Form, shape: torch.Size) -> boo
     return form == "bypass" or sum(adapter.bypass_cost(shape) for adapter, _ in parts) <= DEAREST_FACTORS
 
 
-def _reusable(memory: Tensor, weight: Tensor) -> bool:
+def _reusable(memory: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     # What was moved in inference mode, as Forge does, can be written to in that mode alone.
-    fits = memory.shape == weight.shape and memory.dtype == weight.dtype and memory.device == weight.device
+    fits = memory.shape == weight.shape and memory.dtype == dtype and memory.device == weight.device
     return fits and (torch.is_inference_mode_enabled() or not memory.is_inference())
 
 
@@ -189,8 +225,10 @@ def _merge(layer: Any, parts: Sequence[Weighted], into: Tensor | None = None) ->
 
 
 def _summed(layer: Any, weight: Tensor, parts: Sequence[Weighted], into: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if into is None or not _reusable(into, weight):
-        into = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    # A weight that is stored in fp8 would lose the difference, if the sum were.
+    dtype = getattr(layer, "computes", None) or weight.dtype
+    if into is None or not _reusable(into, weight, dtype):
+        into = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     total = into.copy_(weight) if weight.dtype == torch.float32 else weight.to(torch.float32, copy=True).contiguous()
     own: Tensor | None = getattr(layer, "bias", None)
     bias: Tensor | None = None

@@ -81,7 +81,7 @@ class Glora(LayerAdapter):
     def bypass(self, layer: ForkedLayer, x: Tensor, y: Tensor) -> Tensor:
         through = F.linear if isinstance(layer, Linear) else F.conv2d
         mapped = through(through(x, self.a2).mul(self.scale), self.a1)
-        return layer.apply_weights(mapped, layer.weight, None) + self.b.bypass(layer, x, y)
+        return layer.apply_weights(mapped, layer.own_weight(), None) + self.b.bypass(layer, x, y)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Glora:
         return dataclasses.replace(super().map(function), b=self.b.map(function))

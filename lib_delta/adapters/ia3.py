@@ -58,7 +58,7 @@ class Ia3(LayerAdapter):
     def bypass(self, layer: ForkedLayer, x: Tensor, y: Tensor) -> Tensor:
         change = self.change.flatten() if isinstance(layer, Linear) else self.change.reshape(-1, 1, 1)
         if self.on_input:
-            return layer.apply_weights(x * change, layer.weight, None)
+            return layer.apply_weights(x * change, layer.own_weight(), None)
         if layer.bias is None or self.with_bias:
             return y * change
         bias = layer.bias if isinstance(layer, Linear) else layer.bias[:, None, None]

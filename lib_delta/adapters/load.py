@@ -72,6 +72,10 @@ class AdapterFile:
         """Return the ranks that occur, in order."""
         return tuple(sorted({adapter.rank for adapter in self._layers() if adapter.rank is not None}))
 
+    def memory(self) -> int:
+        """Return the bytes of its tensors."""
+        return sum(adapter.memory() for adapter in self._layers()) + sum(t.nbytes for t in self.embeddings.values())
+
     def _layers(self) -> Iterator[LayerAdapter]:
         for layers in (self.unet, *self.text):
             yield from layers.values()

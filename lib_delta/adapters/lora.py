@@ -77,23 +77,28 @@ class Lora(LayerAdapter):
         total.view(len(total), -1).addmm_(up, down, alpha=factor * self.scale)
 
     def bypass(self, layer: ForkedLayer, x: Tensor, y: Tensor) -> Tensor:
-        """Return ``up(down(x))``; the factor that has the layer's kernel takes its stride and padding."""
+        """Return ``up(down(x))``."""
         if isinstance(layer, Linear):
-            hidden = F.linear(x, self.down)
-            return F.linear(hidden.mul(self.scale), self.up)
-        if self.mid is None:
-            hidden = layer.apply_weights(x, self.down, None)
-        else:
-            hidden = layer.apply_weights(F.conv2d(x, self.down), self.mid, None)
-        return F.conv2d(hidden.mul(self.scale), self.up)
+            return F.linear(F.linear(x, self.down).mul(self.scale), self.up)
+        return F.conv2d(self._hidden(layer, x).mul(self.scale), self.up)
 
     def add_bypass(self, total: Tensor, layer: ForkedLayer, x: Tensor, y: Tensor, factor: float) -> None:
-        if not (isinstance(layer, Linear) and total.is_contiguous()):
-            super().add_bypass(total, layer, x, y, factor)
-            return
         # In one go: no output of the layer's size in between.
-        hidden = F.linear(x, self.down).flatten(0, -2)
-        total.view(-1, total.shape[-1]).addmm_(hidden, self.up.t(), alpha=factor * self.scale)
+        if not total.is_contiguous():
+            super().add_bypass(total, layer, x, y, factor)
+        elif isinstance(layer, Linear):
+            hidden = F.linear(x, self.down).flatten(0, -2)
+            total.view(-1, total.shape[-1]).addmm_(hidden, self.up.t(), alpha=factor * self.scale)
+        else:
+            hidden = self._hidden(layer, x).flatten(2)
+            up = self.up.flatten(1).expand(len(hidden), -1, -1)
+            total.flatten(2).baddbmm_(up, hidden, alpha=factor * self.scale)
+
+    def _hidden(self, layer: ForkedLayer, x: Tensor) -> Tensor:
+        """Return what is between the factors of a convolution; the one that has its kernel takes its stride."""
+        if self.mid is None:
+            return layer.apply_weights(x, self.down, None)
+        return layer.apply_weights(F.conv2d(x, self.down), self.mid, None)
 
     def truncated(self, rank: int) -> Lora:
         """Return the first ``rank`` ranks alone, as a DyLoRA is trained to serve (arXiv 2210.07558); scale stays."""

@@ -41,8 +41,17 @@ class LayerAdapter(ABC):
 
     def bypass_cost(self, shape: Size) -> float:
         """Return what :meth:`bypass` multiplies, as a share of what the layer with weights of ``shape`` does."""
-        tensors = (getattr(self, f.name) for f in dataclasses.fields(self))  # type: ignore[arg-type]
-        return sum(t.numel() for t in tensors if isinstance(t, Tensor)) / max(shape.numel(), 1)
+        return sum(t.numel() for t in self._tensors().values()) / max(shape.numel(), 1)
+
+    def memory(self) -> int:
+        """Return the bytes of its tensors."""
+        found: list[Tensor] = []
+        self.map(lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+        return sum(t.nbytes for t in found)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     @property
     def rank(self) -> int | None:
@@ -80,8 +89,7 @@ class LayerAdapter(ABC):
 
     def map(self: Own, function: Callable[[Tensor], Tensor]) -> Own:
         """Return the same adapter with ``function`` applied to its tensors (a move, a cast)."""
-        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        changed = {name: function(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        changed = {name: function(tensor) for name, tensor in self._tensors().items()}
         return dataclasses.replace(self, **changed)  # type: ignore[type-var]
 
 

@@ -95,13 +95,19 @@ class Automatic1111(Host):
 
     def enter(self, p: Any, model: SideModel) -> None:
         device = self.wanted_place()[0]
-        if _low_memory() and device.type == devices.device.type:
+        short = _low_memory() and device.type == devices.device.type
+        if short:
             lowvram.send_everything_to_cpu()
-        model.network.to(device)
+        if self.streamed():
+            model.stream(device)
+        elif short:
+            model.visit(device)
+        else:
+            model.place(device)
 
     def leave(self, model: SideModel) -> None:
+        model.wait()
         if _low_memory():
-            model.network.to(devices.cpu)
             self.free_memory()
 
     def free_memory(self) -> None:

@@ -109,13 +109,15 @@ class Forge(Host):
 
     def enter(self, p: Any, model: SideModel) -> None:
         device = self.wanted_place()[0]
-        managed = device == memory.get_torch_device()
+        streamed = self.streamed()
+        managed = device == memory.get_torch_device() and not streamed
         if self._patcher is not None and not (managed and self._patcher.model is model.network):
             self._drop_patcher()
         if not managed:
             # Where the user wants it elsewhere, it is none of the memory manager's business.
-            model.network.to(device)
+            model.stream(device) if streamed else model.place(device)
         elif self._patcher is None:
+            model.wait()
             self._patcher = patching.ModelPatcher(
                 model.network, load_device=device, offload_device=memory.unet_offload_device()
             )
@@ -145,7 +147,8 @@ class Forge(Host):
         forge_objects.unet = unet
 
     def leave(self, model: SideModel) -> None:
-        """Do nothing: the memory manager takes models away when it needs their room."""
+        """End what is no business of the memory manager, which takes models away when it needs their room."""
+        model.wait()
 
     def keep_schedule(self, p: Any) -> Callable[[], None]:
         """Return what takes the rescale to zero terminal SNR back: the WebUI does it for pictures that succeed only."""

@@ -20,7 +20,7 @@ from lib_delta.heatmap import HeatMap
 from lib_delta.hosts.webui import Target
 from lib_delta.models.unet import merge_tokens
 from lib_delta.parameterization import from_flow_space
-from lib_delta.quality import PLANS, Hold
+from lib_delta.quality import Hold, plan_of
 from lib_delta.request import Active, Passes
 from lib_delta.sidemodel import SideModel, sentence
 from lib_delta.source import Source
@@ -79,7 +79,10 @@ class Run:
     _bridges: dict[tuple[Family, float | None], Bridge] = field(default_factory=dict)
 
     def _hold(self, hires: bool) -> Hold:
-        return self._holds.setdefault(hires, Hold(PLANS[self.asked.of(hires).quality]))
+        if hires not in self._holds:
+            asked = self.asked.of(hires)
+            self._holds[hires] = Hold(plan_of(asked.quality, asked.every, asked.between, asked.moved))
+        return self._holds[hires]
 
     def strength(self, progress: float, hires: bool) -> float:
         """Return lambda at a step; 0 where nothing is to be done."""

@@ -32,11 +32,20 @@ def one_of(name: str, choices: tuple[str, ...]) -> str:
 
 def bases_kept() -> int:
     """Return how many base models are kept in memory."""
-    value = option("cache", 1)
+    return int(_number("cache", 1, "a whole number"))
+
+
+def room_for_bases() -> float:
+    """Return how many bytes the base models that are kept may take together."""
+    return _number("cache_size", 8.0, "a number of GB") * 2**30
+
+
+def _number(name: str, default: float, needed: str) -> float:
+    value = option(name, default)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf"):
-        return int(value)
-    warn_once(f"the setting 'cache' is {shown(value)}, and a whole number is needed: 1 is taken for it")
-    return 1
+        return float(value)
+    warn_once(f"the setting {name!r} is {shown(value)}, and {needed} is needed: {default:g} is taken for it")
+    return default
 
 
 def units_shown() -> int:

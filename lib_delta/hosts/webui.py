@@ -35,11 +35,12 @@ from modules import (
 from lib_delta.errors import DeltaError, SettingError, near, shown
 from lib_delta.hosts import heatmap, tags
 from lib_delta.hosts.cell import claim_in_grid, is_cell, picture_of
-from lib_delta.hosts.settings import bases_kept, device_wanted, one_of, option, warn_once
+from lib_delta.hosts.encoded import Encoder
+from lib_delta.hosts.settings import bases_kept, device_wanted, one_of, option, room_for_bases, warn_once
 from lib_delta.hosts.units import AXES as UNIT_AXES
 from lib_delta.hosts.units import HASHES as UNIT_HASHES
 from lib_delta.hosts.units import MAPS, Units, with_axes
-from lib_delta.options import FORMS, ON_ERROR, PRECISIONS, STOP
+from lib_delta.options import FORMS, FP8, ON_ERROR, PLACEMENTS, PRECISIONS, STOP, STREAMED
 from lib_delta.picked import Card
 from lib_delta.presets import Presets
 from lib_delta.recipe import Pick, format_picks
@@ -424,6 +425,7 @@ class Host(ABC):
             shared.state.textinfo = None
 
     def _prepare(self, p: Any, asked: Passes) -> Run:
+        from lib_delta.compiling import compile_unet
         from lib_delta.fork import tile
         from lib_delta.heatmap import HeatMap
         from lib_delta.hosts.run import Run
@@ -448,6 +450,7 @@ class Host(ABC):
         model = self._load(base)
         form = one_of("form", FORMS)
         model.adapt(picks, "bypass" if form == FORMS[-1] else form)  # type: ignore[arg-type]
+        compile_unet(model.unet, option("compile", False) is True, warn_once)
         for file in model.adapters:
             if file.unmatched:
                 p.comment(f"Delta Sampling: {file.report()}")
@@ -494,7 +497,13 @@ class Host(ABC):
 
         if self._models is None:
             self._models = SideModels()
-        return self._models.get(path, self.wanted_place()[1], max(1, bases_kept()))
+        device, dtype = self.wanted_place()
+        storage = _fp8(device, dtype) if one_of("precision", PRECISIONS) == FP8 else None
+        return self._models.get(path, dtype, max(1, bases_kept()), room_for_bases(), storage)
+
+    def streamed(self) -> bool:
+        """Tell whether the user wants the side model on its device block by block."""
+        return self.wanted_place()[0].type != "cpu" and one_of("placement", PLACEMENTS) == STREAMED
 
     def _file_of(self, pick: Pick) -> Any:
         from lib_delta.sidemodel import AdapterPick
@@ -539,19 +548,17 @@ class Host(ABC):
         """Encode the prompts for each pass and for each set of LoRAs that counts at some point of it."""
         from lib_delta.source import Source
 
-        engine = self.text_engine(model)
-        engine.hold(model.embeddings)
         sources = {}
-        with model.text_on(self.text_device()) as base:
+        with Encoder(model, self.text_engine(model), self.text_device()) as encode:
             for hires, told in _passes(p, asked):
                 request = asked.of(hires)
-                base_told = engine.encode(base, told.prompts, told)
+                base_told = encode(None, told.prompts, told)
                 own = _own(request.adapted_prompt, told.prompts)
                 prompts = _cleaned(own, len(own)) if own else None
                 for active in asked.stages(hires):
-                    adapted, adapted_told = model.adapted_tower(active), None
-                    if adapted is not base or prompts:
-                        adapted_told = engine.encode(adapted, prompts or told.prompts, told)
+                    adapted_told = None
+                    if model.text_state(active) or prompts:
+                        adapted_told = encode(active, prompts or told.prompts, told)
                     sources[hires, active] = Source(
                         model.unet,
                         model.parameterization,
@@ -659,6 +666,19 @@ def _is_device(name: str) -> bool:
     except (RuntimeError, AssertionError):  # the latter of a torch that was built without CUDA
         return False
     return True
+
+
+def _fp8(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """Return the type that weights are stored in as fp8; None, and one warning, where there is none."""
+    import torch
+
+    fp8 = getattr(torch, "float8_e4m3fn", None)
+    try:
+        torch.zeros(1, device=device).to(fp8).to(dtype)
+    except (RuntimeError, TypeError):  # MPS, DirectML, torch before 2.1
+        warn_once(f"{device} knows no fp8: the side models' weights are stored in {str(dtype).removeprefix('torch.')}")
+        return None
+    return fp8
 
 
 def _passes(p: Any, asked: Passes) -> list[tuple[bool, Told]]:

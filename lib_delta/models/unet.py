@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -146,11 +147,8 @@ class Text:
         """Return what a layer makes of the context, ``(R, M, T, C)`` each."""
         found = None if self.known is None else self.known.get(layer)
         if found is None or not found.current(layer):
-            found = _KeysValues(
-                layer.to_k(self.context),
-                layer.to_v(self.context),
-                (layer.to_k.weight, layer.to_v.weight, layer.to_k.adaptation, layer.to_v.adaptation),
-            )
+            made_with = tuple(map(_recognise, _makers(layer)))
+            found = _KeysValues(layer.to_k(self.context), layer.to_v(self.context), made_with)
             if self.known is not None:
                 self.known[layer] = found
         return found.keys, found.values
@@ -158,17 +156,28 @@ class Text:
 
 @dataclass(frozen=True)
 class _KeysValues:
-    """A layer's keys and values, and the weights that they were made with."""
+    """A layer's keys and values, and what they were made with, which they do not keep in memory."""
 
     keys: Tensor
     values: Tensor
-    made_with: tuple[object, ...]
+    made_with: tuple[Callable[[object], bool], ...]
 
     def current(self, layer: CrossAttention) -> bool:
         """Tell whether the layer still has those weights, in the same place."""
-        now = (layer.to_k.weight, layer.to_v.weight, layer.to_k.adaptation, layer.to_v.adaptation)
-        same = all(a is b for a, b in zip(self.made_with, now))
+        same = all(made_with(now) for made_with, now in zip(self.made_with, _makers(layer)))
         return same and (self.keys.device, self.keys.dtype) == (layer.to_k.weight.device, layer.to_k.weight.dtype)
+
+
+def _makers(layer: CrossAttention) -> tuple[object, ...]:
+    return layer.to_k.weight, layer.to_v.weight, layer.to_k.adaptation, layer.to_v.adaptation
+
+
+def _recognise(thing: object) -> Callable[[object], bool]:
+    """Return what tells a thing from others, without keeping it."""
+    if thing is None:
+        return lambda other: other is None
+    ref = weakref.ref(thing)
+    return lambda other: other is not None and ref() is other
 
 
 class ResBlock(nn.Module):

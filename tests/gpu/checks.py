@@ -15,6 +15,7 @@ from lib_delta.adapters.load import AdapterFile, read_adapter
 from lib_delta.devices import out_of_memory
 from lib_delta.models.unet import UNet, UNetConfig
 from lib_delta.parameterization import Parameterization
+from lib_delta.placement import Placed, Stream, visit
 from lib_delta.source import Conditioning, Source
 
 # What a release of Stable Diffusion 1.5 has.
@@ -160,6 +161,23 @@ def swaps(bench: Bench, count: int = 100) -> Iterator[Line]:
             levels.append(bench.used())
     grown = levels[-1] - levels[0]
     yield Line(f"{count} swaps of a LoRA", f"{grown / 2**20:+.1f} MB in use", abs(grown) < 2**20)
+
+
+def placements(bench: Bench) -> Iterator[Line]:
+    """Compute on a visit and block by block, and look at what stays on the device."""
+    unet = bench.unet()
+    attach(unet, [(bench.lora(unet), 1.0)], "bypass")
+    wanted = bench.delta(bench.source(unet))
+    unet.to("cpu")
+    resting = bench.used()
+    for name in ("on a visit", "block by block"):
+        placed: Placed = Stream(unet, [], bench.device) if name == "block by block" else visit(unet, bench.device)
+        error = apart(bench.delta(bench.source(unet)), wanted)
+        there = bench.used() - resting
+        placed.come_home()
+        stays = bench.used() - resting
+        found = f"{error:.1e} apart, {there / 2**20:.0f} MB on the device, {stays / 2**20:.1f} MB afterwards"
+        yield Line(name, found, error < 1e-4 and abs(stays) < 2**20)
 
 
 def synchronisation(bench: Bench, watched: Callable[[], AbstractContextManager[Sequence[str]]]) -> Iterator[Line]:

@@ -68,6 +68,7 @@ CHECKS: dict[str, Callable[[checks.Bench], Iterator[checks.Line]]] = {
     "inference mode and autocast": checks.ambient,
     "memory that runs out in mid-step": lambda bench: checks.shortage(bench, short),
     "swaps": checks.swaps,
+    "visits and streams": checks.placements,
     "no step waits for the device": lambda bench: checks.synchronisation(bench, waits),
 }
 

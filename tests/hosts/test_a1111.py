@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="transformers is not installed, whose
 from small_files import make_files
 from stand_in_webui import WebUI, relative, running
 
-from lib_delta.models.unet import UNet
+from lib_delta.sidemodel import SideModel
 
 DELTA = {"base": "base", "loras": "ink"}
 
@@ -216,13 +216,22 @@ def moves(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lowvram = webui.module("lowvram")
     monkeypatch.setattr(lowvram, "is_enabled", lambda _model: True)
     monkeypatch.setattr(lowvram, "send_everything_to_cpu", lambda: seen.append("the WebUI's models leave"))
-    original = UNet.to
+    inside: list[str] = []
 
-    def to(unet: UNet, place: Any) -> UNet:
-        seen.append(f"the side model goes to {places[place]}")
-        return original(unet, place)
+    def watch(method: str) -> None:
+        original = getattr(SideModel, method)
 
-    monkeypatch.setattr(UNet, "to", to)
+        def call(model: SideModel, *place: torch.device) -> None:
+            if not inside and (place or model._placed is not None):
+                seen.append(f"the side model goes to {places[place[0]] if place else 'the CPU'}")
+            inside.append(method)
+            original(model, *place)
+            inside.pop()
+
+        monkeypatch.setattr(SideModel, method, call)
+
+    for method in ("place", "visit", "wait"):
+        watch(method)
     sampled = webui.processing.StableDiffusionProcessingTxt2Img.sample
 
     def sample(p: Any, *arguments: Any, **named: Any) -> torch.Tensor:
@@ -260,7 +269,7 @@ def test_a_side_model_on_the_cpu_lets_the_webuis_models_stay(
     monkeypatch.setattr(webui.module("devices"), "device", torch.device("meta"))
     monkeypatch.setattr(webui.shared.opts, "delta_sampling_device", "CPU", raising=False)
     webui.generate(DELTA)
-    assert moves == ["the side model goes to the CPU", *RETURNED]
+    assert moves == ["the side model goes to the CPU", "sampling"]
 
 
 def test_unloading_returns_cached_memory_to_the_system(webui: WebUI) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder a base needs")
 
-from small_files import TEXT_PREFIX, UNET_PREFIX, Files, checkpoint, make_files, write
+from small_files import TEXT_PREFIX, UNET_PREFIX, Files, checkpoint, lora_factors, make_files, write, write_lora
 
+from lib_delta import sidemodel
 from lib_delta.adapters.apply import Form
 from lib_delta.controls.steering import ControlPick
 from lib_delta.devices import out_of_memory
@@ -98,6 +100,39 @@ def test_files_that_stay_are_not_read_again(files: Files, model: SideModel) -> N
     (read,) = model.adapters
     model.adapt([AdapterPick(files.lora_file(), 0.5, 0.5)], "merged")
     assert model.adapters == (read,)
+
+
+def test_a_file_that_was_used_lately_is_not_read_again(
+    files: Files, model: SideModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.adapt([AdapterPick(files.lora_file())], "bypass")
+    (read,) = model.adapters
+    wanted = branches(model)
+    model.adapt([], "bypass")
+    model.adapt([AdapterPick(files.lora_file())], "bypass")
+    assert model.adapters == (read,) and torch.equal(branches(model), wanted)
+    monkeypatch.setattr(sidemodel, "ADAPTERS_KEPT", read.memory() - 1)
+    model.adapt([], "bypass")
+    model.adapt([AdapterPick(files.lora_file())], "bypass")
+    assert model.adapters[0] is not read
+
+
+def test_layers_that_stay_adapted_as_they_were_are_left_alone(files: Files, model: SideModel) -> None:
+    middle = {name: factors for name, factors in lora_factors(checkpoint()).items() if "middle_block" in name}
+    write_lora(middle, files.lora_file("middle"))
+    picks = [AdapterPick(files.lora_file()), AdapterPick(files.lora_file("middle"))]
+    model.adapt(picks[:1], "merged")
+    before = {path: layer.adaptation for path, layer in model.unet.named_modules() if hasattr(layer, "adaptation")}
+    model.adapt(picks, "merged")
+    changed = [path for path, was in before.items() if model.unet.get_submodule(path).adaptation is not was]
+    assert changed and all("middle_block" in path for path in changed)
+
+
+def test_weights_can_be_stored_in_fp8(files: Files) -> None:
+    model = SideModel(files.checkpoint(files.base), torch.bfloat16, torch.float8_e4m3fn)
+    assert model.dtype is torch.bfloat16
+    whole = SideModel(files.checkpoint(files.base), torch.bfloat16)
+    assert model.memory < 0.75 * whole.memory
 
 
 def test_a_file_that_cannot_be_used_leaves_the_base_alone(files: Files, model: SideModel, tmp_path: Path) -> None:
@@ -188,14 +223,24 @@ def test_the_one_longest_unused_goes_first(files: Files) -> None:
     assert list(models) == []
 
 
+def test_bases_that_take_more_than_there_is_room_for_go(files: Files) -> None:
+    models = SideModels()
+    size = models.get(files.checkpoint("base"), FP32, 4).memory
+    models.get(files.checkpoint("copy"), FP32, 4, room=2.5 * size)
+    models.get(files.checkpoint("half"), FP32, 4, room=2.5 * size)
+    assert [model.name for model in models] == ["copy.safetensors", "half.safetensors"]
+    models.get(files.checkpoint("half"), FP32, 4, room=0)
+    assert [model.name for model in models] == ["half.safetensors"]
+
+
 def test_room_is_made_before_a_base_is_loaded(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     models, held = SideModels(), []
     models.get(files.checkpoint("base"), FP32)
     load = SideModel.__init__
 
-    def note(self: SideModel, path: Path, dtype: torch.dtype) -> None:
+    def note(self: SideModel, path: Path, *types: Any) -> None:
         held.append(len(list(models)))
-        load(self, path, dtype)
+        load(self, path, *types)
 
     monkeypatch.setattr(SideModel, "__init__", note)
     models.get(files.checkpoint("copy"), FP32)
