@@ -79,7 +79,8 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any], transfers: Counter[st
             transfers["to the device"] += 1
     if there and mixed and not moves:
         raise RuntimeError(f"Expected all tensors to be on the same device, but found {DEVICE} and cpu: {function}")
-    if function._schema.is_mutable and getattr(args[0], "inference", False) and not torch.is_inference_mode_enabled():
+    written = kwargs.get("out", args[0] if args else None)
+    if function._schema.is_mutable and getattr(written, "inference", False) and not torch.is_inference_mode_enabled():
         raise RuntimeError(f"Inplace update to inference tensor outside InferenceMode is not allowed: {function}")
     target = there if wanted is None else torch.device(wanted) == DEVICE
     if function is torch.ops.aten.copy_.default:
