@@ -401,6 +401,7 @@ def add_settings():
             "Default preset",
             gr.Dropdown,
             lambda: {"choices": preset_choices()},
+            refresh=lambda: None,  # the button is for those that were saved since the page was made
             section=section,
         ).info("what the accordion holds when the page is opened"),
         "delta_sampling_show": shared.OptionInfo(
