@@ -356,3 +356,23 @@ def test_only_one_base_is_kept(webui: WebUI, files: Files) -> None:
     lines = status(webui)
     assert lines[0].startswith(files.tuned)
     assert sum(" MB " in line for line in lines) == 1
+
+
+def test_the_delta_is_shown_beside_each_picture_if_the_settings_say_so(webui: WebUI, files: Files) -> None:
+    without = webui.generate(files.delta(), batch_size=2)
+    webui.options(delta_sampling_show=True)
+    try:
+        shown, plain = webui.generate(files.delta(), batch_size=2), webui.generate(batch_size=2)
+    finally:
+        webui.options(delta_sampling_show=False)
+    assert len(without.pictures) == len(plain.pictures) == 2 and len(shown.pictures) == 4
+    assert np.abs(shown.pictures[:2] - without.pictures).max() <= 2
+    assert all(picture.std() > 10 for picture in shown.pictures[2:]), "a map, and not one colour"
+    assert all("Delta lambda" in text for text in shown.infotexts)
+
+
+def test_the_main_prompt_can_stand_in_the_side_models(webui: WebUI, files: Files) -> None:
+    whole = webui.generate(files.delta(prompt=f"{webui.defaults['prompt']}, ink"))
+    standing = webui.generate(files.delta(prompt="{prompt}, ink"))
+    assert np.abs(standing.pictures - whole.pictures).max() <= 2
+    assert np.abs(standing.pictures - webui.generate(files.delta()).pictures).max() > 2
