@@ -27,8 +27,8 @@ EXAMPLES = """examples:
   python run.py demo
   python run.py demo --prompt "red apple" --prompt rocket --lambdas 0,1,2 --range 0.5 1
   python run.py demo --lora demo/models/lineart-loha.safetensors
-  python run.py demo --control demo/examples/edges/owl.png --prompt cupcake
-  python run.py demo --image demo/examples/references/frog.png --prompt cupcake
+  python run.py demo --control demo/examples/edges/crown.png --control-mode control --prompt snowflake
+  python run.py demo --image demo/examples/references/frog.png --prompt snowflake
   python run.py demo --target sd21.safetensors --base v1-5.safetensors --lora style.safetensors:0.8 \\
       --prompt "a lighthouse" --size 512
 """
@@ -97,6 +97,8 @@ def _add_own_files(group: argparse._ArgumentGroup) -> None:
     add("--control-model", action="append", type=Path, metavar="FILE",
         help="the ControlNet or T2I-Adapter of the base that reads the map; one for each --control "
         "(default beside the embedded models: their own for edges)")  # fmt: skip
+    add("--control-mode", choices=("balanced", "prompt", "control"), default="balanced",
+        help="what counts for more where prompt and map disagree (default: balanced)")  # fmt: skip
     add("--image", metavar="PICTURE[:WEIGHT]", help="a reference picture that the adapted model is prompted with")
     add("--image-model", type=Path, metavar="FILE", help="the IP-Adapter of the base that reads it")
     add("--image-encoder", type=Path, metavar="FILE", help="the CLIP image encoder that the IP-Adapter was made with")
@@ -272,7 +274,8 @@ def _controls(options: argparse.Namespace) -> list[Steering]:
 
     maps = options.control or ()
     readers = options.control_model or [options.models / EDGES] * len(maps)
-    found: list[Steering] = [Control(model, *_weighted(picture)) for model, picture in zip(readers, maps)]
+    mode = options.control_mode
+    found: list[Steering] = [Control(model, *_weighted(picture), mode) for model, picture in zip(readers, maps)]
     if options.image:
         model = options.image_model or options.models / IMAGE_PROMPT
         encoder = options.image_encoder or options.models / IMAGE_ENCODER

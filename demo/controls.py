@@ -43,8 +43,9 @@ from lib_delta.injection import Guide
 from lib_delta.strength import Strength
 
 EXAMPLES = Path(__file__).with_name("examples")
-LAMBDAS = (0.5, 1.0, 1.5, 2.0)
+LAMBDAS = (0.5, 1.0, 2.0, 3.0)
 AT_ONCE = 10
+SHEETS, SHOWN = Path(__file__).parents[1] / "docs", 6
 FIGURE_PROMPTS = ("cupcake", "house", "mushroom", "rocket", "teapot")
 FIGURE_MAPS, FIGURE_REFERENCE = ("owl", "sailboat", "cactus", "bell", "snowman"), "frog"
 FINE_TUNE, LORA = "lineart-full.safetensors", "pixelart.safetensors"
@@ -67,13 +68,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Maps:
-    """Maps for the images of a batch, and the ControlNet that reads them."""
+    """Maps for the images of a batch, and the ControlNet that reads them.
+
+    It is to count for more than the prompt, which names something else: guidance then strengthens what it does.
+    """
 
     model: Path
     pictures: Tensor
 
     def guide(self, base: Model) -> Guide:
-        return follow(load_control(self.model, base.unet), base.unet, Map(self.pictures))
+        return follow(load_control(self.model, base.unet), base.unet, Map(self.pictures), mode="control")
 
 
 @dataclass(frozen=True)
@@ -181,20 +185,31 @@ def measure(options: argparse.Namespace, prompts: Sequence[str], settings: Setti
     torch.set_num_threads(1)
     models: Path = options.models
     embedded = Embedded.load(models)
-    figures: dict[str, Any] = {"settings": asdict(settings)}
     followed = Drawn(embedded, of_maps(models, prompts), settings)
-    wanted = torch.cat([example.picture for example in followed.shown]).mean(1).round()
-    figures["edges"] = followed.figures(lambda pictures: agreement(edge_maps(pictures), wanted), "edge_f1")
     coloured = Drawn(embedded, of_references(models, prompts), settings)
-    references = 2 * torch.cat([example.picture for example in coloured.shown]) - 1
-    figures["image_prompt"] = coloured.figures(lambda pictures: similarity(pictures, references), "colour")
-    figures["cases"] = {"edges": len(followed.prompts), "image_prompt": len(coloured.prompts)}
+    figures = {
+        "settings": asdict(settings),
+        "cases": {"edges": len(followed.prompts), "image_prompt": len(coloured.prompts)},
+        "edges": edge_figures(followed),
+        "image_prompt": colour_figures(coloured),
+    }
     options.controls_out.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
-    docs = Path("docs")
-    _save(sheet(followed, 6), docs / "controls-edges.png")
-    _save(sheet(coloured, 6), docs / "controls-image.png")
-    _save(figure_2(embedded, models, settings), docs / "controls-figure-2.png")
+    save(sheet(followed, SHOWN), SHEETS / "controls-edges.png")
+    save(sheet(coloured, SHOWN), SHEETS / "controls-image.png")
+    save(figure_2(embedded, models, settings), SHEETS / "controls-figure-2.png")
     return figures
+
+
+def edge_figures(drawn: Drawn) -> dict[str, dict[str, float]]:
+    """Measure how far the edges of pictures are those of their maps."""
+    wanted = torch.cat([example.picture for example in drawn.shown]).mean(1).round()
+    return drawn.figures(lambda pictures: agreement(edge_maps(pictures), wanted), "edge_f1")
+
+
+def colour_figures(drawn: Drawn) -> dict[str, dict[str, float]]:
+    """Measure how far the colours of pictures are those of their references."""
+    references = 2 * torch.cat([example.picture for example in drawn.shown]) - 1
+    return drawn.figures(lambda pictures: similarity(pictures, references), "colour")
 
 
 def sheet(drawn: Drawn, rows: int) -> Image.Image:
@@ -238,5 +253,6 @@ def _drawn(denoiser: Callable[..., Tensor], model: Model, batch: Batch, settings
     return decode(model, draw(denoiser, model, batch, settings, torch.device("cpu")))
 
 
-def _save(picture: Image.Image, path: Path) -> None:
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a sheet in 256 colours."""
     picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)

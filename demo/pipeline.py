@@ -17,7 +17,7 @@ from lib_delta.adapters.load import load_adapter
 from lib_delta.bridges import Bridge, choose
 from lib_delta.checkpoint import WeightFile, load_unet, load_vae
 from lib_delta.controls.files import load_control
-from lib_delta.controls.guides import follow, prompt_by
+from lib_delta.controls.guides import Mode, follow, prompt_by
 from lib_delta.controls.maps import Map, read_picture
 from lib_delta.controls.vision import image_tokens, load_image_encoder
 from lib_delta.errors import CheckpointError
@@ -169,11 +169,12 @@ class Control:
     model: Path
     picture: Path
     weight: float = 1.0
+    mode: Mode = "balanced"
 
     def guide(self, base: Model) -> Guide:
         """Load both, for a base's UNet."""
         picture = Map(read_picture(self.picture), "crop and resize")
-        return follow(load_control(self.model, base.unet), base.unet, picture, self.weight)
+        return follow(load_control(self.model, base.unet), base.unet, picture, self.weight, self.mode)
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,7 @@ def test_a_map_is_followed_beside_or_without_other_adapters(models: Path, tmp_pa
     for name, arguments in {
         "map": control,
         "map by its own model": control[:2],
+        "map above all": [*control, "--control-mode", "control"],
         "weight 0": [f"{control[0]}", f"{control[1]}:0", *control[2:]],
         "map and LoRA": [*control, "--lora", str(models / "lineart.safetensors")],
         "LoRA": ["--lora", str(models / "lineart.safetensors")],
@@ -225,7 +226,13 @@ def test_a_map_is_followed_beside_or_without_other_adapters(models: Path, tmp_pa
     assert (drawn["weight 0"][0, base] == drawn["weight 0"][0, adapted]).all()
     assert (drawn["weight 0"][0, target] == drawn["weight 0"][0, delta]).all()
     assert (drawn["map by its own model"] == drawn["map"]).all()
-    for a, b in (("map", "weight 0"), ("map", "LoRA"), ("map and LoRA", "map"), ("map and LoRA", "LoRA")):
+    for a, b in (
+        ("map", "weight 0"),
+        ("map", "map above all"),
+        ("map", "LoRA"),
+        ("map and LoRA", "map"),
+        ("map and LoRA", "LoRA"),
+    ):
         assert (drawn[a][0, delta] != drawn[b][0, delta]).any()
 
 
