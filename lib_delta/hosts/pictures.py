@@ -88,6 +88,13 @@ def own_pictures(p: Any) -> tuple[list[Tensor], str]:
     return taken, RESIZES[0 if mode == JUST_RESIZE else mode]
 
 
+def own_mask(p: Any) -> Tensor | None:
+    """Return where img2img paints, ``(1, 1, h, w)`` in latents of what is sampled, 1 inside; None where it has none."""
+    mask: Tensor | None = getattr(p, "nmask", None)
+    # Forge and AUTOMATIC1111 have it for each channel of the latents alike.
+    return None if mask is None else mask.reshape(-1, *mask.shape[-2:])[None, :1].float().cpu()
+
+
 def cut_like_own(p: Any, pictures: Sequence[Tensor], resize: Any) -> list[Tensor]:
     """Cut a unit's own pictures as inpainting "only masked" cuts img2img's, laid over it; else as they are."""
     region, own = _region(p), getattr(p, "init_images", None)

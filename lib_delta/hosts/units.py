@@ -85,7 +85,7 @@ class Units:
 
     def _pick(self, p: Any, number: int, unit: Unit, size: tuple[int, int]) -> tuple[ControlPick, str]:
         from lib_delta.controls.steering import ControlPick
-        from lib_delta.hosts.pictures import digest
+        from lib_delta.hosts.pictures import digest, own_mask
 
         file = self._file(number, unit)
         pictures, resize = self._pictures(p, number, unit, file, size)
@@ -99,6 +99,7 @@ class Units:
             resize,
             unit.weight_type,  # type: ignore[arg-type]
             encoders(),
+            own_mask(p),
         )
         return pick, digest(pictures)
 

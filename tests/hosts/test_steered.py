@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,12 +73,12 @@ def encode(image: Image.Image) -> str:
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def steered(webui: WebUI, weight: float = 0.8, shown: Image.Image = PICTURE) -> Call:
+def steered(webui: WebUI, weight: float = 0.8, shown: Image.Image = PICTURE, hidden: Tensor | None = None) -> Call:
     """The main checkpoint's UNet, steered by the ControlNet in the plain way: all of one map."""
     unet = webui.shared.sd_model.networks.unet
     control = load_control(folder(webui) / "edges.safetensors", unet).model
     assert isinstance(control, ControlNet)
-    whole = Map(as_tensor(shown), "crop and resize")
+    whole = Map(as_tensor(shown), "crop and resize", hidden)
 
     def call(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         hint = control.hint(whole.at(8 * x.shape[2], 8 * x.shape[3], 3)).expand(len(x), -1, -1, -1)
@@ -134,6 +135,21 @@ def test_beside_a_lora_both_count(webui: WebUI, form: str) -> None:
     webui.use(webui.files.base)
     made = webui.latents(units({**EDGES, "weight": 0.8}, loras="ink"))
     assert float((made - wanted).norm() / (plain - wanted).norm()) < 1e-3
+
+
+def test_inpainting_hides_what_it_paints_from_the_controlnet_for_that(webui: WebUI) -> None:
+    painted = torch.zeros(4, 8, 8)
+    painted[:, 2:6, 1:5] = 1
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    changes = {"init_latent": latent, "mask": 1 - painted, "nmask": painted, "denoising_strength": 0.8}
+    named = folder(webui) / "control_inpaint.safetensors"
+    shutil.copy(folder(webui) / "edges.safetensors", named)
+    try:
+        hiding = steered(webui, hidden=painted[None, :1])
+        assert_steered(webui, hiding, units({**EDGES, "model": "control_inpaint", "weight": 0.8}), **changes)
+        assert_steered(webui, steered(webui), units({**EDGES, "weight": 0.8}), **changes)
+    finally:
+        named.unlink()
 
 
 def test_an_image_prompt_is_seen_by_the_encoder_that_fits(webui: WebUI) -> None:
