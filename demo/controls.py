@@ -113,13 +113,19 @@ def of_maps(models: Path, prompts: Sequence[str]) -> list[Case]:
 
 
 def of_references(models: Path, prompts: Sequence[str]) -> list[Case]:
-    """Give each batch of prompts a reference that none of them names."""
-    examples, cases = Example.all("references"), []
+    """Give each batch of prompts a reference that none of them names; those that one does go last, with another."""
+    examples, cases, left = Example.all("references"), [], []
     for number, first in enumerate(range(0, len(prompts), AT_ONCE)):
-        example = examples[number % len(examples)]
-        part = tuple(prompt for prompt in prompts[first : first + AT_ONCE] if prompt != example.name)
-        cases.append(Case(part, (example,) * len(part), Reference(models, example.picture)))
+        example, part = examples[number % len(examples)], prompts[first : first + AT_ONCE]
+        left += [prompt for prompt in part if prompt == example.name]
+        cases.append(_referred(models, [prompt for prompt in part if prompt != example.name], example))
+    if left:
+        cases.append(_referred(models, left, next(example for example in examples if example.name not in left)))
     return cases
+
+
+def _referred(models: Path, prompts: Sequence[str], example: Example) -> Case:
+    return Case(tuple(prompts), (example,) * len(prompts), Reference(models, example.picture))
 
 
 def _other(examples: Sequence[Example], number: int, prompt: str) -> Example:
