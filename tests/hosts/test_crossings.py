@@ -227,8 +227,13 @@ def test_a_delta_crosses_to_sdxl(webui: WebUI, monkeypatch: pytest.MonkeyPatch, 
     assert "SDXL latents: learned bridge" in webui.host.status()
 
 
-@pytest.mark.parametrize("name", generations(16))
-@pytest.mark.parametrize(("space", "shift"), [("sd3", 3.0), ("flux1", 1.0)])
+FLOWS = [
+    *(("sd3", 3.0, name) for name in generations(16)),
+    *(("flux1", 1.0, name) for name in ("txt2img", "Heun", "img2img")),
+]
+
+
+@pytest.mark.parametrize(("space", "shift", "name"), FLOWS)
 def test_a_delta_crosses_to_models_of_flow_matching(
     webui: WebUI, monkeypatch: pytest.MonkeyPatch, space: str, shift: float, name: str
 ) -> None:
