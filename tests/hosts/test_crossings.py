@@ -277,7 +277,7 @@ def test_the_side_model_can_be_shown_the_picture_of_the_webuis_own_tiny_autoenco
     torch.manual_seed(4)
     for name, part in (("taesdxl_decoder", taesd.decoder(4)), ("taesd_encoder", taesd.encoder(4))):
         torch.save(part.state_dict(), tmp_path / "VAE-taesd" / f"{name}.pth")
-    made, other = webui.generate(asked, steps=2), webui.latents(DELTA, steps=2)
+    other, made = webui.latents(DELTA, steps=2), webui.generate(asked, steps=2)
     assert "Delta bridge: taesd" in made.infotexts[0]
     assert "SDXL latents: TAESD bridge, 8 x 8" in webui.host.status()
     assert made.images.isfinite().all() and relative(made.images, other) > 1e-3
@@ -289,5 +289,6 @@ def test_tiles_are_tiles_for_the_bridge(webui: WebUI, monkeypatch: pytest.Monkey
     original = learned.load
     monkeypatch.setattr(choice, "load", lambda path, tiled=False: seen.append(tiled) or original(path, tiled))
     for tiling in (True, False, None):
+        seen.clear()
         webui.generate(DELTA, steps=1, tiling=tiling)
-    assert seen == [True, False, False]
+        assert seen and (True in seen) is bool(tiling)
