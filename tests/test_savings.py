@@ -113,7 +113,7 @@ def test_prompts_that_alternate_are_known_when_they_return() -> None:
 def test_rows_of_an_image_are_one_until_they_meet_their_prompts() -> None:
     unet = tiny_unet()
     with counted(unet) as calls:
-        Source(unet, EPS, TOLD).delta(X, SIGMA, 3.0)
+        Source(unet, EPS, TOLD).denoised(X, SIGMA, 3.0)
     shared = ("input_blocks.0.0", "input_blocks.1.0.in_layers.2", "input_blocks.1.1.transformer_blocks.0.attn1.to_q")
     for path in (*shared, "time_embed.0", "output_blocks.0.0.emb_layers.1"):
         assert [shape[1] for shape in calls[path]] == [2], path
