@@ -59,9 +59,9 @@ RUNS = {
     "vae-own": Run(steps=800, batch=8, rate=2e-3, average=0.99, seed=21),
     "vae-flow-colour": Run(steps=200, batch=8, rate=2e-3, warmup=50, average=0.97, seed=22),
     "vae-flow": Run(steps=800, batch=8, rate=2e-3, average=0.99, seed=22),
-    "target-own": Run(steps=1500, batch=32, rate=1e-3, warmup=50, average=0.995, seed=23),
-    "target-large": Run(steps=700, batch=16, rate=5e-4, warmup=50, average=0.99, seed=24),
-    "target-flow": Run(steps=1500, batch=32, rate=1e-3, warmup=50, average=0.995, seed=25),
+    "target-own": Run(steps=1200, batch=32, rate=1e-3, warmup=50, average=0.995, seed=23),
+    "target-large": Run(steps=450, batch=16, rate=5e-4, warmup=50, average=0.99, seed=24),
+    "target-flow": Run(steps=1000, batch=32, rate=1e-3, warmup=50, average=0.995, seed=25),
 }
 NEEDS: dict[str, tuple[str, ...]] = {
     "vae-own": (),
