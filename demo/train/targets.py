@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from numpy.random import Generator
 from torch import Tensor
 
@@ -37,9 +38,11 @@ from demo.train.denoisers import (
     load_conditioned,
 )
 from demo.train.vae import OWN, SCALE, SIXTEEN, train_vae
+from lib_delta.bridges import LearnedBridge
 from lib_delta.models.unet import SpatialTransformer, UNet
 from lib_delta.models.vae import VAE, VAEConfig
 
+Pair = tuple[Tensor, Tensor]
 FITTED_ON = 1600  # pictures, each with an edit
 NETWORK = Size()
 
@@ -122,6 +125,10 @@ class Bench:
         latents = bridges.encode(autoencoders, FITTED_ON, on_white(bridges.coloured(unknown)))
         fitted = bridges.fit(latents["base"], latents[name], NETWORK)
         about = {"source": "base", "target": f"target-{name}", "pictures": str(FITTED_ON)}
+        flat, line_art = (0.5 + 0.5 * to_float(self.emoji.pictures[look]) for look in ("flat", "lineart"))
+        base, own = ((each.encode(flat), each.encode(line_art)) for each in autoencoders.values())
+        about |= held_out(fitted, base, own)
+        print(about)
         save(fitted, bridge_file(self.models, name), about)
 
     def train_target(self, name: str) -> None:
@@ -150,6 +157,26 @@ class Bench:
         export.differing(
             target_file(self.models, name), trained, start, None if kind.vae is None else vae, kind.prediction
         )
+
+
+def held_out(bridge: LearnedBridge, base: Pair, own: Pair) -> dict[str, str]:
+    """Measure a bridge on emoji that it was not fitted to, before and after they become line art.
+
+    ``base`` and ``own`` are the latents ``(N, C, H, W)`` of both in either space.
+    """
+    mapped, wanted = bridge.state(own[0]), base[0]
+    about = wanted - wanted.mean((0, 2, 3), keepdim=True)
+    carried, change = bridge.difference(base[1] - base[0]), own[1] - own[0]
+    found = {
+        "state_unexplained": (mapped - wanted).square().sum() / about.square().sum(),
+        "line_art_cosine": F.cosine_similarity(carried.flatten(1), change.flatten(1)).mean(),
+    }
+    if base[0].shape == own[0].shape:
+        found["state_unexplained_as_it_is"] = (own[0] - wanted).square().sum() / about.square().sum()
+        found["line_art_cosine_as_it_is"] = F.cosine_similarity(
+            (base[1] - base[0]).flatten(1), change.flatten(1)
+        ).mean()
+    return {key: f"{float(value):.3f}" for key, value in found.items()}
 
 
 def prepared_for(unet: UNet, channels: int) -> UNet:
