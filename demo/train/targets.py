@@ -37,7 +37,7 @@ from demo.train.denoisers import (
     latent_variants,
     load_conditioned,
 )
-from demo.train.vae import OWN, SCALE, SIXTEEN, train_vae
+from demo.train.vae import OWN, SCALE, SIXTEEN, train_decoder, train_vae
 from lib_delta.bridges import LearnedBridge
 from lib_delta.models.unet import SpatialTransformer, UNet
 from lib_delta.models.vae import VAE, VAEConfig
@@ -60,8 +60,10 @@ KINDS = {"own": Kind("v", OWN), "large": Kind("v", large=True), "flow": Kind("fl
 RUNS = {
     "vae-own-colour": Run(steps=200, batch=8, rate=2e-3, warmup=50, average=0.97, seed=21),
     "vae-own": Run(steps=800, batch=8, rate=2e-3, average=0.99, seed=21),
+    "vae-own-decoder": Run(steps=400, batch=16, rate=2e-3, warmup=50, average=0.99, seed=26),
     "vae-flow-colour": Run(steps=200, batch=8, rate=2e-3, warmup=50, average=0.97, seed=22),
     "vae-flow": Run(steps=800, batch=8, rate=2e-3, average=0.99, seed=22),
+    "vae-flow-decoder": Run(steps=400, batch=16, rate=2e-3, warmup=50, average=0.99, seed=27),
     "target-own": Run(steps=1200, batch=32, rate=1e-3, warmup=50, average=0.995, seed=23),
     "target-large": Run(steps=450, batch=16, rate=5e-4, warmup=50, average=0.99, seed=24),
     "target-flow": Run(steps=1000, batch=32, rate=1e-3, warmup=50, average=0.995, seed=25),
@@ -103,6 +105,7 @@ class Bench:
         assert config is not None
         torch.manual_seed(RUNS[stage].seed)
         trained = train_vae(self.every, self.cache, RUNS[f"{stage}-colour"], RUNS[stage], config, stage)
+        trained = train_decoder(trained, self.emoji, self.cache, RUNS[f"{stage}-decoder"], f"{stage}-decoder")
         torch.save(trained.state_dict(), self.cache / f"{stage}.pt")
 
     def own_vae(self, name: str) -> VAE:

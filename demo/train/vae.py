@@ -47,7 +47,7 @@ def train_vae(emoji: Emoji, folder: Path, colour: Run, run: Run, config: VAEConf
     return _standardise(vae, pictures)
 
 
-def train_decoder(vae: VAE, emoji: Emoji, folder: Path, run: Run) -> VAE:
+def train_decoder(vae: VAE, emoji: Emoji, folder: Path, run: Run, name: str = "vae-decoder") -> VAE:
     """Train the decoder further, on the pictures of the world alone; latents stay what they are.
 
     The encoder learnt on ten times as many pictures, so that its latents are even; what is shown is of these.
@@ -64,7 +64,7 @@ def train_decoder(vae: VAE, emoji: Emoji, folder: Path, run: Run) -> VAE:
         return _fine(restored.float(), chosen)
 
     decoder = [*vae.decoder.requires_grad_(True).parameters(), *vae.post_quant_conv.requires_grad_(True).parameters()]
-    return cast(VAE, train("vae-decoder", vae, loss, folder, run, decoder)).requires_grad_(False)
+    return cast(VAE, train(name, vae, loss, folder, run, decoder)).requires_grad_(False)
 
 
 def _coarse(restored: Tensor, pictures: Tensor) -> Tensor:
