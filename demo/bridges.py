@@ -210,6 +210,8 @@ def measure(options: argparse.Namespace) -> None:
     drawn = all(space in autoencoders for space in SHOWN)
     write(options.bridges_out, table, strip(latents, *SHOWN, shipped(*SHOWN)) if drawn else None)
     print(markdown(table), f"written to {options.bridges_out}", sep="\n\n")
+    if options.autoencoders:
+        print("\nfilters fitted anew to these autoencoders:", markdown(refitted), sep="\n\n")
 
 
 def write(out: Path, table: Figures, sheet: Image.Image | None) -> None:
