@@ -31,7 +31,7 @@ WAYS: dict[str, tuple[Way, ...]] = {
 SAMPLERS = {"flow": "euler"}
 # A target that runs as few-step ones do, with a side model that does not.
 FEW_STEPS, FEW_CFG = 6, 1.0
-SIDE_CFGS = (1.0, 2.0, 3.0, 5.0, 7.0)
+SIDE_CFGS = (1.0, 3.0, 5.0, 7.0)
 SIDE_LAMBDAS = (0.5, 1.0, 1.5, 2.0)
 SIDE_TARGETS = ("own",)
 AT_STYLE = 0.5

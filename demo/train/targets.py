@@ -60,13 +60,13 @@ KINDS = {"own": Kind("v", OWN), "large": Kind("v", large=True), "flow": Kind("fl
 RUNS = {
     "vae-own-colour": Run(steps=200, batch=8, rate=2e-3, warmup=50, average=0.97, seed=21),
     "vae-own": Run(steps=800, batch=8, rate=2e-3, average=0.99, seed=21),
-    "vae-own-decoder": Run(steps=400, batch=16, rate=2e-3, warmup=50, average=0.99, seed=26),
+    "vae-own-decoder": Run(steps=250, batch=16, rate=2e-3, warmup=50, average=0.99, seed=26),
     "vae-flow-colour": Run(steps=200, batch=8, rate=2e-3, warmup=50, average=0.97, seed=22),
     "vae-flow": Run(steps=800, batch=8, rate=2e-3, average=0.99, seed=22),
-    "vae-flow-decoder": Run(steps=400, batch=16, rate=2e-3, warmup=50, average=0.99, seed=27),
-    "target-own": Run(steps=1200, batch=32, rate=1e-3, warmup=50, average=0.995, seed=23),
-    "target-large": Run(steps=450, batch=16, rate=5e-4, warmup=50, average=0.99, seed=24),
-    "target-flow": Run(steps=1000, batch=32, rate=1e-3, warmup=50, average=0.995, seed=25),
+    "vae-flow-decoder": Run(steps=250, batch=16, rate=2e-3, warmup=50, average=0.99, seed=27),
+    "target-own": Run(steps=800, batch=32, rate=1e-3, warmup=50, average=0.995, seed=23),
+    "target-large": Run(steps=300, batch=16, rate=5e-4, warmup=50, average=0.99, seed=24),
+    "target-flow": Run(steps=800, batch=32, rate=1e-3, warmup=50, average=0.995, seed=25),
 }
 NEEDS: dict[str, tuple[str, ...]] = {
     "vae-own": (),
