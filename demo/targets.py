@@ -113,12 +113,12 @@ class DecodedBridge(SameSize):
 
     def to_source(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor, Crossing]:
         clean = self.source.encode(self.target.decode(denoised))
-        return clean + with_channels(x - denoised, clean.shape[1]), sigma, Crossing(clean)
+        return clean + with_channels(x - denoised, clean.shape[1]), sigma, Crossing(clean, target=denoised)
 
     @torch.no_grad()
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
-        if self.difference is not None:
-            return self.difference(delta)
+        if self.difference is not None and crossing.target is not None:
+            return self.difference(delta, crossing.target)
         with_it, without = (
             self.target.encode(self.source.decode(z)) for z in (crossing.denoised + delta, crossing.denoised)
         )

@@ -125,7 +125,7 @@ def test_the_loss_of_a_perfect_flow_is_0() -> None:
         # The pictures are all 0: what is there is noise, as large as the time is late.
         return noisy / (t / 1000)[:, None, None, None].clamp(min=1e-6)
 
-    loss = flow_loss(perfect, torch.zeros(5, 1, 16, 16, 16), torch.zeros(16, 1, 1), 8)
+    loss = flow_loss(perfect, torch.zeros(5, 1, 16, 16, 16), 8)
     assert loss(torch.Generator().manual_seed(0)) < 1e-8
 
 

@@ -66,7 +66,7 @@ RUNS = {
     "vae-flow-decoder": Run(steps=250, batch=16, rate=2e-3, warmup=50, average=0.99, seed=27),
     "target-own": Run(steps=800, batch=32, rate=1e-3, warmup=50, average=0.995, seed=23),
     "target-large": Run(steps=300, batch=16, rate=5e-4, warmup=50, average=0.99, seed=24),
-    "target-flow": Run(steps=800, batch=32, rate=1e-3, warmup=50, average=0.995, seed=25),
+    "target-flow": Run(steps=600, batch=32, rate=1e-3, warmup=50, average=0.995, seed=25),
 }
 NEEDS: dict[str, tuple[str, ...]] = {
     "vae-own": (),
@@ -169,7 +169,7 @@ def held_out(bridge: LearnedBridge, base: Pair, own: Pair) -> dict[str, str]:
     """
     mapped, wanted = bridge.state(own[0]), base[0]
     about = wanted - wanted.mean((0, 2, 3), keepdim=True)
-    carried, change = bridge.difference(base[1] - base[0]), own[1] - own[0]
+    carried, change = bridge.difference(base[1] - base[0], own[0]), own[1] - own[0]
     found = {
         "state_unexplained": (mapped - wanted).square().sum() / about.square().sum(),
         "line_art_cosine": F.cosine_similarity(carried.flatten(1), change.flatten(1)).mean(),
