@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from lib_delta.errors import SettingError, shortened, shown
@@ -230,7 +230,8 @@ def _name(name: str) -> str:
 def read_unit(given: Any, number: int) -> Unit:
     """Read what an API call has for a unit: a recipe, or a dictionary with the keys of ControlNet's API or ours.
 
-    A unit that does not say whether it is on is on.  Raises :class:`SettingError` for keys that are not known.
+    In the latter a recipe may stand for what no other key says.  A unit that does not say whether it is on is on.
+    Raises :class:`SettingError` for keys that are not known.
     """
     if isinstance(given, Unit):
         return given
@@ -239,17 +240,19 @@ def read_unit(given: Any, number: int) -> Unit:
     if not isinstance(given, Mapping):
         kind = type(given).__name__
         raise SettingError(f"Delta Sampling's unit {number} is a {kind}: a dictionary or a recipe is needed")
-    values: dict[str, Any] = {"enabled": True}
+    recipe = given.get("recipe", "")
+    written_out = parse_unit(recipe) if recipe and isinstance(recipe, str) else Unit(enabled=True)
+    values: dict[str, Any] = {}
     for key, value in given.items():
         name = _KEYS.get(key, key)
-        if key in _WITHOUT_MEANING or (key == "mask" and value is None):
+        if key in ("recipe", *_WITHOUT_MEANING) or (key == "mask" and value is None):
             continue
         if name not in FIELDS:
             near = difflib.get_close_matches(str(key), (*FIELDS, *_KEYS), 1)
             hint = f": is {near[0]!r} meant?" if near else f", only {', '.join(FIELDS)}"
             raise SettingError(f"Delta Sampling's unit {number} has no {shown(key)}{hint}")
         values[name] = value
-    return Unit(**{name: plain(name, value) for name, value in values.items()})
+    return replace(written_out, **{name: plain(name, value) for name, value in values.items()})
 
 
 def plain(name: str, value: Any) -> Any:
@@ -290,4 +293,5 @@ def unit_schema() -> dict[str, Any]:
     properties["weight"] |= {"minimum": 0, "maximum": LARGEST_WEIGHT}
     for name in ("start", "end"):
         properties[name] |= {"minimum": 0, "maximum": 1}
+    properties["recipe"] = {"type": "string", "description": "preprocessor@MODEL:weight, with options", "default": ""}
     return {"type": "object", "properties": properties}

@@ -153,7 +153,11 @@ def test_units_of_an_api_call_are_recipes_or_dictionaries() -> None:
     assert request.units == (CANNY, Unit(True, model="depth")) and request.units[1].image == "a.png"
     assert Request.from_arguments([{"units": str(CANNY)}]).units == (CANNY,)
     described = schema()["properties"]["units"]["items"]["anyOf"][0]["properties"]
-    assert set(described) == set(FIELDS)
+    assert set(described) == {*FIELDS, "recipe"}
+    both = {"recipe": str(CANNY), "image": "a.png", "weight": 0.5}
+    assert read_unit(both, 1) == replace(CANNY, weight=0.5) and read_unit(both, 1).image == "a.png"
+    with pytest.raises(SettingError, match="has no name of a model"):
+        read_unit({"recipe": "canny@"}, 1)
 
 
 def test_widgets_follow_the_settings_unit_by_unit() -> None:
