@@ -10,6 +10,7 @@ import base64
 import io
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -335,3 +336,100 @@ def test_pictures_of_every_kind_are_read(webui: WebUI, kind: str) -> None:
         relative(webui.latents(units({**EDGES, "image": image})), webui.latents(units({**EDGES, "image": same}))) < 1e-4
     )
     assert relative(webui.latents(units({**EDGES, "image": encode(image)})), webui.latents(units(EDGES))) < 0.9
+
+
+# img2img: its own picture where a unit has none, cut as inpainting cuts it.
+
+
+def latent(webui: WebUI) -> Tensor:
+    return torch.randn(1, webui.shared.sd_model.latent_channels, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+def img2img(webui: WebUI, **changes: Any) -> SimpleNamespace:
+    p = webui.p(units({"model": "edges"}), init_latent=latent(webui))
+    vars(p).update({"init_images": [PICTURE], "resize_mode": 0, **changes})
+    return p
+
+
+def test_img2imgs_own_picture_is_taken_as_it_is_sampled(webui: WebUI) -> None:
+    own = webui.processing.process_images(img2img(webui))
+    given = {"model": "edges", "image": PICTURE, "resize": "just resize"}
+    assert torch.equal(own.images, webui.latents(units(given), init_latent=latent(webui)))
+    assert "Delta map hashes: 1: " in own.infotexts[0]
+
+
+def test_inpainting_only_masked_cuts_the_map_as_it_cuts_the_picture(webui: WebUI) -> None:
+    region, cut = (8, 16, 40, 40), PICTURE.crop((8, 16, 48, 56))
+    masked = {"image_mask": Image.new("L", PICTURE.size), "inpaint_full_res": True, "paste_to": region}
+    own = webui.processing.process_images(img2img(webui, **masked)).images
+    wanted = webui.latents(units({**EDGES, "image": cut}), init_latent=latent(webui))
+    assert relative(own, wanted) < 1e-5
+    p = img2img(webui, **masked)
+    p.script_args = [units(EDGES)]
+    assert relative(webui.processing.process_images(p).images, wanted) < 1e-5
+
+
+# Axes of the XYZ plot.
+
+
+def cell(webui: WebUI, **axes: Any) -> Any:
+    p = webui.p(units({"enabled": False}, EDGES))
+    p.delta_sampling_axes = {"enabled": True, **axes}
+    return webui.processing.process_images(p)
+
+
+def test_axes_set_the_first_unit_that_is_on(webui: WebUI) -> None:
+    half = cell(webui, unit_weight=0.5, unit_end=0.4)
+    wanted = webui.generate(units({"enabled": False}, {**EDGES, "weight": 0.5, "end": 0.4}))
+    assert torch.equal(half.images, wanted.images) and "edges:0.5:end=0.4" in half.infotexts[0]
+    look = cell(webui, unit_model="look")
+    assert torch.equal(look.images, webui.latents(units({**LOOK, "weight": 1})))
+    for none in ({"unit_model": ""}, {"unit_weight": 0.0}):
+        assert torch.equal(cell(webui, **none).images, webui.latents())
+
+
+def test_an_axis_without_a_unit_that_is_on_is_refused(webui: WebUI) -> None:
+    p = webui.p({"base": "base", "loras": "ink"})
+    p.delta_sampling_axes = {"enabled": True, "unit_weight": 1.0}
+    with pytest.raises(SettingError, match="axis is of a unit of Delta Sampling, and none is on"):
+        webui.processing.process_images(p)
+
+
+# Preprocessors.
+
+
+def test_canny_is_there_always(webui: WebUI) -> None:
+    cv2 = pytest.importorskip("cv2")
+    edges = Image.fromarray(cv2.Canny(np.asarray(PICTURE), 50, 120))
+    wanted = webui.latents(units({**EDGES, "image": edges}))
+    made = webui.latents(
+        units({**EDGES, "module": "canny", "processor_res": 64, "threshold_a": 50, "threshold_b": 120})
+    )
+    assert relative(made, wanted) < 1e-5
+    perfect = {**EDGES, "module": "canny", "pixel_perfect": True, "threshold_a": 50, "threshold_b": 120}
+    assert relative(webui.latents(units(perfect)), wanted) < 1e-5
+    assert webui.host.units.preprocessors()[0] == "canny"
+
+
+class Doubling:
+    """A preprocessor as the WebUIs have them."""
+
+    tags, show_control_mode, do_not_need_model = (), True, False
+    slider_resolution = slider_1 = slider_2 = SimpleNamespace(gradio_update_kwargs={"value": 96})
+
+    def __call__(self, picture: Any, resolution: int, slider_1: float, slider_2: float) -> Any:
+        if slider_1 == 7:
+            raise OSError("no network")
+        return None if slider_1 == 8 else (picture // 2 + int(resolution)).astype(np.uint8)
+
+
+def test_the_webuis_own_preprocessors_are_used(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = SimpleNamespace(supported_preprocessors={"None": Doubling(), "double": Doubling()})
+    monkeypatch.setitem(sys.modules, "modules_forge.shared", own)
+    assert webui.host.units.preprocessors() == ["canny", "double"]
+    wanted = webui.latents(units({**EDGES, "image": np.asarray(PICTURE) // 2 + 96}))
+    assert torch.equal(webui.latents(units({**EDGES, "module": "double"})), wanted)
+    with pytest.raises(DeltaError, match=r"the preprocessor double failed \(OSError: no network\)"):
+        webui.generate(units({**EDGES, "module": "double", "threshold_a": 7}))
+    with pytest.raises(SettingError, match="the preprocessor double makes no map"):
+        webui.generate(units({**EDGES, "module": "double", "threshold_a": 8}))
