@@ -45,7 +45,8 @@ from lib_delta.strength import Strength
 EXAMPLES = Path(__file__).with_name("examples")
 LAMBDAS = (0.5, 1.0, 2.0, 3.0)
 AT_ONCE = 10
-SHEETS, SHOWN = Path(__file__).parents[1] / "docs", 6
+# How many of the cases are in a sheet, and how far apart: no multiple shares its map or reference with another.
+SHEETS, SHOWN, STRIDE = Path(__file__).parents[1] / "docs", 6, 17
 FIGURE_PROMPTS = ("cupcake", "house", "mushroom", "rocket", "teapot")
 FIGURE_MAPS, FIGURE_REFERENCE = ("owl", "sailboat", "cactus", "bell", "snowman"), "frog"
 FINE_TUNE, LORA = "lineart-full.safetensors", "pixelart.safetensors"
@@ -220,7 +221,7 @@ def colour_figures(drawn: Drawn) -> dict[str, dict[str, float]]:
 
 def sheet(drawn: Drawn, rows: int) -> Image.Image:
     """Show some cases: what is shown, and each column's picture."""
-    chosen = [round(i * (len(drawn.prompts) - 1) / (rows - 1)) for i in range(rows)]
+    chosen = [STRIDE * i % len(drawn.prompts) for i in range(rows)]
     columns = {"shown": torch.cat([2 * example.picture - 1 for example in drawn.shown]), **drawn.pictures}
     pictures = torch.stack([pictures[chosen] for pictures in columns.values()], 1)
     return draw_grid(pictures, [drawn.prompts[i] for i in chosen], list(columns))
