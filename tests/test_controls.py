@@ -631,7 +631,7 @@ def test_full_width_ip_adapter_equals_diffusers(tmp_path: Path) -> None:
     tensors = image_tensors("base", unet, 768, seen=1024)
     model = load_control(save(tmp_path / "ip.safetensors", tensors), unet, torch.float32, "cpu").model
     seen = randn(2, 1024, seed=8)
-    projection = ImageProjection(768, 1024, 4).requires_grad_(False)
+    projection = ImageProjection(1024, 768, 4).requires_grad_(False)
     names = {"proj": "image_embeds", "norm": "norm"}
     loaded = {f"{names[k.split('.')[1]]}.{k.split('.')[2]}": v for k, v in tensors.items() if k.startswith("image_")}
     projection.load_state_dict(loaded)
