@@ -68,8 +68,9 @@ def put(monkeypatch: pytest.MonkeyPatch, webui: WebUI, evaluate: Callable[[Evalu
     owner, name = where_models_are_asked(webui)
     original = getattr(owner, name)
 
-    def method(self: Any, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
-        return evaluate(lambda *asked: original(self, *asked))(x, sigma, context)
+    def method(self: Any, x: Tensor, sigma: Tensor, *context: Tensor, **named: Tensor) -> Tensor:
+        # Forge gives the text by name.
+        return evaluate(lambda *asked: original(self, *asked))(x, sigma, *context, *named.values())
 
     monkeypatch.setattr(owner, name, method)
 
