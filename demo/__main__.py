@@ -73,13 +73,13 @@ def _add_picture_options(group: argparse._ArgumentGroup) -> None:
     add("--sampler", metavar="NAME",
         help="euler, heun, dpm_2, dpmpp_2m, euler_ancestral, dpmpp_sde, dpmpp_2m_sde, lms, gradient_estimation, "
         "ddim, ddpm or unipc (default: dpmpp_2m)")  # fmt: skip
-    add("--steps", type=int, help="sampling steps (default: 16; own files: 25)")
+    add("--steps", type=int, help="sampling steps (default: 20; own files: 25)")
     add("--cfg", type=float, help="guidance scale (default: 3; own files: 7)")
     add(
         "--source-cfg",
         type=float,
         metavar="CFG",
-        help="guidance scale of base and adapted in the delta (default: --cfg)",
+        help="guidance scale of base and adapted in the delta (default: 1; own files: --cfg)",
     )
     add("--seed", type=int, default=0, help="one picture is drawn of each prompt, from this noise (default: 0)")
     add("--size", type=int, metavar="PIXELS", help="side, a multiple of 64 (default: 64; own files: 512)")
@@ -205,11 +205,10 @@ def _plan(options: argparse.Namespace, defaults: Settings) -> Plan:
 
 
 def _draw_embedded(options: argparse.Namespace) -> Result:
-    from demo.embedded import Embedded
-    from demo.pipeline import Settings
+    from demo.embedded import SETTINGS, Embedded
     from demo.sweep import embedded_sweep, judge_column
 
-    plan = _plan(options, Settings())
+    plan = _plan(options, SETTINGS)
     adapters = _adapters(options)
     controls = _controls(options)
     embedded = Embedded.load(options.models, adapters, controls)

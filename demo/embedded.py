@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo.metrics import Judges, load_judges
-from demo.pipeline import AdaptedModel, Adapter, Model, Place, Steering, load_model
+from demo.pipeline import AdaptedModel, Adapter, Model, Place, Settings, Steering, load_model
 
 MODELS = Path(__file__).parent / "models"
 LORA = "lineart.safetensors"
 EDGES, IMAGE_PROMPT, IMAGE_ENCODER = "edges.safetensors", "image-prompt.safetensors", "image-encoder.safetensors"
+
+
+# Without guidance the base says what its prompt changes in the picture before it; with guidance it says its own shapes.
+SETTINGS = Settings(steps=20, source_cfg=1.0)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from demo import algorithms, bridges, composition, controls, crossings
-from demo.embedded import MODELS
+from demo.embedded import MODELS, SETTINGS
 from demo.pipeline import Settings
 from demo.samplers import NAMES
 from demo.studio import Ends, Figures, Task, Workers
@@ -26,7 +26,7 @@ from lib_delta.strength import Strength
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 HAND_OFFS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-RANGES = ((0.0, 0.33), (0.33, 0.67), (0.67, 1.0))
+RANGES = ((0.0, 0.33), (0.33, 0.67), (0.67, 1.0), (0.2, 1.0))
 SAMPLERS = ("ddim", "ddpm", "euler", "heun", "dpm_2", "dpmpp_2m", "gradient_estimation", "unipc")
 
 
@@ -63,7 +63,7 @@ def evidence(
 
 
 def _ranges(workers: Workers, part: Task) -> dict[str, Figures]:
-    """Apply the delta during a third of the run only."""
+    """Apply the delta during a part of the run only."""
     whole = part.strength
     tasks = {
         f"{start:g}-{end:g}": replace(part, kind="delta", strength=replace(whole, start=start, end=end))
@@ -86,12 +86,9 @@ def _samplers(workers: Workers, part: Task) -> dict[str, Figures]:
     return {s: Ends(results[f"{s} target"], results[f"{s} adapted"]).figures(results[f"{s} delta"]) for s in SAMPLERS}
 
 
-def best_lambda(sweep: dict[str, Figures], content: float = 0.9) -> float:
-    """Return the lambda above 0 of most style among those that keep ``content``; of most of both if none does."""
+def best_lambda(sweep: dict[str, Figures]) -> float:
+    """Return the lambda above 0 of most style times content."""
     above = {k: v for k, v in sweep.items() if float(k) > 0}
-    keeping = {k: v for k, v in above.items() if (v["content_ratio"] or 0) >= content}
-    if keeping:
-        return float(max(keeping, key=lambda k: keeping[k]["style_share"]))
     return float(max(above, key=lambda k: (above[k]["style_share"] * (above[k]["content_ratio"] or 0), float(k))))
 
 
@@ -207,17 +204,19 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="evaluate", description="Measure what Delta Sampling does with the embedded models."
     )
-    parser.add_argument("--prompts", type=int, default=100, help="emoji names, spread over the alphabet")
-    parser.add_argument("--seeds", type=int, default=4, help="pictures of each name")
-    parser.add_argument("--fewer-prompts", type=int, default=15, help="names for the tables of ranges and samplers")
+    parser.add_argument("--prompts", type=int, default=20, help="emoji names, spread over the alphabet")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures of each name")
+    parser.add_argument("--fewer-prompts", type=int, default=10, help="names for the tables of ranges and samplers")
     parser.add_argument("--algorithm-prompts", type=int, default=25, help="names for the tables of algorithms")
     parts = ("algorithms", "composition", "bridges", "targets")
     parser.add_argument("--only", choices=parts, help="measure this anew and keep the rest of --out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--sampler", choices=NAMES, default=Settings.sampler)
-    parser.add_argument("--steps", type=int, default=Settings.steps)
-    parser.add_argument("--cfg", type=float, default=Settings.cfg)
-    parser.add_argument("--source-cfg", type=float, help="of base and adapted model in the delta (the target's)")
+    parser.add_argument("--sampler", choices=NAMES, default=SETTINGS.sampler)
+    parser.add_argument("--steps", type=int, default=SETTINGS.steps)
+    parser.add_argument("--cfg", type=float, default=SETTINGS.cfg)
+    parser.add_argument(
+        "--source-cfg", type=float, default=SETTINGS.source_cfg, help="of base and adapted model in the delta"
+    )
     parser.add_argument("--models", type=Path, default=MODELS, help="the folder of the models")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("evidence.json"))
     bridges_stage.add_options(parser)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
 SMALLEST_CELL = 128
@@ -56,9 +56,15 @@ def draw_grid(pictures: Tensor, rows: Sequence[str], columns: Sequence[str]) -> 
         text = "\n".join(wrap(label, layout.left - 2 * GAP, layout.cell // (layout.font_size + 5), font))
         pen.multiline_text((GAP, y + layout.cell / 2), text, INK, font, anchor="lm")
         for c in range(len(columns)):
-            cell = picture_of(pictures[r, c]).resize((layout.cell, layout.cell), Image.Resampling.BICUBIC)
-            sheet.paste(cell, layout.corner(r, c))
+            sheet.paste(enlarge(picture_of(pictures[r, c]), layout.cell), layout.corner(r, c))
     return sheet
+
+
+def enlarge(picture: Image.Image, side: int) -> Image.Image:
+    """Return a picture ``side`` pixels wide and high; edges that enlarging has softened are made steep again."""
+    if picture.size == (side, side):
+        return picture
+    return picture.resize((side, side), Image.Resampling.LANCZOS).filter(ImageFilter.UnsharpMask(1.5, 120, 0))
 
 
 def wrap(text: str, width: int, lines: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:

@@ -23,9 +23,9 @@ pytest.importorskip("k_diffusion")
 pytest.importorskip("diffusers")
 
 from demo.__main__ import main, parser
+from demo.embedded import SETTINGS
 from demo.grid import GAP, Layout, draw_grid
 from demo.metrics import Judges
-from demo.pipeline import Settings
 from demo.samplers import NAMES
 from demo.train import export
 from demo.train.adapters import Adapter, low_rank
@@ -81,7 +81,9 @@ def embedded(models: Path, out: Path, *more: str) -> int:
 
 def own(models: Path, out: Path, *more: str) -> int:
     files = ["--target", str(models / "target.safetensors"), "--base", str(models / "base.safetensors")]
-    words = ["--tokenizer", str(models / "tokenizer"), "--device", "cpu", "--steps", "2", "--size", "64"]
+    words = ["--tokenizer", str(models / "tokenizer"), "--device", "cpu", "--steps", "2"]
+    # Of this size pictures are shown as they are; smaller ones are enlarged and sharpened, and so is their rounding.
+    words += ["--size", "128"]
     return main([*files, *words, "--out", str(out), *more])
 
 
@@ -160,7 +162,22 @@ def test_own_files_draw_what_the_embedded_models_draw(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours, theirs, record = tmp_path / "ours.png", tmp_path / "theirs.png", tmp_path / "own.json"
-    same = ["--prompt", "castle", "--lambdas", "0,1.5", "--cfg", "3", "--steps", "2", "--seed", "7"]
+    same = [
+        "--prompt",
+        "castle",
+        "--lambdas",
+        "0,1.5",
+        "--cfg",
+        "3",
+        "--source-cfg",
+        "3",
+        "--steps",
+        "2",
+        "--seed",
+        "7",
+        "--size",
+        "128",
+    ]
     assert main(["--models", str(models), "--out", str(ours), "--prompt", "fox", *same]) == 0
     lora = f"{models / 'lineart.safetensors'}:1.0"
     capsys.readouterr()
@@ -186,7 +203,8 @@ def test_own_files_take_weights_and_fine_tuned_checkpoints(models: Path, tmp_pat
         assert own(models, out, "--prompt", "fox", "--lambdas", "1", *adapters) == 0
         pictures[name] = cells(out, 1, 4)[0]
     for picture in (pictures["nothing"][1], pictures["merged"][0], pictures["tuned"][0]):
-        assert (picture == pictures["nothing"][0]).all()
+        # Where it is computed beside an adapted model, the base's sums are in another order.
+        assert np.abs(picture - pictures["nothing"][0]).max() <= 1
     assert (pictures["nothing"][3] == pictures["nothing"][2]).all()
     assert np.abs(pictures["merged"] - pictures["bypass"]).max() <= 2
     assert np.abs(pictures["merged"][3] - pictures["merged"][2]).max() > 2
@@ -321,7 +339,7 @@ def test_an_adapter_that_is_not_the_bases_is_said_in_one_sentence(
 def test_help_tells_samplers_and_defaults_and_loads_no_torch() -> None:
     said = " ".join(parser().format_help().split())
     assert all(name in said for name in NAMES)
-    for default in (Settings.sampler, f"{Settings.steps}; own", f"{Settings.cfg:g}; own", f"{Settings.size}; own"):
+    for default in (SETTINGS.sampler, f"{SETTINGS.steps}; own", f"{SETTINGS.cfg:g}; own", f"{SETTINGS.size}; own"):
         assert f"(default: {default}" in said
     quick = "import sys; from demo.__main__ import parser; parser().format_help(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", quick], check=True, cwd=Path(__file__).parents[1])
