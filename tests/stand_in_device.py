@@ -34,8 +34,12 @@ class OnDevice(Tensor):
         if held.dtype in (torch.float64, torch.complex128):
             raise TypeError(f"Cannot convert to {held.dtype}: the device {DEVICE} has no float64")
         layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
-        self: OnDevice = Tensor._make_wrapper_subclass(cls, held.shape, device=DEVICE, requires_grad=False, **layout)
-        self.held, self.inference = held, torch.is_inference_mode_enabled()
+        layout |= {"device": DEVICE, "requires_grad": False}
+        inference = torch.is_inference_mode_enabled()
+        # A wrapper made in inference mode has no views outside of it, which tensors made there do have.
+        with torch.inference_mode(False):
+            self: OnDevice = Tensor._make_wrapper_subclass(cls, held.shape, **layout)
+        self.held, self.inference = held, inference
         return self
 
     def is_inference(self) -> bool:

@@ -145,12 +145,14 @@ def test_inpainting_hides_what_it_paints_from_the_controlnet_for_that(webui: Web
     changes = {"init_latent": latent, "mask": 1 - painted, "nmask": painted, "denoising_strength": 0.8}
     named = folder(webui) / "control_inpaint.safetensors"
     shutil.copy(folder(webui) / "edges.safetensors", named)
+    webui.host.units.files.refresh()
     try:
         hiding = steered(webui, hidden=painted[None, :1])
         assert_steered(webui, hiding, units({**EDGES, "model": "control_inpaint", "weight": 0.8}), **changes)
         assert_steered(webui, steered(webui), units({**EDGES, "weight": 0.8}), **changes)
     finally:
         named.unlink()
+        webui.host.units.files.refresh()
 
 
 def test_an_image_prompt_is_seen_by_the_encoder_that_fits(webui: WebUI) -> None:
