@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from demo.sweep import Column, Judgement, OwnFiles, Plan
 
 # Names that the small target draws so that they are recognised.
-PROMPTS = ("cupcake", "crescent moon", "octopus", "guitar", "rocket", "fox")
+PROMPTS = ("cupcake", "crescent moon", "octopus", "pizza", "rocket", "fox")
 MODELS = Path(__file__).parent / "models"
 NAME_FILES = ("names.json", "concepts.json")
 EXAMPLES = """examples:
