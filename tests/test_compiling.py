@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from conftest import tiny_unet
 from test_savings import EPS, SIGMA, TOLD, X, lora
 
@@ -28,6 +29,8 @@ def test_what_is_compiled_gives_what_it_gave() -> None:
     assert torch.equal(function(x), (x * 2).sin()) and told == []
 
 
+# Packages that are imported beside have torch fall back by itself, with pages in the log.
+@torch._dynamo.config.patch(suppress_errors=False)
 def test_a_unet_that_cannot_be_compiled_runs_as_it_is() -> None:
     unet = tiny_unet()
     attach(unet, [(lora(unet), 1.0)], "bypass")

@@ -308,7 +308,7 @@ def test_names_with_commas_are_offered_as_they_are_read(webui):
 def test_axes_are_there_once_after_any_number_of_reloads(webui):
     webui.callbacks.call("before_ui")
     names = ["Lambda", "Start", "End", "Curve", "Base", "Adapted", "LoRAs", "LoRA weight", "CFG", "Size", "Bridge"]
-    names += ["Quality", "Unit weight", "Unit start", "Unit end", "Unit model"]
+    names += ["Quality", "Quality steps", "Quality moved", "Unit weight", "Unit start", "Unit end", "Unit model"]
     expected = ["Nothing", *(f"[Delta] {name}" for name in names)]
     assert [option.label for option in webui.module("xyz_grid.py").axis_options] == expected
     webui.load()

@@ -131,7 +131,9 @@ def save(name: str, *given: Any) -> tuple[str, Any, Any]:
         kept = host().presets().save(name, Request.from_arguments([True, *given[: len(SAVED)], *units]))
     except SettingError as error:
         return told(str(error))
-    return told(f"saved as {shown(kept)}", kept)
+    said, _, named = told(f"saved as {shown(kept)}", kept)
+    # Not chosen yet: gradio 4 tells of a choice only where it is another than before.
+    return said, gr.update(choices=preset_choices(), value=NONE), named
 
 
 def delete(name: str) -> tuple[str, Any, Any]:

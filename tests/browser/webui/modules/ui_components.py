@@ -1,5 +1,7 @@
 """The WebUI's own widgets: a class on gradio 3, where InputAccordion is a function on gradio 4."""
 
+from functools import wraps
+
 import gradio as gr
 
 GRADIO_4 = int(gr.__version__.split(".")[0]) >= 4
@@ -29,6 +31,7 @@ class FormRow(*((gr.Row, InForms) if GRADIO_4 else (InForms, gr.Row))):
 class ToolButton(*((gr.Button, InForms) if GRADIO_4 else (InForms, gr.Button))):
     """A small square button beside another widget."""
 
+    @wraps(gr.Button.__init__)  # gradio 4 tells the page what the signature names
     def __init__(self, *values, elem_classes=(), **given):
         super().__init__(*values, elem_classes=["tool", *elem_classes], **given)
 
