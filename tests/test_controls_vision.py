@@ -86,6 +86,18 @@ def test_tokens_of_pictures_and_of_none(form: str, tmp_path: Path) -> None:
     assert (one - none).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("form", ["base", "plus", "full"])
+def test_a_projection_in_half_precision_gives_tokens_on_the_cpu(form: str, tmp_path: Path) -> None:
+    unet = tiny_unet()
+    _, path = their_encoder(tmp_path)
+    stored = save(tmp_path / "ip.safetensors", image_tensors(form, unet, 16))
+    exact, half = load_control(stored, unet), load_control(stored, unet, torch.float16)
+    picture = [randn(1, 3, 30, 40).sigmoid()]
+    for wanted, made in zip(*(image_tokens(file, load_image_encoder(path), picture) for file in (exact, half))):
+        assert made.dtype == torch.float16
+        torch.testing.assert_close(made.float(), wanted, atol=2e-2, rtol=2e-2)
+
+
 def test_what_does_not_fit_is_said_in_one_sentence(tmp_path: Path) -> None:
     unet = tiny_unet()
     _, path = their_encoder(tmp_path, projection=768, activation="quick_gelu")

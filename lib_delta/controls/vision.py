@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lib_delta.checkpoint import Shapes, WeightFile, fill, header_number
 from lib_delta.controls.files import ControlFile
@@ -122,7 +123,8 @@ def choose_encoder(file: ControlFile, candidates: Sequence[Path]) -> Path:
 def image_tokens(file: ControlFile, encoder: ImageEncoder, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return what an IP-Adapter's projection makes of pictures, and of none: ``(S, context_width)`` each.
 
-    The tokens of several pictures, ``(1, 3, H, W)`` in [0, 1], stand one after another.
+    The tokens of several pictures, ``(1, 3, H, W)`` in [0, 1], stand one after another; they are computed in
+    float32, and have the projection's device and type.
     Raises :class:`SettingError` without a picture, and :class:`AdapterError` for an encoder of another width.
     """
     if not isinstance(file.model, IPAdapter):
@@ -135,11 +137,15 @@ def image_tokens(file: ControlFile, encoder: ImageEncoder, pictures: Sequence[Te
     seen = encoder(prepared, of_patches)
     # The release's choice: no embedding at all, but the patches of a picture without anything.
     none = encoder(torch.zeros_like(prepared[:1]), True) if of_patches else torch.zeros_like(seen[:1])
-    try:
-        own = next(file.model.parameters())
-        tokens, without = (projection(what.to(own)) for what in (seen, none))
-    except RuntimeError as error:
+    if seen.shape[-1] != projection.seen_width:
         raise AdapterError(
             f"{file.name} was made with another image encoder than this one, whose pictures are {seen.shape[-1]} wide"
-        ) from error
+        )
+    own = next(projection.parameters())
+    # The tokens are made where the files were read, often the CPU, and there older torches multiply nothing in fp16.
+    weights = {name: weight.float() for name, weight in projection.state_dict().items()}
+    tokens, without = (
+        functional_call(projection, weights, (what.to(own.device, torch.float32),)).to(own.dtype)
+        for what in (seen, none)
+    )
     return tokens.flatten(0, 1), without.expand(len(pictures), -1, -1).flatten(0, 1)
