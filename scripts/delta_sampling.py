@@ -338,7 +338,7 @@ def add_settings():
             gr.Slider,
             {"minimum": 1, "maximum": MOST_UNITS, "step": 1},
             section=section,
-        ).info("in the accordion, from the next start of the page on"),
+        ).info("in the accordion, after *Reload UI*"),
         "delta_sampling_cache": shared.OptionInfo(
             1,
             "Base models kept in memory",
