@@ -338,7 +338,7 @@ def add_settings():
             gr.Slider,
             {"minimum": 1, "maximum": MOST_UNITS, "step": 1},
             section=section,
-        ).info("in the accordion, after *Reload UI*"),
+        ).info("in the accordion, once the UI has been reloaded"),
         "delta_sampling_cache": shared.OptionInfo(
             1,
             "Base models kept in memory",
