@@ -179,7 +179,7 @@ class DeltaSampling(scripts.Script):
                         elem_id=self.elem_id(name),
                     )
                     again = self.elem_id(f"refresh_{name}")
-                    refresh_button(w[name], host().refresh_checkpoints, base_choices, again)
+                    refresh_button(w[name], host().catalog.refresh_checkpoints, base_choices, again)
                     w[name].select(whole_list, inputs=[w[name]], outputs=[w[name]], queue=False, show_progress="hidden")
 
     def _range(self, w, default):
@@ -288,13 +288,13 @@ class DeltaSampling(scripts.Script):
 
 def checkpoint_choices():
     """Return what the checkpoint dropdowns offer."""
-    return [NONE, *host().checkpoints()]
+    return [NONE, *host().catalog.checkpoints()]
 
 
 def base_choices():
     """Return what the checkpoint dropdowns offer at first: those that can be a base, or adapt one."""
-    fitting = host().bases()
-    return [NONE, *fitting, *([ALL] if len(fitting) < len(host().checkpoints()) else [])]
+    fitting = host().catalog.bases()
+    return [NONE, *fitting, *([ALL] if len(fitting) < len(host().catalog.checkpoints()) else [])]
 
 
 def whole_list(value, selected: gr.SelectData):
@@ -328,8 +328,8 @@ def add_settings():
             NONE,
             "Default base checkpoint",
             gr.Dropdown,
-            lambda: {"choices": [NONE, *host().bases()]},
-            refresh=host().refresh_checkpoints,
+            lambda: {"choices": [NONE, *host().catalog.bases()]},
+            refresh=host().catalog.refresh_checkpoints,
             section=section,
         ).info("for generations that choose none"),
         "delta_sampling_units": shared.OptionInfo(
@@ -472,9 +472,9 @@ AXES = (
 )
 CHOICES = {
     "curve": lambda: list(CURVES),
-    "base": lambda: [NONE, *host().bases()],
-    "adapted": lambda: [NONE, *host().bases()],
-    "loras": lambda: [NONE, *map(quoted, host().loras())],
+    "base": lambda: [NONE, *host().catalog.bases()],
+    "adapted": lambda: [NONE, *host().catalog.bases()],
+    "loras": lambda: [NONE, *map(quoted, host().catalog.loras())],
     "size": side_sizes,
     "bridge": lambda: list(BRIDGES),
     "quality": lambda: list(QUALITIES),
@@ -507,7 +507,7 @@ def set_axis(target, p, value, values):
     """Note one axis' value for a cell; cells are shallow copies of one object, so the dictionary is a new one."""
     if target in CHECKPOINT_FIELDS:
         value = find_checkpoint(value)
-    if target == "loras" and value in host().loras():
+    if target == "loras" and value in host().catalog.loras():
         value = quoted(value)  # a name may hold what separates LoRAs
     if value == NONE:
         value = ""
@@ -528,9 +528,9 @@ def confirm_axis(label, target, p, values):
             raise SettingError(f'{label} "{shortened(value)}" is not allowed: {listed(CHOICES[target]())}')
         elif target == "size":
             Request(enabled=True, size=value)
-        elif target == "loras" and value not in (NONE, *host().loras()):
+        elif target == "loras" and value not in (NONE, *host().catalog.loras()):
             for pick in parse_picks(value):
-                if pick.name not in host().loras():
+                if pick.name not in host().catalog.loras():
                     raise SettingError(f'{label} "{shortened(pick.name)}" is no LoRA: {listed(lora_choices())}')
 
 

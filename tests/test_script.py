@@ -273,7 +273,7 @@ def test_a_settings_file_of_an_older_version_keeps_what_it_means(webui):
 def test_checkpoints_that_cannot_be_a_base_are_behind_all(webui):
     module = webui.module()
     assert module.base_choices() == ["None", BASE, TUNED]
-    webui.host.known_checkpoints.append("juggernaut-xl.safetensors")
+    webui.host.catalog.known_checkpoints.append("juggernaut-xl.safetensors")
     assert module.base_choices() == ["None", BASE, TUNED, module.ALL]
     update = module.whole_list(module.ALL, SimpleNamespace(value=module.ALL))
     assert update["choices"] == ["None", BASE, TUNED, "juggernaut-xl.safetensors"] and update["value"] == "None"
@@ -295,7 +295,7 @@ def test_adetailers_passes_run_the_script_unless_the_user_does_not_want_it(webui
 
 
 def test_names_with_commas_are_offered_as_they_are_read(webui):
-    webui.host.known_loras.append("my, ink")
+    webui.host.catalog.known_loras.append("my, ink")
     axis = webui.axis("LoRAs")
     assert axis.choices() == ["None", "moxin", "lineart", '"my, ink"']
     for value in ('"my, ink"', "my, ink"):

@@ -21,8 +21,10 @@ from lib_delta.errors import SettingError
 from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
 from lib_delta.hosts.others import taken_over
+from lib_delta.hosts.place import wanted_place
 from lib_delta.hosts.progress import pass_progress
-from lib_delta.hosts.webui import RUN, Host, Target, TextEngine
+from lib_delta.hosts.told import TextEngine
+from lib_delta.hosts.webui import RUN, Host, Target
 from lib_delta.parameterization import Schedule, denoised_of, from_timestep_space, per_image
 
 if TYPE_CHECKING:
@@ -91,10 +93,10 @@ class Automatic1111(Host):
         self._engine = None
 
     def text_device(self) -> torch.device:
-        return self.wanted_place()[0]
+        return wanted_place(*self.place())[0]
 
     def enter(self, p: Any, model: SideModel) -> None:
-        device = self.wanted_place()[0]
+        device = wanted_place(*self.place())[0]
         short = _low_memory() and device.type == devices.device.type
         if short:
             lowvram.send_everything_to_cpu()

@@ -11,7 +11,7 @@ from modules import shared
 if TYPE_CHECKING:
     import torch
 
-    from lib_delta.hosts.webui import TextEngine, Texts, Told
+    from lib_delta.hosts.told import TextEngine, Texts, Told
     from lib_delta.request import Active
     from lib_delta.sidemodel import SideModel
 

@@ -23,9 +23,11 @@ from lib_delta.errors import DeltaError, SettingError
 from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
 from lib_delta.hosts.others import owners
+from lib_delta.hosts.place import wanted_place
 from lib_delta.hosts.progress import pass_progress
 from lib_delta.hosts.regions_forge import WRAPPER, in_regions
-from lib_delta.hosts.webui import RUN, Host, Target, TextEngine
+from lib_delta.hosts.told import TextEngine
+from lib_delta.hosts.webui import RUN, Host, Target
 
 if TYPE_CHECKING:
     from lib_delta.hosts.run import Run
@@ -108,7 +110,7 @@ class Forge(Host):
         return device
 
     def enter(self, p: Any, model: SideModel) -> None:
-        device = self.wanted_place()[0]
+        device = wanted_place(*self.place())[0]
         streamed = self.streamed()
         managed = device == memory.get_torch_device() and not streamed
         if self._patcher is not None and not (managed and self._patcher.model is model.network):

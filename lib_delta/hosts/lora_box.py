@@ -40,9 +40,9 @@ class LoraBox:
                     interactive=True,  # gradio takes a widget that is no event's input for one that only shows
                     elem_id=elem_id("add_lora"),
                 )
-                refresh_button(self.more, host().refresh_loras, lora_choices, elem_id("refresh_add_lora"))
+                refresh_button(self.more, host().catalog.refresh_loras, lora_choices, elem_id("refresh_add_lora"))
         self.rows = gr.HTML(
-            rows(Told(default), host().card), elem_id=elem_id("picked"), elem_classes=["delta-sampling-picked"]
+            rows(Told(default), host().catalog.card), elem_id=elem_id("picked"), elem_classes=["delta-sampling-picked"]
         )
         gr.Checkbox(label="A click on a LoRA's card adds it here", value=False, elem_id=elem_id("cards"))
         # The script of the page writes what was done with a row or a card into the box, and clicks the first button;
@@ -74,28 +74,28 @@ def refresh_button(dropdown: Any, refresh: Callable[[], None], choices: Callable
 
 def lora_choices() -> list[str]:
     """Return what the LoRA dropdown offers."""
-    return [NONE, *host().loras()]
+    return [NONE, *host().catalog.loras()]
 
 
 def with_lora(loras: str, selected: gr.SelectData) -> tuple[str, str]:
     """Return the recipe with the selected LoRA, once, and the dropdown's empty choice."""
     if selected.value == NONE:
         return loras, NONE
-    return joined(loras, selected.value, host().card(selected.value).weight), NONE
+    return joined(loras, selected.value, host().catalog.card(selected.value).weight), NONE
 
 
 def shown(*told: str) -> str:
     """Return the rows of what is told."""
-    return rows(Told(*told), host().card)
+    return rows(Told(*told), host().catalog.card)
 
 
 def apply(edit: str, *told: str) -> tuple[Any, ...]:
     """Return the three texts after an edit (JSON), their rows, and whether the prompts are to unfold."""
     before = Told(*told)
     try:
-        after = edited(before, json.loads(edit), host().card)
+        after = edited(before, json.loads(edit), host().catalog.card)
     except (ValueError, AttributeError):  # no edit: the page's script has not written one yet
         after = before
     prompts_changed = (after.prompt, after.negative_prompt) != (before.prompt, before.negative_prompt)
     texts = after.loras, after.prompt, after.negative_prompt
-    return *texts, rows(after, host().card), gr.update(open=True) if prompts_changed else gr.update()
+    return *texts, rows(after, host().catalog.card), gr.update(open=True) if prompts_changed else gr.update()

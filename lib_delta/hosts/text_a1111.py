@@ -13,7 +13,7 @@ from torch import Tensor
 from lib_delta.devices import without_autocast
 from lib_delta.hosts.bundled import BundledEmbeddings
 from lib_delta.hosts.prompts import Padding, insert_embeddings, pad_uncond, pad_with_empty
-from lib_delta.hosts.webui import TextEngine, Texts
+from lib_delta.hosts.told import TextEngine, Texts
 from lib_delta.models.text import load_tokenizer
 from lib_delta.sidemodel import SideModel
 

@@ -8,69 +8,51 @@ comes out.  The samplers' callbacks in between find the run on their ``p``.
 from __future__ import annotations
 
 import gc
-import importlib
-import inspect
-import json
-import math
 import sys
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from modules import (
     extra_networks,
     paths_internal,
     processing,
-    prompt_parser,
     script_callbacks,
     sd_models,
-    sd_samplers,
     shared,
 )
 
-from lib_delta.errors import DeltaError, SettingError, near, shown
+from lib_delta.errors import DeltaError, SettingError
 from lib_delta.hosts import heatmap, tags
+from lib_delta.hosts.catalog import Catalog
 from lib_delta.hosts.cell import claim_in_grid, is_cell, picture_of
 from lib_delta.hosts.encoded import Encoder
-from lib_delta.hosts.settings import bases_kept, device_wanted, one_of, option, room_for_bases, warn_once
+from lib_delta.hosts.place import fp8_storage, wanted_place
+from lib_delta.hosts.settings import bases_kept, one_of, option, room_for_bases, warn_once
+from lib_delta.hosts.told import TextEngine, cleaned, own_prompts, told_of
 from lib_delta.hosts.units import AXES as UNIT_AXES
 from lib_delta.hosts.units import HASHES as UNIT_HASHES
 from lib_delta.hosts.units import MAPS, Units, with_axes
 from lib_delta.options import FORMS, FP8, ON_ERROR, PLACEMENTS, PRECISIONS, STOP, STREAMED
-from lib_delta.picked import Card
 from lib_delta.presets import Presets
 from lib_delta.recipe import Pick, format_picks
-from lib_delta.request import HASHES, MAIN_PROMPT, NONE, SKIPPED, Active, Passes, Request, infotext_labels
+from lib_delta.request import HASHES, NONE, SKIPPED, Active, Passes, Request, infotext_labels
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from lib_delta.families import Family
-    from lib_delta.hosts.prompts import Padding
     from lib_delta.hosts.run import Run
     from lib_delta.models.merging import TokenMerging
-    from lib_delta.models.text import TextEncoder
     from lib_delta.sidemodel import SideModel, SideModels
     from lib_delta.source import Source
 
 PIXELS = 8  # of a picture, along one side, to a pixel of a latent
 REQUEST, RUN, AXES = "delta_sampling_request", "delta_sampling_run", "delta_sampling_axes"
-Texts = Sequence[str]
-
-
-@dataclass(frozen=True)
-class Told:
-    """Prompts of one pass, a row for each image, without tags."""
-
-    prompts: Texts
-    negative: Texts
-    steps: int
-    hires_steps: int | None
 
 
 @dataclass(frozen=True)
@@ -93,6 +75,7 @@ class Host(ABC):
     name = "WebUI"
 
     def __init__(self) -> None:
+        self.catalog = Catalog()
         self.units = Units()
         self._models: SideModels | None = None
         self._last = "Nothing has run yet"
@@ -150,86 +133,9 @@ class Host(ABC):
         """Tell whether the WebUI asks its models at whole timesteps only, and not between them."""
         return bool(getattr(shared.opts, "enable_quantization", False))
 
-    # Lists.
-
-    def checkpoints(self) -> list[str]:
-        """Return the names of the WebUI's checkpoints."""
-        return sorted(self._checkpoint_names().values(), key=str.lower)
-
-    def bases(self) -> list[str]:
-        """Return the names of those checkpoints that can be a base, as far as their headers tell."""
-        from lib_delta.sidemodel import can_be_base
-
-        names = self._checkpoint_names()
-        return sorted((name for file, name in names.items() if can_be_base(Path(file))), key=str.lower)
-
-    def _checkpoint_names(self) -> dict[str, str]:
-        """Return the names by which checkpoints are chosen, by their files: with folder where two have the same."""
-        infos = list(sd_models.checkpoints_list.values())
-        short = [_checkpoint_name(info) for info in infos]
-        return {info.filename: info.name if short.count(name) > 1 else name for info, name in zip(infos, short)}
-
-    def refresh_checkpoints(self) -> None:
-        """Look for new checkpoints."""
-        sd_models.list_models()
-
-    def loras(self) -> list[str]:
-        """Return the names of the WebUI's LoRAs."""
-        return sorted(self._networks(), key=str.lower)
-
-    def card(self, name: str) -> Card:
-        """Return what the user has noted in the WebUI for a LoRA (a ``.json`` beside its file)."""
-        try:
-            network = self.lora(name)
-        except SettingError as error:
-            return Card(name, fault=str(error))
-        listed = next((own for own, known in self._networks().items() if known is network), name)
-        try:
-            noted = json.loads(Path(network.filename).with_suffix(".json").read_text("utf-8"))
-            weight = float(noted.get("preferred weight") or 1)
-            words, negative = (str(noted.get(f"{key} text") or "").strip() for key in ("activation", "negative"))
-        except (OSError, ValueError, TypeError, AttributeError):  # none there, or one that is not the WebUI's
-            return Card(listed)
-        return Card(listed, weight if math.isfinite(weight) else 1.0, words, negative)
-
     def presets(self) -> Presets:
         """Return the user's presets, which are in a file beside the WebUI's own settings of widgets."""
         return Presets(Path(shared.cmd_opts.ui_config_file).with_name("delta-sampling-presets.json"))
-
-    def refresh_loras(self) -> None:
-        """Look for new LoRAs."""
-        module = _lora_module()
-        if module is not None:
-            module.list_available_networks()
-
-    def _networks(self) -> Mapping[str, Any]:
-        module = _lora_module()
-        return {} if module is None else module.available_networks
-
-    def checkpoint(self, name: str) -> Any:
-        """Find a checkpoint as the WebUI does, by title, name, file or hash; raises :class:`SettingError`."""
-        by_name = {own: file for file, own in self._checkpoint_names().items()}
-        found = next((i for i in sd_models.checkpoints_list.values() if i.filename == by_name.get(name)), None)
-        if found is None and name:
-            found = sd_models.get_closet_checkpoint_match(name)
-        if found is None:
-            raise SettingError(
-                f"there is no checkpoint {shown(name)} for Delta Sampling{near(name, self.checkpoints())}"
-            )
-        return found
-
-    def lora(self, name: str) -> Any:
-        """Find a LoRA by its name, alias or file; raises :class:`SettingError`."""
-        networks = self._networks()
-        module = _lora_module()
-        aliases = {} if module is None else getattr(module, "available_network_aliases", {})
-        found = networks.get(name) or aliases.get(name) or networks.get(Path(name).stem)
-        if found is None:
-            by_case = {key.lower(): network for key, network in networks.items()}
-            found = by_case.get(name.lower())
-        if found is None:
-            raise SettingError(f"there is no LoRA {shown(name)} for Delta Sampling{near(name, self.loras())}")
-        return found
 
     # A generation.
 
@@ -291,19 +197,14 @@ class Host(ABC):
 
     def _claims(self, request: Request) -> dict[str, str]:
         """Return what a picture says of a request, with names by which the WebUI finds the same files."""
-        names = self._checkpoint_names()
-
-        def named(name: str) -> str:
-            info = self.checkpoint(name) if name else None
-            return "" if info is None else names.get(info.filename, _checkpoint_name(info))
-
+        unique = self.catalog.unique
         try:
-            request = replace(request, base=named(request.base), adapted=named(request.adapted))
+            request = replace(request, base=unique(request.base), adapted=unique(request.adapted))
             request = self.units.named(request)
             of_units = self.units.hashes(request, sd_models.model_hash)
         except SettingError:
             return request.infotext()  # the same error comes out when the batch samples
-        return request.infotext(self._hashes(request)) | of_units
+        return request.infotext(self.catalog.hashes(request)) | of_units
 
     def _of_batch(self, p: Any, accordion: Request) -> Passes | DeltaError:
         axes = getattr(p, AXES, {})
@@ -442,9 +343,13 @@ class Host(ABC):
                 "Delta Sampling has nothing to add: choose a LoRA, an adapted checkpoint, an adapted prompt, "
                 "or a unit with a ControlNet or IP-Adapter"
             )
+
+        def tell(sentence: str) -> None:
+            p.comment(f"Delta Sampling: {sentence}")
+
         picks = [self._file_of(pick) for pick in asked.picks()]
-        base = self._file_named(p, request.base)
-        adapted = self._file_named(p, request.adapted) if request.adapted else base
+        base = self.catalog.file_named(request.base, tell)
+        adapted = self.catalog.file_named(request.adapted, tell) if request.adapted else base
         if adapted != base:
             picks.append(AdapterPick(adapted))
         model = self._load(base)
@@ -453,7 +358,7 @@ class Host(ABC):
         compile_unet(model.unet, option("compile", False) is True, warn_once)
         for file in model.adapters:
             if file.unmatched:
-                p.comment(f"Delta Sampling: {file.report()}")
+                tell(file.report())
         self._steer(p, asked, model)
         tiled = bool(getattr(p, "tiling", False))
         tile(model.network, tiled)
@@ -497,43 +402,20 @@ class Host(ABC):
 
         if self._models is None:
             self._models = SideModels()
-        device, dtype = self.wanted_place()
-        storage = _fp8(device, dtype) if one_of("precision", PRECISIONS) == FP8 else None
+        device, dtype = wanted_place(*self.place())
+        storage = fp8_storage(device, dtype) if one_of("precision", PRECISIONS) == FP8 else None
         return self._models.get(path, dtype, max(1, bases_kept()), room_for_bases(), storage)
 
     def streamed(self) -> bool:
         """Tell whether the user wants the side model on its device block by block."""
-        return self.wanted_place()[0].type != "cpu" and one_of("placement", PLACEMENTS) == STREAMED
+        return wanted_place(*self.place())[0].type != "cpu" and one_of("placement", PLACEMENTS) == STREAMED
 
     def _file_of(self, pick: Pick) -> Any:
         from lib_delta.sidemodel import AdapterPick
 
-        return AdapterPick(Path(self.lora(pick.name).filename), pick.weight, pick.text_weight, pick.blocks, pick.rank)
-
-    def wanted_place(self) -> tuple[torch.device, torch.dtype]:
-        """Return where the side model computes and in which type, by the WebUI or by the settings."""
-        import torch
-
-        device, dtype = self.place()
-        wanted = device_wanted(_is_device)
-        if wanted == "CPU":
-            device, dtype = torch.device("cpu"), torch.float32
-        elif wanted != "Automatic":
-            device = torch.device(wanted)
-        types = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-        dtype = types.get(one_of("precision", PRECISIONS), dtype)
-        if device.type == "cpu" and dtype == torch.float16:
-            warn_once("a CPU does not compute in fp16: the side models run in fp32")
-            dtype = torch.float32
-        return device, dtype
-
-    def _file_named(self, p: Any, name: str) -> Path:
-        """Return a checkpoint's file, and say so where the name does not tell which one it is."""
-        found = self.checkpoint(name)
-        same = [info for info in sd_models.checkpoints_list.values() if _checkpoint_name(info) == name]
-        if name not in _names_of(found) or len(same) > 1:
-            p.comment(f"Delta Sampling: for {shown(name)}, {shown(found.name)} was taken.")
-        return Path(found.filename)
+        return AdapterPick(
+            Path(self.catalog.lora(pick.name).filename), pick.weight, pick.text_weight, pick.blocks, pick.rank
+        )
 
     def _fault(self, p: Any, fault: DeltaError) -> None:
         from lib_delta.hosts.run import Stop
@@ -550,11 +432,11 @@ class Host(ABC):
 
         sources = {}
         with Encoder(model, self.text_engine(model), self.text_device()) as encode:
-            for hires, told in _passes(p, asked):
+            for hires, told in told_of(p, asked):
                 request = asked.of(hires)
                 base_told = encode(None, told.prompts, told)
-                own = _own(request.adapted_prompt, told.prompts)
-                prompts = _cleaned(own, len(own)) if own else None
+                own = own_prompts(request.adapted_prompt, told.prompts)
+                prompts = cleaned(own, len(own)) if own else None
                 for active in asked.stages(hires):
                     adapted_told = None
                     if model.text_state(active) or prompts:
@@ -570,18 +452,6 @@ class Host(ABC):
         return sources
 
     # What the user sees.
-
-    def _hashes(self, request: Request) -> dict[str, str]:
-        """Return short hashes of the side files, as far as the WebUI knows them."""
-        hashes: dict[str, str] = {}
-        try:
-            for name in filter(None, (request.base, request.adapted)):
-                hashes[name] = getattr(self.checkpoint(name), "shorthash", None) or ""
-            for pick in request.picks():
-                hashes[pick.name] = getattr(self.lora(pick.name), "shorthash", None) or ""
-        except SettingError:
-            return {}  # the same error comes out when the batch samples
-        return {name: value for name, value in hashes.items() if value}
 
     def status(self) -> str:
         """Return what is loaded, where, how large, what did not match, and what the last run cost; a line each."""
@@ -619,110 +489,8 @@ class Host(ABC):
         """Let go of what else refers to side models."""
 
 
-class TextEngine(ABC):
-    """A WebUI's prompt code around our text encoder, in the role of a model for its prompt parser."""
-
-    def encode(self, tower: TextEncoder, prompts: Texts, told: Told) -> Any:
-        """Return what a model with this text encoder is told over a run."""
-        from lib_delta.hosts.prompts import Schedules
-
-        self.tower = tower
-        limits = _limits(told)
-        cond = prompt_parser.get_multicond_learned_conditioning(self, list(prompts), *limits)
-        uncond = prompt_parser.get_learned_conditioning(self, list(told.negative), *limits)
-        return Schedules(cond.batch, uncond, self.padding())
-
-    @abstractmethod
-    def hold(self, embeddings: Mapping[str, Tensor]) -> None:
-        """Let prompts name these embeddings, ``(vectors, width)`` each, besides the user's own, and no others."""
-
-    @abstractmethod
-    def padding(self) -> Padding | None:
-        """Return how the WebUI brings prompt and negative prompt to one length, None where it does not."""
-
-    @abstractmethod
-    def get_learned_conditioning(self, texts: Texts) -> Tensor:
-        """Encode texts without AND and prompt editing, as the prompt parser asks for it."""
-
-
-def _limits(told: Told) -> tuple[Any, ...]:
-    """Return what the WebUI's prompt parser takes besides model and prompts; Forge Neo has no old scheduling."""
-    limits = told.steps, told.hires_steps
-    if "use_old_scheduling" not in inspect.signature(prompt_parser.get_learned_conditioning).parameters:
-        return limits
-    return *limits, getattr(shared.opts, "use_old_scheduling", False)
-
-
 def _adds(asked: Passes) -> bool:
     return any(r.wanted and (r.picks() or r.always or r.steered) for r in (asked.first, asked.hires))
-
-
-def _is_device(name: str) -> bool:
-    """Tell whether a name is that of a device which is there."""
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):  # the latter of a torch that was built without CUDA
-        return False
-    return True
-
-
-def _fp8(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
-    """Return the type that weights are stored in as fp8; None, and one warning, where there is none."""
-    import torch
-
-    fp8 = getattr(torch, "float8_e4m3fn", None)
-    try:
-        torch.zeros(1, device=device).to(fp8).to(dtype)
-    except (RuntimeError, TypeError):  # MPS, DirectML, torch before 2.1
-        warn_once(f"{device} knows no fp8: the side models' weights are stored in {str(dtype).removeprefix('torch.')}")
-        return None
-    return fp8
-
-
-def _passes(p: Any, asked: Passes) -> list[tuple[bool, Told]]:
-    """Return the prompts of the first pass and, if there is one, of the hires pass."""
-    config = sd_samplers.find_sampler_config(p.sampler_name)
-    steps = config.total_steps(p.steps) if config else p.steps
-    passes = [(False, _told(asked.first, p.prompts, p.negative_prompts, steps, None))]
-    if getattr(p, "enable_hr", False):
-        config = sd_samplers.find_sampler_config(p.hr_sampler_name or p.sampler_name)
-        wanted = p.hr_second_pass_steps or p.steps
-        hires_steps = config.total_steps(wanted) if config else wanted
-        passes.append((True, _told(asked.hires, p.hr_prompts, p.hr_negative_prompts, steps, hires_steps)))
-    return passes
-
-
-def _told(request: Request, prompts: Texts, negative: Texts, steps: int, hires_steps: int | None) -> Told:
-    count = len(prompts)
-    return Told(
-        _cleaned(_own(request.prompt, prompts) or prompts, count),
-        _cleaned(_own(request.negative_prompt, negative) or negative, count),
-        steps,
-        hires_steps,
-    )
-
-
-def _own(prompt: str, main: Texts) -> Texts:
-    """Return what a prompt of the side model is for each image, whose main one may stand in it; nothing if empty."""
-    own = without_comments(prompt)
-    return [own.replace(MAIN_PROMPT, text) for text in main] if own else ()
-
-
-def without_comments(prompt: str) -> str:
-    """Take out comments, as the WebUI does in its own prompts where its settings say so."""
-    try:
-        module = importlib.import_module("modules.processing_scripts.comments")
-    except ImportError:  # an older WebUI knows none
-        return prompt
-    return str(module.strip_comments(prompt)) if getattr(shared.opts, "enable_prompt_comments", False) else prompt
-
-
-def _cleaned(prompts: Texts, count: int) -> Texts:
-    """Return ``count`` prompts without extra-network tags; one is for all images."""
-    cleaned: list[str] = extra_networks.parse_prompts(list(prompts))[0]
-    return cleaned * count if len(cleaned) < count else cleaned
 
 
 def _with_axes(request: Request, axes: Mapping[str, Any]) -> Request:
@@ -784,18 +552,3 @@ def _register_tag() -> None:
 
 def _named(choice: str | None) -> str:
     return "" if choice in (None, NONE) else str(choice)
-
-
-def _lora_module() -> ModuleType | None:
-    # Built-in extensions put it there when they are loaded, which may be later than this file.
-    return sys.modules.get("networks")
-
-
-def _checkpoint_name(info: Any) -> str:
-    return str(getattr(info, "name_for_extra", None) or info.name)
-
-
-def _names_of(info: Any) -> set[str]:
-    """Return all names of a checkpoint that tell it from others, but for its folder."""
-    ids = (getattr(info, name, None) for name in ("title", "short_title", "name", "shorthash", "filename", "sha256"))
-    return {_checkpoint_name(info), *filter(None, (*ids, *getattr(info, "ids", ())))}

@@ -37,17 +37,12 @@ class StandInUnits:
         return unit.image.convert("L").point(lambda value: 255 - value)
 
 
-class StandInHost:
-    """What the script sees of a WebUI."""
-
-    name = "stand-in"
+class StandInCatalog:
+    """The names of a few files."""
 
     def __init__(self):
         self.known_checkpoints = ["v1-5-pruned-emaonly.safetensors", "inks/moxin-tuned.safetensors [0123abcdef]"]
         self.known_loras = ["moxin", "lineart"]
-        self.calls, self.loaded, self.runs = [], [], 0
-        self.folder = Path(tempfile.mkdtemp())
-        self.units = StandInUnits()
 
     def checkpoints(self):
         """Return the names that dropdowns show."""
@@ -71,13 +66,25 @@ class StandInHost:
             return Card(name, fault=f"there is no LoRA {name!r}")
         return Card(name, 0.6, "thin lines", "photo") if name == "lineart" else Card(name)
 
-    def presets(self):
-        """Return the user's presets."""
-        return Presets(self.folder / "presets.json")
-
     def refresh_loras(self):
         """Find one more."""
         self.known_loras.append(f"found-{len(self.known_loras)}")
+
+
+class StandInHost:
+    """What the script sees of a WebUI."""
+
+    name = "stand-in"
+
+    def __init__(self):
+        self.calls, self.loaded, self.runs = [], [], 0
+        self.folder = Path(tempfile.mkdtemp())
+        self.catalog = StandInCatalog()
+        self.units = StandInUnits()
+
+    def presets(self):
+        """Return the user's presets."""
+        return Presets(self.folder / "presets.json")
 
     def start(self):
         """Take note."""

@@ -427,7 +427,7 @@ def test_tags_take_the_base_of_the_settings(webui: WebUI) -> None:
 def test_tags_join_the_loras_of_the_accordion_and_replace_those_of_their_name(webui: WebUI, files: Files) -> None:
     pen = files.lora_file("pen")
     pen.write_bytes(files.lora_file().read_bytes())
-    webui.host.refresh_loras()
+    webui.host.catalog.refresh_loras()
     try:
         delta = {**DELTA, "loras": "pen:0.25, ink:3"}
         made = webui.generate(delta, prompt="a cat on a mat<delta:ink:1:weight=0.25>")
@@ -806,14 +806,14 @@ def test_the_status_says_what_is_loaded_and_what_it_cost(webui: WebUI) -> None:
 
 
 def test_lists_follow_the_folders(webui: WebUI, files: Files) -> None:
-    assert webui.host.checkpoints() == ["base", "copy", "half", "tuned", "unet-only"]
-    assert webui.host.loras() == ["ink"]
+    assert webui.host.catalog.checkpoints() == ["base", "copy", "half", "tuned", "unet-only"]
+    assert webui.host.catalog.loras() == ["ink"]
     files.lora_file("pen").write_bytes(files.lora_file().read_bytes())
     files.checkpoint("new").write_bytes(b"")
     try:
-        webui.host.refresh_loras()
-        webui.host.refresh_checkpoints()
-        assert webui.host.loras() == ["ink", "pen"] and "new" in webui.host.checkpoints()
+        webui.host.catalog.refresh_loras()
+        webui.host.catalog.refresh_checkpoints()
+        assert webui.host.catalog.loras() == ["ink", "pen"] and "new" in webui.host.catalog.checkpoints()
     finally:
         files.lora_file("pen").unlink()
         files.checkpoint("new").unlink()
@@ -831,8 +831,8 @@ def test_loras_are_found_by_alias_and_without_regard_to_case(webui: WebUI) -> No
 def test_without_the_lora_extension_there_are_no_loras(webui: WebUI) -> None:
     networks = sys.modules.pop("networks")
     try:
-        webui.host.refresh_loras()
-        assert webui.host.loras() == []
+        webui.host.catalog.refresh_loras()
+        assert webui.host.catalog.loras() == []
         with pytest.raises(SettingError, match="none are installed"):
             webui.generate(DELTA)
     finally:

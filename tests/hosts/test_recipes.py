@@ -119,7 +119,7 @@ def test_other_formats_than_lora(webui: WebUI, kind: str) -> None:
         weights[name] = weights[name] + difference
     save_file(tensors, webui.files.lora_file(kind))
     write(weights, webui.files.checkpoint(f"with-{kind}"))
-    webui.host.refresh_loras()
+    webui.host.catalog.refresh_loras()
     webui.sd_models.list_models()
     wanted = webui.native(f"with-{kind}", steps=STEPS)
     assert relative(webui.latents(steps=STEPS), wanted) > 1e-3
@@ -154,7 +154,7 @@ def test_an_embedding_that_came_with_a_lora_can_be_named(webui: WebUI) -> None:
     vectors = load_file(webui.files.embeddings / f"{webui.files.embedding}.safetensors")["emb_params"]
     bundled = {**load_file(webui.files.lora_file()), "bundle_emb.qqq.string_to_param.*": vectors}
     save_file(bundled, webui.files.lora_file("bundle"))
-    webui.host.refresh_loras()
+    webui.host.catalog.refresh_loras()
     named = {"base": "base", "loras": "ink", "prompt": f"a {webui.files.embedding} cat"}
     by_file = webui.latents(named, steps=STEPS)
     by_bundle = webui.latents({**named, "loras": "bundle", "prompt": "a qqq cat"}, steps=STEPS)
@@ -173,7 +173,7 @@ def test_an_adapted_prompt_alone_is_an_adaptation(webui: WebUI) -> None:
 def test_keys_without_a_layer_are_told_below_the_picture(webui: WebUI) -> None:
     extra = {**load_file(webui.files.lora_file()), "lora_unet_no_such_layer.alpha": torch.tensor(1.0)}
     save_file(extra, webui.files.lora_file("partly"))
-    webui.host.refresh_loras()
+    webui.host.catalog.refresh_loras()
     made = webui.generate({"base": "base", "loras": "partly, ink"}, steps=STEPS)
     (comment,) = made.comments
     assert "partly.safetensors" in comment and f"1 of its {len(extra)} keys match no layer" in comment

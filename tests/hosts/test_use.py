@@ -286,7 +286,10 @@ def test_checkpoints_of_one_name_in_two_folders_are_told_apart(webui: WebUI) -> 
     twin.name, twin.name_for_extra, twin.title = "inks/base.safetensors", "base", "inks/base.safetensors [1]"
     infos[twin.title] = twin
     try:
-        assert [n for n in webui.host.checkpoints() if "base" in n] == ["base.safetensors", "inks/base.safetensors"]
+        assert [n for n in webui.host.catalog.checkpoints() if "base" in n] == [
+            "base.safetensors",
+            "inks/base.safetensors",
+        ]
         made = webui.generate({"base": "base.safetensors", "adapted": "inks/base.safetensors"})
         assert relative(made.images, webui.native("half")) < 1e-5
         assert "Delta adapted: inks/base.safetensors" in made.infotexts[0]
@@ -378,9 +381,9 @@ def test_what_can_be_a_base_is_told_by_headers_read_once(webui: WebUI, monkeypat
     lora.write_bytes(webui.files.lora_file().read_bytes())
     webui.sd_models.list_models()
     try:
-        assert webui.host.bases() == [name for name in webui.host.checkpoints() if name != "a-lora"]
+        assert webui.host.catalog.bases() == [name for name in webui.host.catalog.checkpoints() if name != "a-lora"]
         monkeypatch.setattr(checkpoint, "detect_family", lambda *_: pytest.fail("it was read again"))
-        assert "base" in webui.host.bases()
+        assert "base" in webui.host.catalog.bases()
     finally:
         lora.unlink()
         webui.sd_models.list_models()
@@ -395,13 +398,13 @@ def test_the_status_has_the_size_of_the_delta_at_each_step(webui: WebUI) -> None
 def test_a_loras_card_has_its_weight_and_its_words(webui: WebUI) -> None:
     def noted(text: str) -> tuple[float, str, str]:
         notes.write_text(text)
-        card = webui.host.card("ink")
+        card = webui.host.catalog.card("ink")
         assert card.name == "ink" and not card.fault
         return card.weight, card.words, card.negative
 
     notes = webui.files.lora_file().with_suffix(".json")
-    assert webui.host.card("ink").weight == 1
-    assert webui.host.card("inq").fault == "there is no LoRA 'inq' for Delta Sampling: is 'ink' meant?"
+    assert webui.host.catalog.card("ink").weight == 1
+    assert webui.host.catalog.card("inq").fault == "there is no LoRA 'inq' for Delta Sampling: is 'ink' meant?"
     try:
         whole = '{"preferred weight": 0.7, "activation text": " moxin style ", "negative text": "photo"}'
         assert noted(whole) == (0.7, "moxin style", "photo")
@@ -409,7 +412,7 @@ def test_a_loras_card_has_its_weight_and_its_words(webui: WebUI) -> None:
             assert noted(text) == (1, "", "")
         module = importlib.import_module("networks")
         module.available_network_aliases["moxin"] = module.available_networks["ink"]
-        assert webui.host.card("moxin").name == "ink", "the name by which it is listed"
+        assert webui.host.catalog.card("moxin").name == "ink", "the name by which it is listed"
     finally:
         notes.unlink()
         importlib.import_module("networks").available_network_aliases.clear()
