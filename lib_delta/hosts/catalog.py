@@ -49,10 +49,9 @@ class Catalog:
 
     def card(self, name: str) -> Card:
         """Return what the user has noted in the WebUI for a LoRA (a ``.json`` beside its file)."""
-        try:
-            network = self.lora(name)
-        except SettingError as error:
-            return Card(name, fault=str(error))
+        network = self._network(name)
+        if network is None:
+            return Card(name, fault=str(self._no_lora(name)))
         listed = next((own for own, known in self._networks().items() if known is network), name)
         try:
             noted = json.loads(Path(network.filename).with_suffix(".json").read_text("utf-8"))
@@ -85,7 +84,19 @@ class Catalog:
         return found
 
     def lora(self, name: str) -> Any:
-        """Find a LoRA by its name, alias or file; raises :class:`SettingError`."""
+        """Find a LoRA by its name, alias or file, if need be among new ones; raises :class:`SettingError`."""
+        found = self._network(name)
+        if found is None:  # the WebUI's own tag looks for it once more, too
+            self.refresh_loras()
+            found = self._network(name)
+        if found is None:
+            raise self._no_lora(name)
+        return found
+
+    def _no_lora(self, name: str) -> SettingError:
+        return SettingError(f"there is no LoRA {shown(name)} for Delta Sampling{near(name, self.loras())}")
+
+    def _network(self, name: str) -> Any:
         networks = self._networks()
         module = _lora_module()
         aliases = {} if module is None else getattr(module, "available_network_aliases", {})
@@ -93,8 +104,6 @@ class Catalog:
         if found is None:
             by_case = {key.lower(): network for key, network in networks.items()}
             found = by_case.get(name.lower())
-        if found is None:
-            raise SettingError(f"there is no LoRA {shown(name)} for Delta Sampling{near(name, self.loras())}")
         return found
 
     def unique(self, name: str) -> str:

@@ -32,17 +32,27 @@ class ControlFiles:
         self._found = None
 
     def file(self, name: str, number: int) -> Path:
-        """Find unit ``number``'s model by its name, or as the ControlNet extension writes it, with a hash."""
+        """Find unit ``number``'s model by its name, or as the ControlNet extension writes it, with a hash.
+
+        One that is not known is looked for once more: callers of the API have no button for it.
+        """
+        plain = re.sub(r" \[\w+\]$", "", name)
+        names = (name, plain, Path(plain).stem)
+        found = self._known(names)
+        if found is None:
+            self.refresh()
+            found = self._known(names)
+        if found is None:
+            raise SettingError(
+                f"there is no ControlNet or IP-Adapter {shown(name)} for unit {number} of Delta Sampling"
+                f"{near(plain, self.names())}"
+            )
+        return found
+
+    def _known(self, names: Iterable[str]) -> Path | None:
         known = self._files()
         by_case = {own.lower(): file for own, file in known.items()}
-        plain = re.sub(r" \[\w+\]$", "", name)
-        for wanted in (name, plain, Path(plain).stem):
-            if file := known.get(wanted) or by_case.get(wanted.lower()):
-                return file
-        raise SettingError(
-            f"there is no ControlNet or IP-Adapter {shown(name)} for unit {number} of Delta Sampling"
-            f"{near(plain, self.names())}"
-        )
+        return next((file for name in names if (file := known.get(name) or by_case.get(name.lower()))), None)
 
     def name_of(self, file: Path) -> str:
         """Return the name under which a file is chosen."""

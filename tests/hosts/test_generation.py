@@ -821,6 +821,17 @@ def test_lists_follow_the_folders(webui: WebUI, files: Files) -> None:
         webui.sd_models.list_models()
 
 
+def test_a_lora_that_came_after_the_list_is_found_as_the_webuis_own_tags_find_it(webui: WebUI, files: Files) -> None:
+    pen = files.lora_file("pen")
+    pen.write_bytes(files.lora_file().read_bytes())
+    try:
+        assert webui.host.catalog.card("pen").fault, "folders are not searched while somebody types"
+        assert relative(webui.latents({**DELTA, "loras": "pen"}), webui.native()) < 1e-5
+    finally:
+        pen.unlink()
+        sys.modules["networks"].available_networks.pop("pen", None)  # type: ignore[attr-defined]
+
+
 def test_loras_are_found_by_alias_and_without_regard_to_case(webui: WebUI) -> None:
     networks: Any = sys.modules["networks"]
     networks.available_network_aliases["Tusche"] = networks.available_networks["ink"]

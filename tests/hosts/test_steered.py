@@ -255,6 +255,17 @@ def test_models_are_found_by_the_names_that_people_and_other_extensions_use(webu
     webui.host.units.files.refresh()
 
 
+def test_a_model_that_came_after_the_list_is_found(webui: WebUI) -> None:
+    wanted = webui.generate(units(EDGES))
+    late = folder(webui) / "late.safetensors"
+    late.write_bytes((folder(webui) / "edges.safetensors").read_bytes())
+    try:
+        assert torch.equal(webui.generate(units({**EDGES, "model": "late"})).images, wanted.images)
+    finally:
+        late.unlink()
+        webui.host.units.files.refresh()
+
+
 def test_models_lie_in_every_folder_that_the_webuis_know(webui: WebUI, tmp_path: Path) -> None:
     extension = webui.files.folder / "extensions" / "sd-webui-controlnet" / "models"
     stated, listed, option = (tmp_path / name for name in ("flag", "flags", "option"))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lib_delta.adapters.keys import diffusers_paths
 from lib_delta.families import Family
+from lib_delta.models.controlnet import ControlNet
 from lib_delta.models.text import load_tokenizer
 from lib_delta.models.unet import PREFIX, UNet, UNetConfig
 from lib_delta.models.vae import VAE, VAEConfig
@@ -37,6 +38,7 @@ Shapes = dict[str, Shape]
 VOCABULARY, POSITIONS = 49408, 77
 CLIP_WIDTH, CLIP_HEADS = 768, 12
 RANK = 4
+HINT_WIDTHS = (3, 16, 16, 32, 32, 96, 96, 256)  # of the released ControlNets, before the UNet's own
 LORA_STRENGTH = 0.7  # of the norm of the weights that it changes: far more than a trained one
 
 
@@ -117,11 +119,12 @@ FULL = Size(
 
 
 def make_all(folder: Path, names: Files, size: Size) -> None:
-    """Put what is not there yet into a WebUI's ``models/Stable-diffusion``, ``models/Lora`` and ``embeddings``."""
+    """Put what is not there yet into a WebUI's folders below ``models``, and its ``embeddings``."""
     models, loras, embeddings = folder / "models/Stable-diffusion", folder / "models/Lora", folder / "embeddings"
+    controls = folder / "models/ControlNet"
     if (folder / "models/embeddings").is_dir():  # Forge Neo
         embeddings = folder / "models/embeddings"
-    for place in (models, loras, embeddings):
+    for place in (models, loras, embeddings, controls):
         place.mkdir(parents=True, exist_ok=True)
     clip = folder / "delta-test-clip"
     if size.own_clip:
@@ -136,6 +139,7 @@ def make_all(folder: Path, names: Files, size: Size) -> None:
     if size.own_clip:
         shutil.copyfile(models / f"{names.sd1}.yaml", models / f"{names.copy}.yaml")
     _make_loras(loras, names, size)
+    _once(controls / f"{names.control}.safetensors", lambda path: write_tensors(path, control_tensors(size)))
     vectors = 0.8 * draw("embedding", (3, CLIP_WIDTH))
     _once(embeddings / f"{names.embedding}.safetensors", lambda path: write_tensors(path, {"emb_params": vectors}))
 
@@ -570,6 +574,18 @@ def _text_layers(prefix: str, width: int, layers: int, inner: int) -> Shapes:
         for key, shape in text_shapes(width, layers, inner).items()
         if re.search(r"encoder\.layers\..*(_proj|fc[12])\.weight$", key)
     }
+
+
+# ControlNets.
+
+
+def control_tensors(size: Size) -> dict[str, Tensor]:
+    """Return a ControlNet for SD 1.x in the names of the first release; its convolutions are not of zero."""
+    unet = size.unets[Family.SD1]
+    shapes = _module_shapes(lambda: ControlNet(unet, (*HINT_WIDTHS, unet.model_channels)))
+    weights = {key: random_weight(f"control {key}", shape) for key, shape in shapes.items()}
+    halved = ("zero_convs", "middle_block_out")
+    return {f"control_model.{key}": (0.5 if key.startswith(halved) else 1) * w for key, w in weights.items()}
 
 
 # Files.

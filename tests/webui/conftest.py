@@ -33,6 +33,7 @@ class Files:
     nan_lora: str = "delta-test-nan-lora"
     unmatched_lora: str = "delta-test-unmatched-lora"
     embedding: str = "delta-test-embedding"
+    control: str = "delta-test-control"
 
     def delta(self, **changes: Any) -> dict[str, Any]:
         """Return what the API takes for a delta that works: the LoRA on the checkpoint that it was made for."""
