@@ -23,8 +23,9 @@ from lib_delta.guidance import DenoiseStep
 from lib_delta.hosts.others import taken_over
 from lib_delta.hosts.place import wanted_place
 from lib_delta.hosts.progress import pass_progress
+from lib_delta.hosts.target import Target
 from lib_delta.hosts.told import TextEngine
-from lib_delta.hosts.webui import RUN, Host, Target
+from lib_delta.hosts.webui import RUN, Host
 from lib_delta.parameterization import Schedule, denoised_of, from_timestep_space, per_image
 
 if TYPE_CHECKING:

@@ -26,8 +26,9 @@ from lib_delta.hosts.others import owners
 from lib_delta.hosts.place import wanted_place
 from lib_delta.hosts.progress import pass_progress
 from lib_delta.hosts.regions_forge import WRAPPER, in_regions
+from lib_delta.hosts.target import Target
 from lib_delta.hosts.told import TextEngine
-from lib_delta.hosts.webui import RUN, Host, Target
+from lib_delta.hosts.webui import RUN, Host
 
 if TYPE_CHECKING:
     from lib_delta.hosts.run import Run

@@ -17,7 +17,7 @@ from lib_delta.errors import DeltaError, NotFiniteError
 from lib_delta.families import Family
 from lib_delta.guidance import DeltaGuidance, DenoiseStep, side_cfg
 from lib_delta.heatmap import HeatMap
-from lib_delta.hosts.webui import Target
+from lib_delta.hosts.target import Target
 from lib_delta.models.unet import merge_tokens
 from lib_delta.parameterization import from_flow_space
 from lib_delta.quality import Hold, plan_of

@@ -12,7 +12,7 @@ import sys
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from lib_delta.hosts.cell import claim_in_grid, is_cell, picture_of
 from lib_delta.hosts.encoded import Encoder
 from lib_delta.hosts.place import fp8_storage, wanted_place
 from lib_delta.hosts.settings import bases_kept, one_of, option, room_for_bases, warn_once
+from lib_delta.hosts.target import Target
 from lib_delta.hosts.told import TextEngine, cleaned, own_prompts, told_of
 from lib_delta.hosts.units import AXES as UNIT_AXES
 from lib_delta.hosts.units import HASHES as UNIT_HASHES
@@ -45,28 +46,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lib_delta.families import Family
     from lib_delta.hosts.run import Run
-    from lib_delta.models.merging import TokenMerging
     from lib_delta.sidemodel import SideModel, SideModels
     from lib_delta.source import Source
 
 PIXELS = 8  # of a picture, along one side, to a pixel of a latent
 REQUEST, RUN, AXES = "delta_sampling_request", "delta_sampling_run", "delta_sampling_axes"
-
-
-@dataclass(frozen=True)
-class Target:
-    """The main checkpoint: its family, the largest noise level of its schedule, and whether it is one of flow matching.
-
-    Samplers of such a model hold ``(1 - t) * x0 + t * noise`` and call t sigma; its largest level is infinite.
-    ``merging`` is the token merging that it runs with now.
-    """
-
-    family: Family
-    sigma_max: float
-    flow: bool = False
-    merging: TokenMerging | None = None
 
 
 class Host(ABC):

@@ -8,27 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lib_delta import fork
 
-if TYPE_CHECKING:
-    from lib_delta.models.unet import TransformerBlock
-
-# Which pixel of each cell is the destination, ``(rows, columns)`` of cells, in a cell's own count; for a block.
+# Which pixel of each cell is the destination, ``(rows, columns)`` of cells, in a cell's own count; for an attention.
 Choice = Callable[[nn.Module, int, tuple[int, int]], Tensor]
 
 
-def first_of_cell(_block: nn.Module, _pixels: int, cells: tuple[int, int]) -> Tensor:
+def first_of_cell(_attention: nn.Module, _pixels: int, cells: tuple[int, int]) -> Tensor:
     """Choose the first pixel of each cell."""
     return torch.zeros(cells, dtype=torch.long)
 
 
 class Drawn:
-    """Chooses at random, for a block the same however often it is asked."""
+    """Chooses at random, for an attention the same however often it is asked."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
@@ -42,12 +38,12 @@ class Drawn:
         generator.set_state(torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state())
         return cls(generator)
 
-    def __call__(self, block: nn.Module, pixels: int, cells: tuple[int, int]) -> Tensor:
-        if (block, cells) not in self._drawn:
+    def __call__(self, attention: nn.Module, pixels: int, cells: tuple[int, int]) -> Tensor:
+        if (attention, cells) not in self._drawn:
             device = self._generator.device
             drawn = torch.randint(pixels, (*cells, 1), device=device, generator=self._generator)
-            self._drawn[block, cells] = drawn[..., 0]
-        return self._drawn[block, cells]
+            self._drawn[attention, cells] = drawn[..., 0]
+        return self._drawn[attention, cells]
 
 
 @dataclass(frozen=True)
@@ -65,16 +61,19 @@ class TokenMerging:
     queries: bool = False
     choice: Choice = first_of_cell
 
-    def attend(self, block: TransformerBlock, x: Tensor, normed: Tensor, size: torch.Size) -> Tensor:
-        """Return what a block's self-attention gives for normed pixels ``(R, N, T, C)``, in maps of a ``size``."""
+    def attend(self, attention: nn.Module, x: Tensor, normed: Tensor, size: torch.Size) -> Tensor:
+        """Return what a block's self-attention gives for its pixels ``x`` ``(R, N, T, C)``, normed, of maps of a size.
+
+        ``attention`` takes queries and, where these are merged alone, the ``keys`` of all pixels.
+        """
         height, width = size
         cells = height // self.stride, width // self.stride
         if min(cells) < 1 or (self.queries and min(size) == 1) or int(height * width * self.ratio) < 1:
-            return block.attn1(normed)
+            return attention(normed)
         x, normed = fork.expand(x, normed)
-        chosen = self.choice(block, self.stride**2, cells).to(x.device)
+        chosen = self.choice(attention, self.stride**2, cells).to(x.device)
         alike = _Alike.of(normed if self.queries else x, _in_map(chosen, size, self.stride), self.ratio)
-        return alike.spread(block.attn1(alike.merged(normed), keys=normed if self.queries else None))
+        return alike.spread(attention(alike.merged(normed), keys=normed if self.queries else None))
 
 
 def _in_map(chosen: Tensor, size: torch.Size, stride: int) -> Tensor:

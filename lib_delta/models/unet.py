@@ -259,7 +259,7 @@ class TransformerBlock(nn.Module):
         """Evaluate the block for pixels ``(R, N, T, C)`` of feature maps of a ``size``."""
         normed = self.norm1(x)
         merging = self.merging
-        attended = self.attn1(normed) if merging is None else merging.attend(self, x, normed, size)
+        attended = self.attn1(normed) if merging is None else merging.attend(self.attn1, x, normed, size)
         x = fork.spread(attended + x, text.rows)
         x = self.attn2(self.norm2(x), text, injection) + x
         return self.ff(self.norm3(x)) + x
