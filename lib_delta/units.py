@@ -64,9 +64,10 @@ _NUMERIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 class Unit:
     """One model with its picture, or with several: those of an IP-Adapter are seen together, maps go by image.
 
-    ``image`` is what a widget or the API gave: an image, a path, base64, a list of these, or None for
-    img2img's own picture.  ``start`` and ``end`` are shares of the run; ``resolution`` is what the
-    preprocessor works at, unless ``pixel_perfect`` finds it.  The order is that of the widgets.
+    ``image`` is what a widget or the API gave: an image, a path, base64, or a list of these; ``images`` are more of
+    them.  Where neither has any, img2img's own picture is meant.  ``start`` and ``end`` are shares of the run;
+    ``resolution`` is what the preprocessor works at, unless ``pixel_perfect`` finds it.  The order is that of the
+    widgets.
     """
 
     enabled: bool = False
@@ -83,6 +84,13 @@ class Unit:
     threshold_a: float = OWN
     threshold_b: float = OWN
     weight_type: str = WEIGHT_TYPES[0]
+    images: Any = field(default=(), compare=False, repr=False)
+
+    @property
+    def pictures(self) -> list[Any]:
+        """What it has been given to look at, one after another."""
+        listed = (given if isinstance(given, (list, tuple)) else [given] for given in (self.image, self.images))
+        return [picture for part in listed for picture in part if picture is not None]
 
     @property
     def counts(self) -> bool:
@@ -161,6 +169,7 @@ _ALLOWED: dict[str, tuple[str, Any]] = {
     "weight_type": _one_of(WEIGHT_TYPES),
 }
 FIELDS = tuple(f.name for f in fields(Unit))
+WRITTEN = tuple(name for name in FIELDS if name not in ("image", "images"))  # what a recipe can tell
 
 
 def format_units(units: Sequence[Unit]) -> str:
@@ -265,6 +274,9 @@ def plain(name: str, value: Any) -> Any:
         return _by_name_or_number(value, _RESIZES, RESIZES)
     if name == "image" and isinstance(value, Mapping) and value.get("mask") is None:  # a form of ControlNet's API
         return value.get("image")
+    if name == "images":  # a gradio of version 3 gives files, and not their names
+        given = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(each.name if hasattr(each, "orig_name") else each for each in given if each is not None)
     if name in ("weight", "start", "end", "threshold_a", "threshold_b") and type(value) is int:
         return float(value)
     if name == "resolution" and isinstance(value, float) and value.is_integer():
@@ -290,6 +302,8 @@ def unit_schema() -> dict[str, Any]:
     properties["enabled"]["default"] = True
     properties["image"] = {"type": ["string", "array", "null"], "items": {"type": "string"}, "default": None}
     properties["image"]["description"] = "base64 or a path on this machine; absent: img2img's own picture"
+    properties["images"] = {"type": "array", "items": {"type": "string"}, "default": []}
+    properties["images"]["description"] = "more of them: an image prompt's are seen together, maps go by image"
     properties["weight"] |= {"minimum": 0, "maximum": LARGEST_WEIGHT}
     for name in ("start", "end"):
         properties[name] |= {"minimum": 0, "maximum": 1}

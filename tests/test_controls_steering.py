@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("transformers")
 from test_controls import PICTURE, SIGMA, TOLD, X, image_tensors, save, tiny_control
 from test_controls_vision import their_encoder
 
+from lib_delta.checkpoint import WeightFile
 from lib_delta.controls import steering
 from lib_delta.controls.guides import ControlNetGuide, ImageGuide
 from lib_delta.controls.maps import Map
@@ -84,6 +86,19 @@ def test_another_picture_is_looked_at(unet: UNet, image: ControlPick) -> None:
         kept.steer([ControlPick(image.path, pictures, encoders=image.encoders)])
         seen.append(kept.guides[0].guide.tokens[0])  # type: ignore[attr-defined]
     assert (seen[0] - seen[1]).abs().max() > 0.01
+
+
+def test_another_image_encoder_in_the_place_of_the_first_is_looked_through(unet: UNet, image: ControlPick) -> None:
+    kept = Steering(unet)
+    kept.steer([image])
+    before = kept.guides[0].guide.tokens[0]  # type: ignore[attr-defined]
+    encoder = image.encoders[-1]
+    with WeightFile.open(encoder) as file:
+        weights = {key: 0.5 * file.tensor(key) for key in file.keys}
+    save_file(weights, str(encoder), {"delta.vision_heads": "4"})
+    os.utime(encoder, ns=(0, 0))
+    kept.steer([image])
+    assert (kept.guides[0].guide.tokens[0] - before).abs().max() > 0.01  # type: ignore[attr-defined]
 
 
 def test_what_cannot_be_used_leaves_nothing_behind(

@@ -71,6 +71,36 @@ def test_the_image_encoder_has_no_layers_that_webuis_patch(tmp_path: Path, monke
     assert torch.equal(encoder(prepared, True), wanted)
 
 
+def test_a_layer_is_in_memory_while_it_runs_and_no_longer(tmp_path: Path) -> None:
+    theirs, path = their_encoder(tmp_path)
+    encoder = load_image_encoder(path)
+    filled: list[int] = []
+
+    def here() -> int:
+        return sum(weight.numel() for weight in encoder.parameters() if not weight.is_meta)
+
+    for layer in encoder.transformer.vision_model.encoder.layers:
+        layer.mlp.register_forward_hook(lambda *_: filled.append(here()))
+    prepared = encoder.prepare(randn(1, 3, 40, 40).sigmoid())
+    for _ in range(2):
+        assert (encoder(prepared, False) - theirs(prepared).image_embeds).abs().max() < 1e-5
+        of_layer = sum(weight.numel() for weight in theirs.vision_model.encoder.layers[0].parameters())
+        assert set(filled) == {of_layer} and here() == 0
+    with pytest.raises(RuntimeError):
+        encoder(prepared[:, :1], False)
+    assert here() == 0
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_with_in_float32(stored: torch.dtype, tmp_path: Path) -> None:
+    theirs, path = their_encoder(tmp_path)
+    theirs = theirs.to(stored)
+    save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, str(path), {"delta.vision_heads": "4"})
+    encoder = load_image_encoder(path)
+    prepared = encoder.prepare(randn(1, 3, 40, 40).sigmoid())
+    assert (encoder(prepared, False) - theirs.float()(prepared).image_embeds).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("form", ["base", "plus", "full"])
 def test_tokens_of_pictures_and_of_none(form: str, tmp_path: Path) -> None:
     unet = tiny_unet()

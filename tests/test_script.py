@@ -201,7 +201,7 @@ def test_a_preset_brings_back_what_was_saved_and_does_not_switch_the_delta_on(we
     *values, prompts, units, said, listed, name = row.chosen(SimpleNamespace(value="ink on SDXL"))
     assert Request.from_arguments([True, *values[: len(SETTINGS) - 1]]) == replace(wanted, units=())
     assert len(values) == len(runner.infotext_fields) - 3, "all but the switch of the delta, and two that unfold"
-    assert values[len(SETTINGS) - 1 :][: len(row.PASTED)] == [getattr(unit, name) for name in row.PASTED]
+    assert values[len(SETTINGS) - 1 :][: len(row.WRITTEN)] == [getattr(unit, name) for name in row.WRITTEN]
     assert units["open"] is True
     assert values[[f.name for f in SETTINGS][1:].index("adapted")] == "None", "an empty dropdown shows it"
     assert prompts["open"] is True and said == ""

@@ -163,11 +163,11 @@ def test_units_of_an_api_call_are_recipes_or_dictionaries() -> None:
 def test_widgets_follow_the_settings_unit_by_unit() -> None:
     values = [f.default for f in SETTINGS]
     values[0] = True
-    row = [True, "picture", "depth", "None", 1, 0, 0.5, "prompt", "just resize", True, 512.0, -1, -1, "linear"]
+    row = [True, "picture", "depth", "None", 1, 0, 0.5, "prompt", "just resize", True, 512.0, -1, -1, "linear", ["b"]]
     request = Request.from_arguments([*values, False, *row[1:], *row, False, *row[1:]])
     second, first = request.units
     assert first == Unit(True, None, "depth", "", 1.0, 0.0, 0.5, "prompt", "just resize", True, 512)
-    assert first.image == "picture" and not second.enabled
+    assert first.pictures == ["picture", "b"] and not second.enabled
 
 
 def test_a_pictures_text_has_the_units_and_gives_them_back() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -27,13 +28,15 @@ class Map:
     """One map, or one for each image: ``(count, channels, H, W)`` in [0, 1].
 
     ``resize`` says what happens where the proportions differ.  ``hidden`` ``(count or 1, 1, H, W)`` is above a half
-    where pixels are hidden: -1, as the ControlNet for inpainting was trained to fill.
+    where pixels are hidden: -1, as the ControlNet for inpainting was trained to fill.  ``larger`` are the same
+    maps made for a larger pass: the ones that need the least scaling are taken.
     Raises :class:`SettingError` for a mode that is not known or a map that is empty.
     """
 
     pictures: Tensor
     resize: ResizeMode = "just resize"
     hidden: Tensor | None = None
+    larger: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.resize not in get_args(ResizeMode):
@@ -50,9 +53,9 @@ class Map:
 
     def at(self, height: int, width: int, channels: int) -> Tensor:
         """Return the maps ``(count, channels, height, width)``; a single channel is the mean of three."""
-        found = self.pictures.shape[1]
-        pictures = self.pictures
-        if found != channels:
+        made = [self.pictures] if self.larger is None else [self.pictures, self.larger]
+        pictures = min(made, key=lambda maps: abs(math.log(height * width / (maps.shape[2] * maps.shape[3]))))
+        if pictures.shape[1] != channels:
             pictures = pictures.mean(1, keepdim=True).expand(-1, channels, -1, -1)
         resized = self._resized(pictures, height, width).contiguous()
         return (

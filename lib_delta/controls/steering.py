@@ -21,6 +21,8 @@ from lib_delta.models.ip_adapter import IPAdapter
 from lib_delta.models.unet import UNet
 
 Tokens = tuple[Tensor, Tensor]
+# The IP-Adapter, the pictures, and the image encoder that it saw them through.
+Look = tuple[FileState, str, FileState]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,8 @@ class ControlPick:
     ``pictures`` are ``(1, 3, H, W)`` in [0, 1]: one map, or one for each image of the batch, all of a size; or the
     pictures to prompt with, of any size.  ``mode`` and ``resize`` are of maps, ``weight_type`` is of image prompts,
     as are ``encoders``: files of image encoders, of which the one that fits is taken.  ``mask`` ``(1, 1, H, W)`` is
-    where img2img paints (1): what the ControlNet for inpainting is not shown, and others are.
+    where img2img paints (1): what the ControlNet for inpainting is not shown, and others are.  ``larger`` are the maps
+    made anew for a larger pass, where they were.
     """
 
     path: Path
@@ -43,6 +46,7 @@ class ControlPick:
     weight_type: WeightType = "linear"
     encoders: Sequence[Path] = ()
     mask: Tensor | None = None
+    larger: Sequence[Tensor] = ()
 
 
 class Steering:
@@ -52,7 +56,7 @@ class Steering:
         self.unet = unet
         self.guides: tuple[Timed, ...] = ()
         self._files: dict[FileState, ControlFile] = {}
-        self._tokens: dict[tuple[FileState, str], Tokens] = {}
+        self._tokens: dict[Look, Tokens] = {}
 
     @property
     def files(self) -> list[ControlFile]:
@@ -86,33 +90,36 @@ class Steering:
             raise
         self.guides = tuple(guides)
 
-    def _guide(self, file: ControlFile, pick: ControlPick, seen: tuple[object, Tokens] | None) -> Timed:
+    def _guide(self, file: ControlFile, pick: ControlPick, seen: tuple[Look, Tokens] | None) -> Timed:
         if seen is not None:
             guide = prompt_by(file, self.unet, seen[1], pick.weight, pick.weight_type)
         else:
             hidden = pick.mask if file.fills else None
-            guide = follow(file, self.unet, Map(_together(file, pick), pick.resize, hidden), pick.weight, pick.mode)
+            larger = _together(file, pick.larger) if pick.larger else None
+            picture = Map(_together(file, pick.pictures), pick.resize, hidden, larger)
+            guide = follow(file, self.unet, picture, pick.weight, pick.mode)
         return Timed(guide, pick.start, pick.end)
 
-    def _seen(self, state: FileState, pick: ControlPick) -> tuple[tuple[FileState, str], Tokens] | None:
+    def _seen(self, state: FileState, pick: ControlPick) -> tuple[Look, Tokens] | None:
         """Return an image prompt's tokens and what they are known by; None for what reads maps."""
         file = self._files[state]
         if not isinstance(file.model, IPAdapter):
             return None
-        key = state, _digest(pick.pictures)
-        if key not in self._tokens:
-            encoder = load_image_encoder(choose_encoder(file, pick.encoders))
-            self._tokens[key] = image_tokens(file, encoder, pick.pictures)
-        return key, self._tokens[key]
+        encoder = FileState.of(choose_encoder(file, pick.encoders))
+        key = state, _digest(pick.pictures), encoder
+        tokens = self._tokens.get(key)
+        if tokens is None:
+            tokens = image_tokens(file, load_image_encoder(encoder.path), pick.pictures)
+        return key, tokens
 
 
-def _together(file: ControlFile, pick: ControlPick) -> Tensor:
-    if not pick.pictures:
+def _together(file: ControlFile, pictures: Sequence[Tensor]) -> Tensor:
+    if not pictures:
         raise SettingError(f"{file.name} has no map to follow: a picture is needed")
-    sizes = {tuple(picture.shape[1:]) for picture in pick.pictures}
+    sizes = {tuple(picture.shape[1:]) for picture in pictures}
     if len(sizes) > 1:
         raise SettingError(f"the maps for {file.name} are of several sizes, and maps for a batch need the same one")
-    return torch.cat(list(pick.pictures))
+    return torch.cat(list(pictures))
 
 
 def _digest(pictures: Sequence[Tensor]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lib_delta.checkpoint import Shapes, WeightFile, fill, header_number
+from lib_delta.checkpoint import FileState, Shapes, WeightFile, fill, header_number
 from lib_delta.controls.files import ControlFile
 from lib_delta.errors import AdapterError, CheckpointError, SettingError
 from lib_delta.models.ip_adapter import IPAdapter
@@ -25,13 +26,25 @@ HEADS = 16  # of ViT-L, H and G alike
 
 
 class ImageEncoder(nn.Module):
-    """``transformer`` is transformers' vision model with its projection, in its key names."""
+    """``transformer`` is transformers' vision model with its projection, on the meta device, and in its key names.
 
-    def __init__(self, transformer: nn.Module) -> None:
+    It computes in float32 on the CPU.  It is asked once for a picture, and a ViT-H has 2.5 GB: so each layer's weights
+    are read from the file when it runs, and let go of right after.
+    """
+
+    def __init__(self, transformer: Any, path: Path) -> None:
         super().__init__()
         unpatched(transformer)
-        self.transformer = transformer
+        self.transformer, self.path = transformer, path
         self.side: int = transformer.config.image_size
+        self._file: WeightFile | None = None
+        vision = transformer.vision_model
+        parts = [vision.embeddings, vision.pre_layrnorm, *vision.encoder.layers, vision.post_layernorm]
+        names = {module: name for name, module in transformer.named_modules()}
+        for part in (*parts, transformer.visual_projection):
+            none = {key: torch.empty_like(weight) for key, weight in part.state_dict().items()}
+            part.register_forward_pre_hook(partial(self._read, names[part]))
+            part.register_forward_hook(partial(_forget, none), always_call=True)
 
     def prepare(self, picture: Tensor) -> Tensor:
         """Scale a picture ``(1, 3, H, W)`` in [0, 1] by its shorter side, cut out the middle, and normalise it."""
@@ -43,16 +56,26 @@ class ImageEncoder(nn.Module):
         mean, deviation = (torch.tensor(values, device=picture.device)[:, None, None] for values in (MEAN, DEVIATION))
         return (middle - mean) / deviation
 
+    @torch.no_grad()
     def forward(self, prepared: Tensor, of_patches: bool) -> Tensor:
         """Return the embedding ``(N, projection)``, or what the last layer but one makes of the patches."""
-        seen = self.transformer(prepared, output_hidden_states=of_patches)
+        with WeightFile.open(self.path) as self._file:
+            seen = self.transformer(prepared, output_hidden_states=of_patches)
         return seen.hidden_states[-2] if of_patches else seen.image_embeds
 
+    def _read(self, name: str, part: nn.Module, *_: object) -> None:
+        file = self._file
+        assert file is not None
+        tensors = {key: file.tensor(whole) for key in part.state_dict() if (whole := f"{name}.{key}") in file.shapes}
+        fill(part, tensors, file.name, torch.float32, "cpu")
 
-def load_image_encoder(
-    path: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> ImageEncoder:
-    """Read an image encoder in transformers' names; raises :class:`CheckpointError` for a file that is none."""
+
+def _forget(none: dict[str, Tensor], part: nn.Module, *_: object) -> None:
+    part.load_state_dict(none, assign=True)
+
+
+def load_image_encoder(path: Path) -> ImageEncoder:
+    """Make an image encoder of a file in transformers' names; raises :class:`CheckpointError` for one that is none."""
     with WeightFile.open(path) as file:
         config = _config(file)
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -62,10 +85,8 @@ def load_image_encoder(
         embeddings = transformer.vision_model.embeddings
         # Numbers and no weights: older versions of transformers store them.
         count = embeddings.position_embedding.num_embeddings
-        embeddings.register_buffer("position_ids", torch.arange(count, device=device)[None], persistent=False)
-        tensors = {key: file.tensor(key) for key in transformer.state_dict() if key in file.shapes}
-        fill(transformer, tensors, file.name, dtype, device)
-    return ImageEncoder(transformer)
+        embeddings.register_buffer("position_ids", torch.arange(count)[None], persistent=False)
+    return ImageEncoder(transformer.eval().requires_grad_(False), path)
 
 
 def _config(file: WeightFile) -> dict[str, Any]:
@@ -106,17 +127,23 @@ def choose_encoder(file: ControlFile, candidates: Sequence[Path]) -> Path:
     projection = file.model.image_proj
     wanted = "hidden_size" if projection.of_patches else "projection_dim"
     for path in candidates:
-        try:
-            with WeightFile.open(path) as encoder:
-                found = _config(encoder)[wanted]
-        except CheckpointError:
-            continue  # whatever else lies in that folder
-        if found == projection.seen_width:
+        found = _described(FileState.of(path))
+        if found is not None and found[wanted] == projection.seen_width:
             return path
     raise SettingError(
         f"no image encoder is there whose pictures are {projection.seen_width} wide, as {file.name} needs them:"
         " put the one that it was made with (CLIP ViT-H for most) into the WebUI's folder for them"
     )
+
+
+@lru_cache(maxsize=1024)
+def _described(state: FileState) -> dict[str, Any] | None:
+    """Describe an image encoder; None for whatever else lies in its folder."""
+    try:
+        with WeightFile.open(state.path) as file:
+            return _config(file)
+    except CheckpointError:
+        return None
 
 
 @torch.no_grad()
@@ -131,12 +158,13 @@ def image_tokens(file: ControlFile, encoder: ImageEncoder, pictures: Sequence[Te
         raise SettingError(f"{file.name} is a {file.kind}, which looks at maps: an IP-Adapter is needed for a picture")
     if not pictures:
         raise SettingError(f"{file.name} has no picture to look at: one or more are needed")
-    projection, like = file.model.image_proj, next(encoder.parameters())
+    projection = file.model.image_proj
     of_patches = bool(projection.of_patches)
-    prepared = torch.cat([encoder.prepare(picture.to(like.device)) for picture in pictures]).to(like.dtype)
-    seen = encoder(prepared, of_patches)
+    prepared = torch.cat([encoder.prepare(picture.cpu().float()) for picture in pictures])
     # The release's choice: no embedding at all, but the patches of a picture without anything.
-    none = encoder(torch.zeros_like(prepared[:1]), True) if of_patches else torch.zeros_like(seen[:1])
+    asked = torch.cat((prepared, torch.zeros_like(prepared[:1]))) if of_patches else prepared
+    seen = encoder(asked, of_patches)
+    seen, none = (seen[:-1], seen[-1:]) if of_patches else (seen, torch.zeros_like(seen[:1]))
     if seen.shape[-1] != projection.seen_width:
         raise AdapterError(
             f"{file.name} was made with another image encoder than this one, whose pictures are {seen.shape[-1]} wide"

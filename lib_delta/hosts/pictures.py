@@ -25,14 +25,12 @@ _ADDRESS = re.compile(r"\s*([a-z][a-z0-9+.-]+://|//|\\\\)", re.IGNORECASE)
 _DATA = re.compile(r"\s*data:[\w/+.-]*;base64,", re.IGNORECASE)
 
 
-def pictures_of(given: Any, number: int, ground: float) -> list[Tensor]:
+def pictures_of(given: Sequence[Any], number: int, ground: float) -> list[Tensor]:
     """Return unit ``number``'s pictures, each ``(1, 3, H, W)`` in [0, 1]; transparent becomes ``ground``.
 
     Raises :class:`SettingError` for what is no picture, is too large, or lies on another machine.
     """
-    listed = list(given) if isinstance(given, (list, tuple)) else [given]
-    name = f"the picture of unit {number}"
-    return [_picture(each, name, ground) for each in listed if each is not None]
+    return [_picture(each, f"the picture of unit {number}", ground) for each in given]
 
 
 def _picture(given: Any, name: str, ground: float) -> Tensor:

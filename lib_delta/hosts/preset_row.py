@@ -13,10 +13,10 @@ from lib_delta.errors import SettingError, shown
 from lib_delta.hosts import host, unit_box
 from lib_delta.hosts.lora_box import QUIET, refresh_button
 from lib_delta.hosts.settings import option, units_shown
-from lib_delta.hosts.unit_box import PASTED, UnitBox, restoring
+from lib_delta.hosts.unit_box import UnitBox, restoring
 from lib_delta.presets import SAVED
 from lib_delta.request import NONE, Request
-from lib_delta.units import FIELDS
+from lib_delta.units import FIELDS, WRITTEN
 
 SAVE, DELETE = "\N{FLOPPY DISK}", "\N{WASTEBASKET}\ufe0f"
 
@@ -114,7 +114,7 @@ def values(request: Request) -> list[Any]:
 
 def unit_fields() -> list[tuple[int, str]]:
     """Return the place of a unit and the name of a field for each widget of the units that a preset fills."""
-    return [(place, name) for place in range(units_shown()) for name in PASTED]
+    return [(place, name) for place in range(units_shown()) for name in WRITTEN]
 
 
 def unfolded(request: Request) -> Any:

@@ -15,12 +15,11 @@ from lib_delta.hosts import host
 from lib_delta.hosts.lora_box import QUIET, refresh_button
 from lib_delta.hosts.settings import units_shown
 from lib_delta.request import NONE, from_infotext
-from lib_delta.units import FIELDS, LARGEST_WEIGHT, MODES, RESIZES, WEIGHT_TYPES, Unit, plain
+from lib_delta.units import FIELDS, LARGEST_WEIGHT, MODES, RESIZES, WEIGHT_TYPES, WRITTEN, Unit, plain
 
 GRADIO_4 = int(gr.__version__.split(".")[0]) >= 4
 # As it is: of 16 bits and of what is transparent nothing is lost.
 PICTURE = {"type": "pil", "image_mode": None, "height": 240}
-PASTED = tuple(name for name in FIELDS if name != "image")  # of which a picture's text says nothing
 ROW = {"elem_classes": ["delta-sampling-row"]}
 
 
@@ -45,7 +44,7 @@ class UnitBox:
     @property
     def infotext_fields(self) -> list[tuple[Any, Callable[..., Any]]]:
         """The widgets that a picture's text fills, each with what reads it."""
-        return [(tab.widgets[name], restoring(i, name)) for i, tab in enumerate(self.tabs) for name in PASTED]
+        return [(tab.widgets[name], restoring(i, name)) for i, tab in enumerate(self.tabs) for name in WRITTEN]
 
 
 def _id(elem_id: Callable[[str], str], number: int, name: str) -> str:
@@ -65,6 +64,13 @@ class UnitTab:
             label = f"Picture {self.of}{own}"
             w["image"] = gr.Image(label=label, elem_id=elem_id("image"), **source, **PICTURE)
             made = gr.Image(label=f"Map {self.of}", interactive=False, height=240, elem_id=elem_id("map"))
+        w["images"] = gr.File(
+            label=f"More pictures {self.of}: an image prompt's are seen together, maps go by image of the batch",
+            file_count="multiple",
+            file_types=["image"],
+            height=100,
+            elem_id=elem_id("images"),
+        )
         with gr.Row(**ROW):
             w["enabled"] = gr.Checkbox(label=f"Enable unit {number}", value=False, elem_id=elem_id("enabled"))
             self._checkbox("pixel_perfect", "Pixel perfect map", default)
@@ -88,7 +94,8 @@ class UnitTab:
                     elem_id=elem_id(name),
                 )
             self._choice("weight_type", "IP-Adapter's weight type", WEIGHT_TYPES, default)
-        w["image"].upload(_on, inputs=[], outputs=[w["enabled"]], **QUIET)
+        for name in ("image", "images"):
+            w[name].upload(_on, inputs=[], outputs=[w["enabled"]], **QUIET)
         inputs = [w[name] for name in FIELDS]
         preview.click(shown_map, inputs=inputs, outputs=[made, said], show_progress="hidden")
 
@@ -148,7 +155,7 @@ def makers() -> list[str]:
 def shown_map(*values: Any) -> tuple[Any, str]:
     """Return the map that a unit's widgets ask for, and what is wrong with them."""
     unit = Unit(**{name: plain(name, value) for name, value in zip(FIELDS, values)})
-    if unit.image is None:
+    if not unit.pictures:
         return None, "<div>Put a picture in to see its map</div>"
     try:
         return host().units.preview(unit), ""

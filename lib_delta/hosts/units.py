@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,9 @@ HASHES, MAPS = "Delta unit hashes", "Delta map hashes"
 # Axes of the XYZ plot, by the field of the unit that each sets.
 AXES = {"unit_weight": "weight", "unit_start": "start", "unit_end": "end", "unit_model": "model"}
 KEPT = 8  # maps
-Sized = Callable[[int, int], tuple[int, int]]
+PIXELS = 8  # along one side, to a pixel of a latent
+Size = tuple[int, int]  # in pixels, height first
+Sized = Callable[[int, int], Size]
 
 
 class Units:
@@ -45,7 +47,7 @@ class Units:
 
         unit = replace(unit, enabled=True)
         unit.check(1)
-        picture = pictures_of(unit.image, 1, WHITE if unit.preprocessor else BLACK)[0]
+        picture = pictures_of(unit.pictures[:1], 1, WHITE if unit.preprocessor else BLACK)[0]
         return in_bytes(self.map_of(unit, picture) if unit.preprocessor else picture)
 
     def clear(self) -> None:
@@ -74,21 +76,29 @@ class Units:
         Raises :class:`SettingError` for a unit without its model or picture.
         """
         request = asked.first if asked.first.wanted else asked.hires
-        size = sized(p.height, p.width)
+        sizes = [sized(*size) for size in _sizes(p, asked)]
         picks, hashes = [], []
         for number, unit in enumerate(request.units, 1):
             if unit.counts:
-                pick, of_map = self._pick(p, number, unit, size)
+                pick, of_map = self._pick(p, number, unit, sizes)
                 picks.append(pick)
                 hashes.append(f"{number}: {of_map}")
         return picks, {MAPS: ", ".join(hashes)} if hashes else {}
 
-    def _pick(self, p: Any, number: int, unit: Unit, size: tuple[int, int]) -> tuple[ControlPick, str]:
+    def _pick(self, p: Any, number: int, unit: Unit, sizes: Sequence[Size]) -> tuple[ControlPick, str]:
+        from lib_delta.controls.files import prompts_with_pictures
         from lib_delta.controls.steering import ControlPick
-        from lib_delta.hosts.pictures import digest, own_mask
+        from lib_delta.hosts.pictures import digest, own_mask, same_size
 
         file = self._file(number, unit)
-        pictures, resize = self._pictures(p, number, unit, file, size)
+        pictures, resize = self._pictures(p, number, unit, file)
+        larger: list[Tensor] = []
+        if unit.preprocessor:
+            pictures, *others = ([self.map_of(unit, picture, size) for picture in pictures] for size in sizes)
+            # Those that are made for a hires pass, where it asks for others than the first.
+            larger = [] if not others or digest(others[0]) == digest(pictures) else others[0]
+        if not prompts_with_pictures(file):
+            pictures, larger = same_size(pictures, resize, *sizes[0]), same_size(larger, resize, *sizes[-1])
         pick = ControlPick(
             file,
             pictures,
@@ -100,6 +110,7 @@ class Units:
             unit.weight_type,  # type: ignore[arg-type]
             encoders(),
             own_mask(p),
+            larger,
         )
         return pick, digest(pictures)
 
@@ -111,13 +122,13 @@ class Units:
             )
         return self.files.file(unit.model, number)
 
-    def _pictures(self, p: Any, number: int, unit: Unit, file: Path, size: tuple[int, int]) -> tuple[list[Tensor], Any]:
-        """Return a unit's maps, or pictures to prompt with, and how they are brought to size."""
+    def _pictures(self, p: Any, number: int, unit: Unit, file: Path) -> tuple[list[Tensor], Any]:
+        """Return what a unit looks at, before its preprocessor, and how that is brought to size."""
         from lib_delta.controls.files import prompts_with_pictures
-        from lib_delta.hosts.pictures import BLACK, WHITE, cut_like_own, own_pictures, pictures_of, same_size
+        from lib_delta.hosts.pictures import BLACK, WHITE, cut_like_own, own_pictures, pictures_of
 
         of_things = bool(unit.preprocessor) or prompts_with_pictures(file)
-        taken, resize = pictures_of(unit.image, number, WHITE if of_things else BLACK), unit.resize
+        taken, resize = pictures_of(unit.pictures, number, WHITE if of_things else BLACK), unit.resize
         if taken:
             taken = cut_like_own(p, taken, resize)
         else:
@@ -126,11 +137,9 @@ class Units:
             raise SettingError(
                 f"unit {number} of Delta Sampling ({file.stem}) has no picture: put one in, or switch the unit off"
             )
-        if unit.preprocessor:
-            taken = [self.map_of(unit, picture, size) for picture in taken]
-        return (taken if prompts_with_pictures(file) else same_size(taken, resize, *size)), resize
+        return taken, resize
 
-    def map_of(self, unit: Unit, picture: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    def map_of(self, unit: Unit, picture: Tensor, size: Size | None = None) -> Tensor:
         """Return what a unit's preprocessor makes of a picture for a pass of a size, height first.
 
         Without a size a pixel-perfect map is as large as the picture.
@@ -154,6 +163,17 @@ class Units:
         while len(self._maps) > KEPT:
             self._maps.popitem(last=False)
         return self._maps[key]
+
+
+def _sizes(p: Any, asked: Passes) -> list[Size]:
+    """Return the sizes of the passes that have a delta, that of hires fix last."""
+    first, second = (asked.of(hires).wanted and asked.of(hires).in_pass(hires) for hires in (False, True))
+    if not (second and getattr(p, "enable_hr", False)):
+        return [(p.height, p.width)]
+    # What is enlarged is then cut to what was asked for, where the proportions differ.
+    down, across = (PIXELS * getattr(p, name, 0) for name in ("truncate_y", "truncate_x"))
+    hires = p.hr_upscale_to_y - down, p.hr_upscale_to_x - across
+    return [(p.height, p.width), hires] if first else [hires]
 
 
 def with_axes(request: Request, axes: Mapping[str, Any]) -> Request:

@@ -5,7 +5,7 @@ import types
 
 made, said = [], []
 WIDGETS = (
-    *("Accordion", "Button", "Checkbox", "Column", "Dropdown", "Group", "HTML"),
+    *("Accordion", "Button", "Checkbox", "Column", "Dropdown", "File", "Group", "HTML"),
     *("Image", "Number", "Radio", "Row", "SelectData", "Slider", "Tab", "Tabs", "Textbox"),
 )
 

@@ -211,6 +211,8 @@ def test_images_of_a_batch_have_their_own_maps_and_image_prompts_are_seen_togeth
         assert relative(made[i : i + 1], alone[i : i + 1]) < 1e-5
     first, both = (webui.latents(units({**LOOK, "image": shown})) for shown in (PICTURE, two))
     assert relative(first, both) > 1e-4
+    assert torch.equal(webui.latents(units({**LOOK, "image": None, "images": [encode(PICTURE)]})), first)
+    assert torch.equal(webui.latents(units({**LOOK, "image": PICTURE, "images": [encode(two[1])]})), both)
 
 
 def test_files_are_read_once_and_given_back(webui: WebUI) -> None:
@@ -422,6 +424,27 @@ def test_canny_is_there_always(webui: WebUI) -> None:
     perfect = {**EDGES, "module": "canny", "pixel_perfect": True, "threshold_a": 50, "threshold_b": 120}
     assert relative(webui.latents(units(perfect)), wanted) < 1e-5
     assert webui.host.units.preprocessors()[0] == "canny"
+
+
+def test_a_pixel_perfect_map_is_made_for_each_pass_of_hires_fix(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Other(Doubling):
+        """Makes another map at every resolution."""
+
+        def __call__(self, shown: Any, resolution: int, slider_1: float, slider_2: float) -> Any:
+            asked.append(resolution)
+            return np.asarray(picture(resolution, resolution * 5 // 4, resolution))
+
+    own = SimpleNamespace(supported_preprocessors={"other": Other()})
+    monkeypatch.setitem(sys.modules, "modules_forge.shared", own)
+    first, second = (steered(webui, shown=picture(width, height, width)) for width, height in ((64, 80), (128, 160)))
+    perfect = units({**EDGES, "weight": 0.8, "module": "other", "pixel_perfect": True})
+    size = {"width": 64, "height": 80, **HIRES}
+    assert_steered(webui, lambda x, t, context: (first if x.shape[2] == 10 else second)(x, t, context), perfect, **size)
+    assert asked == [64, 128]
+    webui.latents(units(*perfect["units"], hires="hires pass"), **size)
+    assert webui.side_model.steering.guides[0].guide.map.pictures.shape[-2:] == (160, 128)
 
 
 class Doubling:
