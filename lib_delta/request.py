@@ -24,6 +24,7 @@ from lib_delta.units import plain as plain_of_unit
 
 HIRES_PASSES = ("both", "first pass", "hires pass")
 SIZES = ("automatic", "picture")
+OFFERED_SIZES = (*SIZES, "512", "640", "768")  # other numbers of pixels can be typed
 # The forms of lib_delta.bridges; pictures of versions that knew no other were made with the last.
 BRIDGES = ("learned", "taesd", "published", "same_snr")
 # The plans of lib_delta.quality, which needs torch.
@@ -343,6 +344,8 @@ class Passes:
 
 # The settings of widgets of their own; each unit has some more.
 SETTINGS = tuple(f for f in fields(Request) if f.name != "units")
+CHECKPOINT_FIELDS = ("base", "adapted")
+LIMITS = {f.name: (f.metadata["minimum"], f.metadata["maximum"]) for f in SETTINGS if "minimum" in f.metadata}
 HASHES = "Delta LoRA hashes"
 SKIPPED = "Delta not applied"
 # The bridge too, for its default was another in pictures that are silent about it.

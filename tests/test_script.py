@@ -271,13 +271,13 @@ def test_a_settings_file_of_an_older_version_keeps_what_it_means(webui):
 
 
 def test_checkpoints_that_cannot_be_a_base_are_behind_all(webui):
-    module = webui.module()
-    assert module.base_choices() == ["None", BASE, TUNED]
+    lists = webui.hosts("checkpoint_lists")
+    assert lists.base_choices() == ["None", BASE, TUNED]
     webui.host.catalog.known_checkpoints.append("juggernaut-xl.safetensors")
-    assert module.base_choices() == ["None", BASE, TUNED, module.ALL]
-    update = module.whole_list(module.ALL, SimpleNamespace(value=module.ALL))
+    assert lists.base_choices() == ["None", BASE, TUNED, lists.ALL]
+    update = lists.whole_list(lists.ALL, SimpleNamespace(value=lists.ALL))
     assert update["choices"] == ["None", BASE, TUNED, "juggernaut-xl.safetensors"] and update["value"] == "None"
-    assert module.whole_list(BASE, SimpleNamespace(value=BASE)) == BASE
+    assert lists.whole_list(BASE, SimpleNamespace(value=BASE)) == BASE
 
 
 def test_adetailers_passes_run_the_script_unless_the_user_does_not_want_it(webui):
@@ -369,7 +369,7 @@ def test_values_with_short_names_and_recipes_are_allowed(webui, axis, text):
 
 
 def test_long_lists_are_cut_in_errors(webui):
-    assert webui.module().listed([str(i) for i in range(14)]).endswith("10, 11 and 2 more is")
+    assert webui.hosts("axes").listed([str(i) for i in range(14)]).endswith("10, 11 and 2 more is")
 
 
 def test_schema_and_status_are_served_and_axes_are_there_without_a_user_interface(webui):
