@@ -6,12 +6,13 @@ is trained by flow matching; ``large`` has the base's autoencoder, and pictures 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from demo.autoencoders import Autoencoder, of_vae
 from demo.pipeline import Model
@@ -26,9 +27,10 @@ from lib_delta.bridges import (
     ScaleBridge,
 )
 from lib_delta.bridges.identity import SameSize
-from lib_delta.bridges.learned import load, with_channels
+from lib_delta.bridges.learned import LearnedBridge, load, with_channels
 from lib_delta.bridges.maps import DifferenceMap
 from lib_delta.checkpoint import WeightFile, fill, load_vae
+from lib_delta.errors import CheckpointError
 from lib_delta.models import unet, vae
 from lib_delta.models.unet import UNet
 from lib_delta.parameterization import Parameterization, Prediction, Schedule
@@ -37,6 +39,8 @@ from lib_delta.parameterization import Parameterization, Prediction, Schedule
 # state": that for the state, and the learned map for the delta; the last two show the base an average of its own size.
 Way = Literal["as it is", "scale", "learned", "decoded", "decoded state", "averaged", "unit"]
 PREDICTION = "delta.prediction"
+# What a file was made for, as fingerprints: the usual target's UNet, and the autoencoders at a bridge's two ends.
+TARGET, SOURCE_VAE, TARGET_VAE = "delta.target", "delta.source_vae", "delta.target_vae"
 SIDE = 16  # of the latents that the base was trained on
 
 
@@ -50,9 +54,31 @@ def bridge_file(models: Path, name: str) -> Path:
     return models / f"bridge-{name}.safetensors"
 
 
+def fingerprint(network: nn.Module) -> str:
+    """Return 16 hexadecimal digits that tell a network's weights, in half precision as files hold them, from others."""
+    digest = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().half().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check(file: WeightFile, made_for: dict[str, nn.Module], what: str, stage: str) -> None:
+    """Raise :class:`CheckpointError` unless a file was made for these networks."""
+    if any(file.metadata.get(key) != fingerprint(network) for key, network in made_for.items()):
+        raise CheckpointError(
+            f"{file.name} was made for {what}: make it again (python run.py train --stage {stage}), or put "
+            "back the files that it was made with"
+        )
+
+
 def load_target(path: Path, target: Model) -> Model:
-    """Return the usual target with the weights and the autoencoder of a file in place of its own."""
+    """Return the usual target with the weights and the autoencoder of a file in place of its own.
+
+    Raises :class:`CheckpointError` if what the file holds differs from another target than this one.
+    """
     with WeightFile.open(path) as file:
+        _check(file, {TARGET: target.unet}, "another target than is here", path.stem)
         changed = file.below(unet.PREFIX)
         weights = {**target.unet.state_dict(), **{key: changed.tensor(key) for key in changed.shapes}}
         channels = weights["out.2.weight"].shape[0]
@@ -91,12 +117,23 @@ def _crossing(way: Way, base: Model, target: Model, maps: Path) -> Bridge:
     if way == "scale":
         return ScaleBridge(base.family.scale_factor / target.family.scale_factor)
     if way == "learned":
-        return load(maps)
+        return load_maps(maps, base, target)
     if way in ("averaged", "unit"):
         return ResolutionBridge(SIDE, SIDE, cast(Noise, way))
     assert base.vae is not None and target.vae is not None
     ends = of_vae(base.vae, base.family.scale_factor), of_vae(target.vae, target.family.scale_factor)
-    return DecodedBridge(*ends, load(maps).difference if way == "decoded state" else None)
+    return DecodedBridge(*ends, load_maps(maps, base, target).difference if way == "decoded state" else None)
+
+
+def load_maps(path: Path, base: Model, target: Model) -> LearnedBridge:
+    """Read the learned maps between the latents of two models.
+
+    Raises :class:`CheckpointError` if they were fitted to other autoencoders than the models'.
+    """
+    assert base.vae is not None and target.vae is not None
+    with WeightFile.open(path) as file:
+        _check(file, {SOURCE_VAE: base.vae, TARGET_VAE: target.vae}, "other autoencoders than are here", path.stem)
+    return load(path)
 
 
 @dataclass(frozen=True)

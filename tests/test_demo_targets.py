@@ -20,12 +20,13 @@ from demo import crossings
 from demo.autoencoders import Autoencoder
 from demo.pipeline import Place, Settings, load_model
 from demo.studio import Studio, Task
-from demo.targets import DecodedBridge, bridge_of, flow_schedule, load_target, target_file
+from demo.targets import DecodedBridge, bridge_file, bridge_of, flow_schedule, load_target, target_file
 from demo.train import targets as stages
 from demo.train.bridges_fit import Size
 from demo.train.data import Emoji
 from demo.train.denoisers import flow_loss
 from lib_delta.checkpoint import WeightFile
+from lib_delta.errors import CheckpointError
 from lib_delta.models.vae import VAE
 from lib_delta.strength import Strength
 
@@ -82,6 +83,19 @@ def test_a_delta_reaches_every_target_on_every_way(trained: Path, name: str, way
     assert made["with"].shape == (1, 16 if name == "flow" else 4, side, side)
     assert torch.equal(none, made["alone"])
     assert torch.isfinite(made["with"]).all() and not torch.allclose(made["with"], made["alone"], atol=1e-4)
+
+
+def test_what_was_made_for_another_target_or_other_autoencoders_is_refused(trained: Path) -> None:
+    base, target = (
+        load_model(trained / f"{n}.safetensors", Place.cpu(), trained / "tokenizer") for n in ("base", "target")
+    )
+    own = load_target(target_file(trained, "own"), target)
+    assert bridge_of("learned", base, own, bridge_file(trained, "own")).label == "learned bridge"
+    with pytest.raises(CheckpointError, match=r"bridge-flow.safetensors was made for other autoencoders than are here"):
+        bridge_of("learned", base, own, bridge_file(trained, "flow"))
+    target.unet.state_dict()["out.2.bias"][0] += 1
+    with pytest.raises(CheckpointError, match=r"target-own.safetensors was made for another target .*--stage target-"):
+        load_target(target_file(trained, "own"), target)
 
 
 def test_the_base_is_shown_its_own_size_and_no_more_noise_than_it_knows(trained: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from demo.targets import PREDICTION
+from demo.targets import PREDICTION, TARGET, fingerprint
 from demo.train.adapters import Adapter
 from demo.train.controls import EdgeControl, PicturePrompt
 from demo.train.denoisers import Conditioned
@@ -40,7 +40,7 @@ def differing(path: Path, model: UNet, start: UNet, autoencoder: vae.VAE | None,
     own = {k: v for k, v in _below(unet.PREFIX, model).items() if not _alike(v, known[k])}
     if autoencoder is not None:
         own |= _below(vae.PREFIX, autoencoder)
-    _save(path, own, {PREDICTION: prediction})
+    _save(path, own, {PREDICTION: prediction, TARGET: fingerprint(start)})
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -20,7 +20,7 @@ from numpy.random import Generator
 from torch import Tensor
 
 from demo.autoencoders import of_vae
-from demo.targets import bridge_file, target_file
+from demo.targets import SOURCE_VAE, TARGET_VAE, bridge_file, fingerprint, target_file
 from demo.train import bridges, export
 from demo.train.bridges_fit import Size, save
 from demo.train.bridges_pictures import Array
@@ -131,6 +131,7 @@ class Bench:
         flat, line_art = (0.5 + 0.5 * to_float(self.emoji.pictures[look]) for look in ("flat", "lineart"))
         base, own = ((each.encode(flat), each.encode(line_art)) for each in autoencoders.values())
         about |= held_out(fitted, base, own)
+        about |= {key: fingerprint(vae) for key, vae in zip((SOURCE_VAE, TARGET_VAE), vaes.values())}
         print(about)
         save(fitted, bridge_file(self.models, name), about)
 
