@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 # For each image, the weights of its prompts joined by AND.
@@ -17,18 +16,14 @@ Weights = tuple[tuple[float, ...], ...]
 class Parts:
     """What is changed in the estimate of each prompt joined by AND, guided as if it were its image's only one.
 
-    ``change`` is ``(M, C, H, W)``, image after image; ``weights`` say how the parts are joined.  With u the
-    negative prompt's change, that of the guided estimate is ``u + sum(weight * (change - u))`` for each image.
+    ``change`` is ``(M, C, H, W)``, image after image; ``weights`` say how the parts are joined, ``images`` ``(M,)``
+    which image each is of.  With u the negative prompt's change, that of the guided estimate is
+    ``u + sum(weight * (change - u))`` for each image.
     """
 
     change: Tensor
     weights: Weights
-
-    @property
-    def images(self) -> Tensor:
-        """The number ``(M,)`` of each part's image, on the device of ``change``."""
-        counts = torch.tensor([len(image) for image in self.weights])
-        return torch.arange(len(counts)).repeat_interleave(counts).to(self.change.device)
+    images: Tensor
 
 
 class Deltas(NamedTuple):
@@ -56,7 +51,13 @@ def each(function: Callable[..., Tensor], *deltas: Deltas) -> Deltas:
     if len(parts) < len(deltas):
         return Deltas(guided, uncond)
     change = function(parts[-1].images, *(p.change for p in parts))
-    return Deltas(guided, uncond, Parts(change, parts[-1].weights))
+    return Deltas(guided, uncond, replace(parts[-1], change=change))
+
+
+def changes_of(deltas: Deltas) -> list[Tensor]:
+    """Return the changes that are not the same object, the guided estimate's first."""
+    different = [deltas.guided] if deltas.uncond is deltas.guided else [deltas.guided, deltas.uncond]
+    return different if deltas.parts is None else [*different, deltas.parts.change]
 
 
 def of_images(tensor: Tensor, images: Tensor | None) -> Tensor:

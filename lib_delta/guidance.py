@@ -67,13 +67,15 @@ class DeltaGuidance:
     """Add what adapting the source changes to what the target denoises.
 
     ``hold`` is what is known of the delta in this pass of a generation, where the source is not to be asked in
-    every step; it is the pass's own.
+    every step; it is the pass's own.  Where changes are not ``checked``, those that are no numbers are the caller's
+    to find: to look at them is to wait for the device.
     """
 
     strength: Strength
     bridge: Bridge
     source: DeltaSource
     hold: Hold | None = None
+    checked: bool = True
 
     def __call__(self, step: DenoiseStep) -> Tensor:
         """Return ``D_target + lambda * (D_adapted - D_base)``; at lambda 0 the target's own, untouched.
@@ -98,10 +100,8 @@ class DeltaGuidance:
             return strength * self.bridge.delta_to_target(delta, place).float()
 
         changes = each(to_target, self._deltas(x, sigma, step))
-        if not torch.isfinite(changes.guided).all():
-            raise NotFiniteError(
-                f"the side model's delta is not a number at step {step.step + 1} (sigma {float(step.sigma.max()):.4g})"
-            )
+        if self.checked and not torch.isfinite(changes.guided).all():
+            raise not_finite(step.step, float(step.sigma.max()))
         return changes
 
     def _deltas(self, x: Tensor, sigma: Tensor, step: DenoiseStep) -> Deltas:
@@ -118,6 +118,11 @@ class DeltaGuidance:
         return self.hold.deltas(evaluate, Moment(sigma, step.denoised, step.progress, step.levels, told))
 
 
+def not_finite(step: int, sigma: float) -> NotFiniteError:
+    """Return the error that says where a delta was not a number."""
+    return NotFiniteError(f"the side model's delta is not a number at step {step + 1} (sigma {sigma:.4g})")
+
+
 class Progress:
     """How far along a run a noise level is."""
 
@@ -132,9 +137,13 @@ class Progress:
         return len(self._levels)
 
     def __call__(self, sigma: Tensor) -> float:
+        """Return :meth:`at` the largest of noise levels ``(N,)``, for which a device is waited for."""
+        return self.at(float(sigma.max()))
+
+    def at(self, level: float) -> float:
         """Return 0 at the first level, 1 at the last, and by steps between, whatever order samplers ask in."""
         along = np.linspace(0, 1, len(self._levels))[::-1]
-        return float(np.interp(math.log(float(sigma.max())), self._levels, along))
+        return float(np.interp(math.log(level), self._levels, along))
 
 
 class DeltaDenoiser:

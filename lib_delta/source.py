@@ -137,9 +137,10 @@ class Source:
         estimates = self._estimates(x, sigma, cfg_scale, step, uncond_skipped, uncond_zero)
         delta = _difference(estimates.guided, x)
         uncond = delta if estimates.uncond is estimates.guided else _difference(estimates.uncond, x)
-        if estimates.parts is None or estimates.weights is None:
+        if estimates.parts is None or estimates.weights is None or estimates.images is None:
             return Deltas(delta, uncond)
-        return Deltas(delta, uncond, Parts(_difference(estimates.parts, x), estimates.weights))
+        images = estimates.images.to(x.device)
+        return Deltas(delta, uncond, Parts(_difference(estimates.parts, x), estimates.weights, images))
 
     @torch.no_grad()
     def denoised(
@@ -179,7 +180,7 @@ class Source:
         if joined.stated is None:
             return _Estimates(guided, uncond)
         own = uncond[:, told.images]
-        return _Estimates(guided, uncond, own + cfg_scale * (cond - own), joined.stated)
+        return _Estimates(guided, uncond, own + cfg_scale * (cond - own), joined.stated, told.images)
 
     def _evaluated(self, batch: _Batch) -> Tensor:
         """Return the UNet's output ``(R, rows, C, H, W)``, in as many parts as memory asks for; that is remembered.
@@ -347,13 +348,14 @@ class _Joined:
 class _Estimates:
     """Base's and adapted's estimates: guided and for the negative prompt ``(R, N, ...)``, of each part ``(R, M, ...)``.
 
-    ``weights`` say how parts are joined, if both models are told the same.
+    ``weights`` say how parts are joined, if both models are told the same, and ``images`` ``(M,)`` which is whose.
     """
 
     guided: Tensor
     uncond: Tensor
     parts: Tensor | None = None
     weights: Weights | None = None
+    images: Tensor | None = None
 
 
 def _difference(branches: Tensor, x: Tensor) -> Tensor:

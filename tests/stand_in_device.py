@@ -22,6 +22,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 DEVICE = torch.device("cpu", 0)
 
 
+# A number, a comparison's outcome, and what is as many as there are of something.
+WAITING = tuple(getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "equal", "nonzero", "masked_select"))
+
+
 class OnDevice(Tensor):
     """A tensor that says it is on the device; ``held`` is where its numbers are."""
 
@@ -95,7 +99,7 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any], transfers: Counter[st
         kwargs = {**kwargs, "device": torch.device("cpu")}
     plain_args, plain_kwargs = tree_map(_held, (args, kwargs))
     result = function(*plain_args, **plain_kwargs)
-    if function is torch.ops.aten._local_scalar_dense.default and transfers is not None and there:
+    if transfers is not None and there and _waits(function, args):
         transfers["from the device"] += 1
     known = {id(_held(t)): t for t in tensors}
 
@@ -106,6 +110,13 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any], transfers: Counter[st
         return known.get(id(value), OnDevice(value) if target else value)
 
     return tree_map(wrap, result)
+
+
+def _waits(function: Any, args: Any) -> bool:
+    """Tell whether what an operation gives, or its size, has to be known before Python can go on."""
+    if function.overloadpacket is torch.ops.aten.index:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return function.overloadpacket in WAITING
 
 
 def _held(value: Any) -> Any:

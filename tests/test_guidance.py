@@ -52,7 +52,8 @@ def test_the_negative_prompts_own_delta_is_there_for_samplers_that_ask() -> None
 def test_each_part_of_and_crosses_the_bridge_as_its_image_does() -> None:
     class Parted(RecordingSource):
         def deltas(self, *asked: Any) -> Deltas:
-            return super().deltas(*asked)._replace(parts=Parts(small, ((1.0, 0.5), (1.0,))))
+            parts = Parts(small, ((1.0, 0.5), (1.0,)), torch.tensor([0, 0, 1]))
+            return super().deltas(*asked)._replace(parts=parts)
 
     @dataclass(frozen=True)
     class Curved(IdentityBridge):

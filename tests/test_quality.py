@@ -150,7 +150,7 @@ def test_a_change_of_v_that_is_constant_or_linear_in_log_sigma_is_held_exactly(l
 
         def evaluate(m: Moment = moment) -> Deltas:
             true = truth(m.sigma)
-            return Deltas(true, 3 * true, Parts(2 * true[[0, 1, 1]], ((1.0,), (0.5, 0.5))))
+            return Deltas(true, 3 * true, Parts(2 * true[[0, 1, 1]], ((1.0,), (0.5, 0.5)), torch.tensor([0, 1, 1])))
 
         answers.append((hold.deltas(evaluate, moment), truth(moment.sigma)))
     for deltas, true in answers[2:]:

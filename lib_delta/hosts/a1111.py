@@ -22,11 +22,12 @@ from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
 from lib_delta.hosts.others import taken_over
 from lib_delta.hosts.place import wanted_place
-from lib_delta.hosts.progress import pass_progress
+from lib_delta.hosts.progress import once, pass_progress, schedule_of
+from lib_delta.hosts.skipping import may_skip
 from lib_delta.hosts.target import Target
 from lib_delta.hosts.told import TextEngine
 from lib_delta.hosts.webui import RUN, Host
-from lib_delta.parameterization import Schedule, denoised_of, from_timestep_space, per_image
+from lib_delta.parameterization import denoised_of, from_timestep_space, per_image
 
 if TYPE_CHECKING:
     from lib_delta.hosts.run import Run
@@ -35,12 +36,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a pass's rows are laid out; it is brought to the device once, and not in each step.
+
+    ``weights`` are for each image those of its prompts joined by AND.  On the device, ``rows`` gives for every row its
+    image's number, ``cond`` ``(M,)`` the weights of all prompts, ``sums`` ``(N,)`` those of each image, ``counts``
+    ``(N,)`` how many prompts it has, and ``first`` ``(N,)`` the row of the first of them.
+    """
+
+    weights: Weights
+    rows: Tensor
+    cond: Tensor
+    sums: Tensor
+    counts: Tensor
+    first: Tensor
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of ``CFGDenoiser.forward``, as its first callback sees it.
 
-    ``params`` is what that callback was given, and what the model evaluates once all callbacks are through.  ``rows``
-    gives, for every row of it, its image's number; ``weights`` for each image the weights of its prompts
-    joined by AND.  In ``eps`` the rows that come out are noise.
+    ``params`` is what that callback was given, and what the model evaluates once all callbacks are through, in the
+    rows of ``layout``.  In ``eps`` the rows that come out are noise.
     """
 
     run: Run
@@ -51,8 +68,7 @@ class Call:
     progress: float
     step: int
     cfg_scale: float
-    weights: Weights
-    rows: Tensor
+    layout: Layout
     eps: bool
     image_cfg_scale: float | None
     may_skip: bool
@@ -77,7 +93,7 @@ class Automatic1111(Host):
         family = family_of(shared.sd_model)
         if family is Family.SD3:  # of flow matching, whatever ``parameterization`` says
             return Target(family, math.inf, flow=True)
-        return Target(family, Schedule(shared.sd_model.alphas_cumprod).sigma_max, merging=_merging(shared.sd_model))
+        return Target(family, schedule_of(shared.sd_model.alphas_cumprod).sigma_max, merging=_merging(shared.sd_model))
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         device: torch.device = devices.device
@@ -142,9 +158,9 @@ class Automatic1111(Host):
 
     def _add(self, call: Call, params: Any) -> None:
         """Edit the rows that the model gave so that guidance gives the target's estimate with the delta."""
-        places = _places(call)
+        places, rows = _places(call), call.layout.rows
         out = params.x[places].float()
-        estimates = denoised_of(out, call.x[call.rows], call.sigma[call.rows]) if call.eps else out
+        estimates = denoised_of(out, call.x[rows], call.sigma[rows]) if call.eps else out
         skipped = _uncond_skipped(params.x, call)
         scale = 1.0 if skipped else call.cfg_scale
         denoised = _guided(estimates, call, scale)
@@ -162,12 +178,11 @@ def _call(run: Run, hires: bool, params: Any) -> Call:
     extra = denoiser.sampler.sampler_extra_args
     weights = tuple(tuple(float(part.weight) for part in image) for image in extra["cond"].batch)
     images = len(weights)
-    counts = torch.tensor([len(image) for image in weights])
     # An editing model (InstructPix2Pix) has two rows of each image without the prompt.
-    without_prompt = (len(params.x) - int(counts.sum())) // images
-    every = torch.arange(images)
-    rows = torch.cat((every.repeat_interleave(counts), every.repeat(without_prompt))).to(params.x.device)
+    without_prompt = (len(params.x) - sum(map(len, weights))) // images
     x, sigma = params.x[-images:].float(), params.sigma[-images:].float()
+    # As the WebUI has it, a timestep for some samplers.
+    asked = sigma[0]
     timesteps = isinstance(denoiser, CFGDenoiserTimesteps)
     if timesteps:
         if family_of(shared.sd_model) is Family.SD3:
@@ -175,38 +190,56 @@ def _call(run: Run, hires: bool, params: Any) -> Call:
                 f"the sampler {denoiser.p.sampler_name} asks for noise at timesteps, and SD 3 knows neither: "
                 "choose another sampler"
             )
-        x, sigma = from_timestep_space(x, sigma, Schedule(shared.sd_model.alphas_cumprod))
+        x, sigma = from_timestep_space(x, sigma, schedule_of(shared.sd_model.alphas_cumprod))
+    level, noise = run.read(asked, sigma.max())
+    layout = weights, without_prompt
     return Call(
         run=run,
         hires=hires,
         params=params,
         x=x,
         sigma=sigma,
-        progress=pass_progress(denoiser)(sigma),
+        progress=pass_progress(denoiser).at(noise),
         step=denoiser.step,
         cfg_scale=_cfg_scale(denoiser, float(extra["cond_scale"])),
-        weights=weights,
-        rows=rows,
+        layout=once(denoiser, layout, lambda: _layout(*layout, params.x.device)),
         eps=timesteps,
         image_cfg_scale=denoiser.image_cfg_scale if without_prompt == 2 else None,
-        may_skip=_may_skip(denoiser, float(params.sigma[0]), float(extra.get("s_min_uncond") or 0)),
+        may_skip=may_skip(denoiser, level),
+    )
+
+
+def _layout(weights: Weights, without_prompt: int, device: torch.device) -> Layout:
+    """Return the layout of images' prompts with such weights, and so many rows of each image without its prompt."""
+    counts = torch.tensor([len(image) for image in weights])
+    every = torch.arange(len(weights))
+    return Layout(
+        weights,
+        torch.cat((every.repeat_interleave(counts), every.repeat(without_prompt))).to(device),
+        torch.tensor([w for image in weights for w in image]).to(device),
+        torch.tensor([sum(image) for image in weights]).to(device),
+        counts.to(device),
+        (counts.cumsum(0) - counts).to(device),
     )
 
 
 def _places(call: Call) -> Tensor:
     """Return where each row is that the model evaluated: extensions (Regional Prompter) move those of batches about.
 
-    An image's rows are known by its latent, and keep their order.
+    An image's rows are known by its latent, and keep their order.  Where that is not to be told, as of images that are
+    the same, none was moved.  All of it is found on the device, without waiting for it.
     """
-    x, images = call.params.x, call.params.x[-len(call.weights) :]
-    count, own = len(x) - len(images), call.rows
+    x, weights = call.params.x, call.layout.weights
     unmoved = torch.arange(len(x), device=x.device)
-    if torch.equal(x, images[own]) or call.image_cfg_scale is not None:
+    if len(weights) == 1 or call.image_cfg_scale is not None:
         return unmoved
-    found = [(x[:count] == image).flatten(1).all(1).nonzero()[:, 0] for image in images]
-    if [len(places) for places in found] != [len(weights) for weights in call.weights]:
-        return unmoved
-    return torch.cat((*found, unmoved[count:]))
+    count = len(x) - len(weights)
+    same = torch.stack([(x[:count] == image).flatten(1).all(1) for image in x[count:]])
+    # Of each image, its own rows first, all in their order.
+    ordered = (unmoved[:count] + count * ~same).float().argsort(1)
+    found = torch.cat([places[: len(image)] for places, image in zip(ordered, weights)])
+    told = (same.sum(1) == call.layout.counts).all()
+    return torch.cat((torch.where(told, found, unmoved[:count]), unmoved[count:]))
 
 
 def _cfg_scale(denoiser: Any, stated: float) -> float:
@@ -216,15 +249,6 @@ def _cfg_scale(denoiser: Any, stated: float) -> float:
     return scale + 2**-20 if scale == 1 and getattr(denoiser, "need_last_noise_uncond", False) else scale
 
 
-def _may_skip(denoiser: Any, level: float, limit: float) -> bool:
-    """Tell whether the WebUI's settings have it leave out guidance in this step; by its own rules (``CFGDenoiser``)."""
-    early = float(getattr(shared.opts, "skip_early_cond", 0) or 0)
-    if early and denoiser.step / max(denoiser.total_steps, 1) <= early:
-        return True
-    every = bool(denoiser.step % 2 or getattr(shared.opts, "s_min_uncond_all", False))
-    return every and limit > 0 and level < limit
-
-
 def _uncond_skipped(out: Tensor, call: Call) -> bool:
     """Tell whether guidance was left out to save time: the WebUI then repeats each image's first prompt.
 
@@ -232,22 +256,19 @@ def _uncond_skipped(out: Tensor, call: Call) -> bool:
     """
     if not call.may_skip:
         return False
-    images = len(call.weights)
-    counts = torch.tensor([len(image) for image in call.weights])
-    first = counts.cumsum(0) - counts
-    return call.image_cfg_scale is None and torch.equal(out[-images:], out[first.to(out.device)])
+    images = len(call.layout.weights)
+    return call.image_cfg_scale is None and torch.equal(out[-images:], out[call.layout.first])
 
 
 def _guided(estimates: Tensor, call: Call, cfg_scale: float) -> Tensor:
     """Combine the estimates of all rows to one for each image, as ``CFGDenoiser`` is about to."""
-    images = len(call.weights)
+    images = len(call.layout.weights)
     if call.image_cfg_scale is not None:
         cond, image_cond, uncond = estimates.chunk(3)
         return uncond + cfg_scale * (cond - image_cond) + call.image_cfg_scale * (image_cond - uncond)
     uncond, cond = estimates[-images:], estimates[:-images]
-    weights = torch.tensor([w for image in call.weights for w in image]).to(estimates)
-    rows = call.rows[: len(cond)]
-    return uncond.clone().index_add_(0, rows, (cond - uncond[rows]) * per_image(cfg_scale * weights, cond))
+    rows = call.layout.rows[: len(cond)]
+    return uncond.clone().index_add_(0, rows, (cond - uncond[rows]) * per_image(cfg_scale * call.layout.cond, cond))
 
 
 def _row_changes(changes: Deltas, cfg_scale: float, call: Call) -> Tensor:
@@ -258,15 +279,15 @@ def _row_changes(changes: Deltas, cfg_scale: float, call: Call) -> Tensor:
     what the adaptation changes in it, where the side model is told the same parts.
     """
     guided, uncond, parts = changes
+    layout = call.layout
     if call.image_cfg_scale is not None:
-        return guided[call.rows]
-    rows = call.rows[: -len(call.weights)]
-    if parts is not None and parts.weights == call.weights and abs(cfg_scale) > 0.01:
+        return guided[layout.rows]
+    rows = layout.rows[: -len(layout.weights)]
+    if parts is not None and parts.weights == layout.weights and abs(cfg_scale) > 0.01:
         return torch.cat((uncond[rows] + (parts.change - uncond[rows]) / cfg_scale, uncond))
-    share = cfg_scale * torch.tensor([sum(image) for image in call.weights]).to(guided)
-    if not bool((share.abs() > 0.01).all()):
-        return guided[call.rows]
-    cond = uncond + (guided - uncond) / per_image(share, guided)
+    if not all(abs(cfg_scale * sum(image)) > 0.01 for image in layout.weights):
+        return guided[layout.rows]
+    cond = uncond + (guided - uncond) / per_image(cfg_scale * layout.sums, guided)
     return torch.cat((cond[rows], uncond))
 
 

@@ -24,8 +24,9 @@ from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
 from lib_delta.hosts.others import owners
 from lib_delta.hosts.place import wanted_place
-from lib_delta.hosts.progress import pass_progress
+from lib_delta.hosts.progress import largest, pass_progress
 from lib_delta.hosts.regions_forge import WRAPPER, in_regions
+from lib_delta.hosts.skipping import may_skip
 from lib_delta.hosts.target import Target
 from lib_delta.hosts.told import TextEngine
 from lib_delta.hosts.webui import RUN, Host
@@ -42,9 +43,9 @@ sampling = importlib.import_module("backend.sampling.sampling_function" if BACKE
 
 VERSION = getattr(importlib.import_module("modules_forge.forge_version"), "version", "")
 
-POST_CFG = "sampler_post_cfg_function"
+PRE_CFG, POST_CFG = "sampler_pre_cfg_function", "sampler_post_cfg_function"
 # Where extensions put what they change in the main model and its guidance.
-OTHERS = ("transformer_options", WRAPPER, "sampler_cfg_function", "sampler_pre_cfg_function", POST_CFG)
+OTHERS = ("transformer_options", WRAPPER, "sampler_cfg_function", PRE_CFG, POST_CFG)
 # What one row of a pass through an SD 1.5 UNet needs besides its weights, for each pixel of the latent.
 ACTIVATION_BYTES = 32 * 1024
 
@@ -53,7 +54,8 @@ ACTIVATION_BYTES = 32 * 1024
 class Call:
     """One evaluation, as the callback before it sees it.
 
-    ``uncond_used`` tells that the sampler (CFG++) works with the estimate for the negative prompt as well.
+    ``uncond_used`` tells that the sampler (CFG++) works with the estimate for the negative prompt as well, ``may_skip``
+    that there may be none.
     """
 
     run: Run
@@ -62,6 +64,7 @@ class Call:
     step: int
     cfg_scale: float
     uncond_used: bool
+    may_skip: bool
     merging: TokenMerging | None
 
 
@@ -92,7 +95,7 @@ class Forge(Host):
         family = family_of(shared.sd_model)
         if _flow(schedule):
             return Target(family, math.inf, flow=True)
-        return Target(family, float(schedule.sigmas.max()))
+        return Target(family, largest(schedule.sigmas))
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         device: torch.device = memory.get_torch_device()
@@ -206,7 +209,8 @@ class Forge(Host):
         """Note what the post-CFG function has to know, if there is a delta to add."""
         hires = bool(getattr(denoiser.p, "is_hr_pass", False))
         run.levels[hires] = pass_progress(denoiser).levels
-        progress = pass_progress(denoiser)(sigma)
+        level, noise = run.read(sigma[0], sigma.max())
+        progress = pass_progress(denoiser).at(noise)
         if not run.strength(progress, hires):
             return
         extra = denoiser.sampler.sampler_extra_args
@@ -221,8 +225,11 @@ class Forge(Host):
             if self._post_cfg not in functions:
                 functions.append(self._post_cfg)
         merging = _merging(denoiser.p, hires)
-        self._call = Call(run, hires, progress, denoiser.step, float(scale), uncond_used, merging)
         unet = denoiser.inner_model.inner_model.forge_objects.unet
+        # Functions before guidance may change its scale.
+        changed = math.isclose(scale, 1.0) or bool(unet.model_options.get(PRE_CFG))
+        skips = changed or may_skip(denoiser, level)
+        self._call = Call(run, hires, progress, denoiser.step, float(scale), uncond_used, skips, merging)
         run.unfollowed |= owners([unet.model_options.get(name) for name in OTHERS])
         self._put_in_place(denoiser.p, denoiser.inner_model.inner_model.forge_objects, x)
 
@@ -245,7 +252,7 @@ class Forge(Host):
         # At CFG 1, and where guidance is left out to save time, there is no estimate for the negative prompt:
         # zeros or nothing, to which the parts of a prompt joined by AND are then added.
         uncond: Tensor | None = args["uncond_denoised"]
-        skipped = uncond is None or not bool(uncond.any())
+        skipped = uncond is None or (call.may_skip and not bool(uncond.any()))
         x, sigma = args["input"].float(), args["sigma"].float()
         step = DenoiseStep(x, sigma, denoised.float(), call.cfg_scale, call.progress, call.step, skipped, True)
         changes = call.run.changes(step, lambda: replace(self.target(), merging=call.merging), call.hires)

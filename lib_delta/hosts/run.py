@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from lib_delta.bridges import Bridge, choose, described
-from lib_delta.deltas import Deltas
+from lib_delta.deltas import Deltas, changes_of, each
 from lib_delta.devices import without_autocast
 from lib_delta.errors import DeltaError, NotFiniteError
 from lib_delta.families import Family
-from lib_delta.guidance import DeltaGuidance, DenoiseStep, side_cfg
+from lib_delta.figures import Figures, Noted, stopwatch
+from lib_delta.guidance import DeltaGuidance, DenoiseStep, not_finite, side_cfg
 from lib_delta.heatmap import HeatMap
 from lib_delta.hosts.target import Target
 from lib_delta.models.unet import merge_tokens
@@ -71,6 +72,7 @@ class Run:
     effective: bool = False
     interrupted: bool = False
     _sizes: list[float] = field(default_factory=list)
+    _noted: Noted = field(default_factory=Noted)
     bridged: str = ""
     # The number of noise levels of the first and of the hires pass, and what is held of the delta there.
     levels: dict[bool, int] = field(default_factory=dict)
@@ -121,8 +123,9 @@ class Run:
 
         ``step`` is as the target's sampler has it.  A fault, be it that no bridge leads to what the
         target has become, goes to ``on_fault``, which raises it, or lets the target's own estimates stand.
+        Whether changes are numbers is looked at by :meth:`read`; those that are not are 0 until then.
         """
-        started, changes = time.perf_counter(), None
+        stop, changes = stopwatch(self.model.device), None
         # AUTOMATIC1111 calls under autocast, which would round merges and bridges to half precision.
         with self.watched(f"step {step.step + 1} of Delta Sampling"), without_autocast(step.x.device):
             active = self.asked.active(step.progress, hires)
@@ -132,25 +135,42 @@ class Run:
             # Models of another layout merge elsewhere, and SDXL nowhere as the WebUIs have it set.
             merge_tokens(self.model.unet, main.merging if main.family.space is self.model.report.family.space else None)
             strength, bridge = self.asked.of(hires).lambda_over_run(), self.bridge(main)
-            guidance = DeltaGuidance(strength, bridge, source, self._hold(hires))
+            guidance = DeltaGuidance(strength, bridge, source, self._hold(hires), checked=False)
             step = replace(step, levels=self.levels.get(hires, 0))
-            changes = self._finite(guidance, self._of_source(step, main))
+            changes = guidance.changes(self._of_source(step, main))
             self._note_bridge(main, step)
             self.steps += 1
             if changes is not None:
-                self.effective = self.effective or bool(changes.guided.any() or changes.uncond.any())
-                self._sizes.append(float(changes.guided.norm() / step.denoised.norm().clamp(min=1e-12)))
+                changes = self._note(step, changes, stop())
                 if self.heat is not None:
                     self.heat.add(changes.guided, step.denoised)
-            self.seconds += time.perf_counter() - started
         return changes
 
-    def _finite(self, guidance: DeltaGuidance, step: DenoiseStep) -> Deltas | None:
-        """Return the changes; where they are not numbers, the error says what helps at the side model's precision."""
-        try:
-            return guidance.changes(step)
-        except NotFiniteError as error:
-            raise NotFiniteError(f"{error}: {_remedy(self.model.dtype)}") from error
+    def _note(self, step: DenoiseStep, changes: Deltas, taken: Callable[[], float]) -> Deltas:
+        finite = self._noted.note(step.step, step.sigma, step.denoised, changes_of(changes), taken)
+        return each(lambda _images, change: torch.where(finite, change, 0.0), changes)
+
+    def read(self, *values: torch.Tensor) -> list[float]:
+        """Return numbers ``()`` of the device; and look, in the same transfer, at what steps have come to so far.
+
+        It is the one point at which a step waits for the device: where it begins, with the noise level.  A step that
+        was no number ends the delta.
+        """
+        numbers, figures = self._noted.read(*values)
+        for step in figures:
+            with self.watched(f"step {step.step + 1} of Delta Sampling"):
+                self._take(step)
+            if self.fault is not None:
+                break
+        return numbers
+
+    def _take(self, step: Figures) -> None:
+        self.seconds += step.seconds
+        if not step.finite:
+            self.steps -= 1
+            raise NotFiniteError(f"{not_finite(step.step, step.sigma)}: {_remedy(self.model.dtype)}")
+        self.effective = self.effective or not step.zero
+        self._sizes.append(step.size)
 
     def _note_bridge(self, target: Target, step: DenoiseStep) -> None:
         """Note for the status which bridge the last step had, and how large the side model's latents were."""
@@ -216,7 +236,8 @@ class Run:
         if not self.steps:
             return f"Last run: no step had the delta{reason}"
         passes = sum(source.evaluations for source in self.sources.values())
-        cost = f"{_counted(passes, 'pass', 'es')} of the side model, {self.seconds:.1f} s"
+        taken = "" if math.isnan(self.seconds) else f", {self.seconds:.1f} s"
+        cost = f"{_counted(passes, 'pass', 'es')} of the side model{taken}"
         done = f"Last run: delta in {_counted(self.steps, 'step')}, {cost} ({self.bridged})"
         return f"{done}{self._in_sizes()}{self._without()}{reason}"
 

@@ -258,7 +258,9 @@ class Host(ABC):
                 return sample()
             setattr(p, RUN, run)
             try:
-                return sample()
+                made = sample()
+                run.read()  # what the last step came to
+                return made
             except Stop as stop:
                 raise stop.error from stop.error.__cause__
             finally:

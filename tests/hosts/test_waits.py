@@ -1,0 +1,134 @@
+"""What a step asks of the device in a WebUI's callbacks: it waits once, where it begins, and brings nothing there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose samplers the stand-ins run")
+pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
+
+from small_files import make_files
+from stand_in_device import DEVICE, OnDevice, stand_in_device
+from stand_in_webui import WebUI, relative, running
+
+DELTA = {"base": "base", "loras": "ink"}
+STEPS = 5
+# By host, the callbacks of one step in their order.
+CALLBACKS = {"a1111": ("cfg_denoiser", "cfg_denoised"), "forge": ("cfg_denoiser", "post_cfg")}
+ONCE = {"from the device": 1}
+
+
+@pytest.fixture(scope="module", params=CALLBACKS)
+def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
+    with running(request.param, make_files(tmp_path_factory.mktemp(request.param))) as webui:
+        yield webui
+
+
+@pytest.fixture
+def webui(started: WebUI, monkeypatch: pytest.MonkeyPatch) -> Iterator[WebUI]:
+    monkeypatch.setattr(type(started.host), "place", lambda _host: (DEVICE, torch.float32))
+    yield started
+    monkeypatch.undo()
+    started.host.unload()
+    started.reset()
+
+
+class Watch:
+    """Has what callbacks are given on the device while they run, and counts their transfers, step by step."""
+
+    def __init__(self, webui: WebUI, transfers: Counter[str]) -> None:
+        self.webui, self.transfers = webui, transfers
+        self.steps: list[Counter[str]] = []
+        self.tables: dict[int, Any] = {}
+        self.evaluated: Any = None
+
+    def on_device(self, value: Any) -> Any:
+        return value.to(DEVICE) if isinstance(value, torch.Tensor) and not isinstance(value, OnDevice) else value
+
+    @contextmanager
+    def table_there(self) -> Iterator[None]:
+        """Have the model's schedule on the device, as it is in the WebUIs; the same tensor for as long as it is one."""
+        model = self.webui.shared.sd_model
+        holder, name = model, "alphas_cumprod"
+        if self.webui.name != "a1111":
+            holder, name = model.forge_objects.unet.model.predictor, "sigmas"
+        table = getattr(holder, name)
+        if id(table) not in self.tables:
+            self.tables[id(table)] = table, self.on_device(table)
+        setattr(holder, name, self.tables[id(table)][1])
+        try:
+            yield
+        finally:
+            setattr(holder, name, table)
+
+    def around(self, call: Callable[[Any], Any], begins: bool, names: tuple[str, ...]) -> Callable[[Any], Any]:
+        """Return a callback that is watched; what it writes to is written back."""
+
+        def watched(params: Any) -> Any:
+            given = params if isinstance(params, dict) else vars(params)
+            before = {name: given[name] for name in names if given.get(name) is not None}
+            given.update({name: self.on_device(tensor) for name, tensor in before.items()})
+            if begins:
+                self.steps.append(Counter())
+                self.evaluated = params
+            asked_for = self.evaluated.x  # in AUTOMATIC1111, the second callback looks at it as well
+            self.evaluated.x = self.on_device(asked_for)
+            with self.table_there():
+                counted = Counter(self.transfers)
+                result = call(params)
+                self.steps[-1] += self.transfers - counted
+            self.evaluated.x = asked_for
+            for name, tensor in before.items():
+                tensor.copy_(given[name].cpu())
+            given.update(before)
+            return result.cpu() if isinstance(result, torch.Tensor) else result
+
+        return watched
+
+
+def counted(webui: WebUI, delta: dict[str, Any] | None = None, **changes: Any) -> tuple[list[Counter[str]], Any]:
+    """Generate, and return the transfers of each step in our callbacks, with the latents."""
+    with stand_in_device() as transfers, pytest.MonkeyPatch.context() as patch:
+        watch = Watch(webui, transfers)
+        before, after = CALLBACKS[webui.name]
+        registered = webui.callbacks.registered
+        patch.setitem(registered, before, [watch.around(c, True, ("x", "sigma")) for c in registered[before]])
+        if after in registered:
+            patch.setitem(registered, after, [watch.around(c, False, ("x",)) for c in registered[after]])
+        else:
+            names = ("denoised", "uncond_denoised", "input", "sigma")
+            patch.setattr(webui.host, "_post_cfg", watch.around(webui.host._post_cfg, False, names))
+        latents = webui.latents({**DELTA, **(delta or {})}, steps=STEPS, **changes)
+        assert webui.side_model.device == DEVICE
+        webui.host.unload()
+    assert webui.callbacks.swallowed == []
+    return watch.steps, latents
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "timesteps": {"sampler_name": "DDIM"},
+    "two calls a step": {"sampler_name": "Heun"},
+    "AND": {"prompt": "a cat AND a dog :0.5"},
+    "batch": {"batch_size": 2},
+    "CFG 1": {"cfg_scale": 1.0},
+    "balanced": {"delta": {"quality": "balanced"}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_waits_for_the_device_once_and_brings_nothing_to_it(webui: WebUI, case: str) -> None:
+    steps, latents = counted(webui, **CASES[case])
+    assert len(steps) >= STEPS - 1
+    # Where guidance may have been left out, whether it was is looked at.
+    expected = {"from the device": 2} if case == "CFG 1" and webui.name == "forge" else ONCE
+    for step in steps[1:]:  # in the first, what stays is brought
+        assert step == expected
+    plain = {name: value for name, value in CASES[case].items() if name != "delta"}
+    assert relative(latents, webui.latents(steps=STEPS, **plain)) > 1e-3
