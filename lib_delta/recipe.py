@@ -120,7 +120,8 @@ def _typed(values: Mapping[str, str], text: str) -> dict[str, float | int | str]
             typed[field] = ",".join(part.strip() for part in value.split(","))
         elif field == "rank":
             if not value.isdecimal() or int(value) < 1:
-                raise SettingError(f"LoRA pick {shown(text)} has dyn={shortened(value)}: a whole number is needed")
+                given = f"LoRA pick {shown(text)} has dyn={shortened(value)}"
+                raise SettingError(f"{given}: a whole number of ranks, 1 or more, is needed")
             typed[field] = int(value)
         else:
             typed[field] = read_number(value, f"LoRA pick {shown(text)} has {'weight' if field == 'text' else field}")

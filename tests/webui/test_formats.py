@@ -322,8 +322,8 @@ OTHER_FAMILIES: dict[str, tuple[Callable[[], Tensors], str]] = {
 @pytest.mark.parametrize("name", OTHER_FAMILIES)
 def test_a_file_for_another_family_is_named_as_such(webui: WebUI, files: Files, plain: Result, name: str) -> None:
     sentence = refusal(webui, files.delta(loras=f"{PREFIX}other-{name}"))
-    family = OTHER_FAMILIES[name][1]
-    assert re.match(rf"{PREFIX}other-{name}\.safetensors is made for .*{family}.*, and one for the source's", sentence)
+    family, file = OTHER_FAMILIES[name][1], rf"{PREFIX}other-{name}\.safetensors"
+    assert re.match(rf"{file} is made for .*{family}.*, and one for the base model", sentence)
     assert "\n" not in sentence
     assert np.array_equal(webui.generate().pictures, plain.pictures)
 
@@ -355,9 +355,9 @@ def test_a_file_that_fits_in_part_is_used_and_what_does_not_is_counted(
 
 WRONG_RECIPES = {
     "block weights of another number": (":1:lbw=1,0,1", r"block weights '1,0,1' cannot be read"),
-    "an unknown preset": (":1:lbw=MIDDLE", r"block weights 'MIDDLE' cannot be read: NONE, ALL, .* 12, 17 or 26"),
+    "an unknown preset": (":1:lbw=MIDDLE", r"block weights 'MIDDLE' cannot be read: NONE, ALL, .* 12, 17, 20 or 26"),
     "a range the wrong way round": (":1:start=0.8:end=0.2", r"from 0\.8 to 0\.2: two shares"),
-    "no ranks": (":1:dyn=0", r"dyn=0: a whole number of ranks is needed"),
+    "no ranks": (":1:dyn=0", r"dyn=0: a whole number of ranks, 1 or more, is needed"),
     "an unknown option": (":1:speed=3", r"cannot be read at 'speed=3'"),
 }
 

@@ -42,22 +42,22 @@ def control(webui: WebUI, files: Files) -> str:
     return found
 
 
-def native(webui: WebUI, unit: dict[str, Any], **changes: Any) -> Result:
+def native(webui: WebUI, *units: dict[str, Any], **changes: Any) -> Result:
     """The WebUI's own ControlNet; its pictures of maps are left out."""
-    told = webui.generate(alwayson_scripts={"ControlNet": {"args": [{"save_detected_map": False, **unit}]}}, **changes)
+    silent = [{"save_detected_map": False, **unit} for unit in units]
+    told = webui.generate(alwayson_scripts={"ControlNet": {"args": silent}}, **changes)
     count = changes.get("batch_size", 1) * changes.get("n_iter", 1)
     return Result(told.pictures[:count], told.infotexts[:count])
 
 
-def assert_exact(webui: WebUI, files: Files, unit: dict[str, Any], lora: bool = False, **changes: Any) -> None:
-    """As a unit of the delta as in the WebUI's ControlNet; and both far from the picture without."""
-    plain = webui.generate(**changes)
+def assert_exact(webui: WebUI, files: Files, *units: dict[str, Any], lora: bool = False, **changes: Any) -> None:
+    """As units of the delta as in the WebUI's ControlNet; and both far from the picture without."""
     tagged = {"prompt": f"{webui.defaults['prompt']} <lora:{files.lora}:1>"} if lora else {}
-    wanted = native(webui, unit, **changes, **tagged)
-    if np.array_equal(native(webui, unit, **changes).pictures, plain.pictures) and released_widths_alone(webui):
+    without, wanted = webui.generate(**changes, **tagged), native(webui, *units, **changes, **tagged)
+    if np.array_equal(wanted.pictures, without.pictures) and released_widths_alone(webui):
         pytest.skip("this WebUI's ControlNet reads none of small size: WEBUI_SIZE=full")
-    assert np.abs(wanted.pictures - plain.pictures).max() > 10 * NEAR, "the ControlNet changes nothing here"
-    delta = {"base": files.sd1, "loras": files.lora if lora else "", "units": [unit]}
+    assert np.abs(wanted.pictures - without.pictures).max() > 10 * NEAR, "the ControlNet changes nothing here"
+    delta = {"base": files.sd1, "loras": files.lora if lora else "", "units": list(units)}
     got = webui.generate(delta, **changes)
     assert got.pictures.shape == wanted.pictures.shape
     worst = np.abs(got.pictures - wanted.pictures).max()
@@ -112,6 +112,18 @@ FEATURES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
 def test_features(webui: WebUI, files: Files, control: str, changes: dict[str, Any], mode: str) -> None:
     assert_exact(webui, files, unit_of(control, control_mode=mode), **changes)
+
+
+def test_two_units(webui: WebUI, files: Files, control: str) -> None:
+    other = unit_of(control, image=blocks(96, 64), weight=0.4, control_mode="My prompt is more important")
+    assert_exact(webui, files, unit_of(control), other)
+
+
+def test_inpainting(webui: WebUI, files: Files, control: str) -> None:
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (32, 0, 64, 64))
+    inpainting = {"mask": encode(mask), "mask_blur": 0, "inpainting_fill": 1, "inpaint_full_res": False}
+    assert_exact(webui, files, unit_of(control), init_images=[blocks()], denoising_strength=0.7, **inpainting)
 
 
 def test_beside_a_lora(webui: WebUI, files: Files, control: str) -> None:

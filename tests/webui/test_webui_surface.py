@@ -293,7 +293,7 @@ def test_the_status_names_what_is_loaded_and_what_the_last_run_cost(webui: WebUI
     layers = r"\d\d+ layers of the UNet and \d\d+ of the text encoder"
     assert re.match(rf"{files.lora}\S* \(LoRA of rank \d+\) adapts {layers}\.$", first)
     assert re.match(rf"{files.unmatched_lora}\S* .*adapts .*; \d+ of its \d+ keys match no layer\.$", second)
-    bridged = r"\(SD 1\.x latents: same as the side model's, 8 x 8\)"
+    bridged = r"\(SD 1\.x/2\.x latents: same as the side model's, 8 x 8\)"
     cost = rf"Last run: delta in 4 steps, \d+ passes of the side model, [\d.]+ s {bridged}"
     assert re.match(rf"{cost}; it was (\S+%,? ){{4}}of the picture's own estimate$", last), last
 
