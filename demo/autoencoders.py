@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib_delta.checkpoint import WeightFile, detect_family, load_vae
 from lib_delta.errors import CheckpointError
@@ -50,11 +50,16 @@ def tiny(folder: Path) -> dict[Space, Autoencoder]:
     missing = [name for name in TINY.values() for part in taesd.PARTS if not _file(folder, name, part).is_file()]
     if missing:
         raise CheckpointError(f"{folder} has no {missing[0]}: {WHERE}")
-    return {space: _tiny(folder, name) for space, name in TINY.items()}
+    return {space: _tiny(folder, space) for space in TINY}
 
 
-def _tiny(folder: Path, name: str) -> Autoencoder:
-    encoder, decoder = (taesd.load(_file(folder, name, part), part).bfloat16() for part in taesd.PARTS)
+def tiny_part(folder: Path, space: Space, part: str) -> nn.Sequential:
+    """Read the "encoder" or the "decoder" of a tiny autoencoder, in single precision."""
+    return taesd.load(_file(folder, TINY[space], part), part)
+
+
+def _tiny(folder: Path, space: Space) -> Autoencoder:
+    encoder, decoder = (tiny_part(folder, space, part).bfloat16() for part in taesd.PARTS)
     channels_last = {"memory_format": torch.channels_last}
     return Autoencoder(encoder.to(**channels_last), decoder.to(**channels_last), torch.bfloat16)
 

@@ -22,9 +22,12 @@ from lib_delta.bridges import (
     status,
 )
 from lib_delta.bridges.learned import WEIGHTS, load, with_channels
-from lib_delta.bridges.maps import StateMap
+from lib_delta.bridges.maps import FilteredState, StitchedState, state_map
+from lib_delta.bridges.packed import pack, unpacked
+from lib_delta.checkpoint import WeightFile
 from lib_delta.errors import CheckpointError, SettingError
 from lib_delta.families import Family
+from lib_delta.models import taesd
 from lib_delta.spaces import Space
 
 CLEAN, NOISE = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
@@ -209,7 +212,7 @@ def test_latents_that_no_bridge_leads_to_are_refused() -> None:
 
 def test_a_map_that_knows_half_the_size_gives_it_and_averages_for_others() -> None:
     torch.manual_seed(0)
-    state = StateMap(4, 4, 3, half=6)
+    state = FilteredState(4, 4, 3, half=6)
     for parameter in state.parameters():
         torch.nn.init.normal_(parameter)
     z = randn(1, 4, 16, 24)
@@ -222,6 +225,43 @@ def test_a_map_that_knows_half_the_size_gives_it_and_averages_for_others() -> No
     bridge = replace(load(WEIGHTS / "sd1-sdxl.safetensors"), state=state, resolution=ResolutionBridge(8, 8))
     _, _, crossing = bridge.to_source(square, torch.ones(1), square)
     torch.testing.assert_close(crossing.denoised, state.halving(square))
+
+
+@pytest.mark.parametrize(("channels", "reading", "writing"), [(4, 3, 3), (16, 1, 2)])
+def test_a_stitched_map_is_the_two_autoencoders_and_a_filter_between(channels: int, reading: int, writing: int) -> None:
+    torch.manual_seed(0)
+    decoder, encoder = taesd.decoder(channels), taesd.encoder(4)
+    state = StitchedState(channels, 4, reading, writing, 3, 4)
+    first, last = decoder[: 3 + reading], torch.nn.Sequential(*encoder[-1 - writing :])
+    state.reading.load_state_dict(first.state_dict())
+    state.writing.load_state_dict(last.state_dict())
+    for stitch in (state.middle, state.halving):
+        torch.nn.init.normal_(stitch.weight, std=0.05)
+        torch.nn.init.normal_(stitch.bias)
+    assert state.channels == (channels, 4)
+    z = randn(1, channels, 8, 12)
+    around = F.pad(torch.cat((first(z), z), 1), (1,) * 4, mode="replicate")
+    whole = last(F.conv2d(around, state.middle.weight, state.middle.bias))
+    half = last(F.conv2d(around, state.halving.weight, state.halving.bias, 2))
+    torch.testing.assert_close(state(z), whole)
+    torch.testing.assert_close(state(z, (4, 6)), half)
+    torch.testing.assert_close(state(z, (2, 3)), F.avg_pool2d(whole, 4))
+    shapes = {key: tuple(value.shape) for key, value in state.state_dict().items()}
+    again = state_map(shapes)
+    again.load_state_dict(state.state_dict())
+    assert torch.equal(again(z), state(z))
+
+
+def test_weights_in_8_bits_are_nearly_what_they_were(tmp_path: Path) -> None:
+    large, small = randn(8, 40, 8, 8) * torch.logspace(-3, 1, 8)[:, None, None, None], randn(8, 3, 3, 3)
+    large[2] = 0
+    save_file(pack({"large": large, "small": small}), tmp_path / "packed.safetensors")
+    with WeightFile.open(tmp_path / "packed.safetensors") as file:
+        stored, read = file.tensor("large").dtype, unpacked(file)
+    assert stored == torch.int8 and set(read) == {"large", "small"}
+    off = (read["large"] - large).abs().flatten(1).amax(1)
+    assert (off <= large.abs().flatten(1).amax(1) / 253).all()
+    assert torch.equal(read["small"], small.half())
 
 
 def test_a_damaged_file_of_a_bridge_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from argparse import Namespace
@@ -16,12 +17,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from demo import bridges as measured
-from demo.autoencoders import TINY, Autoencoder, tiny
+from demo.autoencoders import TINY, Autoencoder, tiny, tiny_part
 from demo.train import bridges as stage
 from demo.train.bridges_fit import Size, detailed, linear_bridge, save
 from demo.train.bridges_pictures import EDITS, Sizes, draw, edited
-from lib_delta.bridges.learned import LearnedBridge, load
-from lib_delta.bridges.maps import DifferenceMap, StateMap
+from demo.train.bridges_stitch import Layers, Seam, seen_through, stitched, tuned, until_seam
+from demo.train.common import Run
+from demo.train.data import Emoji
+from lib_delta.bridges.learned import LearnedBridge, load, path_of
+from lib_delta.bridges.maps import DifferenceMap, FilteredState, StitchedState
 from lib_delta.errors import CheckpointError
 from lib_delta.models import taesd, unet, vae
 from lib_delta.models.vae import VAE, VAEConfig
@@ -82,6 +86,71 @@ def test_a_state_map_learns_what_latents_are_at_half_the_size() -> None:
     assert float((averaged - wanted).square().mean()) > 0.1
 
 
+def tiny_folder(folder: Path) -> Path:
+    """Write tiny autoencoders of random weights for every space."""
+    for seed, (space, name) in enumerate(TINY.items()):
+        torch.manual_seed(seed)
+        for part in taesd.PARTS:
+            made = getattr(taesd, part)(space.channels)
+            save_file(made.state_dict(), folder / f"{name}_{part}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("layers", [Layers(), Layers(reading=1, writing=2)])
+def test_a_filter_is_found_between_two_autoencoders(tmp_path: Path, layers: Layers) -> None:
+    """Where what the encoder makes on its way is a filter of what the decoder reads, the encoder's end follows."""
+    folder = tiny_folder(tmp_path)
+    decoder, encoder = tiny_part(folder, Space.SD3, "decoder"), tiny_part(folder, Space.SD1, "encoder")
+    z, mix = randn(48, 16, 12, 12), randn(64, 80, 3, 3, seed=1) / 30
+
+    def made(latents: torch.Tensor) -> torch.Tensor:
+        known = torch.cat((decoder[: 3 + layers.reading](latents), latents), 1)
+        return F.conv2d(F.pad(known, [1] * 4, mode="replicate"), mix)
+
+    features = made(z)
+    halves = F.avg_pool2d(features, 2)
+    # The blocks of the encoder that are left out are no filter: where some are, the fit is to what they make.
+    skipped = encoder[len(until_seam(encoder)) : -1 - layers.writing]
+    state = stitched(decoder, encoder, layers, z, Seam(features, halves, z))
+    new = randn(4, 16, 12, 12, seed=9)
+    wanted = encoder[len(until_seam(encoder)) :](made(new))
+    error = (state(new) - wanted).square().mean() / wanted.var()
+    assert float(error) < (1e-3 if not len(skipped) else 0.2)
+    half = encoder[len(until_seam(encoder)) :](F.avg_pool2d(made(new), 2))
+    assert float((state(new, (6, 6)) - half).square().mean() / half.var()) < (1e-3 if not len(skipped) else 0.3)
+
+
+def test_a_stitched_map_trains_to_less_error_on_latents_of_both_sizes(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path)
+    state = StitchedState(4, 4, 1, 1, 3, 4)
+    for part in (state.middle, state.halving):
+        torch.nn.init.normal_(part.weight, std=0.05)
+    z = randn(32, 4, 8, 8)
+    same, half = z.flip(1), F.avg_pool2d(z, 2)
+    look = seen_through(same, randn(32, 192, 8, 8, seed=3))
+    before = [float((state(z, size) - wanted).square().mean()) for size, wanted in (((8, 8), same), ((4, 4), half))]
+    run = Run(steps=20, batch=16, rate=2e-3, warmup=2, average=0.8)
+    trained = tuned(state, z, (same, half), look, run, "tuned", folder)
+    after = [float((trained(z, size) - wanted).square().mean()) for size, wanted in (((8, 8), same), ((4, 4), half))]
+    assert after[0] < 0.8 * before[0] and after[1] < 0.8 * before[1]
+
+
+def test_the_stage_writes_a_bridge_for_every_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_folder(tmp_path)
+    monkeypatch.setattr(stage, "generated", lambda emoji: lambda rng: draw(rng, Sizes(32, 1), None))
+    options = Namespace(autoencoders=None, taesd=folder, out=tmp_path / "out", pictures=16, steps=1, cache=tmp_path)
+    stage.run(options, lambda: Emoji([], {name: torch.zeros(0, 3, 64, 64).byte() for name in ("flat", "noto")}))
+    pairs = list(itertools.permutations(TINY, 2))
+    assert len(list(options.out.iterdir())) == len(pairs) == 12
+    for source, target in pairs:
+        bridge = load(options.out / path_of(source, target).name)
+        latent, delta = randn(1, target.channels, 8, 8), randn(1, source.channels, 8, 8)
+        _, _, crossing = bridge.to_source(latent, torch.ones(1), latent)
+        assert bridge.delta_to_target(delta, crossing).shape == latent.shape
+        assert isinstance(bridge.state, StitchedState) == (source is Space.SD1)
+        assert (bridge.difference.detail is not None) == (source is Space.SD1)
+
+
 def test_differences_take_detail_from_the_targets_latent() -> None:
     """The source knows coarsely that all is made stronger by half, and the target's latent has what is fine."""
     before = pictures(60)[:, 0]
@@ -123,7 +192,7 @@ def test_an_exact_bridge_measures_as_exact() -> None:
 
 
 def _same(channels: int) -> LearnedBridge:
-    both = LearnedBridge(StateMap(channels, channels, 1), DifferenceMap(channels, channels, 1))
+    both = LearnedBridge(FilteredState(channels, channels, 1), DifferenceMap(channels, channels, 1))
     for module in (both.state, both.difference):
         module.filter.weight.data = torch.eye(channels)[:, :, None, None]
     return both

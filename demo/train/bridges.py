@@ -6,6 +6,7 @@ import argparse
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,20 +14,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.random import Generator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from demo.autoencoders import WHERE, Autoencoder, of_checkpoints, tiny
+from demo.autoencoders import WHERE, Autoencoder, of_checkpoints, tiny, tiny_part
 from demo.train.bridges_fit import Size, detailed, linear_bridge, save, train_state, with_half
 from demo.train.bridges_pictures import Array, Sizes, draw, edited
 from demo.train.bridges_pictures import blurred as blur
+from demo.train.bridges_stitch import Layers, Seam, seen_through, stitched, tuned, until_seam
+from demo.train.common import Run
 from demo.train.data import Emoji
 from lib_delta.bridges.learned import WEIGHTS, LearnedBridge, path_of
 from lib_delta.errors import DeltaError
+from lib_delta.models import taesd
 from lib_delta.spaces import Space
 
 BATCH = 16
 HALVES = "halves"
+SEEN = 128  # pictures, each with its edit, that filters between tiny autoencoders are fitted on
+# SDXL is what most pictures are made with.
+LAYERS = {Space.SDXL: Layers(), **dict.fromkeys((Space.SD3, Space.FLUX1), Layers(reading=1, writing=2))}
+TUNING = Run(steps=1500, batch=24, rate=4e-4, warmup=60, average=0.998)
 Key = TypeVar("Key")
 
 
@@ -37,14 +45,53 @@ def run(options: argparse.Namespace, load: Callable[[], Emoji]) -> None:
     encoders: dict[Space | str, Autoencoder] = dict(autoencoders)
     if Space.SD1 in autoencoders:
         encoders[HALVES] = halved(autoencoders[Space.SD1])
-    latents = encode(encoders, options.pictures, generated(coloured(load())))
+    picture_of = generated(coloured(load()))
+    latents = encode(encoders, options.pictures, picture_of)
+    bench = None if options.autoencoders else StitchBench(options, picture_of)
     for source, target in itertools.permutations(autoencoders, 2):
         # The side model is of SD 1.x: pairs from there have networks, the others filters alone.
-        size = Size(steps=options.steps) if source is Space.SD1 and options.steps else None
-        fitted = fit(latents[source], latents[target], size, latents[HALVES] if source is Space.SD1 else None)
+        if source is not Space.SD1:
+            fitted = fit(latents[source], latents[target])
+        elif bench is None:
+            size = Size(steps=options.steps) if options.steps else None
+            fitted = fit(latents[source], latents[target], size, latents[HALVES])
+        else:
+            fitted = bench.fit(target, latents)
         about = {"source": source.key, "target": target.key, "pictures": str(options.pictures)}
         save(fitted, options.out / path_of(source, target).name, about)
         print(f"{source.key} and {target.key}: written")
+
+
+class StitchBench:
+    """What bridges from SD 1.x are fitted with where there are tiny autoencoders to stitch."""
+
+    def __init__(self, options: argparse.Namespace, picture_of: Callable[[Generator], Array]) -> None:
+        self.options = options
+        self.encoder = tiny_part(options.taesd, Space.SD1, "encoder")
+        self.seam = seam(self.encoder, min(SEEN, options.pictures), picture_of)
+
+    def fit(self, target: Space, latents: Mapping[Space | str, Tensor]) -> LearnedBridge:
+        """Fit the bridge to a target, on the latents of every space and those of half the size."""
+        source, wanted = latents[Space.SD1], latents[target]
+        linear = linear_bridge(source, wanted)
+        z, same, half = (each.flatten(0, 1) for each in (wanted, source, latents[HALVES]))
+        decoder, seen = tiny_part(self.options.taesd, target, "decoder"), len(self.seam.same)
+        state = stitched(decoder, self.encoder, LAYERS[target], z[:seen], self.seam)
+        if self.options.steps:
+            run, look = replace(TUNING, steps=self.options.steps), seen_through(same[:seen], self.seam.pixels)
+            name = f"bridge-{target.key}-{self.options.pictures}-{run.steps}"
+            state = tuned(state, z, (same, half), look, run, name, self.options.cache)
+        difference = detailed(linear.difference, source, wanted)
+        return LearnedBridge(state.requires_grad_(False), difference)
+
+
+def seam(encoder: nn.Sequential, count: int, picture_of: Callable[[Generator], Array]) -> Seam:
+    """Return what an encoder makes on its way of the first ``count`` pictures and their edits."""
+    first = until_seam(encoder)
+    same = Autoencoder(first, first)
+    pixels = Autoencoder(partial(F.pixel_unshuffle, downscale_factor=taesd.FACTOR), first)
+    seen = encode({"same": same, "half": halved(same), "pixels": pixels}, count, picture_of)
+    return Seam(**{key: each.flatten(0, 1).float() for key, each in seen.items()})
 
 
 def coloured(emoji: Emoji) -> Tensor:
@@ -128,6 +175,9 @@ def add_stage_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this stage alone."""
     add_options(parser)
     parser.add_argument(
-        "--steps", type=int, default=Size.steps, help="bridges: steps of each network (0: filters alone)"
+        "--steps",
+        type=int,
+        default=TUNING.steps,
+        help="bridges: steps of each network that maps states to SD 1.x (0: what least squares alone give)",
     )
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="bridges: the folder to write to")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib_delta.bridges.learned import LearnedBridge
-from lib_delta.bridges.maps import DifferenceMap, Filter, StateMap, followed
+from lib_delta.bridges.maps import DifferenceMap, Filter, FilteredState, followed
+from lib_delta.bridges.packed import pack
 
 RIDGE = 1e-4  # of the mean variance, so that channels that hardly vary stay small
 
@@ -55,7 +56,7 @@ def linear_bridge(source: Tensor, target: Tensor, width: int = 5) -> LearnedBrid
     changes = [
         ((s[:, 1].float() - s[:, 0]), (t[:, 1].float() - t[:, 0])) for s, t in zip(source.split(200), target.split(200))
     ]
-    state = StateMap(target.shape[2], source.shape[2], width)
+    state = FilteredState(target.shape[2], source.shape[2], width)
     state.filter = fit_filter(states, width, bias=True)
     difference = DifferenceMap(source.shape[2], target.shape[2], width)
     difference.filter = fit_filter(changes, width, bias=False)
@@ -79,7 +80,7 @@ def detailed(linear: DifferenceMap, source: Tensor, target: Tensor) -> Differenc
     return fitted.eval().requires_grad_(False)
 
 
-def with_half(state: StateMap, target: Tensor, halves: Tensor, width: int = 6) -> StateMap:
+def with_half(state: FilteredState, target: Tensor, halves: Tensor, width: int = 6) -> FilteredState:
     """Return a state map that knows half the size: ``halves`` are the source's latents of the smaller pictures.
 
     Both are ``(N, 2, C, H, W)``, of pictures and their edits.
@@ -88,20 +89,20 @@ def with_half(state: StateMap, target: Tensor, halves: Tensor, width: int = 6) -
     channels_in, channels_out = state.channels
     hidden = 0 if state.head is None else state.head.weight.shape[1]
     blocks = 0 if state.network is None else len(state.network) - 2
-    fitted = StateMap(channels_in, channels_out, state.filter.weight.shape[-1], hidden, blocks, width)
+    fitted = FilteredState(channels_in, channels_out, state.filter.weight.shape[-1], hidden, blocks, width)
     fitted.load_state_dict(state.state_dict(), strict=False)
     fitted.halving = fit_filter(pairs, width, bias=True, stride=2)
     return fitted.eval().requires_grad_(False)
 
 
 def save(bridge: LearnedBridge, path: Path, about: dict[str, str]) -> None:
-    """Write a bridge's maps, in half precision, for :func:`lib_delta.bridges.load`."""
-    tensors = {
-        f"{name}.{key}": value.half().contiguous()
+    """Write a bridge's maps for :func:`lib_delta.bridges.learned.load`: large weights of states in 8 bits."""
+    state, difference = (
+        {f"{name}.{key}": value for key, value in module.state_dict().items()}
         for name, module in (("state", bridge.state), ("difference", bridge.difference))
-        for key, value in module.state_dict().items()
-    }
-    save_file(tensors, path, metadata={"format": "pt", **about})
+    )
+    halved = {key: value.half().contiguous() for key, value in difference.items()}
+    save_file(pack(state) | halved, path, metadata={"format": "pt", **about})
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,15 @@ class Size:
     rate: float = 2e-3
 
 
-def train_state(bridge: LearnedBridge, source: Tensor, target: Tensor, size: Size, seed: int = 0) -> StateMap:
+def train_state(bridge: LearnedBridge, source: Tensor, target: Tensor, size: Size, seed: int = 0) -> FilteredState:
     """Train a state map that starts from the bridge's, on latents ``(N, 2, C, H, W)``.
 
     Some are blurred, or averaged with others, in both spaces alike: what a denoising model estimates
     at high noise is an average of latents.
     """
-    fitted = StateMap(target.shape[2], source.shape[2], bridge.state.filter.weight.shape[-1], size.hidden, size.blocks)
+    fitted = FilteredState(
+        target.shape[2], source.shape[2], bridge.state.filter.weight.shape[-1], size.hidden, size.blocks
+    )
     _start(fitted, seed)
     # A bridge that was trained before trains on.
     fitted.load_state_dict(bridge.state.state_dict(), strict=False)
@@ -150,7 +153,7 @@ def _averaged(latents: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(chance < 0.12, soft, torch.where(chance < 0.22, mixed, latents))
 
 
-def _start(fitted: StateMap, seed: int) -> None:
+def _start(fitted: FilteredState, seed: int) -> None:
     """Draw the network's weights; its head is 0, so that at first the filter stands alone."""
     torch.manual_seed(seed)
     for name, parameter in fitted.named_parameters():
@@ -158,7 +161,9 @@ def _start(fitted: StateMap, seed: int) -> None:
             nn.init.kaiming_normal_(parameter, nonlinearity="relu")
 
 
-def _minimised(fitted: StateMap, loss: Callable[[torch.Generator], Tensor], size: Size, seed: int) -> StateMap:
+def _minimised(
+    fitted: FilteredState, loss: Callable[[torch.Generator], Tensor], size: Size, seed: int
+) -> FilteredState:
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(fitted.parameters(), lr=size.rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.rate, size.steps, pct_start=0.1)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib_delta.bridges.identity import IdentityBridge
-from lib_delta.bridges.maps import DifferenceMap, StateMap, wrap
+from lib_delta.bridges.maps import DifferenceMap, Shapes, state_map, wrap
+from lib_delta.bridges.packed import unpacked
 from lib_delta.bridges.protocol import Bridge, Crossing
 from lib_delta.checkpoint import WeightFile, fill
 from lib_delta.devices import without_autocast
@@ -20,7 +22,7 @@ from lib_delta.spaces import Space
 
 WEIGHTS = Path(__file__).parent
 SAME_SIZE = IdentityBridge()
-Map = TypeVar("Map", StateMap, DifferenceMap)
+Map = TypeVar("Map", bound=nn.Module)
 
 
 class State(Protocol):
@@ -112,19 +114,19 @@ def load(path: Path, tiled: bool = False) -> LearnedBridge:
     Raises :class:`CheckpointError` if the file is damaged or of another kind.
     """
     with WeightFile.open(path) as file:
-        state = _filled(StateMap, file.below("state."), path.name)
-        difference = _filled(DifferenceMap, file.below("difference."), path.name)
+        state = _filled(state_map, file.below("state."), path.name)
+        difference = _filled(DifferenceMap.from_shapes, file.below("difference."), path.name)
     if tiled:
         wrap(state)
         wrap(difference)
     return LearnedBridge(state, difference, path.stem)
 
 
-def _filled(kind: type[Map], file: WeightFile, name: str) -> Map:
+def _filled(map_of: Callable[[Shapes], Map], file: WeightFile, name: str) -> Map:
     try:
         with torch.device("meta"):
-            module = kind.from_shapes(file.shapes)
+            module = map_of(file.shapes)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{name} holds no bridge (no usable entry {error})") from error
-    fill(module, {key: file.tensor(key) for key in file.shapes}, name, torch.float32, "cpu")
+    fill(module, unpacked(file), name, torch.float32, "cpu")
     return module

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lib_delta.models import taesd
 
 Shapes = Mapping[str, tuple[int, ...]]
 REGRESSION_RIDGE = 0.01  # of latents, whose variance is about 1
@@ -65,13 +68,38 @@ def _network_shape(shapes: Shapes) -> tuple[int, int]:
     return shapes.get("network.0.weight", (0,))[0], blocks
 
 
-class StateMap(nn.Module):
-    """A target's clean latent ``(N, A, H, W)`` as the source's ``(N, B, H, W)``: a filter, and what a network adds.
+class StateMap(nn.Module, ABC):
+    """A target's clean latent ``(N, A, H, W)`` as the source's ``(N, B, H, W)``.
 
-    ``halving``, where there is one, gives the source's latent of the picture at half the size, which no average is.
+    Some know the source's latent of the picture at half the size as well, which no average is.
     """
 
     label = "learned bridge"
+
+    @property
+    @abstractmethod
+    def channels(self) -> tuple[int, int]:
+        """The channels of the target's latents, and of the source's."""
+
+    @abstractmethod
+    def at_same_size(self, z: Tensor) -> Tensor:
+        """Map a latent to one as large."""
+
+    @abstractmethod
+    def at_half_size(self, z: Tensor) -> Tensor | None:
+        """Map a latent to that of the picture at half the size; None where that is not known."""
+
+    def forward(self, z: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Map a latent, to another ``size`` than its own where one is given."""
+        full = tuple(z.shape[-2:])
+        if size is not None and full == (2 * size[0], 2 * size[1]) and (halved := self.at_half_size(z)) is not None:
+            return halved
+        mapped = self.at_same_size(z)
+        return mapped if size in (None, full) else F.interpolate(mapped, size, mode="area")
+
+
+class FilteredState(StateMap):
+    """A state map that is a filter, and what a small network adds."""
 
     def __init__(
         self, channels_in: int, channels_out: int, width: int = 5, hidden: int = 0, blocks: int = 0, half: int = 0
@@ -83,7 +111,7 @@ class StateMap(nn.Module):
         self.halving = Filter(channels_in, channels_out, half, bias=True, stride=2) if half else None
 
     @classmethod
-    def from_shapes(cls, shapes: Shapes) -> StateMap:
+    def from_shapes(cls, shapes: Shapes) -> FilteredState:
         """Read the sizes off weight shapes; raises ``KeyError`` or ``ValueError`` if they are of something else."""
         channels_out, channels_in, width, _ = shapes["filter.weight"]
         half = shapes.get("halving.weight", (0,))[-1]
@@ -91,19 +119,65 @@ class StateMap(nn.Module):
 
     @property
     def channels(self) -> tuple[int, int]:
-        """The channels of the target's latents, and of the source's."""
         channels_out, channels_in, _, _ = self.filter.weight.shape
         return channels_in, channels_out
 
-    def forward(self, z: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Map a latent, to another ``size`` than its own where one is given."""
-        if self.halving is not None and size is not None and tuple(z.shape[-2:]) == (2 * size[0], 2 * size[1]):
-            smaller: Tensor = self.halving(z)
-            return smaller
+    def at_same_size(self, z: Tensor) -> Tensor:
         mapped: Tensor = self.filter(z)
-        if self.network is not None and self.head is not None:
-            mapped = mapped + self.head(self.network(z))
-        return mapped if size in (None, tuple(z.shape[-2:])) else F.interpolate(mapped, size, mode="area")
+        return mapped if self.network is None or self.head is None else mapped + self.head(self.network(z))
+
+    def at_half_size(self, z: Tensor) -> Tensor | None:
+        return None if self.halving is None else self.halving(z)
+
+
+class StitchedState(StateMap):
+    """A state map of two tiny autoencoders, without the pictures between them.
+
+    The first layers of the target's decoder work at the latents' size, as the last of the source's encoder do: a
+    filter leads from what the ones know to what the others need, in place of drawing the picture and looking at it
+    (stitching: Lenc & Vedaldi 2015).  A second one, with a stride of 2, leads to the picture at half the size.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, reading: int, writing: int, width: int, half: int) -> None:
+        super().__init__()
+        self.reading = taesd.first_of_decoder(channels_in, reading)
+        self.middle = Filter(taesd.WIDTH + channels_in, taesd.WIDTH, width, bias=True)
+        self.halving = Filter(taesd.WIDTH + channels_in, taesd.WIDTH, half, bias=True, stride=2)
+        self.writing = taesd.last_of_encoder(channels_out, writing)
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> StitchedState:
+        """Read the sizes off weight shapes; raises ``KeyError`` or ``ValueError`` if they are of something else."""
+        reading, writing = (
+            sum(1 for key in shapes if key.startswith(part) and key.endswith("conv.0.weight"))
+            for part in ("reading.", "writing.")
+        )
+        channels_in, channels_out = shapes["reading.1.weight"][1], shapes[f"writing.{writing}.weight"][0]
+        width, half = shapes["middle.weight"][-1], shapes["halving.weight"][-1]
+        return cls(channels_in, channels_out, reading, writing, width, half)
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        last = self.writing[-1]
+        return self.middle.weight.shape[1] - taesd.WIDTH, last.weight.shape[0]
+
+    def known(self, z: Tensor) -> Tensor:
+        """Return what the filters are given of a latent: what the decoder's layers read in it, and itself."""
+        return torch.cat((self.reading(z), z), 1)
+
+    def at_same_size(self, z: Tensor) -> Tensor:
+        mapped: Tensor = self.writing(self.middle(self.known(z)))
+        return mapped
+
+    def at_half_size(self, z: Tensor) -> Tensor:
+        mapped: Tensor = self.writing(self.halving(self.known(z)))
+        return mapped
+
+
+def state_map(shapes: Shapes) -> StateMap:
+    """Return the state map, of either kind, that has weights of these shapes; raises as its ``from_shapes`` does."""
+    kind = StitchedState if "middle.weight" in shapes else FilteredState
+    return kind.from_shapes(shapes)
 
 
 class DifferenceMap(nn.Module):

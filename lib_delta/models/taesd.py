@@ -18,6 +18,7 @@ from lib_delta.checkpoint import WeightFile, fill
 from lib_delta.errors import CheckpointError
 
 WIDTH = 64
+BLOCKS = 3  # at every size but the picture's own
 FACTOR = 8  # picture pixels per latent pixel, along one side
 PARTS = ("encoder", "decoder")
 
@@ -50,17 +51,28 @@ def _convolution(channels: int, stride: int = 1) -> nn.Conv2d:
 def encoder(latent_channels: int) -> nn.Sequential:
     """Return pictures ``(N, 3, H, W)`` in 0..1 to latents ``(N, C, H/8, W/8)``, in the scale denoising models see."""
     layers: list[nn.Module] = [nn.Conv2d(3, WIDTH, 3, padding=1), Block(WIDTH)]
-    for _ in range(3):
-        layers += [_convolution(WIDTH, stride=2), *(Block(WIDTH) for _ in range(3))]
-    return nn.Sequential(*layers, nn.Conv2d(WIDTH, latent_channels, 3, padding=1))
+    for blocks in (BLOCKS, BLOCKS, 0):
+        layers += [_convolution(WIDTH, stride=2), *(Block(WIDTH) for _ in range(blocks))]
+    return nn.Sequential(*layers, *last_of_encoder(latent_channels))
 
 
 def decoder(latent_channels: int) -> nn.Sequential:
     """Return latents ``(N, C, H/8, W/8)``, in the scale denoising models see, to pictures ``(N, 3, H, W)`` in 0..1."""
-    layers: list[nn.Module] = [SoftClamp(), nn.Conv2d(latent_channels, WIDTH, 3, padding=1), nn.ReLU()]
-    for _ in range(3):
-        layers += [*(Block(WIDTH) for _ in range(3)), nn.Upsample(scale_factor=2), _convolution(WIDTH)]
-    return nn.Sequential(*layers, Block(WIDTH), nn.Conv2d(WIDTH, 3, 3, padding=1))
+    layers: list[nn.Module] = [*first_of_decoder(latent_channels)]
+    for blocks in (BLOCKS, BLOCKS, 1):
+        layers += [nn.Upsample(scale_factor=2), _convolution(WIDTH), *(Block(WIDTH) for _ in range(blocks))]
+    return nn.Sequential(*layers, nn.Conv2d(WIDTH, 3, 3, padding=1))
+
+
+def first_of_decoder(latent_channels: int, blocks: int = BLOCKS) -> nn.Sequential:
+    """Return the layers of a decoder that work at the latents' size, or the first of them."""
+    start = SoftClamp(), nn.Conv2d(latent_channels, WIDTH, 3, padding=1), nn.ReLU()
+    return nn.Sequential(*start, *(Block(WIDTH) for _ in range(blocks)))
+
+
+def last_of_encoder(latent_channels: int, blocks: int = BLOCKS) -> nn.Sequential:
+    """Return the layers of an encoder that work at the latents' size, or the last of them."""
+    return nn.Sequential(*(Block(WIDTH) for _ in range(blocks)), nn.Conv2d(WIDTH, latent_channels, 3, padding=1))
 
 
 def load(path: Path, part: str) -> nn.Sequential:
