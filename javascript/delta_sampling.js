@@ -26,6 +26,24 @@ const deltaSamplingTips = {
     unload: "Give the memory of the side models back. The next generation loads them again.",
 };
 
+const deltaSamplingUnitTips = {
+    image: "What the model looks at: a map, a picture that a preprocessor makes one of, or a picture that an IP-Adapter prompts with.",
+    images: "An IP-Adapter sees them together with the first; maps go to the images of a batch, one by one.",
+    pixel_perfect: "Make the map at the size that the side model works at, and anew for the pass of hires fix.",
+    preview: "Show what the preprocessor makes of the first picture.",
+    model: "A ControlNet, Control-LoRA, T2I-Adapter or IP-Adapter made for the base checkpoint's family.",
+    preprocessor: "What makes the map. None: the picture is a map already, or is for an IP-Adapter.",
+    weight: "How strongly the model steers. 0 adds nothing.",
+    start: "Where in the run it starts to count: 0 is the first step.",
+    end: "Where in the run it ceases to count: 1 is the last step.",
+    mode: "Which is more important. Prompt and control weaken each layer a little; control leaves the negative prompt alone as well, so that it counts for more.",
+    resize: "What becomes of a map whose proportions are not those of the picture.",
+    resolution: "The shorter side of the map, in pixels.",
+    threshold_a: "The preprocessor's first number; of canny, edges below it are left out.",
+    threshold_b: "The preprocessor's second number; of canny, edges above it are always there.",
+    weight_type: "How an IP-Adapter's weight is spread over the layers of the model.",
+};
+
 const deltaSamplingSliderEnd = 5;
 
 function deltaSamplingElement(tab, item) {
@@ -34,9 +52,15 @@ function deltaSamplingElement(tab, item) {
 
 function deltaSamplingTooltips(tab) {
     const translated = (text) => (window.getTranslation && window.getTranslation(text)) || text;
-    for (const [item, tip] of Object.entries(deltaSamplingTips)) {
-        const element = deltaSamplingElement(tab, item);
-        if (element) element.title = translated(tip);
+    const explain = (tips, prefix) => {
+        for (const [item, tip] of Object.entries(tips)) {
+            const element = deltaSamplingElement(tab, prefix + item);
+            if (element) element.title = translated(tip);
+        }
+    };
+    explain(deltaSamplingTips, "");
+    for (let unit = 1; deltaSamplingElement(tab, `unit${unit}_image`); unit++) {
+        explain(deltaSamplingUnitTips, `unit${unit}_`);
     }
 }
 

@@ -464,12 +464,12 @@ def test_a_map_is_shown_or_what_is_wrong_with_it(webui):
 
     shown = webui.hosts("unit_box").shown_map
     values = [widget.value for widget in webui.runner().inputs[len(SETTINGS) :][: len(FIELDS)]]
-    assert shown(*values) == (None, "<div>Put a picture in to see its map</div>")
+    assert shown(2, *values) == (None, "<div>Put a picture in to see its map</div>")
     values[1], values[3] = Image.new("L", (2, 2), 55), "canny"
-    made, said = shown(*values)
+    made, said = shown(2, *values)
     assert made.getpixel((0, 0)) == 200 and said == ""
     values[3] = "depth_midas"
-    assert shown(*values) == (None, "<div>The preprocessor depth_midas failed</div>")
+    assert shown(2, *values) == (None, "<div>The preprocessor depth_midas of unit 2 failed</div>")
 
 
 def test_axes_of_units_have_their_limits_and_lists(webui):

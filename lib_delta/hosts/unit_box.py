@@ -65,7 +65,7 @@ class UnitTab:
             w["image"] = gr.Image(label=label, elem_id=elem_id("image"), **source, **PICTURE)
             made = gr.Image(label=f"Map {self.of}", interactive=False, height=240, elem_id=elem_id("map"))
         w["images"] = gr.File(
-            label=f"More pictures {self.of}: an image prompt's are seen together, maps go by image of the batch",
+            label=f"More pictures {self.of}",
             file_count="multiple",
             file_types=["image"],
             height=100,
@@ -97,7 +97,7 @@ class UnitTab:
         for name in ("image", "images"):
             w[name].upload(_on, inputs=[], outputs=[w["enabled"]], **QUIET)
         inputs = [w[name] for name in FIELDS]
-        preview.click(shown_map, inputs=inputs, outputs=[made, said], show_progress="hidden")
+        preview.click(partial(shown_map, number), inputs=inputs, outputs=[made, said], show_progress="hidden")
 
     def _files(self, default: Unit) -> None:
         lists = {"model": ("ControlNet or IP-Adapter", control_choices), "preprocessor": ("Preprocessor", makers)}
@@ -152,13 +152,13 @@ def makers() -> list[str]:
     return [NONE, *host().units.preprocessors()]
 
 
-def shown_map(*values: Any) -> tuple[Any, str]:
+def shown_map(number: int, *values: Any) -> tuple[Any, str]:
     """Return the map that a unit's widgets ask for, and what is wrong with them."""
     unit = Unit(**{name: plain(name, value) for name, value in zip(FIELDS, values)})
     if not unit.pictures:
         return None, "<div>Put a picture in to see its map</div>"
     try:
-        return host().units.preview(unit), ""
+        return host().units.preview(unit, number), ""
     except DeltaError as error:
         text = str(error)
         return None, f"<div>{escape(text[:1].upper() + text[1:])}</div>"

@@ -41,13 +41,13 @@ class Units:
 
         return preprocessors.names()
 
-    def preview(self, unit: Unit) -> Any:
-        """Return the map of a unit's first picture, ``(H, W, 3)`` in bytes; raises :class:`DeltaError`."""
+    def preview(self, unit: Unit, number: int) -> Any:
+        """Return the map of unit ``number``'s first picture, ``(H, W, 3)`` in bytes; raises :class:`DeltaError`."""
         from lib_delta.hosts.pictures import BLACK, WHITE, in_bytes, pictures_of
 
         unit = replace(unit, enabled=True)
-        unit.check(1)
-        picture = pictures_of(unit.pictures[:1], 1, WHITE if unit.preprocessor else BLACK)[0]
+        unit.check(number)
+        picture = pictures_of(unit.pictures[:1], number, WHITE if unit.preprocessor else BLACK)[0]
         return in_bytes(self.map_of(unit, picture) if unit.preprocessor else picture)
 
     def clear(self) -> None:

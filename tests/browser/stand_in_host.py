@@ -6,6 +6,8 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image
+
 from lib_delta.errors import DeltaError
 from lib_delta.picked import Card
 from lib_delta.presets import Presets
@@ -30,10 +32,10 @@ class StandInUnits:
         """Return their names."""
         return ["canny", "depth_midas"]
 
-    def preview(self, unit):
+    def preview(self, unit, number):
         """Turn the picture into its negative; one preprocessor fails."""
         if unit.preprocessor == "depth_midas":
-            raise DeltaError("the preprocessor depth_midas failed")
+            raise DeltaError(f"the preprocessor depth_midas of unit {number} failed")
         return unit.image.convert("L").point(lambda value: 255 - value)
 
 
@@ -71,6 +73,18 @@ class StandInCatalog:
         self.known_loras.append(f"found-{len(self.known_loras)}")
 
 
+def described(unit):
+    """Tell what pictures a unit was given: the size, the mode and the highest value of each."""
+    pictures = [Image.open(given) if isinstance(given, str) else given for given in unit.pictures]
+    return " ".join(f"{each.width}x{each.height} {each.mode} {highest(each)}" for each in pictures) or "nothing"
+
+
+def highest(picture):
+    """Return the highest value of any of a picture's channels."""
+    found = picture.getextrema()
+    return found[1] if isinstance(found[1], int) else max(high for _, high in found)
+
+
 class StandInHost:
     """What the script sees of a WebUI."""
 
@@ -106,6 +120,9 @@ class StandInHost:
             return
         p.delta_request = request
         p.extra_generation_params.update(request.infotext())
+        seen = [f"{number}: {described(unit)}" for number, unit in enumerate(request.units, 1) if unit.enabled]
+        if seen:
+            p.extra_generation_params["Seen by units"] = "; ".join(seen)
 
     def process_batch(self, p):
         """Take note."""

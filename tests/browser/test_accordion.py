@@ -7,13 +7,18 @@ import urllib.error
 import urllib.request
 
 import pytest
-from served import SCREENSHOTS, browser, missing, serve
+from served import SCREENSHOTS, missing
 
 if missing():
     pytest.skip(missing(), allow_module_level=True)
 
 import gradio
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
+
+pytest.register_assert_rewrite("tabs")
+from tabs import Tab  # noqa: E402 - its asserts are rewritten
+
+pytest_plugins = ("tabs",)
 
 DELTA = (
     "a castle, <lora:x:1>\nSteps: 20, Sampler: Euler, Seed: 1, Delta lambda: 6.5, Delta end: 0.6, Delta curve: cosine, "
@@ -21,7 +26,6 @@ DELTA = (
     'Delta LoRAs: "moxin:0.8, lineart:1:te=0.5", Delta prompt: "ink, brush", Delta hires: first pass'
 )
 PLAIN = "a castle\nSteps: 20, Sampler: Euler, Seed: 1"
-expect.set_options(timeout=20_000)
 PASTED = {
     "strength": "6.5",
     "end": "0.6",
@@ -31,112 +35,6 @@ PASTED = {
     "loras": "moxin:0.8, lineart:1:te=0.5",
     "prompt": "ink, brush",
 }
-
-
-@pytest.fixture(scope="module")
-def webui(tmp_path_factory):
-    """The address of the stand-in."""
-    with serve(tmp_path_factory.mktemp("webui") / "log.txt") as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """A browser."""
-    with sync_playwright() as playwright:
-        # Chromium refuses its sandbox to root, which is who runs tests in a container.
-        started = playwright.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
-@pytest.fixture
-def open_page(chromium, webui):
-    """A function that opens the stand-in in a page of a given width and theme; the page's errors fail the test."""
-    pages, errors = [], []
-
-    def opened(width=1280, height=1250, theme="light"):
-        page = chromium.new_page(viewport={"width": width, "height": height})
-        page.set_default_timeout(20_000)
-        page.on("pageerror", lambda error: errors.append(error))
-        page.route("**/*", lambda route: route.continue_() if route.request.url.startswith(webui) else route.abort())
-        page.goto(f"{webui}/?__theme={theme}")
-        page.wait_for_selector("#script_img2img_delta_sampling_enabled-visible-checkbox", state="attached")
-        pages.append(page)
-        return page
-
-    yield opened
-    for page in pages:
-        page.close()
-    assert not errors, errors
-
-
-class Tab:
-    """One tab of the page, by what is in the accordion."""
-
-    def __init__(self, page, name="txt2img"):
-        self.page, self.name = page, name
-        self.select(name)
-
-    def select(self, name):
-        self.page.locator("#tabs .tab-nav button").get_by_text(name, exact=True).first.click()
-
-    def item(self, name):
-        # gradio 3 gives the id of a gr.HTML to what is inside it as well
-        return self.page.locator(f"#script_{self.name}_delta_sampling_{name}").first
-
-    def box(self, name):
-        """The part of a widget that holds its value."""
-        return self.item(name).locator("input, textarea").first
-
-    @property
-    def enabled(self):
-        return self.page.locator(f"#script_{self.name}_delta_sampling_enabled-visible-checkbox")
-
-    def open(self):
-        self.item("enabled").locator(".label-wrap").first.click()
-        expect(self.enabled).to_be_checked()
-        return self
-
-    def type(self, name, value):
-        self.box(name).fill(value)
-        self.box(name).blur()
-
-    def choose(self, name, value):
-        option = self.item(name).locator("ul.options li").filter(has_text=value)
-        self.box(name).click()
-        for _ in range(20):  # a list that is open stays as it was when the answer of a refresh button arrives
-            if option.count():
-                break
-            self.page.wait_for_timeout(500)
-            self.box(name).blur()
-            self.box(name).click()
-        option.click()
-
-    def drawn(self, words):
-        expect(self.item("drawing").locator("svg")).to_have_attribute("aria-label", words)
-
-    def generate(self):
-        """Generate, and return the picture's text."""
-        log = self.page.locator(f"#html_log_{self.name}").first
-        text = self.page.locator(f"#{self.name}_infotext textarea")
-        before = log.inner_text()
-        self.page.click(f"#{self.name}_generate")
-        expect(log).to_contain_text("Time taken")
-        expect(log).not_to_have_text(before)
-        expect(text).not_to_have_value("")
-        return text.input_value()
-
-    def paste(self, text):
-        self.select("PNG info")
-        self.page.fill("#pnginfo_text textarea", text)
-        self.page.click(f"#pnginfo_to_{self.name}")
-        self.select(self.name)
-
-
-@pytest.fixture
-def tab(open_page):
-    return Tab(open_page()).open()
 
 
 def test_lambda_is_drawn_anew_whenever_a_part_of_it_changes(tab):
@@ -359,7 +257,7 @@ def test_widgets_have_tooltips_in_both_tabs(open_page):
     page = open_page()
     for name in ("txt2img", "img2img"):
         tab = Tab(page, name)
-        for item in ("strength", "curve", "loras", "adapted", "hires", "unload"):
+        for item in ("strength", "curve", "loras", "adapted", "hires", "unload", "unit1_images", "unit3_mode"):
             assert tab.item(item).get_attribute("title"), item
 
 
