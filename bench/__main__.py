@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from torch import nn
 
 from bench import bridges, operations, storage
 from bench.models import Layout, diffusers_unet, random_lora, random_unet, sd15, sdxl
-from bench.timing import Case, ratios, rounds
+from bench.timing import Case, keep_memory, ratios, rounds
 from lib_delta.adapters.apply import Form, attach, detach
 from lib_delta.adapters.load import AdapterFile
 from lib_delta.families import Family
-from lib_delta.models.unet import Text, UNet
+from lib_delta.models.unet import CrossAttention, Text, UNet
 
+# Of the steps of a run, how many the side model is asked in.
+SHARES = {"exact": 1.0, "balanced": 0.5, "fast": 0.25}
 WIDTHS = {"tiny": 64, "small": 128, "full": 320}
 LAYERS = {"all layers": "", "attention": "attn", "decoder": "output_blocks"}
 FORMS: tuple[Form, ...] = ("merged", "bypass", "automatic")
@@ -48,6 +51,15 @@ class Passes:
         self.other_text = Text(torch.cat((self.text.context, make(1, 2, 77, width))), rows, {})
 
     @torch.no_grad()
+    def adapted(self, adapters: Sequence[tuple[AdapterFile, float]] = (), form: Form = "merged") -> None:
+        """Have these adapters attached, and know the prompts' keys and values, as in all steps but the first."""
+        attach(self.unet, adapters, form)
+        for layer in self.unet.modules():
+            if isinstance(layer, CrossAttention) and layer.to_k.weight.shape[1] == self.text.context.shape[-1]:
+                self.text.keys_values(layer)
+                self.other_text.keys_values(layer)
+
+    @torch.no_grad()
     def ours(self, text: Text | None = None) -> None:
         """Evaluate our UNet, with whatever is attached."""
         self.unet(self.x, self.t, text or self.text)
@@ -62,7 +74,7 @@ class Passes:
 
     def cases(self, loras: dict[str, AdapterFile]) -> dict[str, Case]:
         """Return everything that is timed."""
-        plain = partial(detach, self.unet)
+        plain = self.adapted
         cases = {
             PLAIN: Case(self.theirs),
             FOUR: Case(partial(self.theirs, 4)),
@@ -72,14 +84,13 @@ class Passes:
         }
         for title, lora in loras.items():
             for form in FORMS:
-                cases[f"ours, {title}, {form}"] = Case(self.ours, partial(attach, self.unet, [(lora, 1.0)], form))
+                cases[f"ours, {title}, {form}"] = Case(self.ours, partial(self.adapted, [(lora, 1.0)], form))
         return cases
 
 
 def flops(case: Case) -> float:
     """Return the floating-point operations of a case, in units of 10^9."""
     case.prepare()
-    case.run()  # keys and values of the prompt are then known, as they are in all steps but the first
     return operations.gflop(case.run)
 
 
@@ -134,17 +145,19 @@ def native_times(width: int, size: int, rounds_: int, device: torch.device, dtyp
         plain()
         source.ours()
 
-    attach(source.unet, [(lora, 1.0)], "automatic")
+    source.adapted([(lora, 1.0)], "automatic")
     cases = {"plain step": Case(plain), "whole step, exact": Case(whole)}
     found = ratios(rounds(cases, rounds_, device), "plain step")
-    return {"width": width, "latents of the target": 2 * size, **found}
+    share = found["whole step, exact"]["ratio"] - 1
+    balanced, fast = (round(1 + share * part, 3) for part in (SHARES["balanced"], SHARES["fast"]))
+    about = {"width": width, "latents of the target": 2 * size, "dtype": str(dtype).removeprefix("torch.")}
+    return {**about, **found, "whole step, balanced": balanced, "whole step, fast": fast}
 
 
 def delta_steps(passes: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Return what a step with the delta takes, in plain steps, at each quality."""
-    shares = {"exact": 1.0, "balanced": 0.5, "fast": 0.25}
     return {
-        name: {quality: round(1 + share * row["ratio"], 3) for quality, share in shares.items()}
+        name: {quality: round(1 + share * row["ratio"], 3) for quality, share in SHARES.items()}
         for name, row in passes.items()
         if name.startswith("ours, ") or name == PUBLISHED
     }
@@ -155,6 +168,10 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
+    keep_memory()
+    if options.native_only:
+        _native_alone(options, device)
+        return
     passes = Passes(sd15(WIDTHS[options.width]), options.size, device, dtype)
     loras = {title: random_lora(passes.unet, options.rank, only) for title, only in LAYERS.items()}
     cases = passes.cases(loras)
@@ -164,9 +181,7 @@ def main() -> None:
         times[name]["flops"] = round(flops(case) / plain, 3)
         times[name]["activations, MB"] = round(activations(case, passes), 1)
     results = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        **_machine(device),
         "dtype": str(dtype).removeprefix("torch."),
         "width": WIDTHS[options.width],
         "latent": options.size,
@@ -180,8 +195,24 @@ def main() -> None:
     detach(passes.unet)
     results["load"] = storage.loading(passes.unet, options.rounds)
     del passes, cases, loras
-    results["native resolution, timed"] = native_times(64, options.size, options.rounds, device, dtype)
+    results["native resolution, timed"] = native_times(WIDTHS["tiny"], options.size, options.rounds, device, dtype)
     _write(results, options.out / f"{device.type}-{options.width}-{options.size}")
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def _native_alone(options: argparse.Namespace, device: torch.device) -> None:
+    """Time a step of SDXL's layout with the delta, in half precision, and write that."""
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    found = native_times(WIDTHS[options.width], options.size, options.rounds, device, dtype)
+    text = json.dumps({**_machine(device), "rounds": options.rounds, **found}, indent=1) + "\n"
+    path = options.out / f"{device.type}-native-{options.width}-{options.size}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, "utf-8")
+    print(f"{text}\nwritten to {path}")
 
 
 def _write(results: dict[str, Any], path: Path) -> None:
@@ -221,6 +252,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--width", choices=sorted(WIDTHS), default="tiny", help="full is SD 1.5's own, 320 channels")
     parser.add_argument("--size", type=int, default=16, help="latents are this many pixels wide and high")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--native-only", action="store_true", help="only a step of SDXL's layout at this width, with the side model's"
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
