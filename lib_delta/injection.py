@@ -78,7 +78,9 @@ class Inputs:
     """What the adapted model is given in one evaluation: N rows, the prompts' and then the negative prompts'.
 
     ``x`` ``(N, C, h, w)`` scaled as the UNet's input, ``t`` ``(N,)``, ``context`` ``(N, T, W)``, ``label``
-    ``(N, L)`` for SDXL; ``images`` ``(N,)`` is each row's image, ``uncond`` ``(N,)`` marks the negative prompts'.
+    ``(N, L)`` for SDXL; ``images`` ``(N,)`` is each row's image, ``uncond`` ``(N,)`` marks the negative prompts';
+    ``prompts`` are the numbers ``(K,)`` of all others, where they are known without a look at the device.  While the
+    prompts stay, ``context`` is the same object.
     """
 
     x: Tensor
@@ -87,6 +89,12 @@ class Inputs:
     label: Tensor | None
     images: Tensor
     uncond: Tensor
+    prompts: Tensor | None = None
+
+    @property
+    def prompted(self) -> Tensor:
+        """The numbers ``(K,)`` of the prompts' rows."""
+        return (~self.uncond).nonzero()[:, 0] if self.prompts is None else self.prompts
 
 
 # An adaptation that is not weights.

@@ -164,8 +164,9 @@ class Source:
         with_uncond = not uncond_skipped and (cfg_scale != 1 or joined.weights is not None)
         told = joined.on(weight.device, weight.dtype, with_uncond)
         model_x, t = self.parameterization.model_input(x, sigma, self.quantize)
-        of_uncond = torch.arange(len(told.rows), device=weight.device) >= len(told.images)
-        batch = _Batch(model_x.to(weight.dtype), t, told.text, told.label, told.rows, of_uncond)
+        numbers = torch.arange(len(told.rows), device=weight.device)
+        prompts, of_uncond = numbers[: len(told.images)], numbers >= len(told.images)
+        batch = _Batch(model_x.to(weight.dtype), t, told.text, told.label, told.rows, of_uncond, prompts)
         output = self._evaluated(batch)
         denoised = self.parameterization.denoised(output.float(), x[told.rows], sigma[told.rows])
         cond, uncond = denoised[:, : len(told.images)], denoised[:, len(told.images) :]
@@ -239,7 +240,8 @@ class Source:
 class _Batch:
     """What the UNet is given: latents ``(N, C, H, W)``, timesteps ``(N,)``, and what their M rows are told.
 
-    Labels are ``(R, M, L)``; ``images`` ``(M,)`` is each row's image, ``uncond`` marks those of negative prompts.
+    Labels are ``(R, M, L)``; ``images`` ``(M,)`` is each row's image, ``uncond`` marks those of negative prompts, and
+    ``prompts`` are the numbers of the others, where they are known without a look at the device.
     """
 
     x: Tensor
@@ -248,6 +250,7 @@ class _Batch:
     label: Tensor | None
     images: Tensor
     uncond: Tensor
+    prompts: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -286,7 +289,7 @@ class _Batch:
         rows = self.text.rows
         x, t = (self.x, self.t) if rows is None else (self.x[rows], self.t[rows])
         label = None if self.label is None else self.label[-1]
-        inputs = Inputs(x, t, self.text.context[-1], label, self.images, self.uncond)
+        inputs = Inputs(x, t, self.text.adapted, label, self.images, self.uncond, self.prompts)
         return sum((guide(inputs) for guide in guides), Injection())
 
 

@@ -220,7 +220,19 @@ def followed(change: Tensor, state: Tensor, edges: str = "replicate") -> Tensor:
     known, mean = known - known.mean(1, keepdim=True), wanted.mean(1, keepdim=True)
     gram = known.transpose(1, 2) @ known / known.shape[1]
     moment = known.transpose(1, 2) @ (wanted - mean) / known.shape[1]
-    # So few numbers are solved for where every device's users can: not all have a solver.
-    ridged = gram.cpu() + REGRESSION_RIDGE * torch.eye(gram.shape[-1])
-    weights = torch.linalg.solve(ridged, moment.cpu()).to(change.device)
-    return (known @ weights + mean).transpose(1, 2).reshape(change.shape)
+    ridged = gram + REGRESSION_RIDGE * torch.eye(gram.shape[-1], device=gram.device)
+    return (known @ solved(ridged, moment) + mean).transpose(1, 2).reshape(change.shape)
+
+
+def solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """Return ``(N, n, m)`` that positive definite matrices ``(N, n, n)`` map to ``right`` ``(N, n, m)``.
+
+    By Gauss-Jordan elimination, which needs no pivots here: not every device has a solver, and those that have one
+    may wait for the device to look whether it succeeded.
+    """
+    count, rows = matrix.shape[-1], torch.cat((matrix, right), 2)
+    unit = torch.eye(count, device=matrix.device)
+    for i in range(count):
+        row = rows[:, i : i + 1] / rows[:, i : i + 1, i : i + 1]
+        rows = rows - (rows[:, :, i : i + 1] - unit[:, i : i + 1]) * row
+    return rows[:, :, count:]

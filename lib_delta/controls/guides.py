@@ -15,7 +15,7 @@ from lib_delta.errors import SettingError
 from lib_delta.injection import Attended, Guide, Injection, Inputs
 from lib_delta.models.controlnet import ControlNet, T2IAdapter, batch_of, feature_injection
 from lib_delta.models.ip_adapter import IPAdapter, attend, cross_attentions
-from lib_delta.models.unet import UNet
+from lib_delta.models.unet import Text, UNet
 
 # Which counts more, as Mikubill's extension calls it: "prompt" and "control" weaken what steers the shallow layers,
 # and "control" leaves the negative prompt's estimate alone, so that guidance strengthens the control.
@@ -50,6 +50,7 @@ class ControlNetGuide:
     mode: Mode = "balanced"
     pooled: bool = False
     _hints: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _told: tuple[Tensor, Text] | None = None
 
     def __post_init__(self) -> None:
         _refuse_unknown(self.mode, get_args(Mode), "control mode")
@@ -57,16 +58,21 @@ class ControlNetGuide:
     def __call__(self, inputs: Inputs) -> Injection:
         if not self.weight:
             return Injection()
-        rows = torch.ones_like(inputs.uncond)
-        if self.mode == "control" or self.pooled:
-            rows = ~inputs.uncond
-        hint = self._hint(inputs)[inputs.images[rows] % self.map.count]
-        label = None if inputs.label is None else inputs.label[rows]
-        residuals = self.model(inputs.x[rows], inputs.t[rows], inputs.context[rows], hint, label)
+        rows = inputs.prompted if self.mode == "control" or self.pooled else None
+        hint = self._hint(inputs)[of_rows(inputs.images, rows) % self.map.count]
+        label = None if inputs.label is None else of_rows(inputs.label, rows)
+        x, t = of_rows(inputs.x, rows), of_rows(inputs.t, rows)
+        residuals = self.model(x, t, self._text(inputs, rows), hint, label)
         if self.pooled:
             residuals = [residual.mean((2, 3), keepdim=True).expand_as(residual) for residual in residuals]
         weighted = [weight * residual for weight, residual in zip(self.weights(len(residuals)), residuals)]
-        return Injection(decoder=dict(enumerate(batch_of(weighted, rows))))
+        return Injection(decoder=dict(enumerate(batch_of(weighted, rows, len(inputs.x)))))
+
+    def _text(self, inputs: Inputs, rows: Tensor | None) -> Text:
+        """Return what the network is told, whose keys and values are the same while the prompts are."""
+        if self._told is None or self._told[0] is not inputs.context:
+            self._told = inputs.context, Text(of_rows(inputs.context, rows)[None], known={})
+        return self._told[1]
 
     def weights(self, count: int) -> list[float]:
         """Return the weight of each of ``count`` layers, the middle block's last."""
@@ -104,10 +110,10 @@ class FeatureGuide:
     def __call__(self, inputs: Inputs) -> Injection:
         if not self.weight:
             return Injection()
-        rows = ~inputs.uncond if self.mode == "control" else torch.ones_like(inputs.uncond)
-        which = inputs.images[rows] % self.map.count
+        rows = inputs.prompted if self.mode == "control" else None
+        which = of_rows(inputs.images, rows) % self.map.count
         weighted = [self.weight * feature[which] for feature in self._seen(inputs)]
-        return feature_injection(self.unet, batch_of(weighted, rows))
+        return feature_injection(self.unet, batch_of(weighted, rows, len(inputs.x)))
 
     def _seen(self, inputs: Inputs) -> list[Tensor]:
         size = (inputs.x.shape[-2], inputs.x.shape[-1])
@@ -150,6 +156,11 @@ class ImageGuide:
             for i, ((place, module), (k, v)) in enumerate(zip(layers, self._seen, strict=True))
         }
         return Injection(attended=attended)  # type: ignore[arg-type]
+
+
+def of_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the rows of these numbers, or all where there are none."""
+    return tensor if rows is None else tensor[rows]
 
 
 def _refuse_unknown(value: str, known: Sequence[str], what: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lib_delta.fork import Conv2d
 from lib_delta.injection import Injection
-from lib_delta.models.unet import Downsample, Encoder, UNet, UNetConfig
+from lib_delta.models.unet import Downsample, Encoder, Text, UNet, UNetConfig
 
 
 class ControlNet(Encoder):
@@ -49,18 +49,21 @@ class ControlNet(Encoder):
             h = convolution(F.silu(h))
         return h[0]
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, hint: Tensor, label: Tensor | None = None) -> list[Tensor]:
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor | Text, hint: Tensor, label: Tensor | None = None
+    ) -> list[Tensor]:
         """Return what to add to each input block's output, and last to the middle block's.
 
         Args:
             x: latents ``(N, C, h, w)``, scaled as the UNet's input.
             t: timesteps ``(N,)``.
-            context: encoded text ``(N, T, context_width)``.
+            context: encoded text ``(N, T, context_width)``, or a :class:`Text` of one branch and N rows.
             hint: the map's features (:meth:`hint`).
             label: pooled text and size embedding ``(N, label_width)``, for SDXL.
         """
         emb = self.embed(t, None if label is None else label[None], x.dtype)
-        outputs = self.encode(x[None], emb, context[None], Injection({0: hint}, alone=True))
+        text = context if isinstance(context, Text) else Text(context[None])
+        outputs = self.encode(x[None], emb, text, Injection({0: hint}, alone=True))
         zero_convs = [*(parts[0] for parts in self.zero_convs), self.middle_block_out[0]]
         return [convolution(output)[0] for convolution, output in zip(zero_convs, outputs)]
 
@@ -173,13 +176,11 @@ def feature_injection(unet: UNet, features: Sequence[Tensor]) -> Injection:
     return Injection(blocks=dict(zip([ends[0] + 1, *ends[1:]], inside)), decoder={len(unet.input_blocks): middle})
 
 
-def batch_of(residuals: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
-    """Spread ``(M, C, h, w)``, computed for the rows that ``rows`` ``(N,)`` marks, over all N; others get zeros."""
-    if bool(rows.all()):
+def batch_of(residuals: Sequence[Tensor], rows: Tensor | None, count: int) -> list[Tensor]:
+    """Spread ``(M, C, h, w)``, of the rows of these numbers ``(M,)``, over all ``count``; others get zeros.
+
+    Where ``rows`` is None they are of all.
+    """
+    if rows is None:
         return list(residuals)
-    spread = []
-    for residual in residuals:
-        whole = residual.new_zeros(len(rows), *residual.shape[1:])
-        whole[rows] = residual
-        spread.append(whole)
-    return spread
+    return [residual.new_zeros(count, *residual.shape[1:]).index_copy_(0, rows, residual) for residual in residuals]

@@ -13,6 +13,7 @@ import re
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +138,11 @@ class Text:
     context: Tensor
     rows: Tensor | None = None
     known: dict[CrossAttention, _KeysValues] | None = None
+
+    @cached_property
+    def adapted(self) -> Tensor:
+        """What the adapted model's rows are told, ``(M, T, C)``; always the same object."""
+        return self.context[-1]
 
     @classmethod
     def of(cls, context: Tensor | Text) -> Text:
