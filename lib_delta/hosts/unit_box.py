@@ -68,7 +68,7 @@ class UnitTab:
             label=f"More pictures {self.of}",
             file_count="multiple",
             file_types=["image"],
-            height=100,
+            height=140,
             elem_id=elem_id("images"),
         )
         with gr.Row(**ROW):
@@ -85,7 +85,7 @@ class UnitTab:
             self._choice("mode", "Control mode", MODES, default)
             self._choice("resize", "Resize mode", RESIZES, default)
         with gr.Row(**ROW):
-            for name, label in (("resolution", "Resolution"), ("threshold_a", "Threshold A"), ("threshold_b", "B")):
+            for name, label in (("resolution", "Resolution"), ("threshold_a", "Threshold A"), ("threshold_b", "Threshold B")):
                 w[name] = gr.Number(
                     label=f"{label} of the map {self.of} (-1: its own)",
                     value=getattr(default, name),

@@ -25,7 +25,7 @@ from modules import (
     shared,
 )
 
-from lib_delta.errors import DeltaError, SettingError
+from lib_delta.errors import AdapterError, DeltaError, SettingError
 from lib_delta.hosts import heatmap, tags
 from lib_delta.hosts.catalog import Catalog
 from lib_delta.hosts.cell import claim_in_grid, is_cell, picture_of
@@ -302,7 +302,8 @@ class Host(ABC):
             return self._prepare(p, asked)
         except Exception as error:  # whatever it is, the user hears of it
             fault = sentence(error, "loading the side model of Delta Sampling")
-            self._give_back()
+            if not isinstance(fault, (SettingError, AdapterError)):  # the base is not to blame, and waits for better
+                self._give_back()
             self._last = f"Last run: no step had the delta: {fault}"
             if isinstance(fault, SettingError) or one_of("on_error", ON_ERROR) == STOP:
                 raise fault from None if fault is error else error
