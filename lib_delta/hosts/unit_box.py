@@ -85,7 +85,8 @@ class UnitTab:
             self._choice("mode", "Control mode", MODES, default)
             self._choice("resize", "Resize mode", RESIZES, default)
         with gr.Row(**ROW):
-            for name, label in (("resolution", "Resolution"), ("threshold_a", "Threshold A"), ("threshold_b", "Threshold B")):
+            numbers = {"resolution": "Resolution", "threshold_a": "Threshold A", "threshold_b": "Threshold B"}
+            for name, label in numbers.items():
                 w[name] = gr.Number(
                     label=f"{label} of the map {self.of} (-1: its own)",
                     value=getattr(default, name),

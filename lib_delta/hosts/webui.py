@@ -302,8 +302,8 @@ class Host(ABC):
             return self._prepare(p, asked)
         except Exception as error:  # whatever it is, the user hears of it
             fault = sentence(error, "loading the side model of Delta Sampling")
-            if not isinstance(fault, (SettingError, AdapterError)):  # the base is not to blame, and waits for better
-                self._give_back()
+            if not (isinstance(fault, (SettingError, AdapterError)) and bases_kept()):
+                self._give_back()  # else the base is not to blame, and waits for something better
             self._last = f"Last run: no step had the delta: {fault}"
             if isinstance(fault, SettingError) or one_of("on_error", ON_ERROR) == STOP:
                 raise fault from None if fault is error else error

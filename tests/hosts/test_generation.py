@@ -26,7 +26,7 @@ pytest.importorskip("transformers", reason="transformers is not installed, whose
 from small_files import Files, checkpoint, lora_factors, make_files, with_lora, write, write_lora
 from stand_in_webui import FORGES, STAND_IN, WebUI, folders, relative, running
 
-from lib_delta.errors import CheckpointError, DeltaError, SettingError
+from lib_delta.errors import AdapterError, CheckpointError, DeltaError, SettingError
 from lib_delta.source import Source
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchsde", "ignore:To copy construct from a tensor")
@@ -766,6 +766,24 @@ def test_a_base_that_is_kept_is_not_loaded_again(webui: WebUI) -> None:
     model = webui.side_model
     webui.generate({**DELTA, "loras": "ink:0.5"})
     assert webui.side_model is model
+
+
+@pytest.mark.parametrize("kept", [1, 0])
+def test_a_lora_that_cannot_be_used_does_not_cost_the_base(webui: WebUI, files: Files, kept: int) -> None:
+    before = webui.latents(DELTA)
+    model = webui.side_model
+    webui.shared.opts.delta_sampling_cache = kept
+    bad = files.lora_file("bad")
+    bad.write_bytes(b"no LoRA")
+    try:
+        for loras, error in (("ink, bad", AdapterError), ("inks", SettingError), ("ink:1:lbw=1,0", SettingError)):
+            with pytest.raises(error):
+                webui.generate({**DELTA, "loras": loras})
+            assert list(webui.host._models) == [model] * kept
+    finally:
+        bad.unlink()
+        sys.modules["networks"].available_networks.pop("bad", None)  # type: ignore[attr-defined]
+    assert torch.equal(webui.latents(DELTA), before)
 
 
 def test_changed_files_are_read_again(webui: WebUI, files: Files) -> None:
