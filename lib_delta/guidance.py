@@ -171,16 +171,16 @@ class DeltaDenoiser:
         return self.guidance(step)
 
 
-LEAST_CFG, OWN_CFG = 3.0, 5.0
+LEAST_CFG = 3.0  # of those that the method was shown with
 
 
 def side_cfg(main: float, base: Family, target: Family, asked: float | None = None) -> float:
     """Return the guidance scale of the side model where the main one runs at ``main``.
 
-    ``asked`` is the user's number; None is automatic: the main one's, unless that is below 3.  Few-step
-    and distilled models run at 1 or 2, where a ``base`` of another family says little; it then gets 5.
+    ``asked`` is the user's number; None is automatic: the main one's, or 3 where that is less.  Few-step
+    and distilled models run at 1 or 2, where a ``base`` of another family says little of its prompt.
     A target of the base's own family keeps its scale, so that the delta is what the adapter does to it.
     """
     if asked is not None:
         return asked
-    return main if main >= LEAST_CFG or base is target else OWN_CFG
+    return main if base is target else max(main, LEAST_CFG)

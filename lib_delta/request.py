@@ -86,7 +86,7 @@ class Request:
         0.0,
         "cfg",
         "Delta CFG",
-        "guidance scale of the side model; 0: the main one's, or 5 beside a model of another family below 3",
+        "guidance scale of the side model; 0: the main one's, or 3 beside a model of another family that runs below",
         minimum=0,
         maximum=30,
     )

@@ -146,6 +146,6 @@ def test_the_range_holds_over_a_run() -> None:
 
 def test_the_side_model_has_a_scale_of_its_own_where_the_main_one_says_little() -> None:
     assert side_cfg(7.0, Family.SD1, Family.SDXL) == 7.0
-    assert side_cfg(1.0, Family.SD1, Family.SDXL) == 5.0
+    assert side_cfg(1.0, Family.SD1, Family.SDXL) == side_cfg(2.9, Family.SD1, Family.FLUX) == 3.0
     assert side_cfg(1.0, Family.SD1, Family.SD1) == 1.0
     assert side_cfg(1.0, Family.SD1, Family.SD1, asked=2.5) == 2.5

@@ -33,7 +33,7 @@ from lib_delta.models import taesd
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchsde", "ignore:To copy construct from a tensor")
 DELTA = {"base": "base", "loras": "ink"}
 MAPS = Path(__file__).resolve().parents[2] / "lib_delta" / "bridges"
-SIDE_CFG, SIDE_SIGMA_MAX = 5.0, 14.6146
+SIDE_CFG, SIDE_SIGMA_MAX = 3.0, 14.6146
 PROMPTS = ["a cat on a mat"], ["blue"]
 # What the WebUIs' models of each space are told by: Forge's numbers, and AUTOMATIC1111's flag.
 SPACES = {"sdxl": ((4, 0.13025), "is_sdxl"), "sd3": ((16, 1.5305), "is_sd3"), "flux1": ((16, 0.3611), "")}

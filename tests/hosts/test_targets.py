@@ -111,7 +111,7 @@ def test_a_target_with_latents_of_flux_gets_a_delta_over_the_learned_bridge(
 
 
 @pytest.mark.parametrize(
-    ("main", "given", "expected"), [(1.0, {}, 5.0), (2.9, {}, 5.0), (4.0, {}, 4.0), (1.0, {"cfg": 7}, 7.0)]
+    ("main", "given", "expected"), [(1.0, {}, 3.0), (2.9, {}, 3.0), (4.0, {}, 4.0), (1.0, {"cfg": 7}, 7.0)]
 )
 def test_the_side_models_guidance_beside_a_few_step_target(
     webui: WebUI, monkeypatch: pytest.MonkeyPatch, asked: list[Any], main: float, given: Any, expected: float
