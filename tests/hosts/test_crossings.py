@@ -107,7 +107,7 @@ class Expected:
 
     def __init__(self, webui: WebUI, space: str, flow: bool) -> None:
         self.flow, self.maps = flow, load_file(MAPS / f"sd1-{space}.safetensors")
-        self.maps = {name: weight.float() for name, weight in self.maps.items()}
+        self.maps = {name: self._whole(name) for name in self.maps}
         before = webui.shared.sd_model
         self.models = [self._loaded(webui, name) for name in (webui.files.base, webui.files.tuned)]
         webui.shared.sd_model = before
@@ -144,9 +144,34 @@ class Expected:
         base, tuned = (model(state, levels) for model in self.models)
         return self.difference(tuned - base, denoised)
 
+    def _whole(self, name: str) -> Tensor:
+        """Return weights that may be stored in 8 bits, with a factor for each output channel."""
+        weight, scale = self.maps[name].float(), self.maps.get(f"{name}.scale")
+        return weight if scale is None else weight * scale[:, None, None, None]
+
     def state(self, z: Tensor) -> Tensor:
-        """Apply the state's filter, and the network if there is one."""
+        """Apply the layers of the target's tiny decoder, the filter between, and those of the source's encoder."""
         maps = {name.removeprefix("state."): weight for name, weight in self.maps.items() if name.startswith("state.")}
+        if "middle.weight" not in maps:
+            return self.networked(z, maps)
+
+        def convolved(h: Tensor, layer: str) -> Tensor:
+            return F.conv2d(h, maps[f"{layer}.weight"], maps[f"{layer}.bias"], padding=1)
+
+        def blocks(h: Tensor, part: str, first: int) -> Tensor:
+            for block in (f"{part}.{n}.conv" for n in range(first, 9) if f"{part}.{n}.conv.0.weight" in maps):
+                inner = convolved(convolved(h, f"{block}.0").relu(), f"{block}.2").relu()
+                h = (h + convolved(inner, f"{block}.4")).relu()
+            return h
+
+        read = blocks(convolved(3 * (z / 3).tanh(), "reading.1").relu(), "reading", 3)
+        written = blocks(filtered(torch.cat((read, z), 1), maps["middle.weight"], maps["middle.bias"]), "writing", 0)
+        last = max(int(name.split(".")[1]) for name in maps if name.startswith("writing."))
+        return convolved(written, f"writing.{last}")
+
+    @staticmethod
+    def networked(z: Tensor, maps: dict[str, Tensor]) -> Tensor:
+        """Apply the state's filter, and the network."""
         mapped = filtered(z, maps["filter.weight"], maps["filter.bias"])
         h = F.conv2d(z, maps["network.0.weight"], maps["network.0.bias"], padding=1)
         for block in ("1", "2"):
