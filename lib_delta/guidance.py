@@ -128,7 +128,7 @@ class Progress:
 
     def __init__(self, sigmas: Tensor) -> None:
         """Take the run's noise levels ``(steps,)`` or ``(steps + 1,)``, in any order."""
-        # A final 0 is where the run ends, never a level at which a model is asked.
+        # A final 0 is where the run ends; a level at which a model is asked it is in Forge Neo's flow schedule alone.
         self._levels = np.unique(sigmas[sigmas > 0].detach().cpu().double().log().numpy())
 
     @property
@@ -141,7 +141,9 @@ class Progress:
         return self.at(float(sigma.max()))
 
     def at(self, level: float) -> float:
-        """Return 0 at the first level, 1 at the last, and by steps between, whatever order samplers ask in."""
+        """Return 0 at the first level, 1 at the last and below, and by steps between, whatever order samplers ask in."""
+        if level <= 0:
+            return 1.0
         along = np.linspace(0, 1, len(self._levels))[::-1]
         return float(np.interp(math.log(level), self._levels, along))
 

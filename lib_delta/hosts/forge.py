@@ -211,7 +211,8 @@ class Forge(Host):
         run.levels[hires] = pass_progress(denoiser).levels
         level, noise = run.read(sigma[0], sigma.max())
         progress = pass_progress(denoiser).at(noise)
-        if not run.strength(progress, hires):
+        # Without noise every model's estimate is what it is shown, and no two differ.
+        if not noise or not run.strength(progress, hires):
             return
         extra = denoiser.sampler.sampler_extra_args
         scale = extra["cond_scale"]

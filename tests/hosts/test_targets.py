@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose samplers the stand-ins run")
+k_diffusion = pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose samplers the stand-ins run")
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
 
 from small_files import make_files
@@ -108,6 +108,21 @@ def test_a_target_with_latents_of_flux_gets_a_delta_over_the_learned_bridge(
     for form in ("published", "same_snr"):
         with pytest.raises(SettingError, match="differ in more than scale"):
             webui.generate({**DELTA, "bridge": form})
+
+
+def test_a_schedule_may_end_where_there_is_no_noise(
+    webui: WebUI, monkeypatch: pytest.MonkeyPatch, asked: list[Any]
+) -> None:
+    """Forge Neo's automatic schedule of rectified SDXL asks at t = 0 too, where every estimate is what is shown."""
+    flux(webui, monkeypatch)
+    sampler = webui.module("sd_samplers_kdiffusion").KDiffusionSampler
+    monkeypatch.setattr(sampler, "get_sigmas", lambda *_: torch.tensor([1.0, 0.6, 0.2, 0.0, 0.0]))
+    direction = k_diffusion.sampling.to_d  # 0 / 0 at the last step, in Forge Neo too
+    monkeypatch.setattr(k_diffusion.sampling, "to_d", lambda *given: direction(*given).nan_to_num())
+    made = webui.generate(DELTA, steps=4)
+    assert len(asked) == 3 and "Delta lambda: 1" in made.infotexts[0]
+    assert made.images.isfinite().all() and relative(made.images, webui.latents(steps=4)) > 1e-3
+    assert webui.callbacks.swallowed == []
 
 
 @pytest.mark.parametrize(
