@@ -141,7 +141,7 @@ class Progress:
         return self.at(float(sigma.max()))
 
     def at(self, level: float) -> float:
-        """Return 0 at the first level, 1 at the last and below, and by steps between, whatever order samplers ask in."""
+        """Return 0 at the first level, 1 at the last and below, and by steps between; samplers ask in any order."""
         if level <= 0:
             return 1.0
         along = np.linspace(0, 1, len(self._levels))[::-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-k_diffusion = pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose samplers the stand-ins run")
+pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose samplers the stand-ins run")
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
 
 from small_files import make_files
@@ -117,8 +118,9 @@ def test_a_schedule_may_end_where_there_is_no_noise(
     flux(webui, monkeypatch)
     sampler = webui.module("sd_samplers_kdiffusion").KDiffusionSampler
     monkeypatch.setattr(sampler, "get_sigmas", lambda *_: torch.tensor([1.0, 0.6, 0.2, 0.0, 0.0]))
-    direction = k_diffusion.sampling.to_d  # 0 / 0 at the last step, in Forge Neo too
-    monkeypatch.setattr(k_diffusion.sampling, "to_d", lambda *given: direction(*given).nan_to_num())
+    sampling = importlib.import_module("k_diffusion.sampling")
+    direction = sampling.to_d  # 0 / 0 at the last step, in Forge Neo too
+    monkeypatch.setattr(sampling, "to_d", lambda *given: direction(*given).nan_to_num())
     made = webui.generate(DELTA, steps=4)
     assert len(asked) == 3 and "Delta lambda: 1" in made.infotexts[0]
     assert made.images.isfinite().all() and relative(made.images, webui.latents(steps=4)) > 1e-3

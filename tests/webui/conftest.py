@@ -83,9 +83,16 @@ def running(files: Files) -> WebUI:
         "cfg_scale": 4,
         "sampler_name": "Euler",
         "scheduler": "Automatic",
+        "hr_upscaler": _upscaler(webui),
         "override_settings_restore_afterwards": True,
     }
     return webui
+
+
+def _upscaler(webui: WebUI) -> str:
+    """Return a hires upscaler that needs no model: one of latents, or where there are none (Forge Neo) of pictures."""
+    latent = webui.get("/sdapi/v1/latent-upscale-modes")
+    return "Latent" if latent else "None"
 
 
 # What a test overrides must not reach the next: WebUIs keep overrides of settings that were never saved.

@@ -139,7 +139,6 @@ def test_sizes_that_are_no_multiple_of_64(webui: WebUI, files: Files) -> None:
 HIRES = {
     "enable_hr": True,
     "hr_scale": 2,
-    "hr_upscaler": "Latent",
     "denoising_strength": 0.6,
     "hr_second_pass_steps": 3,
     # Forge's API does not do without; others do not know it.

@@ -17,7 +17,6 @@ NEAR = 2  # of 255: two computations of the same picture may round one or two ap
 HIRES = {
     "enable_hr": True,
     "hr_scale": 2,
-    "hr_upscaler": "Latent",
     "denoising_strength": 0.6,
     "hr_second_pass_steps": 3,
     "hr_additional_modules": ["Use same choices"],  # Forge's API does not do without; others do not know it
