@@ -178,6 +178,21 @@ def test_a_t2i_adapter_equals_diffusers(layout: str, form: str, channels: int, t
         torch.testing.assert_close(guided, two, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(9, 13), (11, 10), (8, 5)])
+@pytest.mark.parametrize("layout", ["sd1", "sdxl"])
+def test_a_t2i_adapters_features_fit_every_size_of_latents(layout: str, size: tuple[int, int], tmp_path: Path) -> None:
+    """Its map is read at the next size that the UNet's halvings divide; a part of it that is there is where it was."""
+    config = LAYOUTS[layout]
+    unet, widths = narrow(config), list(config["block_out_channels"])
+    kind = ([*widths, widths[-1]], 2, 16, "full_adapter_xl") if layout == "sdxl" else (widths, 2, 8, "full_adapter")
+    adapter = diffusers.T2IAdapter(3, *kind).eval().requires_grad_(False)
+    randomize(adapter)
+    read = load_control(save(tmp_path / "t2i.safetensors", adapter.state_dict()), unet).model
+    drawn, picture = draw(config, size), randn(1, 3, 8 * size[0], 8 * size[1], seed=9).sigmoid()
+    two = forked(unet, drawn, [FeatureGuide(read, unet, Map(picture))])
+    assert two.shape == (2, *drawn["x"].shape) and (two[1] - two[0]).abs().max() > 1e-3
+
+
 def original_t2i(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename diffusers' full adapter to the original release's flat blocks, of which two make a level."""
     out = {}
@@ -567,6 +582,22 @@ def test_a_checkpoint_and_other_families_are_refused(tmp_path: Path) -> None:
     t2i = diffusers.T2IAdapter(3, list(SD2["block_out_channels"]), 2, 8, "full_adapter").state_dict()
     with pytest.raises(AdapterError, match="T2I-Adapter of the base's family"):
         load_control(save(tmp_path / "t2i.safetensors", t2i), narrow(SD1))
+
+
+@pytest.mark.parametrize("own", ["sd2", "sdxl"])
+def test_a_source_of_a_later_family_refuses_what_was_made_for_sd_1(own: str, tmp_path: Path) -> None:
+    unet = narrow(LAYOUTS[own])
+    files = {
+        "a ControlNet": their_control(SD1).state_dict(),
+        "under the original names": ControlNet(narrow(SD1).config, HINTS).state_dict(),
+        "an IP-Adapter": image_tensors("base", narrow(SD1), SD1["cross_attention_dim"]),
+    }
+    for name, tensors in files.items():
+        with pytest.raises(AdapterError, match="is made for .* is needed"):
+            load_control(save(tmp_path / f"{name}.safetensors", tensors), unet)
+    t2i = diffusers.T2IAdapter(3, [8 * width for width in SD1["block_out_channels"]], 2, 8, "full_adapter").state_dict()
+    with pytest.raises(AdapterError, match="T2I-Adapter of the base's family"):
+        load_control(save(tmp_path / "t2i.safetensors", t2i), unet)
 
 
 @pytest.mark.parametrize(

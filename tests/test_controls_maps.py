@@ -79,6 +79,21 @@ def test_cropping_keeps_the_middle_and_filling_keeps_all() -> None:
     assert torch.equal(filled[..., 0, :], picture[..., 0, :]) and torch.equal(filled[..., -1, :], picture[..., 0, :])
 
 
+def test_where_the_source_sees_a_picture_squeezed_its_map_is_squeezed_alike() -> None:
+    lines = torch.zeros(1, 3, 60, 100)
+    lines[..., 20] = 1  # a picture of 40 x 80 has all columns of it, and not all rows
+    frames = [((32, 32), (40, 80)), ((64, 128), (80, 160))]
+    seen = Map(lines, "crop and resize", frames=frames)
+    place = (seen.at(32, 32, 3)[0, 0, 0] * torch.arange(32)).sum() / seen.at(32, 32, 3)[0, 0, 0].sum()
+    assert float(place) == pytest.approx(20.5 / 100 * 32 - 0.5, abs=0.3)
+    filled = Map(lines, "resize and fill", frames=[((32, 32), (60, 60))]).at(32, 32, 3)
+    assert torch.equal(filled, Map(lines, "resize and fill").at(32, 32, 3))
+    hidden = torch.zeros(1, 1, 5, 10)
+    hidden[..., 5:] = 1
+    painted = Map(lines, "crop and resize", hidden, frames=frames).at(32, 32, 3)
+    assert ((painted[0, 0] == -1).nonzero()[:, 1] >= 16).all() and (painted[0, 0, :, 16:] == -1).all()
+
+
 def test_labels_stay_labels_and_lines_are_averaged() -> None:
     labels = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.2, 0.4, 0.6]])[torch.arange(64) % 4]
     picture = labels.T.reshape(1, 3, 8, 8)

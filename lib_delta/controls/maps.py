@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -18,6 +19,7 @@ from lib_delta.errors import SettingError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Size = tuple[int, int]  # height first
 ResizeMode = Literal["just resize", "crop and resize", "resize and fill"]
 FEW_COLOURS = 200  # up to so many a map has labels for colours (a segmentation), between which there is nothing
 LARGEST = 64_000_000  # pixels of a picture that is read
@@ -29,7 +31,8 @@ class Map:
 
     ``resize`` says what happens where the proportions differ.  ``hidden`` ``(count or 1, 1, H, W)`` is above a half
     where pixels are hidden: -1, as the ControlNet for inpainting was trained to fill.  ``larger`` are the same
-    maps made for a larger pass: the ones that need the least scaling are taken.
+    maps made for a larger pass: the ones that need the least scaling are taken.  ``frames`` are sizes that are asked
+    for, each with that of the picture which the source sees in it: where that has other proportions, it is squeezed.
     Raises :class:`SettingError` for a mode that is not known or a map that is empty.
     """
 
@@ -37,6 +40,7 @@ class Map:
     resize: ResizeMode = "just resize"
     hidden: Tensor | None = None
     larger: Tensor | None = None
+    frames: Sequence[tuple[Size, Size]] = ()
 
     def __post_init__(self) -> None:
         if self.resize not in get_args(ResizeMode):
@@ -54,7 +58,7 @@ class Map:
     def at(self, height: int, width: int, channels: int) -> Tensor:
         """Return the maps ``(count, channels, height, width)``; a single channel is the mean of three."""
         made = [self.pictures] if self.larger is None else [self.pictures, self.larger]
-        pictures = min(made, key=lambda maps: abs(math.log(height * width / (maps.shape[2] * maps.shape[3]))))
+        pictures = min(made, key=lambda maps: _apart(maps.shape[2:], (height, width)))
         if pictures.shape[1] != channels:
             pictures = pictures.mean(1, keepdim=True).expand(-1, channels, -1, -1)
         resized = self._resized(pictures, height, width).contiguous()
@@ -63,17 +67,27 @@ class Map:
         )
 
     def _resized(self, pictures: Tensor, height: int, width: int) -> Tensor:
-        across, down = width / pictures.shape[3], height / pictures.shape[2]
         if self.resize == "just resize":
             return scaled(pictures, height, width)
-        scale = max(across, down) if self.resize == "crop and resize" else min(across, down)
-        inner = [max(1, round(side * scale)) for side in pictures.shape[2:]]
+        size = height, width
+        frame = min(self.frames, key=lambda known: _apart(known[0], size))[1] if self.frames else size
+        scales = [of_frame / side for of_frame, side in zip(frame, pictures.shape[2:])]
+        scale = max(scales) if self.resize == "crop and resize" else min(scales)
+        inner = [
+            max(1, round(side * scale * asked / of_frame))
+            for side, asked, of_frame in zip(pictures.shape[2:], size, frame)
+        ]
         whole = scaled(pictures, *inner)
         top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
         if self.resize == "crop and resize":
             return whole[..., -top : -top + height, -left : -left + width]
         # What lies outside continues the border, as in the WebUIs: an empty frame would be a line to follow.
         return F.pad(whole, (left, width - inner[1] - left, top, height - inner[0] - top), mode="replicate")
+
+
+def _apart(one: Sequence[int], other: Size) -> float:
+    """Tell how far two sizes are apart, whatever their proportions."""
+    return abs(math.log(one[0] * one[1] / (other[0] * other[1])))
 
 
 def scaled(pictures: Tensor, height: int, width: int) -> Tensor:

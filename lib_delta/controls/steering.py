@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lib_delta.checkpoint import FileState
 from lib_delta.controls.files import ControlFile, load_control
 from lib_delta.controls.guides import Mode, WeightType, follow, prompt_by
-from lib_delta.controls.maps import Map, ResizeMode
+from lib_delta.controls.maps import Map, ResizeMode, Size
 from lib_delta.controls.vision import choose_encoder, image_tokens, load_image_encoder
 from lib_delta.errors import SettingError
 from lib_delta.injection import Timed
@@ -33,7 +33,7 @@ class ControlPick:
     pictures to prompt with, of any size.  ``mode`` and ``resize`` are of maps, ``weight_type`` is of image prompts,
     as are ``encoders``: files of image encoders, of which the one that fits is taken.  ``mask`` ``(1, 1, H, W)`` is
     where img2img paints (1): what the ControlNet for inpainting is not shown, and others are.  ``larger`` are the maps
-    made anew for a larger pass, where they were.
+    made anew for a larger pass, where they were, and ``frames`` is as in :class:`Map`.
     """
 
     path: Path
@@ -47,6 +47,7 @@ class ControlPick:
     encoders: Sequence[Path] = ()
     mask: Tensor | None = None
     larger: Sequence[Tensor] = ()
+    frames: Sequence[tuple[Size, Size]] = ()
 
 
 class Steering:
@@ -96,7 +97,7 @@ class Steering:
         else:
             hidden = pick.mask if file.fills else None
             larger = _together(file, pick.larger) if pick.larger else None
-            picture = Map(_together(file, pick.pictures), pick.resize, hidden, larger)
+            picture = Map(_together(file, pick.pictures), pick.resize, hidden, larger, pick.frames)
             guide = follow(file, self.unet, picture, pick.weight, pick.mode)
         return Timed(guide, pick.start, pick.end)
 

@@ -25,6 +25,7 @@ AXES = {"unit_weight": "weight", "unit_start": "start", "unit_end": "end", "unit
 KEPT = 8  # maps
 PIXELS = 8  # along one side, to a pixel of a latent
 Size = tuple[int, int]  # in pixels, height first
+Frame = tuple[Size, Size]  # of what the side model works at, and of the picture
 Sized = Callable[[int, int], Size]
 
 
@@ -76,16 +77,16 @@ class Units:
         Raises :class:`SettingError` for a unit without its model or picture.
         """
         request = asked.first if asked.first.wanted else asked.hires
-        sizes = [sized(*size) for size in _sizes(p, asked)]
+        frames = [(sized(*size), size) for size in _sizes(p, asked)]
         picks, hashes = [], []
         for number, unit in enumerate(request.units, 1):
             if unit.counts:
-                pick, of_map = self._pick(p, number, unit, sizes)
+                pick, of_map = self._pick(p, number, unit, frames)
                 picks.append(pick)
                 hashes.append(f"{number}: {of_map}")
         return picks, {MAPS: ", ".join(hashes)} if hashes else {}
 
-    def _pick(self, p: Any, number: int, unit: Unit, sizes: Sequence[Size]) -> tuple[ControlPick, str]:
+    def _pick(self, p: Any, number: int, unit: Unit, frames: Sequence[Frame]) -> tuple[ControlPick, str]:
         from lib_delta.controls.files import prompts_with_pictures
         from lib_delta.controls.steering import ControlPick
         from lib_delta.hosts.pictures import digest, own_mask, same_size
@@ -94,11 +95,11 @@ class Units:
         pictures, resize = self._pictures(p, number, unit, file)
         larger: list[Tensor] = []
         if unit.preprocessor:
-            pictures, *others = ([self.map_of(unit, picture, size) for picture in pictures] for size in sizes)
+            pictures, *others = ([self.map_of(unit, picture, size) for picture in pictures] for size, _ in frames)
             # Those that are made for a hires pass, where it asks for others than the first.
             larger = [] if not others or digest(others[0]) == digest(pictures) else others[0]
         if not prompts_with_pictures(file):
-            pictures, larger = same_size(pictures, resize, *sizes[0]), same_size(larger, resize, *sizes[-1])
+            pictures, larger = same_size(pictures, resize, *frames[0][1]), same_size(larger, resize, *frames[-1][1])
         pick = ControlPick(
             file,
             pictures,
@@ -111,6 +112,7 @@ class Units:
             encoders(),
             own_mask(p),
             larger,
+            frames,
         )
         return pick, digest(pictures)
 

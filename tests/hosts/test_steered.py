@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,17 +25,18 @@ pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose s
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
 
 from PIL import Image
-from small_controls import as_tensor, make_controls, picture
-from small_files import make_files
+from small_controls import HINTS, as_tensor, make_controls, picture, save
+from small_files import UNET, make_files
 from stand_in_webui import WebUI, relative, running
 from torch import Tensor
 
 from lib_delta.controls.files import load_control
-from lib_delta.controls.maps import Map
+from lib_delta.controls.maps import Map, scaled
 from lib_delta.controls.steering import ControlPick, Steering
 from lib_delta.errors import AdapterError, DeltaError, SettingError
 from lib_delta.injection import Injection, Inputs
 from lib_delta.models.controlnet import ControlNet
+from lib_delta.units import Unit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchsde", "ignore:To copy construct from a tensor")
 PICTURE = picture()
@@ -155,7 +157,8 @@ def test_inpainting_hides_what_it_paints_from_the_controlnet_for_that(webui: Web
         webui.host.units.files.refresh()
 
 
-def test_an_image_prompt_is_seen_by_the_encoder_that_fits(webui: WebUI) -> None:
+@pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
+def test_an_image_prompt_is_seen_by_the_encoder_that_fits(webui: WebUI, changes: dict[str, Any]) -> None:
     unet = webui.shared.sd_model.networks.unet
     kept = Steering(unet)
     models = webui.files.folder / "models"
@@ -171,7 +174,7 @@ def test_an_image_prompt_is_seen_by_the_encoder_that_fits(webui: WebUI) -> None:
         added = Injection(attended=kept.guides[0](inputs).attended, alone=True)
         return unet(x[None], t, context[None], None, added)[0]
 
-    assert_steered(webui, call, units(LOOK))
+    assert_steered(webui, call, units(LOOK), **changes)
 
 
 def test_units_count_in_their_share_of_the_run(webui: WebUI) -> None:
@@ -323,17 +326,23 @@ def test_a_wrong_unit_is_one_sentence_before_sampling(webui: WebUI, unit: dict[s
 
 
 def test_a_lora_a_damaged_file_and_one_of_another_family_are_refused(webui: WebUI) -> None:
-    lora = folder(webui) / "ink.safetensors"
+    lora, other = (folder(webui) / f"{name}.safetensors" for name in ("ink", "for-sd2"))
     lora.write_bytes(webui.files.lora_file().read_bytes())
     (folder(webui) / "broken.safetensors").write_bytes(b"no model at all")
+    save(ControlNet(replace(UNET, context_width=1024, linear_projection=True), HINTS), other)
     webui.host.units.files.refresh()
+    before = webui.shared.sd_model.networks.evaluations
     try:
+        with pytest.raises(AdapterError, match="for-sd2.safetensors is made for SD 2.x"):
+            webui.generate(units({**EDGES, "model": "for-sd2"}))
         with pytest.raises(AdapterError, match="ink.safetensors is a LoRA: a ControlNet"):
             webui.generate(units({**EDGES, "model": "ink"}))
         with pytest.raises(DeltaError, match="broken.safetensors is not a model file"):
             webui.generate(units({**EDGES, "model": "broken"}))
+        assert webui.shared.sd_model.networks.evaluations == before
     finally:
         lora.unlink()
+        other.unlink()
         (folder(webui) / "broken.safetensors").unlink()
         webui.host.units.files.refresh()
 
@@ -445,6 +454,31 @@ def test_a_pixel_perfect_map_is_made_for_each_pass_of_hires_fix(webui: WebUI, mo
     assert asked == [64, 128]
     webui.latents(units(*perfect["units"], hires="hires pass"), **size)
     assert webui.side_model.steering.guides[0].guide.map.pictures.shape[-2:] == (160, 128)
+
+
+def test_a_source_of_another_size_than_the_picture_has_its_map_at_its_own(webui: WebUI) -> None:
+    pytest.importorskip("cv2")
+    given = {**EDGES, "module": "canny", "pixel_perfect": True, "image": picture(0, 160, 128)}
+    plain, size = webui.latents(width=128, height=160), {"width": 128, "height": 160}
+    for side, latents in (("64", (8, 8)), ("picture", (20, 16))):
+        assert relative(webui.latents(units(given, size=side), **size), plain) > 1e-3
+        guide = webui.side_model.steering.guides[0].guide
+        assert set(guide._hints) == {latents}
+        # A side model that works at a square sees the picture squeezed, and its map alike: nothing of it is cut off.
+        whole = scaled(guide.map.pictures, 8 * latents[0], 8 * latents[1])
+        assert torch.equal(guide.map.at(8 * latents[0], 8 * latents[1], 3), whole)
+        assert guide.map.pictures.shape[-1] == 8 * latents[1]
+
+
+def test_the_preview_is_the_map_that_the_generation_follows(webui: WebUI) -> None:
+    cv2 = pytest.importorskip("cv2")
+    unit = Unit(True, PICTURE, preprocessor="canny", resolution=64, threshold_a=50.0, threshold_b=120.0)
+    edges = cv2.Canny(np.asarray(PICTURE), 50, 120)
+    assert (webui.host.units.preview(unit, 2) == edges[..., None]).all()
+    asis = webui.host.units.preview(Unit(image=None, images=(PICTURE, PICTURE)), 2)
+    assert (asis == np.asarray(PICTURE)).all()
+    with pytest.raises(SettingError, match="unit 2 has resolution 8"):
+        webui.host.units.preview(Unit(image=PICTURE, resolution=8), 2)
 
 
 class Doubling:
