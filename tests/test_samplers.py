@@ -165,3 +165,37 @@ def test_ddim_in_timestep_space_is_euler_in_sigma() -> None:
     ddim = run_scheduler("DDIMScheduler", lambda x, sigma, progress: TARGET(x, sigma))
     # The scheduler takes its last step to the table's last level, which "set_alpha_to_one" would make 0.
     torch.testing.assert_close(ddim * (levels[-1] ** 2 + 1) ** 0.5, euler, atol=0.03, rtol=0.03)
+
+
+def asked_again(sample: Callable[[Callable[[Tensor, Tensor], Tensor]], Tensor]) -> tuple[int, int]:
+    """Return how often a sampler asks, and how often for a state and a noise level that it has asked for before."""
+    seen: list[tuple[bytes, bytes]] = []
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append((x.numpy().tobytes(), sigma.numpy().tobytes()))
+        return TARGET(x, sigma)
+
+    sample(denoise)
+    return len(seen), len(seen) - len(set(seen))
+
+
+@pytest.mark.parametrize("name", k_diffusion_samplers())
+def test_no_sampler_asks_twice_for_the_same(name: str) -> None:
+    """So nothing is kept of an evaluation in case it comes back: a second one of Heun or DPM2 is at another state."""
+    asked, again = asked_again(lambda denoise: run(name, denoise))
+    assert asked >= len(SIGMAS) - 1 and again == 0
+
+
+def test_only_a_step_that_dpm_adaptive_rejects_is_asked_for_again() -> None:
+    sampling = pytest.importorskip("k_diffusion.sampling")
+    told: dict[str, int] = {}
+
+    def sample(denoise: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        start = 14 * randn(2, 4, 8, 8)
+        limits = {"rtol": 0.01, "h_init": 2.0, "return_info": True, "disable": True}
+        x, info = sampling.sample_dpm_adaptive(denoise, start, 0.1, 14.0, **limits)
+        told.update(info)
+        return x
+
+    asked, again = asked_again(sample)
+    assert told["n_reject"] == again > 0 and asked == told["nfe"]
