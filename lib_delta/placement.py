@@ -39,13 +39,26 @@ class Visit:
     def go(self) -> None:
         """Have copies on the device; what is there already stays."""
         self.come_home()
-        for holder, name, tensor in _tensors(self._module):
+        self.follow()
+
+    def follow(self) -> None:
+        """Have copies of what came since as well; what is no part of the module any more is let go of."""
+        bypasses = [part for part in self._module.modules() if isinstance(part, Bypass)]
+        tensors = list(_tensors(self._module))
+        holders = {id(holder) for holder, _, _ in tensors} | {id(vars(part)) for part in bypasses}
+        self._home = [entry for entry in self._home if id(entry[0]) in holders]
+        left = {id(holder) for holder, _, _ in self._home}
+        for holder, name, tensor in tensors:
             if tensor.device != self._device:
                 home = holder[name] = _pinned(tensor, self._device)
                 self._leave(holder, name, _like(home, home.to(self._device, non_blocking=True)))
-        for part in self._module.modules():
-            if isinstance(part, Bypass):
+        for part in bypasses:
+            if id(vars(part)) not in left:
                 self._leave(vars(part), "adapters", part.on(self._device))
+
+    def of(self, module: nn.Module, device: torch.device) -> bool:
+        """Tell whether it is this module's visit to this device."""
+        return module is self._module and self._device == torch.empty(0, device=device).device
 
     def _leave(self, holder: Holder, name: str, copy: Any) -> None:
         self._home.append((holder, name, holder[name]))
@@ -79,7 +92,7 @@ class Stream:
     def __init__(self, unet: UNet, others: Sequence[nn.Module], device: torch.device) -> None:
         """Take what computes beside it as well, as networks of controls do, which are there whole."""
         blocks = (*unet.input_blocks[1:], unet.middle_block, *unet.output_blocks)
-        parts = [part for block in blocks for part in block]
+        parts = self._parts = [part for block in blocks for part in block]
         inner = {id(module) for part in parts for module in part.modules()}
         ends = [layer for layer in unet.modules() if isinstance(layer, ForkedLayer) and id(layer) not in inner]
         there = (*ends, *others)
@@ -92,6 +105,11 @@ class Stream:
                 part.register_forward_pre_hook(lambda *_, visit=visit: visit.go()),
                 part.register_forward_hook(lambda *_, visit=visit: visit.come_home()),
             ]
+
+    @property
+    def largest(self) -> int:
+        """The bytes of the largest of the parts, which are on the device one at a time."""
+        return max(sum(tensor.nbytes for _, _, tensor in _tensors(part)) for part in self._parts)
 
     def come_home(self) -> None:
         """Have all weights at home, and let them stay there."""

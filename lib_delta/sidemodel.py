@@ -24,7 +24,7 @@ from lib_delta.kept import Kept
 from lib_delta.models.text import TextEncoder, load_towers
 from lib_delta.models.unet import UNet
 from lib_delta.parameterization import Parameterization, Schedule
-from lib_delta.placement import CPU, Placed, Stream, visit
+from lib_delta.placement import CPU, Placed, Stream, Visit, visit
 
 # How much of adapter files stays in CPU memory when others are attached, in bytes: a few LoRAs, no checkpoints.
 ADAPTERS_KEPT = 512 * 2**20
@@ -159,9 +159,15 @@ class SideModel:
 
     @torch.inference_mode(False)
     def visit(self, device: torch.device) -> None:
-        """Have all that on a device until :meth:`wait`; a copy stays in CPU memory."""
-        self.place(CPU)
-        self._placed = visit(self.network, device)
+        """Have all that on a device until :meth:`wait`; a copy stays in CPU memory.
+
+        In a visit that has not ended, what came since follows.
+        """
+        if isinstance(self._placed, Visit) and self._placed.of(self.network, device):
+            self._placed.follow()
+        else:
+            self.place(CPU)
+            self._placed = visit(self.network, device)
 
     @torch.inference_mode(False)
     def stream(self, device: torch.device) -> None:
@@ -174,6 +180,11 @@ class SideModel:
         placed, self._placed = self._placed, None
         if placed is not None:
             placed.come_home()
+
+    @property
+    def streams(self) -> int:
+        """The bytes of the largest part of a stream, which is on the device only while it runs; 0 where none is."""
+        return self._placed.largest if isinstance(self._placed, Stream) else 0
 
     @property
     def embeddings(self) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
 from torch import Tensor
 
 from lib_delta.deltas import Deltas, Weights, each, of_images
+from lib_delta.devices import free_memory
 from lib_delta.errors import SettingError
 from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from lib_delta.hosts.run import Run
     from lib_delta.models.merging import TokenMerging
     from lib_delta.sidemodel import SideModel
+
+
+# With less than this on its device, in bytes, the side model waits in CPU memory between generations: decoding large
+# pictures takes as much, and other models want to be loaded.
+ROOM = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -117,16 +123,21 @@ class Automatic1111(Host):
         short = _low_memory() and device.type == devices.device.type
         if short:
             lowvram.send_everything_to_cpu()
+        for other in self._models or ():
+            if other is not model:
+                other.wait()
         if self.streamed():
             model.stream(device)
-        elif short:
+        elif short or waits_in_memory(device):
             model.visit(device)
         else:
             model.place(device)
 
     def leave(self, model: SideModel) -> None:
-        model.wait()
-        if _low_memory():
+        device = wanted_place(*self.place())[0]
+        free = free_memory(device)
+        if self.streamed() or _low_memory() or (free is not None and free < ROOM):
+            model.wait()
             self.free_memory()
 
     def free_memory(self) -> None:
@@ -289,6 +300,14 @@ def _row_changes(changes: Deltas, cfg_scale: float, call: Call) -> Tensor:
         return guided[layout.rows]
     cond = uncond + (guided - uncond) / per_image(cfg_scale * layout.sums, guided)
     return torch.cat((cond[rows], uncond))
+
+
+def waits_in_memory(device: torch.device) -> bool:
+    """Tell whether side models keep a copy in CPU memory: from there a CUDA card fetches them in no time.
+
+    Where a device has the CPU's own memory it would be twice the same.
+    """
+    return device.type == "cuda"
 
 
 def family_of(model: Any) -> Family:

@@ -46,6 +46,8 @@ VERSION = getattr(importlib.import_module("modules_forge.forge_version"), "versi
 PRE_CFG, POST_CFG = "sampler_pre_cfg_function", "sampler_post_cfg_function"
 # Where extensions put what they change in the main model and its guidance.
 OTHERS = ("transformer_options", WRAPPER, "sampler_cfg_function", PRE_CFG, POST_CFG)
+# What a tiny autoencoder needs for each pixel of a picture, which are drawn one at a time: three maps of 64 channels.
+PICTURE_BYTES = 3 * 64 * 4
 # What one row of a pass through an SD 1.5 UNet needs besides its weights, for each pixel of the latent.
 ACTIVATION_BYTES = 32 * 1024
 
@@ -149,8 +151,35 @@ class Forge(Host):
             unet.set_model_sampler_post_cfg_function(self._post_cfg)
         if lacks_model:
             unet.add_extra_model_patcher_during_sampling(self._patcher)
-            unet.add_extra_preserved_memory_during_sampling(_room_for(p, self._patcher))
+        if lacks_model or self._patcher is None:
+            unet.add_extra_preserved_memory_during_sampling(self._room_for(p))
         forge_objects.unet = unet
+
+    def _room_for(self, p: Any) -> int:
+        """Return the bytes that the main model must leave to us, making room where there is too little.
+
+        The memory manager can leave a part of the main model in the CPU's memory, but not of a side model; and
+        it leaves a main model that is loaded already where it is.
+        """
+        run: Run = getattr(p, RUN)
+        target, device = self.target(), memory.get_torch_device()
+        width, height = p.width, p.height
+        if getattr(p, "is_hr_pass", False):
+            width, height = p.hr_upscale_to_x or width, p.hr_upscale_to_y or height
+        # What is in place is missing from what is free already.
+        weights = (*run.model.network.parameters(), *run.model.network.buffers())
+        waiting = 0 if self._patcher is None else sum(w.nbytes for w in weights if w.device != device)
+        room = waiting + run.model.streams
+        if self._patcher is not None or run.model.streams:
+            rows, columns = run.bridge(target).source_size(height // 8, width // 8)
+            # Both branches, each with and without the prompt.
+            room += 4 * p.batch_size * rows * columns * ACTIVATION_BYTES
+        if run.asked.first.bridge == "taesd" and target.family.space is not run.model.report.family.space:
+            room += width * height * PICTURE_BYTES
+        needed = room + memory.minimum_inference_memory()
+        if device.type != "cpu" and waiting and memory.get_free_memory(device) < needed:
+            memory.unload_all_models()
+        return room
 
     def leave(self, model: SideModel) -> None:
         """End what is no business of the memory manager, which takes models away when it needs their room."""
@@ -283,26 +312,6 @@ def _merging(p: Any, hires: bool) -> TokenMerging | None:
         queries=True,
         choice=first_of_cell if same else Drawn.as_next_on(memory.get_torch_device()),
     )
-
-
-def _room_for(p: Any, patcher: Any) -> int:
-    """Return the bytes that the main model must leave to the side model, making room where there is too little.
-
-    The memory manager can leave a part of the main model in the CPU's memory, but not of a side model; and
-    it leaves a main model that is loaded already where it is.
-    """
-    width, height = p.width, p.height
-    if getattr(p, "is_hr_pass", False):
-        width, height = p.hr_upscale_to_x or width, p.hr_upscale_to_y or height
-    # Both branches, each with and without the prompt.
-    activations = 4 * p.batch_size * (width // 8) * (height // 8) * ACTIVATION_BYTES
-    # What is in place is missing from what is free already.
-    weights = (*patcher.model.parameters(), *patcher.model.buffers())
-    waiting = sum(weight.nbytes for weight in weights if weight.device != patcher.load_device)
-    device, room = patcher.load_device, activations + waiting
-    if device.type != "cpu" and waiting and memory.get_free_memory(device) < room + memory.minimum_inference_memory():
-        memory.unload_all_models()
-    return room
 
 
 # By channels and scale factor of their latents: a model's class says less, for some pretend to be SDXL.
