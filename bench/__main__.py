@@ -21,7 +21,7 @@ from torch import nn
 from bench import bridges, operations, storage
 from bench.models import Layout, diffusers_unet, random_lora, random_unet, sd15, sdxl
 from bench.timing import Case, keep_memory, ratios, rounds
-from lib_delta.adapters.apply import Form, attach, detach
+from lib_delta.adapters.apply import Form, attach
 from lib_delta.adapters.load import AdapterFile
 from lib_delta.families import Family
 from lib_delta.models.unet import CrossAttention, Text, UNet
@@ -168,11 +168,13 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    keep_memory()
     if options.native_only:
+        keep_memory()
         _native_alone(options, device)
         return
     passes = Passes(sd15(WIDTHS[options.width]), options.size, device, dtype)
+    load = storage.loading(passes.unet, options.rounds)
+    keep_memory()
     loras = {title: random_lora(passes.unet, options.rank, only) for title, only in LAYERS.items()}
     cases = passes.cases(loras)
     times = ratios(rounds(cases, options.rounds, device), PLAIN)
@@ -190,10 +192,9 @@ def main() -> None:
         "delta step": delta_steps(times),
         "memory": storage.weights(passes.unet, loras),
         "swap": storage.swaps(passes.unet, options.rank, device, times[PLAIN]["seconds"]),
+        "load": load,
         "native resolution": native_resolution(),
     }
-    detach(passes.unet)
-    results["load"] = storage.loading(passes.unet, options.rounds)
     del passes, cases, loras
     results["native resolution, timed"] = native_times(WIDTHS["tiny"], options.size, options.rounds, device, dtype)
     _write(results, options.out / f"{device.type}-{options.width}-{options.size}")
