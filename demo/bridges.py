@@ -1,9 +1,9 @@
 """How well bridges carry states and differences, on photos: ``python -m demo.evaluate --only bridges``.
 
-States: the share of the source latent's variance that the map leaves unexplained, and the PSNR of what
-the source's decoder makes of it (the ceiling is what it makes of its own encoding).  Differences: the
-cosine between an ideal source's delta, carried, and the true change in the target's latent, for five edits;
-at full detail, and averaged 2x2.
+States: the share of the source latent's variance that the map leaves unexplained, and the PSNR of what the
+source's decoder makes of it (the ceiling is what it makes of its own encoding), also where the source is shown
+the picture at half the size.  Differences: the cosine between an ideal source's delta, carried, and the true
+change in the target's latent, for five edits; at full detail, and averaged 2x2.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from demo.autoencoders import Autoencoder
 from demo.train import bridges as stage
-from lib_delta.bridges import Bridge, LearnedBridge, ScaleBridge
+from lib_delta.bridges import Bridge, LearnedBridge, ResolutionBridge, ScaleBridge
 from lib_delta.bridges.learned import load, path_of
 from lib_delta.spaces import Space
 
@@ -98,20 +99,39 @@ class Latents:
         self.ceiling: dict[Space, float] = {}
         self.clean = {space: each.encode(pictures) for space, each in autoencoders.items()}
         self.soft = {space: each.encode(blurred(pictures, 4.0)) for space, each in autoencoders.items()}
+        self.halves = {space: each.encode(F.avg_pool2d(pictures, 2)) for space, each in autoencoders.items()}
         self.changes = {
             space: {name: each.encode(edit(pictures)) - self.clean[space] for name, edit in EDITS.items()}
             for space, each in autoencoders.items()
         }
 
     def state(self, bridge: Bridge, start: Space, end: Space) -> Figures:
-        """Measure the state map of the bridge whose target is ``start`` and source ``end``."""
+        """Measure the state map of the bridge whose target is ``start`` and source ``end``.
+
+        What a denoising model estimates at high noise is blurred, or an average of latents: both are mapped as well.
+        """
         own = self.autoencoders[end]
         mapped = to_source(bridge, self.clean[start])
         return {
             "state_unexplained": _unexplained(mapped, self.clean[end]),
             "state_unexplained_blurred": _unexplained(to_source(bridge, self.soft[start]), self.soft[end]),
+            "state_unexplained_averaged": _unexplained(
+                to_source(bridge, _averaged(self.clean[start])), _averaged(self.clean[end])
+            ),
             "state_psnr": _psnr(own.decode(mapped), self.pictures),
             "state_psnr_ceiling": self._ceiling(end),
+        }
+
+    def half(self, bridge: LearnedBridge, start: Space, end: Space) -> Figures:
+        """Measure the state map where the source is shown the pictures at half the size."""
+        own, wanted = self.autoencoders[end], self.halves[end]
+        side = min(wanted.shape[-2:])
+        mapped = to_source(replace(bridge, resolution=ResolutionBridge(side, side)), self.clean[start])
+        smaller = F.avg_pool2d(self.pictures, 2)
+        return {
+            "half_unexplained": _unexplained(mapped, wanted),
+            "half_psnr": _psnr(own.decode(mapped), smaller),
+            "half_psnr_ceiling": _psnr(own.decode(wanted), smaller),
         }
 
     def _ceiling(self, space: Space) -> float:
@@ -144,6 +164,11 @@ def _unexplained(mapped: Tensor, wanted: Tensor) -> float:
     return float((mapped - wanted).square().sum() / about.square().sum())
 
 
+def _averaged(latents: Tensor) -> Tensor:
+    """Return the average of each and the two before it."""
+    return (latents + latents.roll(1, 0) + latents.roll(2, 0)) / 3
+
+
 def _psnr(made: Tensor, wanted: Tensor) -> float:
     return float((-10 * (made - wanted).square().mean((1, 2, 3)).log10()).mean())
 
@@ -152,14 +177,16 @@ def _cosine(made: Tensor, wanted: Tensor, average: int) -> float:
     return float(F.cosine_similarity(*(F.avg_pool2d(d, average).flatten(1) for d in (made, wanted))).mean())
 
 
-def figures(latents: Latents, bridge: Callable[[Space, Space], Bridge]) -> Figures:
+def figures(latents: Latents, bridge: Callable[[Space, Space], LearnedBridge]) -> Figures:
     """Measure every ordered pair of spaces: ``a->b`` has the state map and the difference map from a to b."""
     table: Figures = {}
     for start in latents.autoencoders:
         for end in latents.autoencoders:
             if start is not end:
                 there = bridge(start, end)
-                row = latents.state(bridge(end, start), start, end) | latents.differences(there, start, end)
+                back = bridge(end, start)
+                row = latents.state(back, start, end) | latents.half(back, start, end)
+                row |= latents.differences(there, start, end)
                 row["averaged_2x2"] = latents.differences(there, start, end, 2)
                 if start.channels == end.channels:
                     scale = ScaleBridge(start.scale_factor / end.scale_factor)
@@ -229,12 +256,12 @@ def _rounded(value: Any) -> Any:
 
 def markdown(table: Figures) -> str:
     """Format the figures as two Markdown tables."""
-    lines = ["| state | unexplained | blurred | PSNR decoded (ceiling) |", "|---|---|---|---|"]
+    titles = "state", "unexplained", "blurred", "averaged", "PSNR decoded (ceiling)", "half the size", "PSNR (ceiling)"
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for pair, row in table.items():
-        states = [
-            row[key] for key in ("state_unexplained", "state_unexplained_blurred", "state_psnr", "state_psnr_ceiling")
-        ]
-        lines.append("| {} | {:.2f} | {:.2f} | {:.1f} ({:.1f}) |".format(pair, *states))
+        shares = [f"{row[f'state_unexplained{kind}']:.2f}" for kind in ("", "_blurred", "_averaged")]
+        same, half = (f"{row[f'{kind}_psnr']:.1f} ({row[f'{kind}_psnr_ceiling']:.1f})" for kind in ("state", "half"))
+        lines.append(f"| {' | '.join((pair, *shares, same, format(row['half_unexplained'], '.2f'), half))} |")
     lines += [
         "",
         "| difference, full detail / averaged 2x2 | " + " | ".join(EDITS) + " |",

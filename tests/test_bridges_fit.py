@@ -187,6 +187,9 @@ def test_an_exact_bridge_measures_as_exact() -> None:
     row = measured.figures(latents, lambda source, target: _same(3))["sd1->sdxl"]
     assert row["state_unexplained"] == pytest.approx(0, abs=1e-6)
     assert row["state_psnr"] == pytest.approx(row["state_psnr_ceiling"], abs=1e-3)
+    # Of these autoencoders the average of a latent is the latent of the picture at half the size.
+    assert row["half_unexplained"] == pytest.approx(0, abs=1e-6) == row["state_unexplained_averaged"]
+    assert row["half_psnr"] == pytest.approx(row["half_psnr_ceiling"], abs=1e-3)
     assert all(row[name] == pytest.approx(1, abs=1e-4) for name in measured.EDITS)
     assert "sdxl->sd1" in measured.markdown({"sdxl->sd1": row})
 

@@ -89,9 +89,10 @@ def tuned(
 
     def loss(generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(z), (run.batch,), generator=generator)
-        # An estimate at high noise is an average of latents.
-        share = 0.4 * (torch.rand(run.batch, 1, 1, 1, generator=generator) < 0.1)
-        shown, *truths = (_mixed(each[rows].float(), share) for each in (z, *wanted))
+        # Estimates at high noise are averages of latents.
+        share = torch.rand(2, run.batch, 1, 1, 1, generator=generator)
+        share = 0.67 * share[0] * (share[1] < 0.3)
+        shown, *truths = (_averaged(each[rows].float(), share) for each in (z, *wanted))
         with torch.autocast("cpu", torch.bfloat16):
             known = state.known(shown)
             made = [state.writing(stitch(known)).float() for stitch in (state.middle, state.halving)]
@@ -103,8 +104,10 @@ def tuned(
     return trained.eval()
 
 
-def _mixed(latents: Tensor, share: Tensor) -> Tensor:
-    return latents + share * (latents.roll(1, 0) - latents)
+def _averaged(latents: Tensor, share: Tensor) -> Tensor:
+    """Give latents a share of the two before them; at two thirds all three count alike."""
+    others = (latents.roll(1, 0) + latents.roll(2, 0)) / 2
+    return latents + share * (others - latents)
 
 
 def _error(error: Tensor, variance: float, look: Filter) -> Tensor:
