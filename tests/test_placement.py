@@ -80,6 +80,15 @@ def test_of_a_streamed_model_only_the_part_that_runs_is_on_the_device() -> None:
     assert 0 < most["there"] < 0.4 * total
 
 
+def test_a_stream_says_how_much_is_there_at_most_besides_its_ends() -> None:
+    unet = tiny_unet()
+    parts = [part for block in (*unet.input_blocks[1:], unet.middle_block, *unet.output_blocks) for part in block]
+    with stand_in_device():
+        stream = Stream(unet, [], DEVICE)
+        assert stream.largest == max(sum(p.nbytes for p in part.parameters()) for part in parts)
+        stream.come_home()
+
+
 def test_a_part_that_fails_goes_home_before_it_is_tried_again() -> None:
     unet = tiny_unet()
     wanted = unet(X[None], SIGMA, randn(1, 2, 7, 16))

@@ -19,6 +19,7 @@ from small_files import make_files
 from stand_in_webui import FORGES, WebUI, relative, running
 
 from lib_delta.errors import DeltaError, SettingError
+from lib_delta.families import Family
 
 DELTA = {"base": "base", "loras": "ink"}
 HIRES = {"enable_hr": True, "hr_second_pass_steps": 2, "hr_cfg": 4.0}
@@ -294,6 +295,33 @@ def test_the_batch_and_size_decide_how_much_room_is_asked_for(webui: WebUI, monk
         room = webui.shared.sd_model.forge_objects.unet.extra_preserved_memory_during_sampling
         asked.append(room - weights_of(webui))
     assert asked[0] > 0 and asked[1:] == [2 * asked[0], 2 * asked[0]]
+
+
+def test_what_streams_and_what_draws_pictures_is_reserved_as_well(
+    webui: WebUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is known to the memory manager as a model."""
+    from lib_delta.hosts import forge
+
+    webui.generate(DELTA)
+    webui.host.forget()
+    model = webui.side_model
+
+    def room(bridge: str, family: Family, streams: int = 0) -> int:
+        monkeypatch.setattr(type(model), "streams", property(lambda _model: streams))
+        monkeypatch.setattr(type(webui.host), "target", lambda _host: SimpleNamespace(family=family))
+        source = SimpleNamespace(source_size=lambda height, width: (height // 2, width // 2))
+        asked = SimpleNamespace(first=SimpleNamespace(bridge=bridge))
+        run = SimpleNamespace(model=model, asked=asked, bridge=lambda _target: source)
+        p = SimpleNamespace(width=1024, height=512, batch_size=3, **{forge.RUN: run})
+        reserved: int = webui.host._room_for(p)
+        return reserved
+
+    assert room("learned", Family.SDXL) == 0
+    assert room("taesd", Family.SD2) == 0  # the same latents: nothing is drawn
+    assert room("taesd", Family.SDXL) == 1024 * 512 * forge.PICTURE_BYTES
+    # At the side model's own size, for both branches with and without the prompt.
+    assert room("learned", Family.SDXL, 1000) == 1000 + 4 * 3 * 32 * 64 * forge.ACTIVATION_BYTES
 
 
 @pytest.mark.parametrize(("free", "kept"), [(2**40, True), (2**30, False)])
