@@ -105,7 +105,7 @@ def counted(webui: WebUI, delta: dict[str, Any] | None = None, **changes: Any) -
             names = ("denoised", "uncond_denoised", "input", "sigma")
             patch.setattr(webui.host, "_post_cfg", watch.around(webui.host._post_cfg, False, names))
         latents = webui.latents({**DELTA, **(delta or {})}, steps=STEPS, **changes)
-        assert webui.side_model.device == DEVICE
+        assert webui.side_model.device == webui.host.place()[0]
         webui.host.unload()
     assert webui.callbacks.swallowed == []
     return watch.steps, latents
@@ -132,3 +132,17 @@ def test_a_step_waits_for_the_device_once_and_brings_nothing_to_it(webui: WebUI,
         assert step == expected
     plain = {name: value for name, value in CASES[case].items() if name != "delta"}
     assert relative(latents, webui.latents(steps=STEPS, **plain)) > 1e-3
+
+
+@pytest.mark.parametrize("quality", ["exact", "balanced"])
+def test_a_side_model_on_the_cpu_serves_a_main_model_on_a_device(
+    webui: WebUI, monkeypatch: pytest.MonkeyPatch, quality: str
+) -> None:
+    """What crosses in a step that it is asked in: the state and its noise level there, the changes back."""
+    monkeypatch.setattr(type(webui.host), "place", lambda _host: (torch.device("cpu"), torch.float32))
+    delta = {"quality": quality}
+    steps, latents = counted(webui, delta)
+    wanted = webui.latents({**DELTA, **delta}, steps=STEPS)
+    assert relative(latents, wanted) < 1e-5
+    asked = [step for step in steps[1:] if step != ONCE]
+    assert asked == [{"from the device": 3, "to the device": 2}] * (len(steps) - 1 if quality == "exact" else 2)
