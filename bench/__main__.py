@@ -19,11 +19,14 @@ import torch
 from torch import nn
 
 from bench import bridges, operations, storage
-from bench.models import Layout, diffusers_unet, random_lora, random_unet, sd15, sdxl
+from bench.models import Layout, diffusers_unet, random_control, random_lora, random_unet, sd15, sdxl
 from bench.timing import Case, keep_memory, ratios, rounds
 from lib_delta.adapters.apply import Form, attach
 from lib_delta.adapters.load import AdapterFile
+from lib_delta.controls.guides import ControlNetGuide
+from lib_delta.controls.maps import Map
 from lib_delta.families import Family
+from lib_delta.injection import Inputs
 from lib_delta.models.unet import CrossAttention, Text, UNet
 
 # Of the steps of a run, how many the side model is asked in.
@@ -49,6 +52,8 @@ class Passes:
         # Cond and uncond of one picture; what is kept from step to step is kept here.
         self.text = Text(make(1, 2, 77, width), rows, {})
         self.other_text = Text(torch.cat((self.text.context, make(1, 2, 77, width))), rows, {})
+        self.control = random_control(layout, device, dtype)
+        self.guide = ControlNetGuide(self.control, Map(torch.rand(1, 3, 8 * size, 8 * size)))
 
     @torch.no_grad()
     def adapted(self, adapters: Sequence[tuple[AdapterFile, float]] = (), form: Form = "merged") -> None:
@@ -63,6 +68,15 @@ class Passes:
     def ours(self, text: Text | None = None) -> None:
         """Evaluate our UNet, with whatever is attached."""
         self.unet(self.x, self.t, text or self.text)
+
+    @torch.no_grad()
+    def controlled(self) -> None:
+        """Evaluate our UNet, and for the adapted model a ControlNet, whose own pass counts."""
+        rows = self.text.rows
+        assert rows is not None
+        uncond = torch.arange(len(rows), device=rows.device) == 1
+        inputs = Inputs(self.x[0, rows], self.t[rows], self.text.adapted, None, rows, uncond)
+        self.unet(self.x, self.t, self.text, None, self.guide(inputs))
 
     @torch.no_grad()
     def theirs(self, rows: int = 2, times: int = 1) -> None:
@@ -81,6 +95,7 @@ class Passes:
             PUBLISHED: Case(partial(self.theirs, 2, 2)),
             "ours, no adapter": Case(self.ours, plain),
             "ours, prompts alone": Case(partial(self.ours, self.other_text), plain),
+            "ours, ControlNet": Case(self.controlled, plain),
         }
         for title, lora in loras.items():
             for form in FORMS:
@@ -97,7 +112,8 @@ def flops(case: Case) -> float:
 def activations(case: Case, passes: Passes) -> float:
     """Return what a case holds at most besides weights, in units of 2^20 bytes."""
     case.prepare()
-    with operations.Peak((*passes.unet.parameters(), *passes.unet.buffers())) as peak:
+    weights = [t for module in (passes.unet, passes.control) for t in (*module.parameters(), *module.buffers())]
+    with operations.Peak(weights) as peak:
         case.run()
     return peak.bytes / 2**20
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lib_delta.adapters.load import AdapterFile, read_adapter
 from lib_delta.fork import Conv2d, Linear
+from lib_delta.models.controlnet import ControlNet
 from lib_delta.models.unet import PREFIX, UNet, UNetConfig
 
+Model = TypeVar("Model", bound=nn.Module)
 _CROSS, _PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 
 
@@ -76,16 +78,26 @@ def sdxl(width: int = 320) -> Layout:
 
 def random_unet(layout: Layout, device: torch.device, dtype: torch.dtype) -> UNet:
     """Return our UNet with random weights that keep activations near unit size."""
-    unet = UNet(layout.ours).requires_grad_(False).eval().to(device, dtype)
-    for weight in unet.parameters():
+    return _randomized(UNet(layout.ours), device, dtype)
+
+
+def random_control(layout: Layout, device: torch.device, dtype: torch.dtype) -> ControlNet:
+    """Return a ControlNet of a layout's UNet, with random weights, that reads maps as the released ones do."""
+    widths = (3, 16, 16, 32, 32, 96, 96, 256, layout.ours.model_channels)
+    return _randomized(ControlNet(layout.ours, widths), device, dtype)
+
+
+def _randomized(model: Model, device: torch.device, dtype: torch.dtype) -> Model:
+    model.requires_grad_(False).eval().to(device, dtype)
+    for weight in model.parameters():
         if weight.ndim > 1:
             weight.normal_(std=weight[0].numel() ** -0.5)
         else:
             weight.normal_(std=0.1)
-    for name, weight in unet.named_parameters():
+    for name, weight in model.named_parameters():
         if weight.ndim == 1 and name.endswith("weight"):
             weight += 1
-    return unet
+    return model
 
 
 def diffusers_unet(layout: Layout, unet: UNet) -> nn.Module:
