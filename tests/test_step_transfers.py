@@ -22,7 +22,8 @@ from lib_delta.guidance import DeltaGuidance, DenoiseStep
 from lib_delta.injection import Guide
 from lib_delta.models.controlnet import ControlNet, T2IAdapter, T2IConfig
 from lib_delta.models.ip_adapter import IPAdapter, TokenProjection, cross_attentions
-from lib_delta.models.unet import CrossAttention, UNet
+from lib_delta.models.merging import TokenMerging
+from lib_delta.models.unet import CrossAttention, UNet, merge_tokens
 from lib_delta.quality import Hold, Plan
 from lib_delta.source import Source
 from lib_delta.strength import Strength
@@ -113,6 +114,16 @@ def test_bridges_bring_nothing_to_a_step_and_wait_for_nothing(
         unet.to(DEVICE)
         found = steps(guided(unet, bridge, [], plan), channels, size, transfers)
         to_cpu(bridge)
+    assert found[0]["to the device"] > 0 and not any(found[1:])
+
+
+def test_token_merging_brings_nothing_to_a_step_and_waits_for_nothing() -> None:
+    unet = tiny_unet()
+    attach(unet, [(lora(unet), 1.0)], "bypass")
+    merge_tokens(unet, TokenMerging(0.5))
+    with stand_in_device() as transfers:
+        unet.to(DEVICE)
+        found = steps(guided(unet, IdentityBridge(), [], Plan()), 4, 8, transfers)
     assert found[0]["to the device"] > 0 and not any(found[1:])
 
 

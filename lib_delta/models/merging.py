@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from lib_delta import fork
 
-# Which pixel of each cell is the destination, ``(rows, columns)`` of cells, in a cell's own count; for an attention.
-Choice = Callable[[nn.Module, int, tuple[int, int]], Tensor]
+# Which pixel of each cell is the destination, ``(rows, columns)`` of cells, in a cell's own count; for an attention,
+# on a device.
+Choice = Callable[[nn.Module, int, tuple[int, int], torch.device], Tensor]
 
 
-def first_of_cell(_attention: nn.Module, _pixels: int, cells: tuple[int, int]) -> Tensor:
+def first_of_cell(_attention: nn.Module, _pixels: int, cells: tuple[int, int], device: torch.device) -> Tensor:
     """Choose the first pixel of each cell."""
-    return torch.zeros(cells, dtype=torch.long)
+    return torch.zeros(cells, dtype=torch.long, device=device)
 
 
 class Drawn:
@@ -38,11 +39,10 @@ class Drawn:
         generator.set_state(torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state())
         return cls(generator)
 
-    def __call__(self, attention: nn.Module, pixels: int, cells: tuple[int, int]) -> Tensor:
+    def __call__(self, attention: nn.Module, pixels: int, cells: tuple[int, int], device: torch.device) -> Tensor:
         if (attention, cells) not in self._drawn:
-            device = self._generator.device
-            drawn = torch.randint(pixels, (*cells, 1), device=device, generator=self._generator)
-            self._drawn[attention, cells] = drawn[..., 0]
+            drawn = torch.randint(pixels, (*cells, 1), device=self._generator.device, generator=self._generator)
+            self._drawn[attention, cells] = drawn[..., 0].to(device)
         return self._drawn[attention, cells]
 
 
@@ -71,17 +71,23 @@ class TokenMerging:
         if min(cells) < 1 or (self.queries and min(size) == 1) or int(height * width * self.ratio) < 1:
             return attention(normed)
         x, normed = fork.expand(x, normed)
-        chosen = self.choice(attention, self.stride**2, cells).to(x.device)
-        alike = _Alike.of(normed if self.queries else x, _in_map(chosen, size, self.stride), self.ratio)
+        chosen = self.choice(attention, self.stride**2, cells, x.device)
+        count = min(height * width - chosen.numel(), int(height * width * self.ratio))
+        alike = _Alike.of(normed if self.queries else x, *_in_map(chosen, size, self.stride), count)
         return alike.spread(attention(alike.merged(normed), keys=normed if self.queries else None))
 
 
-def _in_map(chosen: Tensor, size: torch.Size, stride: int) -> Tensor:
-    """Mark the pixels ``(T,)`` of a feature map that are chosen of its cells."""
+def _in_map(chosen: Tensor, size: torch.Size, stride: int) -> tuple[Tensor, Tensor]:
+    """Return the numbers of a feature map's pixels that are not chosen of its cells, and of those that are, in order.
+
+    How many there are of each is known, so that no device has to be waited for to count them.
+    """
     rows, columns = (torch.arange(count, device=chosen.device) * stride for count in chosen.shape)
-    marked = torch.zeros(size, dtype=torch.bool, device=chosen.device)
-    marked[rows[:, None] + chosen // stride, columns + chosen % stride] = True
-    return marked.flatten()
+    places = ((rows[:, None] + chosen // stride) * size[1] + columns + chosen % stride).flatten()
+    pixels = torch.arange(size.numel(), device=chosen.device)
+    # The chosen ones after all others, both in their order.
+    order = pixels.index_add(0, places, torch.full_like(places, size.numel())).argsort()
+    return order[: -len(places)], order[-len(places) :]
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,11 @@ class _Alike:
     destinations: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, destinations: Tensor, ratio: float) -> _Alike:
-        """Compare pixels ``(R, N, T, C)``, of which some are destinations ``(T,)``, by their cosines."""
-        source, target = ((~destinations).nonzero()[:, 0], destinations.nonzero()[:, 0])
+    def of(cls, x: Tensor, source: Tensor, target: Tensor, count: int) -> _Alike:
+        """Compare pixels ``(R, N, T, C)`` of these numbers by their cosines; ``count`` of ``source`` are merged."""
         x = x / x.norm(dim=-1, keepdim=True)
         most, into = (x[:, :, source] @ x[:, :, target].transpose(-1, -2)).max(-1)
         order = most.argsort(-1, descending=True)
-        count = min(len(source), int(len(destinations) * ratio))
         merging, kept = order[..., :count], order[..., count:]
         return cls(
             source[kept][..., None],

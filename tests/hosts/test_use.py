@@ -328,7 +328,7 @@ def test_a_picture_that_can_be_tiled_has_a_delta_that_can(webui: WebUI) -> None:
     assert torch.equal(webui.latents(DELTA), plain)
 
 
-def drawn_by_torch(_block: Any, pixels: int, cells: tuple[int, int]) -> torch.Tensor:
+def drawn_by_torch(_block: Any, pixels: int, cells: tuple[int, int], _device: torch.device) -> torch.Tensor:
     return torch.randint(pixels, (*cells, 1))[..., 0]
 
 
