@@ -16,11 +16,16 @@ from lib_delta.errors import SettingError, near, shown
 from lib_delta.picked import Card
 
 if TYPE_CHECKING:
+    from lib_delta.hosts.control_files import ControlFiles
     from lib_delta.request import Request
 
 
 class Catalog:
     """Finds files by the names that the WebUI has for them, and lists these names."""
+
+    def __init__(self, controls: ControlFiles) -> None:
+        """Make it; ``controls`` are listed elsewhere, and told apart from LoRAs here."""
+        self._controls = controls
 
     def checkpoints(self) -> list[str]:
         """Return the names of the WebUI's checkpoints."""
@@ -94,6 +99,11 @@ class Catalog:
         return found
 
     def _no_lora(self, name: str) -> SettingError:
+        if self._controls.known(name.rpartition("@")[2]):
+            return SettingError(
+                f"{shown(name)} is a ControlNet or IP-Adapter, which needs a picture: choose it in one of Delta"
+                " Sampling's units; tags and the list of LoRAs name LoRAs alone"
+            )
         return SettingError(f"there is no LoRA {shown(name)} for Delta Sampling{near(name, self.loras())}")
 
     def _network(self, name: str) -> Any:

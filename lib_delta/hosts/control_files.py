@@ -36,23 +36,23 @@ class ControlFiles:
 
         One that is not known is looked for once more: callers of the API have no button for it.
         """
-        plain = re.sub(r" \[\w+\]$", "", name)
-        names = (name, plain, Path(plain).stem)
-        found = self._known(names)
+        found = self.known(name)
         if found is None:
             self.refresh()
-            found = self._known(names)
+            found = self.known(name)
         if found is None:
             raise SettingError(
                 f"there is no ControlNet or IP-Adapter {shown(name)} for unit {number} of Delta Sampling"
-                f"{near(plain, self.names())}"
+                f"{near(_plain(name), self.names())}"
             )
         return found
 
-    def _known(self, names: Iterable[str]) -> Path | None:
+    def known(self, name: str) -> Path | None:
+        """Return the file of a name among those that were found; None for one that is not there."""
         known = self._files()
         by_case = {own.lower(): file for own, file in known.items()}
-        return next((file for name in names if (file := known.get(name) or by_case.get(name.lower()))), None)
+        names = (name, _plain(name), Path(_plain(name)).stem)
+        return next((file for each in names if (file := known.get(each) or by_case.get(each.lower()))), None)
 
     def name_of(self, file: Path) -> str:
         """Return the name under which a file is chosen."""
@@ -62,6 +62,10 @@ class ControlFiles:
         if self._found is None:
             self._found = _named(_model_folders())
         return self._found
+
+
+def _plain(name: str) -> str:
+    return re.sub(r" \[\w+\]$", "", name)
 
 
 def encoders() -> list[Path]:

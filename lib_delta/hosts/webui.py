@@ -60,8 +60,8 @@ class Host(ABC):
     name = "WebUI"
 
     def __init__(self) -> None:
-        self.catalog = Catalog()
         self.units = Units()
+        self.catalog = Catalog(self.units.files)
         self._models: SideModels | None = None
         self._last = "Nothing has run yet"
         self._sampling = 0  # generations, one within another, that work with side models now

@@ -393,6 +393,15 @@ def test_inpainting_only_masked_cuts_the_map_as_it_cuts_the_picture(webui: WebUI
     assert relative(webui.processing.process_images(p).images, wanted) < 1e-5
 
 
+def test_a_control_among_the_loras_is_sent_to_the_units(webui: WebUI) -> None:
+    sentence = "'{}' is a ControlNet or IP-Adapter, which needs a picture: choose it in one of Delta Sampling's units"
+    for name in ("edges", "canny@edges"):
+        with pytest.raises(SettingError, match=sentence.format(name)):
+            webui.generate({"base": "base"}, prompt=f"a cat <delta:{name}:0.8:end=0.6>")
+        with pytest.raises(SettingError, match=sentence.format(name)):
+            webui.generate({"base": "base", "loras": f"{name}:0.8"})
+
+
 # Axes of the XYZ plot.
 
 
