@@ -208,7 +208,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each name")
     parser.add_argument("--fewer-prompts", type=int, default=10, help="names for the tables of ranges and samplers")
     parser.add_argument("--algorithm-prompts", type=int, default=25, help="names for the tables of algorithms")
-    parts = ("algorithms", "composition", "bridges", "targets")
+    parts = ("algorithms", "composition", "bridges", "controls", "targets")
     parser.add_argument("--only", choices=parts, help="measure this anew and keep the rest of --out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--sampler", choices=NAMES, default=SETTINGS.sampler)

@@ -94,14 +94,20 @@ def test_where_the_source_sees_a_picture_squeezed_its_map_is_squeezed_alike() ->
     assert ((painted[0, 0] == -1).nonzero()[:, 1] >= 16).all() and (painted[0, 0, :, 16:] == -1).all()
 
 
-def test_labels_stay_labels_and_lines_are_averaged() -> None:
+def test_labels_stay_labels_and_shades_are_averaged() -> None:
     labels = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.2, 0.4, 0.6]])[torch.arange(64) % 4]
     picture = labels.T.reshape(1, 3, 8, 8)
     small = Map(picture).at(3, 3, 3)
     known = {tuple(row) for row in labels.tolist()}
     assert {tuple(row) for row in small[0].flatten(1).T.tolist()} <= known
-    lines = torch.eye(8).expand(1, 3, 8, 8)
-    assert Map(lines).at(4, 4, 3)[0, 0, 0, 0] == 0.5
+    shades = (0.2 + 0.6 * torch.eye(8)).expand(1, 3, 8, 8)
+    assert float(Map(shades).at(4, 4, 3)[0, 0, 0, 0]) == pytest.approx(0.5)
+
+
+def test_a_narrow_stroke_of_a_mask_hides_all_of_it() -> None:
+    stroke = torch.zeros(1, 1, 8, 8)
+    stroke[..., 3] = 1
+    assert (Map(torch.rand(1, 3, 64, 64), hidden=stroke).at(64, 64, 3)[0, 0, 20, 25:31] == -1).all()
 
 
 def test_an_unknown_resize_mode_is_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib_delta.controls.lines import redrawn, two_levels
 from lib_delta.errors import SettingError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Size = tuple[int, int]  # height first
+ToSize = Callable[[Tensor, int, int], Tensor]
 ResizeMode = Literal["just resize", "crop and resize", "resize and fill"]
 FEW_COLOURS = 200  # up to so many a map has labels for colours (a segmentation), between which there is nothing
 LARGEST = 64_000_000  # pixels of a picture that is read
@@ -61,14 +63,14 @@ class Map:
         pictures = min(made, key=lambda maps: _apart(maps.shape[2:], (height, width)))
         if pictures.shape[1] != channels:
             pictures = pictures.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-        resized = self._resized(pictures, height, width).contiguous()
-        return (
-            resized if self.hidden is None else resized.masked_fill(self._resized(self.hidden, height, width) > 0.5, -1)
-        )
+        resized = self._resized(pictures, height, width, scaled).contiguous()
+        if self.hidden is None:
+            return resized
+        return resized.masked_fill(self._resized(self.hidden, height, width, interpolated) > 0.5, -1)
 
-    def _resized(self, pictures: Tensor, height: int, width: int) -> Tensor:
+    def _resized(self, pictures: Tensor, height: int, width: int, to_size: ToSize) -> Tensor:
         if self.resize == "just resize":
-            return scaled(pictures, height, width)
+            return to_size(pictures, height, width)
         size = height, width
         frame = min(self.frames, key=lambda known: _apart(known[0], size))[1] if self.frames else size
         scales = [of_frame / side for of_frame, side in zip(frame, pictures.shape[2:])]
@@ -77,7 +79,7 @@ class Map:
             max(1, round(side * scale * asked / of_frame))
             for side, asked, of_frame in zip(pictures.shape[2:], size, frame)
         ]
-        whole = scaled(pictures, *inner)
+        whole = to_size(pictures, *inner)
         top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
         if self.resize == "crop and resize":
             return whole[..., -top : -top + height, -left : -left + width]
@@ -91,11 +93,17 @@ def _apart(one: Sequence[int], other: Size) -> float:
 
 
 def scaled(pictures: Tensor, height: int, width: int) -> Tensor:
-    """Scale ``(N, C, H, W)``: areas averaged when smaller, bicubic when larger, labels kept as they are."""
+    """Scale maps ``(N, C, H, W)``, of which labels and lines stay what they are."""
     if pictures.shape[2:] == (height, width):
         return pictures
     if _few_colours(pictures):
         return F.interpolate(pictures, (height, width), mode="nearest")
+    pairs = zip(pictures, interpolated(pictures, height, width))
+    return torch.stack([redrawn(before, after) if two_levels(before) else after for before, after in pairs])
+
+
+def interpolated(pictures: Tensor, height: int, width: int) -> Tensor:
+    """Scale ``(N, C, H, W)``: areas averaged when smaller, bicubic when larger."""
     if height <= pictures.shape[2] and width <= pictures.shape[3]:
         return F.interpolate(pictures, (height, width), mode="area")
     return F.interpolate(pictures, (height, width), mode="bicubic", align_corners=False).clamp(0, 1)
