@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from client import RefusedError, Result, WebUI, encode
+from client import SCRIPT, RefusedError, Result, WebUI, encode
 from conftest import Files
 from PIL import Image
 
+UNREAD = "this WebUI's ControlNet reads none of small size: WEBUI_SIZE=full"
 NEAR = 2  # of 255: two computations of the same picture may round one or two apart
 HIRES = {
     "enable_hr": True,
@@ -53,19 +54,25 @@ def assert_exact(webui: WebUI, files: Files, *units: dict[str, Any], lora: bool 
     """As units of the delta as in the WebUI's ControlNet; and both far from the picture without."""
     tagged = {"prompt": f"{webui.defaults['prompt']} <lora:{files.lora}:1>"} if lora else {}
     without, wanted = webui.generate(**changes, **tagged), native(webui, *units, **changes, **tagged)
-    if np.array_equal(wanted.pictures, without.pictures) and released_widths_alone(webui):
-        pytest.skip("this WebUI's ControlNet reads none of small size: WEBUI_SIZE=full")
+    if np.array_equal(wanted.pictures, without.pictures) and extension(webui):
+        pytest.skip(UNREAD)
     assert np.abs(wanted.pictures - without.pictures).max() > 10 * NEAR, "the ControlNet changes nothing here"
-    delta = {"base": files.sd1, "loras": files.lora if lora else "", "units": list(units)}
-    got = webui.generate(delta, **changes)
+    assert_same(webui.generate(delta_of(files, *units, lora=lora), **changes), wanted)
+
+
+def delta_of(files: Files, *units: dict[str, Any], lora: bool = False) -> dict[str, Any]:
+    return {"base": files.sd1, "loras": files.lora if lora else "", "units": list(units)}
+
+
+def assert_same(got: Result, wanted: Result) -> None:
     assert got.pictures.shape == wanted.pictures.shape
     worst = np.abs(got.pictures - wanted.pictures).max()
     assert worst <= NEAR, f"pictures differ by up to {worst} of 255"
     assert all("Delta units: " in text for text in got.infotexts)
 
 
-def released_widths_alone(webui: WebUI) -> bool:
-    """The extension knows ControlNets of the released widths, and goes on without any that it cannot read."""
+def extension(webui: WebUI) -> bool:
+    """Tell whether it is the extension, which knows released widths alone, and goes on without others."""
     return bool(webui.get("/delta-sampling/status")["host"] == "AUTOMATIC1111")
 
 
@@ -73,7 +80,6 @@ UNITS: dict[str, dict[str, Any]] = {
     "whole": {"weight": 1.0},
     "half its weight": {"weight": 0.5},
     "more than whole": {"weight": 1.6},
-    "part of the run": {"guidance_start": 0.2, "guidance_end": 0.7},
     "prompt": {"control_mode": "My prompt is more important"},
     "control": {"control_mode": "ControlNet is more important"},
     "canny": {"module": "canny", "processor_res": 64},
@@ -85,7 +91,7 @@ UNITS: dict[str, dict[str, Any]] = {
 
 
 def unit_of(control: str, **changes: Any) -> dict[str, Any]:
-    return {"enabled": True, "module": "None", "model": control, "image": blocks(), "weight": 0.8, **changes}
+    return {"enabled": True, "model": control, "image": blocks(), "weight": 0.8, **changes}
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
@@ -110,7 +116,32 @@ FEATURES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("mode", ["Balanced", "ControlNet is more important"])
 @pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
 def test_features(webui: WebUI, files: Files, control: str, changes: dict[str, Any], mode: str) -> None:
+    # Or else the extension does not know in a hires pass which prompts are negative, and controls these as well.
+    webui.options(hires_fix_use_firstpass_conds=True)
     assert_exact(webui, files, unit_of(control, control_mode=mode), **changes)
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_a_part_of_the_run(webui: WebUI, files: Files, control: str, sampler: str) -> None:
+    """The extension counts the steps that were done before the last one, as a share of all: 0, 0, 0.25, 0.5 of four."""
+    shares, own = (0.2, 0.7), (0.2, 0.7)
+    if extension(webui):
+        shares, own = (0.2, 0.45), (0.6, 0.7)
+    units = [unit_of(control, guidance_start=start, guidance_end=end) for start, end in (shares, own)]
+    wanted, whole = (native(webui, unit, sampler_name=sampler) for unit in (units[0], unit_of(control)))
+    if np.array_equal(wanted.pictures, webui.generate(sampler_name=sampler).pictures) and extension(webui):
+        pytest.skip(UNREAD)
+    assert np.abs(wanted.pictures - whole.pictures).max() > 10 * NEAR, "the range changes nothing here"
+    assert_same(webui.generate(delta_of(files, units[1]), sampler_name=sampler), wanted)
+
+
+def test_the_webuis_own_controlnet_goes_on_working_beside_a_delta(webui: WebUI, files: Files, control: str) -> None:
+    """Of two checkpoints that are the same the delta is zero, though everything around it is done."""
+    unit = unit_of(control, control_mode="ControlNet is more important")
+    wanted = native(webui, unit, n_iter=2)
+    both = {"ControlNet": {"args": [unit]}, SCRIPT: {"args": [{"base": files.sd1, "adapted": files.copy}]}}
+    got = webui.generate(alwayson_scripts=both, n_iter=2).pictures[: len(wanted.pictures)]
+    assert np.array_equal(got, wanted.pictures)
 
 
 def test_two_units(webui: WebUI, files: Files, control: str) -> None:
