@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 FOLDERS = ("extensions", "extensions-builtin")
-# Of the WebUI's own files, those whose work the side model does as well.
-FOLLOWED = ("tomesd",)
+# Of the WebUI's own files, those whose work the side model does as well, and the one that all its UNets go through:
+# ControlNet's extension, when it leaves, puts that in the place of the UNet's own method.
+FOLLOWED = ("tomesd", "sd_unet")
 
 
 def owners(*holders: Any) -> set[str]:

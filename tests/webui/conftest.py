@@ -104,7 +104,6 @@ RESET = {
     "enable_quantization": False,
     "token_merging_ratio": 0,
     "token_merging_ratio_hr": 0,
-    "hires_fix_use_firstpass_conds": False,
     "delta_sampling_on_error": "stop",
     "delta_sampling_cache": 1,
 }
