@@ -152,8 +152,6 @@ class Expected:
     def state(self, z: Tensor) -> Tensor:
         """Apply the layers of the target's tiny decoder, the filter between, and those of the source's encoder."""
         maps = {name.removeprefix("state."): weight for name, weight in self.maps.items() if name.startswith("state.")}
-        if "middle.weight" not in maps:
-            return self.networked(z, maps)
 
         def convolved(h: Tensor, layer: str) -> Tensor:
             return F.conv2d(h, maps[f"{layer}.weight"], maps[f"{layer}.bias"], padding=1)
@@ -168,17 +166,6 @@ class Expected:
         written = blocks(filtered(torch.cat((read, z), 1), maps["middle.weight"], maps["middle.bias"]), "writing", 0)
         last = max(int(name.split(".")[1]) for name in maps if name.startswith("writing."))
         return convolved(written, f"writing.{last}")
-
-    @staticmethod
-    def networked(z: Tensor, maps: dict[str, Tensor]) -> Tensor:
-        """Apply the state's filter, and the network."""
-        mapped = filtered(z, maps["filter.weight"], maps["filter.bias"])
-        h = F.conv2d(z, maps["network.0.weight"], maps["network.0.bias"], padding=1)
-        for block in ("1", "2"):
-            inner = F.conv2d(h.relu(), maps[f"network.{block}.conv1.weight"], maps[f"network.{block}.conv1.bias"], 1, 1)
-            inner = inner.relu()
-            h = h + F.conv2d(inner, maps[f"network.{block}.conv2.weight"], maps[f"network.{block}.conv2.bias"], 1, 1)
-        return mapped + filtered(h.relu(), maps["head.weight"], maps["head.bias"])
 
     def difference(self, delta: Tensor, target: Tensor) -> Tensor:
         """Apply the filter, and that which takes detail from the target's latent."""
