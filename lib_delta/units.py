@@ -274,9 +274,8 @@ def plain(name: str, value: Any) -> Any:
         return _by_name_or_number(value, _RESIZES, RESIZES)
     if name == "image" and isinstance(value, Mapping) and value.get("mask") is None:  # a form of ControlNet's API
         return value.get("image")
-    if name == "images":  # a gradio of version 3 gives files, and not their names
-        given = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(each.name if hasattr(each, "orig_name") else each for each in given if each is not None)
+    if name == "images":
+        return () if value is None else tuple(value) if isinstance(value, list) else value
     if name in ("weight", "start", "end", "threshold_a", "threshold_b") and type(value) is int:
         return float(value)
     if name == "resolution" and isinstance(value, float) and value.is_integer():

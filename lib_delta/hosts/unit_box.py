@@ -68,6 +68,7 @@ class UnitTab:
             label=f"More pictures {self.of}",
             file_count="multiple",
             file_types=["image"],
+            type="binary",  # what gradio 3 gives for a file cannot be copied with the other arguments
             height=140,
             elem_id=elem_id("images"),
         )

@@ -1,5 +1,6 @@
 """A host without a model: it reads settings as the real ones do, and remembers what was called."""
 
+import io
 import sys
 import tempfile
 import types
@@ -75,7 +76,7 @@ class StandInCatalog:
 
 def described(unit):
     """Tell what pictures a unit was given: the size, the mode and the highest value of each."""
-    pictures = [Image.open(given) if isinstance(given, str) else given for given in unit.pictures]
+    pictures = [Image.open(io.BytesIO(given)) if isinstance(given, bytes) else given for given in unit.pictures]
     return " ".join(f"{each.width}x{each.height} {each.mode} {highest(each)}" for each in pictures) or "nothing"
 
 
