@@ -27,7 +27,7 @@ const deltaSamplingTips = {
 };
 
 const deltaSamplingUnitTips = {
-    image: "What the model looks at: a map, a picture that a preprocessor makes one of, or a picture that an IP-Adapter prompts with.",
+    image: "What the model looks at: a map, a picture that a preprocessor makes one of, or a picture that an IP-Adapter prompts with. In img2img without one: img2img's own picture.",
     images: "An IP-Adapter sees them together with the first; maps go to the images of a batch, one by one.",
     pixel_perfect: "Make the map at the size that the side model works at, and anew for the pass of hires fix.",
     preview: "Show what the preprocessor makes of the first picture.",

@@ -58,10 +58,10 @@ class UnitTab:
         self.elem_id, self.of, default = elem_id, f"of unit {number}", Unit()
         self.widgets: dict[str, Any] = {}
         w = self.widgets
-        own = ", or else img2img's own" if is_img2img else ""
         source: dict[str, Any] = {"sources": ["upload", "clipboard"]} if GRADIO_4 else {"source": "upload"}
         with gr.Row(**ROW):
-            label = f"Picture {self.of}{own}"
+            # Short, for it lies over the widget's buttons.
+            label = f"Picture {number}, or img2img's" if is_img2img else f"Picture {self.of}"
             w["image"] = gr.Image(label=label, elem_id=elem_id("image"), **source, **PICTURE)
             made = gr.Image(label=f"Map {self.of}", interactive=False, height=240, elem_id=elem_id("map"))
         w["images"] = gr.File(
