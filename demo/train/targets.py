@@ -58,9 +58,9 @@ class Kind:
 
 KINDS = {"own": Kind("v", OWN), "large": Kind("v", large=True), "flow": Kind("flow", SIXTEEN)}
 RUNS = {
-    "vae-own-colour": Run(steps=200, batch=8, rate=2e-3, warmup=50, average=0.97, seed=21),
-    "vae-own": Run(steps=800, batch=8, rate=2e-3, average=0.99, seed=21),
-    "vae-own-decoder": Run(steps=250, batch=16, rate=2e-3, warmup=50, average=0.99, seed=26),
+    "vae-own-colour": Run(steps=250, batch=16, rate=2e-3, warmup=50, average=0.97, seed=21),
+    "vae-own": Run(steps=800, batch=16, rate=2e-3, average=0.99, seed=21),
+    "vae-own-decoder": Run(steps=300, batch=16, rate=2e-3, warmup=50, average=0.99, seed=26),
     "vae-flow-colour": Run(steps=200, batch=8, rate=2e-3, warmup=50, average=0.97, seed=22),
     "vae-flow": Run(steps=800, batch=8, rate=2e-3, average=0.99, seed=22),
     "vae-flow-decoder": Run(steps=250, batch=16, rate=2e-3, warmup=50, average=0.99, seed=27),

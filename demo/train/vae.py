@@ -24,14 +24,18 @@ def train_vae(emoji: Emoji, folder: Path, colour: Run, run: Run, config: VAEConf
     """Return the trained autoencoder, its latents standardised for SD's scale factor.
 
     Left to themselves the latents spend all they have on the luminance of edges, and pictures come
-    out grey.  So the ``colour`` run comes first and asks for coarse colours alone.
+    out grey.  So the ``colour`` run comes first and asks for coarse colours alone, of parts of pictures: of whole ones,
+    which are white for the most part, and in half precision, an autoencoder learnt none.
     """
     pictures = to_float(torch.cat(tuple(emoji.pictures.values())))
 
-    def loss(vae: VAE, distance: Callable[[Tensor, Tensor], Tensor], batch: int) -> Callable[[torch.Generator], Tensor]:
+    def loss(vae: VAE, colours: bool, batch: int) -> Callable[[torch.Generator], Tensor]:
+        distance = _coarse if colours else _fine
+
         def value(generator: torch.Generator) -> Tensor:
-            chosen = augment(pictures[torch.randint(len(pictures), (batch,), generator=generator)], generator)
-            with torch.autocast(chosen.device.type, torch.bfloat16):
+            chosen = pictures[torch.randint(len(pictures), (batch,), generator=generator)]
+            chosen = _part(chosen, generator) if colours else augment(chosen, generator)
+            with torch.autocast(chosen.device.type, torch.bfloat16, enabled=not colours):
                 mean, log_variance = (moment.float() for moment in vae.moments(chosen))
                 noise = torch.randn(mean.shape, generator=generator)
                 restored = vae.decode(mean + (0.5 * log_variance).exp() * noise).float()
@@ -41,9 +45,9 @@ def train_vae(emoji: Emoji, folder: Path, colour: Run, run: Run, config: VAEConf
         return value
 
     vae = VAE(config)
-    coarse = train(f"{name}-colour", vae, loss(vae, _coarse, colour.batch), folder, colour)
+    coarse = train(f"{name}-colour", vae, loss(vae, True, colour.batch), folder, colour)
     vae = cast(VAE, coarse).requires_grad_(True)
-    vae = cast(VAE, train(name, vae, loss(vae, _fine, run.batch), folder, run))
+    vae = cast(VAE, train(name, vae, loss(vae, False, run.batch), folder, run))
     return _standardise(vae, pictures)
 
 
@@ -65,6 +69,13 @@ def train_decoder(vae: VAE, emoji: Emoji, folder: Path, run: Run, name: str = "v
 
     decoder = [*vae.decoder.requires_grad_(True).parameters(), *vae.post_quant_conv.requires_grad_(True).parameters()]
     return cast(VAE, train(name, vae, loss, folder, run, decoder)).requires_grad_(False)
+
+
+def _part(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Cut a part of half the side out of pictures ``(N, 3, H, W)``, at the same place."""
+    side = pictures.shape[-1] // 2
+    top, left = torch.randint(side + 1, (2,), generator=generator).tolist()
+    return pictures[..., top : top + side, left : left + side]
 
 
 def _coarse(restored: Tensor, pictures: Tensor) -> Tensor:
