@@ -72,7 +72,8 @@ def running(files: Files) -> WebUI:
     webui.post("/sdapi/v1/refresh-loras", {})
     with contextlib.suppress(RefusedError):  # not every WebUI has it
         webui.post("/sdapi/v1/refresh-embeddings", {})
-    webui.options(sd_model_checkpoint=files.sd1, live_previews_enable=False)
+    _reset(webui, files)
+    webui.options(live_previews_enable=False)
     webui.defaults = {
         "prompt": "a cat on a mat",
         "negative_prompt": "blue",
@@ -112,8 +113,13 @@ RESET = {
 @pytest.fixture
 def webui(running: WebUI, files: Files) -> Iterator[WebUI]:
     yield running
-    known = running.get("/sdapi/v1/options")  # some WebUIs refuse settings that they do not have
-    running.options(sd_model_checkpoint=files.sd1, **{name: value for name, value in RESET.items() if name in known})
+    _reset(running, files)
+
+
+def _reset(webui: WebUI, files: Files) -> None:
+    # Some WebUIs refuse settings that they do not have; Forge Neo has extensions' and does not list them.
+    known = [*webui.get("/sdapi/v1/options"), *(name for name in RESET if name.startswith("delta_sampling"))]
+    webui.options(sd_model_checkpoint=files.sd1, **{name: value for name, value in RESET.items() if name in known})
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
