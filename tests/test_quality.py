@@ -160,6 +160,24 @@ def test_a_change_of_v_that_is_constant_or_linear_in_log_sigma_is_held_exactly(l
         torch.testing.assert_close(deltas.parts.change, 2 * true[[0, 1, 1]], rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize(("sigma", "share"), [(7.5, 0.2892), (1.0, 1.0), (8.5, 0.0)])
+def test_what_goes_on_linearly_goes_neither_further_than_it_came_nor_back(sigma: float, share: float) -> None:
+    before, last = randn(2, 4, 4, 4, seed=1), randn(2, 4, 4, 4, seed=2)
+    hold = Hold(Plan(linear=True, moved=0.2))
+
+    def at(level: float, change: Tensor, size: float) -> Tensor:
+        scaled = change * level / (level**2 + 1) ** 0.5
+        (moment,) = moments([0.5])
+        moment = replace(moment, sigma=torch.full((2,), level), denoised=size * torch.ones(2, 4, 4, 4))
+        return hold.deltas(lambda: Deltas(scaled, scaled), replace(moment, progress=1 / level)).guided
+
+    at(10.0, before, 1.0)
+    at(8.0, last, 2.0)
+    held = at(sigma, torch.full_like(last, torch.nan), 2.0)
+    expected = (last + share * (last - before)) * sigma / (sigma**2 + 1) ** 0.5
+    torch.testing.assert_close(held, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_levels_that_a_bridge_has_made_equal_are_no_division_by_zero() -> None:
     hold = Hold(Plan(2, linear=True))
     for moment in moments([0.0, 0.1, 0.15]):

@@ -107,6 +107,14 @@ def test_prompts(webui: WebUI, sampler: str, prompts: dict[str, Any]) -> None:
     assert_exact(webui, sampler_name=sampler, **prompts)
 
 
+def test_edited_prompts_follow_the_number_of_steps(webui: WebUI) -> None:
+    """One after the other, for what prompts are encoded to is kept."""
+    for steps in (4, 8):
+        assert_exact(webui, prompt="a [cat:dog:0.5] on a mat", steps=steps)
+    for steps in (3, 6):
+        assert_exact(webui, prompt="a [cat:dog:1.5] on a mat", **{**HIRES, "hr_second_pass_steps": steps})
+
+
 FEATURES: dict[str, dict[str, Any]] = {
     "cfg 1": {"cfg_scale": 1.0},
     "cfg 12": {"cfg_scale": 12.0},

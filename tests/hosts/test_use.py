@@ -170,6 +170,13 @@ def test_the_first_tags_count_for_all_of_a_batch_and_the_others_are_not_claimed(
     assert "Delta LoRAs: ink" in made.infotexts[1] and "count for all pictures of a batch" in said(made)
 
 
+def test_in_a_later_batch_too_the_tags_of_others_are_taken_from_its_own_texts(webui: WebUI) -> None:
+    prompts = ["a cat<delta:ink:1>", "a cat<delta:ink:1>", "a dog<delta:ink:1>", "a dog<delta:pen:3>"]
+    made = webui.generate({"enabled": False, "base": "base"}, prompt=prompts, batch_size=2, n_iter=2)
+    assert ["<delta:ink:1>" in text for text in made.infotexts] == [True, True, True, False]
+    assert "<delta:pen" not in made.infotexts[3] and "count for all pictures of a batch" in said(made)
+
+
 # Pictures that got nothing.
 
 NOTHING: dict[str, dict[str, Any]] = {
@@ -436,8 +443,11 @@ def test_the_main_prompt_can_stand_in_the_side_models(webui: WebUI) -> None:
 # The heat map.
 
 
-def shown(webui: WebUI, pictures: int = 1, **changes: Any) -> tuple[Any, list[Any]]:
-    """Generate, and return what was made with the pictures that the extension has put beside it."""
+def shown(webui: WebUI, pictures: int = 1, grids: int = 0, **changes: Any) -> tuple[Any, list[Any]]:
+    """Generate, and return what was made with the pictures that the extension has put beside it.
+
+    ``grids`` pictures of all go before the others, as the WebUI has it.
+    """
     beside: list[Any] = []
     p = webui.p(DELTA, **changes)
     script = p.scripts.scripts[0]
@@ -445,9 +455,10 @@ def shown(webui: WebUI, pictures: int = 1, **changes: Any) -> tuple[Any, list[An
 
     def with_pictures(p: Any, made: Any, *arguments: Any) -> None:
         plain = Image.new("RGB", (64, 64))
-        seen = SimpleNamespace(images=[plain] * pictures, infotexts=["a text"] * pictures, index_of_first_image=0)
+        texts = ["the grid's"] * grids + [f"text {i}" for i in range(pictures)]
+        seen = SimpleNamespace(images=[plain] * len(texts), infotexts=texts[:], index_of_first_image=grids)
         postprocess(p, seen, *arguments)
-        beside.extend(zip(seen.images[pictures:], seen.infotexts[pictures:]))
+        beside.extend(zip(seen.images[len(texts) :], seen.infotexts[len(texts) :]))
 
     script.postprocess = with_pictures
     return webui.processing.process_images(p), beside
@@ -459,7 +470,8 @@ def test_the_delta_is_shown_beside_each_picture_where_the_user_wants_it(webui: W
     webui.shared.opts.delta_sampling_show = True
     made, beside = shown(webui, 2, batch_size=2)
     assert torch.equal(made.images, without.images)
-    assert [(picture.size, text) for picture, text in beside] == [((64, 64), "a text")] * 2
+    assert [(picture.size, text) for picture, text in beside] == [((64, 64), "text 0"), ((64, 64), "text 1")]
+    assert [text for _, text in shown(webui, 2, 1, batch_size=2)[1]] == ["text 0", "text 1"]
     assert webui.callbacks.swallowed == []
     assert len(shown(webui, 2, n_iter=2)[1]) == 2
 
