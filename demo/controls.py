@@ -166,16 +166,21 @@ class Drawn:
         }
 
     def figures(self, agreement_of: Callable[[Tensor], Tensor], measure: str) -> dict[str, dict[str, float]]:
-        """Measure each column: what it has of what it was shown, and whether prompt or example is recognised."""
+        """Measure each column: what it has of what it was shown, and whether prompt or example is recognised.
+
+        "likeness" is the cosine of what the content encoder makes of a picture and of what the example shows.
+        """
         names = self.embedded.judged
         prompted = torch.tensor([names.index(prompt) for prompt in self.prompts])
         shown = torch.tensor([names.index(example.name) for example in self.shown])
         rows = {}
         for column, pictures in self.pictures.items():
             with torch.no_grad():
-                near = self.embedded.judges.content.similarity(pictures).topk(10).indices
+                alike = self.embedded.judges.content.similarity(pictures)
+            near = alike.topk(10).indices
             rows[column] = {
                 measure: _mean(agreement_of(pictures)),
+                "likeness": _mean(alike.gather(1, shown[:, None])),
                 "content": _mean(near[:, 0] == prompted),
                 "near": _mean((near == prompted[:, None]).any(1)),
                 "shown_instead": _mean((near == shown[:, None]).any(1)),

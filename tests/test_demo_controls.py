@@ -126,10 +126,10 @@ def test_maps_are_those_of_the_pictures_that_the_latents_are_of() -> None:
 
 
 def test_references_are_turned_and_put_in_disorder_without_a_change_of_colour() -> None:
-    pictures = as_float(drawing()).expand(8, -1, -1, -1)
+    pictures = as_float(drawing()).expand(40, -1, -1, -1)
     generator = torch.Generator().manual_seed(0)
     mixed = controls.in_disorder(pictures, generator)
-    assert 0 < sum(torch.equal(a, b) for a, b in zip(mixed, pictures)) < 8
+    assert 0 < sum(torch.equal(a, b) for a, b in zip(mixed, pictures)) < 40
     torch.testing.assert_close(mixed.flatten(2).sort().values, pictures.flatten(2).sort().values)
     turned = controls.turned(pictures, generator)
     assert (similarity(turned, pictures) > 0.7).all() and not torch.equal(turned[0], turned[1])

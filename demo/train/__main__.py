@@ -65,7 +65,7 @@ RUNS = {
     "pixelart": Run(steps=900, batch=24, rate=2e-3, warmup=50, seed=5, average=0.99),
     "concepts": Run(steps=900, batch=24, rate=2e-3, warmup=50, seed=6, average=0.99),
     "edges": Run(steps=700, batch=24, rate=2e-3, warmup=50, seed=8, average=0.99),
-    "image-prompt": Run(steps=700, batch=24, rate=2e-3, warmup=50, seed=9, average=0.99),
+    "image-prompt": Run(steps=2400, batch=24, rate=2e-3, warmup=50, seed=9, average=0.99),
     "metrics": Run(steps=4000, batch=48, rate=2e-3, seed=7),
 }
 # The same style by every algorithm of adapters, and by a LoRA from three seeds, whose differences are the noise that
@@ -214,7 +214,8 @@ class Workshop:
         export.edges(MODELS / "edges.safetensors", controls.train_edges("edges", lesson, self.cache, RUNS["edges"]))
 
     def image_prompt(self) -> None:
-        lesson = self.steered(self.shown())
+        # Those in other colours than their own: of the others the prompt tells the colours.
+        lesson = self.steered(self.shown()).last(STRONG["flat"])
         trained = controls.train_image_prompt("image-prompt", lesson, self.cache, RUNS["image-prompt"])
         export.image_prompt(MODELS, trained)
 

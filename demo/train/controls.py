@@ -8,7 +8,7 @@ image prompt (IP-Adapter, arXiv 2308.06721) together with the image encoder that
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +21,7 @@ from demo.edges import edge_maps
 from demo.train.adapters import Adapter, low_rank
 from demo.train.common import Run, train
 from demo.train.data import to_float
-from demo.train.denoisers import VARIANTS, Conditioned, all_contexts, initialise, noise_loss, picture_variants
+from demo.train.denoisers import Conditioned, all_contexts, initialise, noise_loss, picture_variants
 from lib_delta.adapters import lora
 from lib_delta.controls.vision import DEVIATION, MEAN
 from lib_delta.injection import Injection
@@ -34,9 +34,14 @@ RANK = 32
 TOKENS = 4
 SEEN = {"hidden_size": 96, "intermediate_size": 192, "projection_dim": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "image_size": 64, "patch_size": 8, "hidden_act": "gelu"}  # fmt: skip
-# Shares of the training pictures without their prompt, so that what steers is listened to; without a reference, for
-# the negative prompt; and with a reference cut into patches in disorder, of which colours are left and no shapes.
-WITHOUT_PROMPT, WITHOUT_PICTURE, IN_DISORDER = 0.4, 0.1, 0.5
+# Shares of the training pictures without their prompt: of those with a map, so that it is listened to, and fewer of
+# those with a reference, which is to say nothing of what is drawn.
+WITHOUT_PROMPT, WITHOUT_PROMPT_COLOURED = 0.4, 0.1
+# Shares without a reference, for the negative prompt, and with one cut into patches in disorder: of these colours are
+# left and no shapes.
+WITHOUT_PICTURE, IN_DISORDER = 0.1, 0.9
+# An image prompt's share of draws in the highest noise, where a picture's colours are not seen in what is denoised yet.
+IN_NOISE = 0.8
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,15 @@ class Lesson:
     latents: Tensor
     shown: Tensor
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def last(self, count: int) -> Lesson:
+        """Return the lesson of the last ``count`` variants, which are augmented most strongly."""
+        return replace(self, latents=self.latents[:, -count:], shown=self.shown[:, -count:])
+
+    def draw(self, count: int, without_prompt: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Pick latents ``(N, 4, h, w)``; return them, the numbers of their prompts, and what they are learnt with."""
         number = torch.randint(self.latents.shape[0], (count,), generator=generator)
-        variant = torch.randint(VARIANTS, (count,), generator=generator)
-        silent = torch.rand(count, generator=generator) < WITHOUT_PROMPT
+        variant = torch.randint(self.latents.shape[1], (count,), generator=generator)
+        silent = torch.rand(count, generator=generator) < without_prompt
         return self.latents[number, variant].float(), torch.where(silent, -1, number), self.shown[number, variant]
 
 
@@ -115,7 +124,7 @@ def train_edges(name: str, lesson: Lesson, folder: Path, run: Run) -> EdgeContro
     model = EdgeControl(unet)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x0, number, shown = lesson.draw(run.batch, generator)
+        x0, number, shown = lesson.draw(run.batch, WITHOUT_PROMPT, generator)
         context, maps = contexts[number], (shown / 255).expand(-1, 3, -1, -1)
 
         def predict(noisy: Tensor, t: Tensor) -> Tensor:
@@ -164,7 +173,7 @@ def train_image_prompt(name: str, lesson: Lesson, folder: Path, run: Run) -> Pic
     model = PicturePrompt(unet)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x0, number, shown = lesson.draw(run.batch, generator)
+        x0, number, shown = lesson.draw(run.batch, WITHOUT_PROMPT_COLOURED, generator)
         references = in_disorder(turned(to_float(shown), generator), generator)
         kept = (torch.rand(run.batch, generator=generator) >= WITHOUT_PICTURE).float()
 
@@ -174,7 +183,7 @@ def train_image_prompt(name: str, lesson: Lesson, folder: Path, run: Run) -> Pic
             injection = Injection(attended=attended, alone=True)  # type: ignore[arg-type]
             return unet(noisy[None], t, contexts[number][None], None, injection)[0]
 
-        return noise_loss(predict, x0, "eps", generator)
+        return noise_loss(predict, x0, "eps", generator, IN_NOISE)
 
     return cast(PicturePrompt, train(name, model, loss, folder, run))
 

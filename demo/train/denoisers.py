@@ -194,14 +194,20 @@ def flow_loss(
 
 
 def noise_loss(
-    predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor, prediction: str, generator: torch.Generator
+    predict: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    prediction: str,
+    generator: torch.Generator,
+    in_noise: float = 1 / 3,
 ) -> Tensor:
-    """Return the loss of ``predict(noisy, t)`` for latents ``x0`` ``(N, C, H, W)`` at noise levels of their own."""
+    """Return the loss of ``predict(noisy, t)`` for latents ``x0`` ``(N, C, H, W)`` at noise levels of their own.
+
+    A share ``in_noise`` of the draws is in the highest fifth: it is there that the prompt decides.  The others are
+    even, since what is left to chance at low noise shows as speckles.
+    """
     signal, count = alphas_cumprod(), len(x0)
-    # A third of the draws in the highest fifth: it is there that the prompt decides. The others are even, since
-    # what is left to chance at low noise shows as speckles.
     low, high = torch.rand(2, count, generator=generator)
-    t = torch.where(torch.rand(count, generator=generator) < 2 / 3, 1000 * low, 800 + 200 * high)
+    t = torch.where(torch.rand(count, generator=generator) < 1 - in_noise, 1000 * low, 800 + 200 * high)
     t = t.long().clamp(max=999)
     noise = torch.randn(x0.shape, generator=generator)
     a = signal[t][:, None, None, None]
