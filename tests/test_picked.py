@@ -111,6 +111,7 @@ def test_a_card_adds_its_lora_and_a_second_click_takes_it_out() -> None:
     clicked = {"do": "card", "text": "<lora:alias:0.7> moxin style, ink"}
     told = edit(Told("plain:0.5"), **clicked)
     assert told == Told("plain:0.5, moxin:0.7"), "under the name in the list, and the prompt is the user's"
+    assert edit(Told(), do="card", text="<lora:alias:>").loras == "moxin:0.7", "without a weight it is the card's own"
     told = edit(Told("plain:0.5, moxin:0.2:te=0"), **clicked)
     assert told == Told("plain:0.5")
     assert edit(Told("plain:"), **clicked).loras == "plain:, moxin:0.7", "half written: the user goes on from there"

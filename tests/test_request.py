@@ -45,7 +45,7 @@ def test_named_and_positional_arguments_say_the_same():
         ([{"loras": ":1"}], "has no name"),
         ([{"loras": "a:1:2"}], "cannot be read at '2'"),
         ([{"loras": ["a", 1]}], "'loras' must be a text"),
-        ([True] * 22, "takes 21 arguments, and 14 more for each unit: 22 were given"),
+        ([True] * 22, "takes 21 arguments, and 15 more for each unit: 22 were given"),
         (["yes"], "'enabled' must be true or false"),
     ],
 )
