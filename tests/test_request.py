@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lib_delta.errors import SettingError
 from lib_delta.request import (
     BRIDGES,
+    Passes,
     Request,
     from_infotext,
     infotext_labels,
@@ -166,3 +167,24 @@ def test_the_forms_of_bridges_are_those_that_there_are():
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
 def test_a_picture_whose_text_states_no_number_gives_the_default(text: str) -> None:
     assert from_infotext({"Delta lambda": text}, "strength") == 1.0
+
+
+def test_a_lora_that_counts_alone_only_between_two_others_has_a_stage_of_its_own():
+    request = Request(enabled=True, loras="a:1:end=0.4, b:1:start=0.4:end=0.6, c:1:start=0.6")
+    assert request.stages() == {
+        *((True, False, False), (True, True, False), (False, True, False)),
+        *((False, True, True), (False, False, True)),
+    }
+
+
+def test_a_name_that_ends_in_brackets_comes_back_whole():
+    told = Request(enabled=True, base="name [x]").infotext()
+    assert from_infotext(told, "base") == "name [x]"
+
+
+def test_a_pass_that_wants_no_delta_adds_no_loras_and_what_is_claimed_leaves_out_those_of_an_accordion_that_is_off():
+    off = Request(loras="c")
+    first, hires = Request(enabled=True, loras="a"), Request(enabled=True, strength=0, loras="b")
+    assert [pick.name for pick in Passes(first, hires).picks()] == ["a"]
+    both = Passes(first, Request(enabled=True, loras="b"))
+    assert both.claimed(off).loras == "" and both.claimed(replace(off, enabled=True)).loras == "c"
