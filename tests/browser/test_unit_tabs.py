@@ -114,7 +114,9 @@ def test_several_pictures_are_given_to_one_unit(unit):
     assert 'Seen by units: "1: 48x48 RGB 255 64x48 RGB 255"' in unit.generate()
     unit.on.uncheck()
     unit.put(picture())
-    expect(unit.on).to_be_checked()  # it has arrived
+    # It has arrived: the switch alone may still tell of the two before it.
+    expect(unit.shown()).to_be_visible()
+    expect(unit.on).to_be_checked()
     assert 'Seen by units: "1: 48x64 RGB 255 48x48 RGB 255 64x48 RGB 255"' in unit.generate()
 
 
