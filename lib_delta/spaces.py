@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+PIXELS = 8  # of a picture, along one side, to a pixel of a latent, in all of them
+
 
 @dataclass(frozen=True)
 class Traits:

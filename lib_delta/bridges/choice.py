@@ -16,13 +16,12 @@ from lib_delta.bridges.resolution import Noise, ResolutionBridge
 from lib_delta.bridges.scale import ScaleBridge
 from lib_delta.errors import SettingError
 from lib_delta.families import Family
-from lib_delta.spaces import Space
+from lib_delta.spaces import PIXELS, Space
 
 Form = Literal["learned", "taesd", "published", "same_snr"]
 FORMS: tuple[Form, ...] = get_args(Form)
 # The size of the side model: a number is the side, in pixels, of a square as large as the picture it is shown.
 Size = Literal["automatic", "picture"] | int
-PIXELS = 8  # of a picture, along one side, to a pixel of a latent
 NATIVE, LARGEST = 512, 768  # the sizes that SD 1.x was made for, and that it still knows well
 
 

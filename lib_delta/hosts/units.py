@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lib_delta.errors import SettingError
 from lib_delta.hosts.control_files import ControlFiles, encoders
 from lib_delta.request import Passes, Request
+from lib_delta.spaces import PIXELS
 from lib_delta.units import Unit
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ HASHES, MAPS = "Delta unit hashes", "Delta map hashes"
 # Axes of the XYZ plot, by the field of the unit that each sets.
 AXES = {"unit_weight": "weight", "unit_start": "start", "unit_end": "end", "unit_model": "model"}
 KEPT = 8  # maps
-PIXELS = 8  # along one side, to a pixel of a latent
 Size = tuple[int, int]  # in pixels, height first
 Frame = tuple[Size, Size]  # of what the side model works at, and of the picture
 Sized = Callable[[int, int], Size]

@@ -41,6 +41,7 @@ from lib_delta.options import FORMS, FP8, ON_ERROR, PLACEMENTS, PRECISIONS, STOP
 from lib_delta.presets import Presets
 from lib_delta.recipe import Pick, format_picks
 from lib_delta.request import HASHES, NONE, SKIPPED, Active, Passes, Request, infotext_labels
+from lib_delta.spaces import PIXELS
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from lib_delta.sidemodel import SideModel, SideModels
     from lib_delta.source import Source
 
-PIXELS = 8  # of a picture, along one side, to a pixel of a latent
 REQUEST, RUN, AXES = "delta_sampling_request", "delta_sampling_run", "delta_sampling_axes"
 
 
