@@ -94,11 +94,11 @@ class Tab:
         """Generate, and return the picture's text."""
         log = self.page.locator(f"#html_log_{self.name}").first
         text = self.page.locator(f"#{self.name}_infotext textarea")
-        before = log.inner_text()
+        last = log.locator("p").get_attribute("data-run") if log.locator("p").count() else None
         self.page.click(f"#{self.name}_generate")
-        expect(log).to_contain_text("Time taken")
-        expect(log).not_to_have_text(before)
-        expect(text).not_to_have_value("")
+        done = log.locator(f'p[data-run]:not([data-run="{last}"])')
+        expect(done).to_contain_text("Time taken")
+        expect(text).to_have_value(str(done.get_attribute("title")))
         return text.input_value()
 
     def paste(self, text):

@@ -4,6 +4,7 @@ Two tabs, a Generate button that calls the script's hooks, PNG info, an XYZ axis
 model it draws one that shows which settings arrived.
 """
 
+import itertools
 import sys
 import time
 import types
@@ -25,6 +26,7 @@ from stand_in_host import use_stand_in_host  # noqa: E402
 SIZE = 160
 CARDS = {"moxin": "<lora:moxin:0.7> moxin style", "ball": "ball"}  # a LoRA's, and another's
 SCRIPTS = [str(HERE / "scripts" / "xyz_grid.py"), str(ROOT / "scripts" / "delta_sampling.py")]
+RUNS = itertools.count(1)
 
 
 def generate(runner, prompt, axis, values, arguments):
@@ -38,7 +40,9 @@ def generate(runner, prompt, axis, values, arguments):
         done = [(None, f"{type(error).__name__}: {error}")]
     pictures = [picture for picture, _ in done if picture]
     text = "\n\n".join(text for _, text in done)
-    return pictures, text, f"<p>Time taken: {time.perf_counter() - began:.4f} sec.</p>"
+    # Which generation this is, and its text: the page may show the one before the other, and progress beside both.
+    known = f'data-run="{next(RUNS)}" title="{escape(text)}"'
+    return pictures, text, f"<p {known}>Time taken: {time.perf_counter() - began:.4f} sec.</p>"
 
 
 def generate_one(runner, p):
