@@ -3,11 +3,11 @@
     python run.py demo|train|evaluate|bench|test|test-newest|test-browser|test-gpu|lint [arguments of the part]
 
 The first call makes a virtual environment beside this file (.venv) and installs pinned requirements into it; later
-calls start at once. `test` without arguments ends with `test-newest`, the same tests in a second environment, on the
-newest torch, and with `test-browser`, the accordion in Chromium on the gradio of each WebUI, which has an environment
-for each. `test-gpu` checks on a CUDA card what nothing else can tell, in minutes, and prints a table; nothing is
-downloaded for it. Only the standard library is used, in words that an old Python understands, so that it can say what
-is needed.
+calls start at once. `test` without arguments runs on all cores. It ends with `test-newest`, the same tests in a second
+environment, on the newest torch, and with `test-browser`, the accordion in Chromium on the gradio of each WebUI, which
+has an environment for each. `test-gpu` checks on a CUDA card what nothing else can tell, in minutes, and prints a
+table; nothing is downloaded for it. Only the standard library is used, in words that an old Python understands, so
+that it can say what is needed.
 """
 
 import hashlib
@@ -124,7 +124,8 @@ def environment(folder: str, requirements: str, versions: tuple) -> str:
         make_venv(venv, versions)
     say(f"installing requirements/{wanted.name} into {folder} (this once)")
     # The files list all that is needed, so nothing else may come along: k-diffusion asks for wandb, and wandb for more.
-    install = ["-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "-r", str(wanted)]
+    # Modules are compiled when they are imported; all that is in packages would be a third of the installation's time.
+    install = ["-m", "pip", "install", "--disable-pip-version-check", "--no-compile", "--no-deps", "-r", str(wanted)]
     if call([str(python), *install], ROOT, {}):
         raise UnavailableError(
             f"pip could not install requirements/{wanted.name} (its lines above say why); "
