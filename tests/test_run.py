@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -166,3 +167,12 @@ def test_the_callers_own_count_of_threads_is_kept(tmp_path: Path, monkeypatch: p
 def test_tests_have_one_thread_however_they_are_started() -> None:
     assert run.ONE_THREAD.items() <= os.environ.items()
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.skipif(not Path(sys.prefix, "installed-test").exists(), reason="run.py did not make this environment")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", ["clip.simple_tokenizer", "cv2", "diffusers", "k_diffusion", "lycoris", "peft", "resvg_py", "tomesd"]
+)
+def test_the_pinned_environment_has_what_tests_skip_themselves_without(name: str) -> None:
+    importlib.import_module(name)
