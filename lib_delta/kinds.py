@@ -5,13 +5,46 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from lib_delta.errors import shortened
+
 Shapes = Mapping[str, tuple[int, ...]]
 
+# What peft calls an adapter (``peft_type``) that is not served, its name as its authors write it, and how its
+# tensors' names start.
+_OF_PEFT: tuple[tuple[str, str, str], ...] = (
+    ("ADALORA", "AdaLoRA", "lora_E"),
+    ("BEFT", "BEFT", "beft_"),
+    ("BONE", "Bone", "bone_"),
+    ("C3A", "C3A", "c3a_"),
+    ("CARTRIDGE", "Cartridge", "cartridge_"),
+    ("DEFT", "DEFT", "deft_"),
+    ("DELORA", "DeLoRA", "delora_"),
+    ("FOURIERFT", "FourierFT", "fourierft_"),
+    ("GLORA", "GLoRA", "glora_"),
+    ("GRALORA", "GraLoRA", "gralora_"),
+    ("HIRA", "HiRA", "hira_"),
+    ("HRA", "HRA", "hra_"),
+    ("LILY", "Lily", "lily_"),
+    ("LN_TUNING", "LN-Tuning", "ln_tuning_"),
+    ("MISS", "MiSS", "miss_"),
+    ("OSF", "OSF", "osf_"),
+    ("PEANUT", "PEANuT", "peanut_"),
+    ("POLY", "Poly", "poly_lora_"),
+    ("PSOFT", "PSOFT", "psoft_"),
+    ("PVERA", "PVeRA", "pvera_"),
+    ("RANDLORA", "RandLoRA", "randlora_"),
+    ("ROAD", "RoAd", "road_"),
+    ("SHIRA", "SHiRA", "shira_"),
+    ("SUPERTUNING", "SuperTuning", "supertuning_"),
+    ("TINYLORA", "TinyLoRA", "tinylora_"),
+    ("TRAINABLE_TOKENS", "trainable tokens", "trainable_tokens_"),
+    ("VBLORA", "VB-LoRA", "vblora_"),
+    ("VERA", "VeRA", "vera_"),
+    ("WAVEFT", "WaveFT", "waveft_"),
+)
 _KINDS: tuple[tuple[str, str], ...] = (
-    (r".*\.lora_E(\.|$)", "an AdaLoRA file of peft, which is not served"),
-    (r".*\.hra_u(\.|$)", "an HRA file of peft, which is not served"),
-    (r".*\.vera_lambda_[bd]", "a VeRA file of peft, which is not served"),
-    (r".*\.fourierft_spectrum", "a FourierFT file of peft, which is not served"),
+    (r".*\.(q_layer|p_layer|lambda_layer)(\.|$)", "a T-LoRA, whose rank changes from step to step: it is not served"),
+    (r"lllite_", "a ControlNet-LLLite, which is not served"),
     (r"\d+\.[01]\.linear\.\d+\.", "a hypernetwork"),
     (r"modifier_token\.", "a Custom Diffusion file"),
     (r"(?:ip_adapter|image_proj)\.", "an IP-Adapter"),
@@ -22,11 +55,20 @@ _KINDS: tuple[tuple[str, str], ...] = (
 _WORD_WIDTHS = (768, 1024)
 
 
+def of_peft(stated: str) -> str:
+    """Name a kind of adapter that is not served, by what peft calls it."""
+    name = next((name for own, name, _ in _OF_PEFT if own == stated.upper()), shortened(stated, 40))
+    return f"a file of peft's kind {name}, which is not served"
+
+
 def other_kind(shapes: Shapes) -> str:
     """Name what a file is that is neither a checkpoint nor an adapter; empty where it is of no kind known here."""
     for pattern, what in _KINDS:
         if any(re.match(pattern, key) for key in shapes):
             return what
+    for stated, _, start in _OF_PEFT:
+        if any(f".{start}" in key for key in shapes):
+            return of_peft(stated)
     if len(shapes) == 1 and all(len(s) in (1, 2) and s[-1] in _WORD_WIDTHS for s in shapes.values()):
         (key,) = shapes
         return "" if "." in key else "a textual inversion embedding (use it in the prompt)"

@@ -19,6 +19,7 @@ _OTHER_LAYERS: tuple[tuple[str, str], ...] = (
     (r"lora_unet_(joint_blocks|joint_transformer_blocks)_|lora_te3_", Family.SD3.label),
     (r"lora_unet_(lora_)?transformer_single_transformer_blocks_", Family.FLUX.label),
     (r"lora_unet_(lora_)?transformer_transformer_blocks_", "a transformer model (SD 3, Flux or later)"),
+    (r"lora_unet_transformer_(?!blocks_)", "a transformer model (HunyuanVideo, Wan or the like)"),
     (r"lora_te2_", Family.SDXL.label),
     (r"lora_unet_\w+(_1|attentions_\d)_transformer_blocks_[1-9]_", Family.SDXL.label),
     (r"lora_unet_(blocks|layers|transformer_blocks)_\d+_", "a transformer model (of the kind of DiT)"),
