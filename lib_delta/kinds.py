@@ -12,35 +12,35 @@ Shapes = Mapping[str, tuple[int, ...]]
 # What peft calls an adapter (``peft_type``) that is not served, its name as its authors write it, and how its
 # tensors' names start.
 _OF_PEFT: tuple[tuple[str, str, str], ...] = (
-    ("ADALORA", "AdaLoRA", "lora_E"),
-    ("BEFT", "BEFT", "beft_"),
-    ("BONE", "Bone", "bone_"),
-    ("C3A", "C3A", "c3a_"),
-    ("CARTRIDGE", "Cartridge", "cartridge_"),
-    ("DEFT", "DEFT", "deft_"),
-    ("DELORA", "DeLoRA", "delora_"),
-    ("FOURIERFT", "FourierFT", "fourierft_"),
-    ("GLORA", "GLoRA", "glora_"),
-    ("GRALORA", "GraLoRA", "gralora_"),
-    ("HIRA", "HiRA", "hira_"),
-    ("HRA", "HRA", "hra_"),
-    ("LILY", "Lily", "lily_"),
-    ("LN_TUNING", "LN-Tuning", "ln_tuning_"),
-    ("MISS", "MiSS", "miss_"),
-    ("OSF", "OSF", "osf_"),
-    ("PEANUT", "PEANuT", "peanut_"),
-    ("POLY", "Poly", "poly_lora_"),
-    ("PSOFT", "PSOFT", "psoft_"),
-    ("PVERA", "PVeRA", "pvera_"),
-    ("RANDLORA", "RandLoRA", "randlora_"),
-    ("ROAD", "RoAd", "road_"),
-    ("SHIRA", "SHiRA", "shira_"),
-    ("SUPERTUNING", "SuperTuning", "supertuning_"),
-    ("TINYLORA", "TinyLoRA", "tinylora_"),
-    ("TRAINABLE_TOKENS", "trainable tokens", "trainable_tokens_"),
-    ("VBLORA", "VB-LoRA", "vblora_"),
-    ("VERA", "VeRA", "vera_"),
-    ("WAVEFT", "WaveFT", "waveft_"),
+    ("ADALORA", "an AdaLoRA", "lora_E"),
+    ("BEFT", "a BEFT", "beft_"),
+    ("BONE", "a Bone", "bone_"),
+    ("C3A", "a C3A", "c3a_"),
+    ("CARTRIDGE", "a Cartridge", "cartridge_"),
+    ("DEFT", "a DEFT", "deft_"),
+    ("DELORA", "a DeLoRA", "delora_"),
+    ("FOURIERFT", "a FourierFT", "fourierft_"),
+    ("GLORA", "a GLoRA", "glora_"),
+    ("GRALORA", "a GraLoRA", "gralora_"),
+    ("HIRA", "a HiRA", "hira_"),
+    ("HRA", "an HRA", "hra_"),
+    ("LILY", "a Lily", "lily_"),
+    ("LN_TUNING", "an LN-Tuning", "ln_tuning_"),
+    ("MISS", "a MiSS", "miss_"),
+    ("OSF", "an OSF", "osf_"),
+    ("PEANUT", "a PEANuT", "peanut_"),
+    ("POLY", "a Poly", "poly_lora_"),
+    ("PSOFT", "a PSOFT", "psoft_"),
+    ("PVERA", "a PVeRA", "pvera_"),
+    ("RANDLORA", "a RandLoRA", "randlora_"),
+    ("ROAD", "a RoAd", "road_"),
+    ("SHIRA", "a SHiRA", "shira_"),
+    ("SUPERTUNING", "a SuperTuning", "supertuning_"),
+    ("TINYLORA", "a TinyLoRA", "tinylora_"),
+    ("TRAINABLE_TOKENS", "a trainable-tokens", "trainable_tokens_"),
+    ("VBLORA", "a VB-LoRA", "vblora_"),
+    ("VERA", "a VeRA", "vera_"),
+    ("WAVEFT", "a WaveFT", "waveft_"),
 )
 _KINDS: tuple[tuple[str, str], ...] = (
     (r".*\.(q_layer|p_layer|lambda_layer)(\.|$)", "a T-LoRA, whose rank changes from step to step: it is not served"),
@@ -57,8 +57,8 @@ _WORD_WIDTHS = (768, 1024)
 
 def of_peft(stated: str) -> str:
     """Name a kind of adapter that is not served, by what peft calls it."""
-    name = next((name for own, name, _ in _OF_PEFT if own == stated.upper()), shortened(stated, 40))
-    return f"a file of peft's kind {name}, which is not served"
+    name = next((name for own, name, _ in _OF_PEFT if own == stated.upper()), f"a {shortened(stated, 40)}")
+    return f"{name} file of peft, which is not served"
 
 
 def other_kind(shapes: Shapes) -> str:

@@ -133,6 +133,11 @@ def nothing_matches(name: str, stored: Sequence[str], unet: UNet, stated: str, t
         )
     if stated and stated != family_of(unet).label:
         return other_family(name, f"{stated}, as its header says", unet)
+    if any(re.match(r"(unet\.)?(down|up)_blocks\.\d+\.\w+\.\d+\.\S+\.(weight|bias)$", key) for key in stored):
+        return AdapterError(
+            f"{name} holds whole weights by diffusers' names: a LoRA or LyCORIS file for {family_of(unet).label} is"
+            " needed, or a checkpoint, which diffusers' convert_diffusers_to_original_*.py makes of a UNet"
+        )
     sample = stored[0] if stored else "it is empty"
     return AdapterError(
         f"none of the {len(stored)} keys of {name} ({sample}) names a layer of the base model: "

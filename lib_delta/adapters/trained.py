@@ -72,7 +72,7 @@ class Trained:
         if ia3.PEFT in tensors and isinstance(endings, list):
             on_input = any(path.endswith(str(ending)) for ending in endings)
             tensors[ia3.ON_INPUT] = torch.tensor(float(on_input))
-        rank = _rank(tensors)
+        rank = rank_of(tensors)
         alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", config.get("alpha")))
         if lora.ALPHA in tensors or not isinstance(alpha, (int, float)):
             return
@@ -88,7 +88,8 @@ class Trained:
         return next((config for prefix, config in self.parts.items() if layer.startswith(prefix)), None)
 
 
-def _rank(tensors: Mapping[str, Tensor]) -> int | None:
+def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
+    """Return the rank of a layer's factors; None where they have none, or do not tell it."""
     named = (lora.DOWN, "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
     return next((tensors[name].shape[0] for name in named if name in tensors and tensors[name].ndim), None)
 

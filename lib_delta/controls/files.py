@@ -151,7 +151,7 @@ def _control_net(file: WeightFile, unet: UNet, dtype: torch.dtype, device: torch
         base = unet.state_dict()
 
     def stored(key: str) -> Tensor:
-        own = weights.tensor(key)
+        own = _real(weights, key)
         return own.float() + base[key].to("cpu", torch.float32).reshape(own.shape) if key in base else own
 
     names = {key: key for key in weights.shapes}
@@ -210,7 +210,7 @@ def _control_lora(file: WeightFile, unet: UNet, dtype: torch.dtype, device: torc
         weight = base[key].to("cpu", torch.float32)
         if f"{layer}.up" not in file.shapes or key == layer:
             return weight
-        up, down = (file.tensor(f"{layer}.{side}").float().flatten(1) for side in ("up", "down"))
+        up, down = (_real(file, f"{layer}.{side}").float().flatten(1) for side in ("up", "down"))
         if up.shape[1] != down.shape[0] or up.shape[0] * down.shape[1] != weight.numel():
             raise AdapterError(f"{file.name} has factors at {layer} that do not fit the base's {tuple(weight.shape)}")
         return weight + (up @ down).reshape(weight.shape)
@@ -219,6 +219,14 @@ def _control_lora(file: WeightFile, unet: UNet, dtype: torch.dtype, device: torc
     return _made(
         file.name, lambda: ControlNet(unet.config, _hint_widths(file.name, file.shapes)), names, stored, dtype, device
     )
+
+
+def _real(file: WeightFile, key: str) -> Tensor:
+    """Return a tensor that is to be computed with; quantised ones are whole numbers, and their scale is not known."""
+    tensor = file.tensor(key)
+    if not tensor.is_floating_point():
+        raise AdapterError(f"{file.name} has {key} of type {tensor.dtype}, and floating-point numbers are needed")
+    return tensor
 
 
 def _hint_widths(name: str, shapes: Shapes) -> list[int]:

@@ -1,9 +1,8 @@
-"""What lies beside a model's file and tells of it: a ``.yaml`` of its name, and the ``.json`` of the folder it was saved to."""
+"""What lies beside a model's file and tells of it: a ``.yaml`` of its name, and the ``.json`` of its folder."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,15 @@ _OF_DIFFUSERS = re.compile(r"diffusion_pytorch_model(\.\w+)?")
 _SNAPSHOT = re.compile(r"[0-9a-f]{40}")
 _NO_NAMES = ("", "controlnet", "models")
 
+# How the names of models' files end.
+ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+
 State = tuple[tuple[int, int] | None, ...]
 
 
 def yaml_of(path: Path) -> Path:
     """Return where a checkpoint's configuration lies: under its own name, as the WebUIs look for it."""
-    return Path(os.path.splitext(path)[0] + ".yaml")
+    return path.parent / f"{path.stem}.yaml"
 
 
 def state(path: Path) -> State:
@@ -57,13 +59,19 @@ def known_as(path: Path) -> str:
     return path.stem if folder.name.lower() in _NO_NAMES else folder.name
 
 
+def without_ending(name: str) -> str:
+    """Return the last part of a model's name without a model file's ending; what else follows a dot is of the name."""
+    path = Path(name)
+    return path.stem if path.suffix.lower() in ENDINGS else path.name
+
+
 def words_of(name: str) -> frozenset[str]:
     """Return the words of a file's name in small letters: ``control_v11e_sd15_shuffle`` has ``shuffle``."""
     return frozenset(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:
-    """Read settings in JSON; ``where`` they stand is for messages.  Raises :class:`CheckpointError` for what is none."""
+    """Read settings in JSON, of which ``where`` is told; raises :class:`CheckpointError` for what is none."""
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
