@@ -103,11 +103,11 @@ class ModelConfig:
 
         Raises :class:`CheckpointError` for one that cannot be read: the WebUIs cannot load such a checkpoint.
         """
-        import yaml  # transformers has it
-
         config = yaml_of(path)
         if not config.is_file():
             return None
+        import yaml  # transformers has it
+
         where = f"{config.name} beside {path.name}"
         try:
             made = cls(where, yaml.compose(_text(config, where, _LARGEST_YAML), Loader=yaml.SafeLoader))
