@@ -24,8 +24,28 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_SHORT.search(str(error)))
 
 
+def indexed(device: torch.device) -> torch.device:
+    """Return a device as its tensors call it: "cuda" is the current one, as "cuda:0", and "mps" is "mps:0".
+
+    A host says either, torch 2.1 asks no device without an index for its free memory, and the two are never equal.
+    """
+    if device.index is not None or device.type in ("cpu", "meta"):
+        return device
+    current = getattr(getattr(torch, device.type, None), "current_device", None)
+    return torch.device(device.type, 0 if current is None else int(current()))
+
+
+def fetches(device: torch.device) -> bool:
+    """Tell whether a device copies from the CPU's memory by itself, without a copy being waited for.
+
+    Towards the CPU no copy may be left unwaited for: Python would read what has not come yet.
+    """
+    return device.type == "cuda"
+
+
 def free_memory(device: torch.device) -> int | None:
     """Return how many bytes a device can still give, None where it does not say."""
+    device = indexed(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

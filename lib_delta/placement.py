@@ -1,7 +1,7 @@
 """Where a model's weights are: at home in CPU memory, or for a while on a device.
 
 What is on a device is a copy, so going home costs nothing: weights are never written to where they compute.
-Towards a CUDA card they lie in pinned memory, from which it fetches by itself.
+Towards a CUDA card they lie in memory from which it fetches by itself (:mod:`lib_delta.pinned`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lib_delta.adapters.apply import Bypass
+from lib_delta.devices import fetches, indexed
 from lib_delta.fork import ForkedLayer
 from lib_delta.models.unet import UNet
+from lib_delta.pinned import pinned
 
 CPU = torch.device("cpu")
 Holder = dict[str, Any]
@@ -32,8 +34,7 @@ class Visit:
     """All weights of a module on a device for a while."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        # As tensors there call it: "cuda" is "cuda:0".
-        self._module, self._device = module, torch.empty(0, device=device).device
+        self._module, self._device = module, indexed(device)
         self._home: list[tuple[Holder, str, Any]] = []
 
     def go(self) -> None:
@@ -50,15 +51,15 @@ class Visit:
         left = {id(holder) for holder, _, _ in self._home}
         for holder, name, tensor in tensors:
             if tensor.device != self._device:
-                home = holder[name] = _pinned(tensor, self._device)
-                self._leave(holder, name, _like(home, home.to(self._device, non_blocking=True)))
+                home = holder[name] = _like(tensor, pinned(tensor.detach(), self._device))
+                self._leave(holder, name, _like(home, home.to(self._device, non_blocking=fetches(self._device))))
         for part in bypasses:
             if id(vars(part)) not in left:
                 self._leave(vars(part), "adapters", part.on(self._device))
 
     def of(self, module: nn.Module, device: torch.device) -> bool:
         """Tell whether it is this module's visit to this device."""
-        return module is self._module and self._device == torch.empty(0, device=device).device
+        return module is self._module and self._device == indexed(device)
 
     def _leave(self, holder: Holder, name: str, copy: Any) -> None:
         self._home.append((holder, name, holder[name]))
@@ -130,13 +131,3 @@ def _tensors(module: nn.Module) -> Iterator[tuple[Holder, str, Tensor]]:
 
 def _like(tensor: Tensor, copy: Tensor) -> Tensor:
     return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
-
-
-def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor in memory from which a CUDA card fetches by itself, or as it is where there is none to spare."""
-    if device.type != "cuda" or tensor.device.type != "cpu" or tensor.is_pinned():
-        return tensor
-    try:
-        return _like(tensor, tensor.detach().pin_memory())
-    except RuntimeError:  # the system lets no more of its memory be pinned
-        return tensor

@@ -17,7 +17,7 @@ from lib_delta.adapters.blocks import BlockWeights
 from lib_delta.adapters.load import AdapterFile, load_adapter
 from lib_delta.checkpoint import FileState, WeightFile, base_fault, load_unet
 from lib_delta.controls.steering import ControlPick, Steering
-from lib_delta.devices import out_of_memory, without_autocast
+from lib_delta.devices import indexed, out_of_memory, without_autocast
 from lib_delta.errors import CheckpointError, DeltaError
 from lib_delta.fork import Conv2d, Linear
 from lib_delta.kept import Kept
@@ -185,6 +185,12 @@ class SideModel:
     def streams(self) -> int:
         """The bytes of the largest part of a stream, which is on the device only while it runs; 0 where none is."""
         return self._placed.largest if isinstance(self._placed, Stream) else 0
+
+    def elsewhere(self, device: torch.device) -> int:
+        """Return the bytes of the weights that have to be on a device to sample, and are not there."""
+        device = indexed(device)
+        weights = (*self.network.parameters(), *self.network.buffers())
+        return sum(weight.nbytes for weight in weights if weight.device != device)
 
     @property
     def embeddings(self) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from lib_delta.adapters import keys
 from lib_delta.adapters.full import Tuned
 from lib_delta.adapters.load import AdapterFile
 from lib_delta.adapters.protocol import LayerAdapter
-from lib_delta.devices import without_autocast
+from lib_delta.devices import fetches, without_autocast
 from lib_delta.errors import SettingError
 from lib_delta.fork import Adaptation, ForkedLayer, Linear
 from lib_delta.models.text import TextEncoder
@@ -107,7 +107,7 @@ class Bypass(nn.Module, Adaptation):
 
     def on(self, device: torch.device) -> tuple[Weighted, ...]:
         """Return the factors on a device, those that are elsewhere as copies."""
-        return self._mapped(lambda t: t.to(device, non_blocking=True))
+        return self._mapped(lambda t: t.to(device, non_blocking=fetches(device)))
 
     def _mapped(self, fn: Callable[[Tensor], Tensor]) -> tuple[Weighted, ...]:
         return tuple((adapter.map(fn), weight) for adapter, weight in self.adapters)

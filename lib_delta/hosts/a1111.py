@@ -8,6 +8,7 @@ the delta, before masks are blended in and previews are taken.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,17 @@ from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
 from torch import Tensor
 
 from lib_delta.deltas import Deltas, Weights, each, of_images
-from lib_delta.devices import free_memory
+from lib_delta.devices import free_memory, indexed
 from lib_delta.errors import SettingError
 from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
 from lib_delta.hosts.others import taken_over
-from lib_delta.hosts.place import wanted_place
+from lib_delta.hosts.place import ACTIVATION_BYTES, wanted_place
 from lib_delta.hosts.progress import once, pass_progress, schedule_of
 from lib_delta.hosts.skipping import may_skip
 from lib_delta.hosts.target import Target
 from lib_delta.hosts.told import TextEngine
-from lib_delta.hosts.webui import RUN, Host
+from lib_delta.hosts.webui import RUN, TAKING_AWAY, Host
 from lib_delta.parameterization import denoised_of, from_timestep_space, per_image
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 # With less than this on its device, in bytes, the side model waits in CPU memory between generations: decoding large
 # pictures takes as much, and other models want to be loaded.
 ROOM = 4 * 2**30
+# Numbers that decoding holds at once, for each pixel of a picture: what ComfyUI reckons with (2178 for each, of 64
+# that a latent's pixel has).
+DECODED = 2178
 
 
 @dataclass(frozen=True)
@@ -119,24 +123,54 @@ class Automatic1111(Host):
         return wanted_place(*self.place())[0]
 
     def enter(self, p: Any, model: SideModel) -> None:
-        device = wanted_place(*self.place())[0]
-        short = _low_memory() and device.type == devices.device.type
-        if short:
-            lowvram.send_everything_to_cpu()
+        """Let other bases go home; this one comes with the first step that has a delta, and goes with the sampler."""
         for other in self._models or ():
             if other is not model:
                 other.wait()
-        if self.streamed():
+
+    def _bring(self, run: Run, images: Tensor) -> None:
+        """Bring the side model where it computes, whole or block by block; ``images`` are the main model's latents."""
+        model, device = run.model, wanted_place(*self.place())[0]
+        short = _low_memory() and device == indexed(devices.device)
+        if short:
+            lowvram.send_everything_to_cpu()
+        if self.streamed() or self._has_no_room(run, images, device):
             model.stream(device)
         elif short or waits_in_memory(device):
             model.visit(device)
         else:
             model.place(device)
+        run.placed = True
+
+    def _has_no_room(self, run: Run, images: Tensor, device: torch.device) -> bool:
+        """Tell whether the side model does not fit on its device beside the main model, and have the user told.
+
+        Of its passes the smallest parts count, for they are cut where memory is short; of the main model's, whole ones.
+        """
+        free = free_memory(device)
+        if free is None:
+            return False
+        count, _, height, width = images.shape
+        rows, columns = run.bridge(self.target()).source_size(height, width)
+        beside = device == indexed(devices.device)
+        pixels = max(rows * columns, 2 * count * height * width if beside else 0)
+        waiting = _waiting(shared.sd_model, device) if beside else 0
+        needed = run.model.elsewhere(device) + waiting + ACTIVATION_BYTES * pixels
+        if free >= needed:
+            return False
+        run.remark(
+            f"the side model ran block by block, which is slower: {free / 2**30:.1f} GB are free on {device}, and it "
+            f"would have needed {needed / 2**30:.1f} GB"
+        )
+        return True
 
     def leave(self, model: SideModel) -> None:
-        device = wanted_place(*self.place())[0]
-        free = free_memory(device)
-        if self.streamed() or _low_memory() or (free is not None and free < ROOM):
+        self._make_room(model, ROOM)
+
+    def _make_room(self, model: SideModel, wanted: int) -> None:
+        """Have the side model wait in CPU memory if less than that is free where it is."""
+        free = free_memory(wanted_place(*self.place())[0])
+        if model.streams or _low_memory() or (free is not None and free < wanted):
             model.wait()
             self.free_memory()
 
@@ -144,7 +178,25 @@ class Automatic1111(Host):
         devices.torch_gc()
 
     def before_sampling(self, p: Any) -> None:
-        """Do nothing: callbacks and memory serve all passes alike."""
+        """Take the side model away when the sampler of this pass is through: what is decoded after it needs the room.
+
+        Where a hires pass follows, ``p.sample`` decodes, enlarges and encodes itself.  WebUIs before 1.10 do not call
+        this, and there it goes with ``p.sample``.
+        """
+        run: Run | None = getattr(p, RUN, None)
+        sampler = getattr(p, "sampler", None)
+        if run is not None and sampler is not None:
+            _at_its_end(sampler, lambda: run.afterwards(TAKING_AWAY, lambda: self._end(run, p)))
+
+    def _end(self, run: Run, p: Any) -> None:
+        """End a pass: decoding its pictures needs room, one at a time."""
+        if not run.placed:
+            return
+        run.placed = False
+        width, height = p.width, p.height
+        if getattr(p, "enable_hr", False):  # it is encoded before the second pass, and decoded after it
+            width, height = p.hr_upscale_to_x or width, p.hr_upscale_to_y or height
+        self._make_room(run.model, max(ROOM, width * height * DECODED * devices.dtype_vae.itemsize))
 
     def _before_model(self, params: Any) -> None:
         self._call = None
@@ -156,6 +208,8 @@ class Automatic1111(Host):
             call = _call(run, hires, params)
             run.levels[hires] = pass_progress(params.denoiser).levels
             if run.strength(call.progress, hires):
+                if not run.placed:
+                    self._bring(run, call.x)
                 self._call = call
                 # So extensions cut pictures into tiles and add ControlNets.
                 unet = getattr(shared.sd_model.model, "diffusion_model", None)
@@ -308,6 +362,41 @@ def waits_in_memory(device: torch.device) -> bool:
     Where a device has the CPU's own memory it would be twice the same.
     """
     return device.type == "cuda"
+
+
+# How samplers are started, with noise and with a picture.
+STARTS = ("sample", "sample_img2img")
+
+
+def _at_its_end(sampler: Any, do: Callable[[], None]) -> None:
+    """Do something when a sampler is through, whatever comes of it; on the instance, and once."""
+    own = vars(sampler)
+    before = {name: own[name] for name in STARTS if name in own}
+
+    def wrapped(sample: Callable[..., Any]) -> Callable[..., Any]:
+        def with_end(*arguments: Any, **named: Any) -> Any:
+            for name in STARTS:
+                own.pop(name, None)
+            own.update(before)
+            try:
+                return sample(*arguments, **named)
+            finally:
+                do()
+
+        return with_end
+
+    for name in STARTS:
+        if hasattr(sampler, name):
+            setattr(sampler, name, wrapped(getattr(sampler, name)))
+
+
+def _waiting(main: Any, device: torch.device) -> int:
+    """Return the bytes of the main model's UNet that come to a device when it runs: with --medvram all of them."""
+    network = getattr(main, "model", None)
+    by_blocks = getattr(getattr(shared, "cmd_opts", None), "lowvram", False)
+    if by_blocks or not isinstance(network, torch.nn.Module):
+        return 0
+    return sum(weight.nbytes for weight in network.parameters() if weight.device != device)
 
 
 def family_of(model: Any) -> Family:

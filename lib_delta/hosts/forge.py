@@ -19,17 +19,19 @@ import torch
 from modules import script_callbacks, shared
 from torch import Tensor
 
+from lib_delta.devices import indexed
 from lib_delta.errors import DeltaError, SettingError
 from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
 from lib_delta.hosts.others import owners
-from lib_delta.hosts.place import wanted_place
+from lib_delta.hosts.place import ACTIVATION_BYTES, wanted_place
 from lib_delta.hosts.progress import largest, pass_progress
 from lib_delta.hosts.regions_forge import WRAPPER, in_regions
 from lib_delta.hosts.skipping import may_skip
 from lib_delta.hosts.target import Target
 from lib_delta.hosts.told import TextEngine
 from lib_delta.hosts.webui import RUN, Host
+from lib_delta.hosts.whole_patcher import whole
 
 if TYPE_CHECKING:
     from lib_delta.hosts.run import Run
@@ -43,13 +45,13 @@ sampling = importlib.import_module("backend.sampling.sampling_function" if BACKE
 
 VERSION = getattr(importlib.import_module("modules_forge.forge_version"), "version", "")
 
+CPU = torch.device("cpu")
 PRE_CFG, POST_CFG = "sampler_pre_cfg_function", "sampler_post_cfg_function"
 # Where extensions put what they change in the main model and its guidance.
 OTHERS = ("transformer_options", WRAPPER, "sampler_cfg_function", PRE_CFG, POST_CFG)
+NO_ROOM = "the side model computed on the CPU, for the WebUI found no room for it on its device"
 # What a tiny autoencoder needs for each pixel of a picture, which are drawn one at a time: three maps of 64 channels.
 PICTURE_BYTES = 3 * 64 * 4
-# What one row of a pass through an SD 1.5 UNet needs besides its weights, for each pixel of the latent.
-ACTIVATION_BYTES = 32 * 1024
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class Forge(Host):
     def enter(self, p: Any, model: SideModel) -> None:
         device = wanted_place(*self.place())[0]
         streamed = self.streamed()
-        managed = device == memory.get_torch_device() and not streamed
+        own = memory.get_torch_device()  # as the memory manager calls it, which compares it with others
+        managed = device == indexed(own) and not streamed
         if self._patcher is not None and not (managed and self._patcher.model is model.network):
             self._drop_patcher()
         if not managed:
@@ -126,8 +129,8 @@ class Forge(Host):
             model.stream(device) if streamed else model.place(device)
         elif self._patcher is None:
             model.wait()
-            self._patcher = patching.ModelPatcher(
-                model.network, load_device=device, offload_device=memory.unet_offload_device()
+            self._patcher = whole(patching.ModelPatcher)(
+                model.network, load_device=own, offload_device=memory.unet_offload_device()
             )
 
     def before_sampling(self, p: Any) -> None:
@@ -162,13 +165,12 @@ class Forge(Host):
         it leaves a main model that is loaded already where it is.
         """
         run: Run = getattr(p, RUN)
-        target, device = self.target(), memory.get_torch_device()
+        target, own = self.target(), memory.get_torch_device()
         width, height = p.width, p.height
         if getattr(p, "is_hr_pass", False):
             width, height = p.hr_upscale_to_x or width, p.hr_upscale_to_y or height
         # What is in place is missing from what is free already.
-        weights = (*run.model.network.parameters(), *run.model.network.buffers())
-        waiting = 0 if self._patcher is None else sum(w.nbytes for w in weights if w.device != device)
+        waiting = 0 if self._patcher is None else run.model.elsewhere(own)
         room = waiting + run.model.streams
         if self._patcher is not None or run.model.streams:
             rows, columns = run.bridge(target).source_size(height // 8, width // 8)
@@ -177,7 +179,7 @@ class Forge(Host):
         if run.asked.first.bridge == "taesd" and target.family.space is not run.model.report.family.space:
             room += width * height * PICTURE_BYTES
         needed = room + memory.minimum_inference_memory()
-        if device.type != "cpu" and waiting and memory.get_free_memory(device) < needed:
+        if own != CPU and waiting and memory.get_free_memory(own) < needed:
             memory.unload_all_models()
         return room
 
@@ -213,7 +215,8 @@ class Forge(Host):
             loaded.remove(entry)
             entry.model_unload()
         # The last generation's clones of the main model's patcher are there until the next one.
-        for patcher in (shared.sd_model.forge_objects.unet, *(entry.model for entry in loaded)):
+        main = getattr(shared.sd_model, "forge_objects", None)  # there is none where a checkpoint could not be loaded
+        for patcher in (getattr(main, "unet", None), *(entry.model for entry in loaded)):
             extra = getattr(patcher, "extra_model_patchers_during_sampling", [])
             extra[:] = [other for other in extra if other is not self._patcher]
         self._patcher = None
@@ -261,10 +264,10 @@ class Forge(Host):
         skips = changed or may_skip(denoiser, level)
         self._call = Call(run, hires, progress, denoiser.step, float(scale), uncond_used, skips, merging)
         run.unfollowed |= owners([unet.model_options.get(name) for name in OTHERS])
-        self._put_in_place(denoiser.p, denoiser.inner_model.inner_model.forge_objects, x)
+        self._put_in_place(run, denoiser.p, denoiser.inner_model.inner_model.forge_objects, x)
 
-    def _put_in_place(self, p: Any, forge_objects: Any, x: Tensor) -> None:
-        """Make our function the last of the post-CFG functions."""
+    def _put_in_place(self, run: Run, p: Any, forge_objects: Any, x: Tensor) -> None:
+        """Make our function the last of the post-CFG functions, and have the side model where it computes."""
         functions = forge_objects.unet.model_options.get(POST_CFG, [])
         if self._post_cfg not in functions:
             # A refiner: all models were unloaded, ours as well, and the main one alone is back.
@@ -273,6 +276,22 @@ class Forge(Host):
         elif functions[-1] is not self._post_cfg:
             functions.remove(self._post_cfg)
             functions.append(self._post_cfg)
+        if self._patcher is not None:
+            self._bring_back(run, forge_objects, x)
+
+    def _bring_back(self, run: Run, forge_objects: Any, x: Tensor) -> None:
+        """Have the memory manager load what it has unloaded in mid-run, as for a preview; or say that it did not.
+
+        It does so where it loads the main model as well, between two evaluations of it, and for both at once.
+        """
+        device = memory.get_torch_device()
+        if not run.model.elsewhere(device):
+            return
+        if NO_ROOM not in run.remarks:
+            sampling.sampling_prepare(forge_objects.unet, x=x)
+        if run.model.elsewhere(device):
+            run.model.place(CPU)  # and not in two places
+            run.remark(NO_ROOM)
 
     def _after_guidance(self, args: dict[str, Any]) -> Tensor:
         call, self._call = self._call, None

@@ -10,10 +10,17 @@ from lib_delta.options import PRECISIONS
 if TYPE_CHECKING:
     import torch
 
+# What one row of a pass through an SD UNet needs besides its weights, for each pixel of the latent.
+ACTIVATION_BYTES = 32 * 1024
+
 
 def wanted_place(device: torch.device, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
-    """Return where the side model computes and in which type: as the WebUI does, or by the settings."""
+    """Return where the side model computes, as tensors there call it, and in which type: by the settings, or as the
+    WebUI does.
+    """
     import torch
+
+    from lib_delta.devices import indexed
 
     wanted = device_wanted(_is_device)
     if wanted == "CPU":
@@ -25,7 +32,7 @@ def wanted_place(device: torch.device, dtype: torch.dtype) -> tuple[torch.device
     if device.type == "cpu" and dtype == torch.float16:
         warn_once("a CPU does not compute in fp16: the side models run in fp32")
         dtype = torch.float32
-    return device, dtype
+    return indexed(device), dtype
 
 
 def _is_device(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -71,6 +72,10 @@ class Run:
     seconds: float = 0.0
     effective: bool = False
     interrupted: bool = False
+    # Whether the side model is where it computes, in hosts that bring it when a step asks for it.
+    placed: bool = False
+    # What the user is told besides, each sentence once.
+    remarks: list[str] = field(default_factory=list)
     _sizes: list[float] = field(default_factory=list)
     _noted: Noted = field(default_factory=Noted)
     bridged: str = ""
@@ -198,6 +203,19 @@ class Run:
             self.on_fault(self.fault)
             _let_go(error)  # the run goes on, and what the failed step had computed would stay to its end
 
+    def remark(self, sentence: str) -> None:
+        """Have the user told something about the run, in a clause that is a sentence of its own."""
+        if sentence not in self.remarks:
+            self.remarks.append(sentence)
+
+    def afterwards(self, doing: str, do: Callable[[], object]) -> None:
+        """Do what comes after a picture is made, and lose none for it: a fault is told, and that is all."""
+        try:
+            do()
+        except Exception as error:  # whatever it is, the user hears of it
+            traceback.print_exception(type(error), error, error.__traceback__)
+            self.remark(str(sentence(error, doing)))
+
     @property
     def applied(self) -> bool:
         """Whether the picture is what was asked for, and not the target's own."""
@@ -234,12 +252,15 @@ class Run:
         why = self.reason()
         reason = f": {why}" if why else ""
         if not self.steps:
-            return f"Last run: no step had the delta{reason}"
+            return f"Last run: no step had the delta{self._remarked()}{reason}"
         passes = sum(source.evaluations for source in self.sources.values())
         taken = "" if math.isnan(self.seconds) else f", {self.seconds:.1f} s"
         cost = f"{_counted(passes, 'pass', 'es')} of the side model{taken}"
         done = f"Last run: delta in {_counted(self.steps, 'step')}, {cost} ({self.bridged})"
-        return f"{done}{self._in_sizes()}{self._without()}{reason}"
+        return f"{done}{self._in_sizes()}{self._without()}{self._remarked()}{reason}"
+
+    def _remarked(self) -> str:
+        return "".join(f"; {remark}" for remark in self.remarks)
 
     def _without(self) -> str:
         named = ", ".join(sorted(self.unfollowed))

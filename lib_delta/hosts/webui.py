@@ -13,6 +13,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from lib_delta.sidemodel import SideModel, SideModels
     from lib_delta.source import Source
 
+TAKING_AWAY = "taking the side model of Delta Sampling away"
 REQUEST, RUN, AXES = "delta_sampling_request", "delta_sampling_run", "delta_sampling_axes"
 
 
@@ -96,7 +98,7 @@ class Host(ABC):
 
     @abstractmethod
     def leave(self, model: SideModel) -> None:
-        """Take the side model away after a batch, where memory is short."""
+        """Take the side model away after a batch, where memory is short; what it raises costs no picture."""
 
     @abstractmethod
     def free_memory(self) -> None:
@@ -271,19 +273,19 @@ class Host(ABC):
 
     def _finish(self, p: Any, run: Run) -> None:
         run.interrupted = bool(shared.state.interrupted or shared.state.skipped)
-        self._last = run.summary()
         if run.applied and run.heat is not None and run.heat.steps:
-            heatmap.keep(p, run.heat)
+            run.afterwards("keeping the picture of the delta", partial(heatmap.keep, p, run.heat))
         if not run.applied:
             _claim_nothing(p)
             if run.fault is None and run.reason():
                 p.comment(f"Delta Sampling: {run.reason()}: the picture is as it would be without it.")
         if run.fault is not None and one_of("on_error", ON_ERROR) != STOP:
             p.extra_generation_params[SKIPPED] = str(run.fault)
-        if run.fault is not None:
-            self._give_back()
-        else:
-            self.leave(run.model)
+        away = self._give_back if run.fault is not None else partial(self.leave, run.model)
+        run.afterwards(TAKING_AWAY, away)
+        for remark in run.remarks:
+            p.comment(f"Delta Sampling: {remark}.")
+        self._last = run.summary()
 
     def postprocess(self, p: Any, processed: Any) -> None:
         """Show what was kept of a generation beside what it has made, and clean up."""

@@ -238,29 +238,62 @@ def moves(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append("sampling")
         return sampled(p, *arguments, **named)
 
+    def decoded(samples: torch.Tensor) -> torch.Tensor:
+        seen.append("decoding")
+        return samples
+
     monkeypatch.setattr(webui.processing.StableDiffusionProcessingTxt2Img, "sample", sample)
+    monkeypatch.setattr(webui.processing, "decoded", decoded)
     webui.host.unload()
     return seen
 
 
-RETURNED = ["sampling", "the side model goes to the CPU"]
+PASS = ["the WebUI's models leave", "the side model goes to the WebUI's device", "the side model goes to the CPU"]
 
 
 def test_with_little_memory_the_side_model_comes_and_goes_with_each_batch(webui: WebUI, moves: list[str]) -> None:
     webui.generate(DELTA, n_iter=2)
-    assert moves == ["the WebUI's models leave", "the side model goes to the WebUI's device", *RETURNED] * 2
+    assert moves == ["sampling", *PASS] * 2
+
+
+def test_with_little_memory_the_side_model_is_away_while_hires_fix_decodes(webui: WebUI, moves: list[str]) -> None:
+    hires = {"enable_hr": True, "hr_second_pass_steps": 2}
+    webui.generate(DELTA, **hires)
+    assert moves == ["sampling", *PASS, "decoding", *PASS, "decoding"]
+    moves.clear()
+    webui.generate({**DELTA, "hires": "hires pass"}, **hires)
+    assert moves == ["sampling", "decoding", *PASS, "decoding"], "it comes to the pass that has the delta"
 
 
 def test_with_little_memory_the_side_model_goes_when_sampling_fails(
     webui: WebUI, moves: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(model: Any, x: torch.Tensor, extra_args: Any, **_: Any) -> None:
+        model(x, torch.full((len(x),), 14.0), **extra_args)
         raise RuntimeError("the sampler broke")
 
-    monkeypatch.setattr(webui.module("sd_samplers"), "create_sampler", fail)
+    samplers = webui.module("sd_samplers")
+    create = samplers.create_sampler
+
+    def create_that_fails(name: str) -> Any:
+        sampler = create(name)
+        sampler.func = fail
+        return sampler
+
+    monkeypatch.setattr(samplers, "create_sampler", create_that_fails)
     with pytest.raises(RuntimeError, match="the sampler broke"):
         webui.generate(DELTA)
-    assert moves[-2:] == RETURNED
+    assert moves == ["sampling", *PASS]
+
+
+def test_a_sampler_is_left_as_it_was(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its methods are ours until it starts, and once."""
+    samplers, made = webui.module("sd_samplers"), []
+    create = samplers.create_sampler
+    monkeypatch.setattr(samplers, "create_sampler", lambda name: made.append(create(name)) or made[-1])
+    for changes in ({}, {"init_latent": torch.zeros(1, 4, 8, 8), "n_iter": 2}):
+        webui.generate(DELTA, **changes)
+    assert len(made) == 2 and not any({"sample", "sample_img2img"} & vars(sampler).keys() for sampler in made)
 
 
 def test_a_side_model_on_the_cpu_lets_the_webuis_models_stay(
@@ -269,7 +302,7 @@ def test_a_side_model_on_the_cpu_lets_the_webuis_models_stay(
     monkeypatch.setattr(webui.module("devices"), "device", torch.device("meta"))
     monkeypatch.setattr(webui.shared.opts, "delta_sampling_device", "CPU", raising=False)
     webui.generate(DELTA)
-    assert moves == ["the side model goes to the CPU", "sampling"]
+    assert moves == ["sampling", "the side model goes to the CPU"]
 
 
 def test_unloading_returns_cached_memory_to_the_system(webui: WebUI) -> None:

@@ -16,6 +16,7 @@ pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose s
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
 
 from small_files import make_files
+from stand_in_device import DEVICE, stand_in_device
 from stand_in_webui import FORGES, WebUI, relative, running
 
 from lib_delta.errors import DeltaError, SettingError
@@ -36,6 +37,21 @@ def webui(started: WebUI) -> Iterator[WebUI]:
     yield started
     started.reset()
     started.backend("memory_management").current_loaded_models.clear()
+
+
+@pytest.fixture
+def device(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A device that the memory manager manages; the main model's sizes count there, and it computes where it is."""
+    memory = webui.backend("memory_management")
+    webui.host.unload()
+    memory.unload_all_models()
+    main = webui.shared.sd_model.forge_objects_original.unet
+    monkeypatch.setattr(main, "load_device", DEVICE)
+    monkeypatch.setattr(memory, "device", DEVICE)
+    with stand_in_device():
+        yield DEVICE
+        webui.host.unload()
+        memory.unload_all_models()
 
 
 def test_the_function_is_put_in_place_once_however_often_a_pass_starts(webui: WebUI) -> None:
@@ -258,12 +274,8 @@ def weights_of(webui: WebUI) -> int:
     return sum(weight.nbytes for weight in (*unet.parameters(), *unet.buffers()))
 
 
-def test_the_memory_manager_loads_the_side_model_with_the_main_one(
-    webui: WebUI, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_memory_manager_loads_the_side_model_with_the_main_one(webui: WebUI, device: torch.device) -> None:
     memory = webui.backend("memory_management")
-    monkeypatch.setattr(memory, "device", SimpleNamespace(type="cuda"))
-    webui.host.unload()
     seen = []
     registered = webui.callbacks.registered["cfg_after_cfg"]
     registered.append(lambda _params: seen.append(webui.shared.sd_model.forge_objects.unet))
@@ -278,7 +290,8 @@ def test_the_memory_manager_loads_the_side_model_with_the_main_one(
     side = webui.side_model.unet
     weights = weights_of(webui)
     room = first.extra_preserved_memory_during_sampling - weights
-    assert second.extra_preserved_memory_during_sampling - weights == pixels * room
+    # By then the weights are there already.
+    assert second.extra_preserved_memory_during_sampling == pixels * room
     entries = [entry for entry in memory.current_loaded_models if entry.model.model is side]
     assert len(entries) == 1
     del side
@@ -286,11 +299,10 @@ def test_the_memory_manager_loads_the_side_model_with_the_main_one(
     assert not entries[0].loaded and entries[0] not in memory.current_loaded_models
 
 
-def test_the_batch_and_size_decide_how_much_room_is_asked_for(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webui.backend("memory_management"), "device", SimpleNamespace(type="cuda"))
-    webui.host.unload()
+def test_the_batch_and_size_decide_how_much_room_is_asked_for(webui: WebUI, device: torch.device) -> None:
     asked = []
     for changes in ({}, {"batch_size": 2}, {"width": 128}):
+        webui.host.unload()
         webui.generate(DELTA, **changes)
         room = webui.shared.sd_model.forge_objects.unet.extra_preserved_memory_during_sampling
         asked.append(room - weights_of(webui))
@@ -326,18 +338,128 @@ def test_what_streams_and_what_draws_pictures_is_reserved_as_well(
 
 @pytest.mark.parametrize(("free", "kept"), [(2**40, True), (2**30, False)])
 def test_where_room_is_short_the_main_model_is_loaded_anew(
-    webui: WebUI, monkeypatch: pytest.MonkeyPatch, free: int, kept: bool
+    webui: WebUI, device: torch.device, monkeypatch: pytest.MonkeyPatch, free: int, kept: bool
 ) -> None:
     memory = webui.backend("memory_management")
-    monkeypatch.setattr(memory, "device", SimpleNamespace(type="cuda"))
     monkeypatch.setattr(memory, "free", free)
-    webui.host.unload()
     webui.generate()
     (main,) = memory.current_loaded_models
-    monkeypatch.setattr(main, "model_unload", lambda: unloaded.append(True))
+    monkeypatch.setattr(main, "model_unload", lambda *_: unloaded.append(True))
     unloaded: list[bool] = []
     webui.generate(DELTA)
     assert bool(unloaded) is not kept and len(memory.current_loaded_models) == 2
+
+
+def placed(webui: WebUI) -> set[torch.device]:
+    """Return all places that weights of the side model are in."""
+    network = webui.side_model.network
+    return {weight.device for weight in (*network.parameters(), *network.buffers())}
+
+
+@contextmanager
+def in_each_step(webui: WebUI, do: Any) -> Iterator[None]:
+    """Do something after each step, and fail with what it raises."""
+    registered = webui.callbacks.registered["cfg_after_cfg"]
+    registered.append(do)
+    try:
+        yield
+    finally:
+        registered.remove(do)
+        assert webui.callbacks.swallowed == []
+
+
+@pytest.mark.parametrize("form", ["merged", "low-rank factors"])
+@pytest.mark.parametrize("in_order", [list, lambda patchers: list(reversed(patchers))])
+def test_all_of_the_side_model_is_on_its_device_where_that_is_full(
+    webui: WebUI, device: torch.device, monkeypatch: pytest.MonkeyPatch, in_order: Any, form: str
+) -> None:
+    """Forge Neo leaves what does not fit where it is, and casts layers of its own alone."""
+    memory, wanted = webui.backend("memory_management"), webui.native()
+    webui.shared.opts.delta_sampling_form = form
+    monkeypatch.setattr(memory, "in_order", in_order, raising=False)
+    monkeypatch.setattr(memory, "inference", 2**20, raising=False)
+    main = webui.shared.sd_model.forge_objects_original.unet
+    # Room for the side model's weights and activations, and for a half of the main model.
+    activations = 4 * 64 * 32 * 1024
+    seen: list[set[torch.device]] = []
+    with in_each_step(webui, lambda _params: seen.append(placed(webui))):
+        webui.generate(DELTA)
+        weights = weights_of(webui)
+        webui.host.unload()
+        memory.unload_all_models()
+        if webui.name == "neo":
+            monkeypatch.setattr(memory, "free", weights + activations + main.model_size() // 2)
+        seen.clear()
+        got = webui.latents(DELTA)
+    assert relative(got, wanted) < 1e-5
+    assert seen == [{device}] * 3
+    if webui.name == "neo":
+        assert main.loaded_size() < main.model_size() and (main.loaded_size() > 0 or in_order is not list)
+
+
+@pytest.mark.parametrize("asked", [0.01, 0.5, 10.0])
+def test_a_side_model_that_is_unloaded_in_mid_run_is_brought_back(
+    webui: WebUI, device: torch.device, monkeypatch: pytest.MonkeyPatch, asked: float
+) -> None:
+    """As for a preview's autoencoder, which needs a part of the memory or all of it."""
+    memory, wanted = webui.backend("memory_management"), webui.native(steps=4)
+    seen: list[set[torch.device]] = []
+    taken: list[set[torch.device]] = []
+
+    def take_away(_params: Any) -> None:
+        seen.append(placed(webui))
+        if len(seen) == 2:
+            if webui.name == "neo":
+                left = memory.get_free_memory(device)
+                memory.free_memory(left + asked * webui.side_model.elsewhere(torch.device("cpu")), device)
+            else:
+                memory.unload_all_models()
+            taken.append(placed(webui))
+
+    with in_each_step(webui, take_away):
+        got = webui.latents(DELTA, steps=4)
+    assert relative(got, wanted) < 1e-5
+    assert seen == [{device}] * 4 and all(len(places) == 1 for places in taken)
+    assert "CPU" not in webui.host.status()
+
+
+def test_a_side_model_that_cannot_be_brought_back_computes_on_the_cpu_and_that_is_said(
+    webui: WebUI, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, wanted = webui.backend("memory_management"), webui.native(steps=4)
+    sampling = webui.backend("sampling.sampling_function")
+    seen: list[set[torch.device]] = []
+
+    def take_away(_params: Any) -> None:
+        seen.append(placed(webui))
+        if len(seen) == 2:
+            memory.unload_all_models()
+            next(iter(webui.side_model.unet.children())).to(device)  # a part of it is left
+            monkeypatch.setattr(sampling, "load_models_gpu", lambda *_, **__: None)
+
+    with in_each_step(webui, take_away):
+        made = webui.generate(DELTA, steps=4)
+    assert relative(made.images, wanted) < 1e-5
+    assert seen == [{device}] * 2 + [{torch.device("cpu")}] * 2
+    said = "the side model computed on the CPU, for the WebUI found no room for it on its device"
+    assert said in webui.host.status() and made.comments.count(f"Delta Sampling: {said}.") == 1
+
+
+def test_the_side_model_is_unloaded_where_no_main_checkpoint_could_be_loaded(webui: WebUI) -> None:
+    """A checkpoint that cannot be read leaves Forge without one."""
+    webui.generate(DELTA)
+    webui.shared.sd_model = None
+    assert webui.host.unload() == "Unloaded 1 side model"
+    assert webui.host.status().startswith("No side model is loaded")
+    webui.use("base")
+
+
+def test_patchers_of_managers_that_move_whole_models_are_the_hosts_own(webui: WebUI) -> None:
+    from lib_delta.hosts.forge import patching
+    from lib_delta.hosts.whole_patcher import whole
+
+    own = patching.ModelPatcher
+    assert (whole(own) is own) is (webui.name == "forge")
 
 
 @pytest.mark.parametrize(("flag", "family"), [("is_sd1", "SD1"), ("is_sd2", "SD2"), ("is_sdxl", "SDXL")])

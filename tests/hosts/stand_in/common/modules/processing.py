@@ -69,6 +69,7 @@ class StableDiffusionProcessing:
     extra_generation_params: dict = field(default_factory=dict)
     comments: list = field(default_factory=list)
     is_hr_pass: bool = False
+    sampler: Any = None
 
     sd_model = property(lambda self: shared.sd_model)
 
@@ -108,6 +109,11 @@ class StableDiffusionProcessing:
             self.scripts.process_before_every_sampling(self)
 
 
+def decoded(samples):
+    """The pictures of latents: between the passes of a hires fix and after them, within ``p.sample``."""
+    return samples
+
+
 @dataclass
 class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
     """From noise; with hires fix, once more in another size."""
@@ -136,18 +142,18 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
             self.hr_negative_prompts = [self.hr_negative_prompt or self.negative_prompt] * self.batch_size
 
     def sample(self, conditioning, unconditional_conditioning, **about):
-        sampler = sd_samplers.create_sampler(self.sampler_name)
+        self.sampler = sd_samplers.create_sampler(self.sampler_name)
         x = self.noise(self.latent_size())
         restore_model(self)
         self.before_every_sampling()
-        samples = sampler.sample(self, x, conditioning, unconditional_conditioning)
-        return self.sample_hr_pass(samples) if self.enable_hr else samples
+        samples = self.sampler.sample(self, x, conditioning, unconditional_conditioning)
+        return self.sample_hr_pass(decoded(samples)) if self.enable_hr else samples
 
     def sample_hr_pass(self, samples):
         if self.hr_checkpoint_name:
             sd_models.reload_model_weights(sd_models.get_closet_checkpoint_match(self.hr_checkpoint_name))
         self.is_hr_pass = True
-        sampler = sd_samplers.create_sampler(self.hr_sampler_name or self.sampler_name)
+        self.sampler = sd_samplers.create_sampler(self.hr_sampler_name or self.sampler_name)
         size = [int(side * self.hr_scale) for side in self.latent_size()]
         samples = torch.nn.functional.interpolate(samples, size)
         steps = self.hr_second_pass_steps or self.steps
@@ -159,7 +165,9 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
         self.before_every_sampling()
         if restore_model(self):
             self.before_every_sampling()
-        samples = sampler.sample_img2img(self, samples, self.noise(size), *conds, steps=steps)
+        samples = self.sampler.sample_img2img(self, samples, self.noise(size), *conds, steps=steps)
+        self.sampler = None
+        samples = decoded(samples)
         self.is_hr_pass = False
         return samples
 
@@ -173,11 +181,12 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
     nmask: Any = None
 
     def sample(self, conditioning, unconditional_conditioning, **about):
-        sampler = sd_samplers.create_sampler(self.sampler_name)
+        if self.sampler is None:  # one serves all batches
+            self.sampler = sd_samplers.create_sampler(self.sampler_name)
         noise = self.noise(self.latent_size())
         restore_model(self)
         self.before_every_sampling()
-        samples = sampler.sample_img2img(self, self.init_latent, noise, conditioning, unconditional_conditioning)
+        samples = self.sampler.sample_img2img(self, self.init_latent, noise, conditioning, unconditional_conditioning)
         return samples if self.mask is None else samples * self.nmask + self.init_latent * self.mask
 
 

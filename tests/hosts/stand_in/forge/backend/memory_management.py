@@ -1,4 +1,4 @@
-"""Which models are on the device; ``device`` may be any object with a ``type``."""
+"""Which models are on the device: all of each that is loaded."""
 
 import torch
 
@@ -13,9 +13,11 @@ class LoadedModel:
 
     def __init__(self, model):
         self.model, self.loaded = model, True
+        model.move_to(model.load_device)
 
     def model_unload(self):
         self.loaded = False
+        self.model.move_to(self.model.offload_device)
 
 
 def get_torch_device():
@@ -52,7 +54,7 @@ def soft_empty_cache():
     caches_emptied.append(True)
 
 
-def load_models_gpu(patchers):
+def load_models_gpu(patchers, memory_required=0, minimum_memory_required=0):
     """Load patchers' models, unless they are loaded already."""
     for patcher in patchers:
         if not any(patcher is entry.model for entry in current_loaded_models):

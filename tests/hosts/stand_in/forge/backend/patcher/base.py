@@ -2,6 +2,8 @@
 
 from copy import deepcopy
 
+import torch
+
 
 class ModelPatcher:
     """A model that the memory manager moves."""
@@ -9,6 +11,11 @@ class ModelPatcher:
     def __init__(self, model, load_device, offload_device):
         self.model, self.load_device, self.offload_device = model, load_device, offload_device
         self.model_options = {"transformer_options": {}}
+
+    def move_to(self, device):
+        """Move a model; the main one's networks compute where they are."""
+        if isinstance(self.model, torch.nn.Module):
+            self.model.to(device)
 
     def is_clone(self, other):
         return getattr(other, "model", None) is self.model

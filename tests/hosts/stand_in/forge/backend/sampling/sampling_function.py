@@ -7,7 +7,9 @@ from backend.memory_management import load_models_gpu
 
 def sampling_prepare(unet, x):
     """Have the model and what extensions have added to it on the device."""
-    load_models_gpu([unet, *unet.extra_model_patchers_during_sampling])
+    kept = unet.extra_preserved_memory_during_sampling
+    models = [unet, *unet.extra_model_patchers_during_sampling]
+    load_models_gpu(models, memory_required=kept, minimum_memory_required=kept)
 
 
 class Condition:
