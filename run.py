@@ -3,11 +3,11 @@
     python run.py demo|train|evaluate|bench|test|test-newest|test-browser|test-gpu|lint [arguments of the part]
 
 The first call makes a virtual environment beside this file (.venv) and installs pinned requirements into it; later
-calls start at once. `test` without arguments ends with `test-newest`, the same tests in a second environment, on the
-newest torch, and with `test-browser`, the accordion in Chromium on the gradio of each WebUI, which has an environment
-for each. `test-gpu` checks what only a card can tell, in minutes, and prints a table; `tests/gpu/check.py` is the same
-for a WebUI's own Python. Only the standard library is used, in words that an old Python understands, so that it can
-say what is needed.
+calls start at once. `test` without arguments runs on all cores. It ends with `test-newest`, the same tests in a second
+environment, on the newest torch, and with `test-browser`, the accordion in Chromium on the gradio of each WebUI, which
+has an environment for each. `test-gpu` checks what only a card can tell, in minutes, and prints a table;
+`tests/gpu/check.py` is the same for a WebUI's own Python. Only the standard library is used, in words that an old
+Python understands, so that it can say what is needed.
 """
 
 import hashlib
@@ -39,6 +39,11 @@ MORE_TESTS = {
 }
 NO_TESTS = 5  # pytest's status where none could run; its output says why
 
+# Threads of OpenMP and of BLAS spin while they wait, so where processes outnumber cores they keep each other from
+# work: all parts but demo, which draws alone, have one a process. torch reads this when it is imported.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+MOST_WORKERS = 8  # each holds a torch and models of its own, up to 2 GB
+
 
 class UnavailableError(Exception):
     """An environment that cannot be had here; the message says what is needed."""
@@ -69,7 +74,10 @@ def run_part(name: str, arguments: list) -> int:
     python = environment(".venv", requirements, SERVED)
     # Files named on the command line are the caller's; tests and lint are about this folder.
     folder = ROOT if requirements == "test" else Path.cwd()
-    statuses = [call([python, *command, *arguments], folder) for command in commands]
+    if name == "test" and not arguments:
+        arguments = side_by_side()
+    threads = {} if name == "demo" else ONE_THREAD
+    statuses = [call([python, *command, *arguments], folder, threads) for command in commands]
     return next((status for status in statuses if status), 0)
 
 
@@ -78,8 +86,21 @@ def run_more(name: str, arguments: list) -> int:
     status = 0
     for requirements, versions, default in MORE_TESTS[name]:
         python = environment(".venv-" + requirements, requirements, versions)
-        status = call([python, "-m", "pytest", *(arguments or default)], ROOT) or status
+        tests = arguments or [*side_by_side(), *default]
+        status = call([python, "-m", "pytest", *tests], ROOT, ONE_THREAD) or status
     return status
+
+
+def side_by_side() -> list:
+    """Return what has pytest run a process for each core; a file's tests stay together, and so what they share."""
+    # A running WebUI is one, and knows one caller at a time.
+    workers = 1 if os.environ.get("WEBUI_URL") else min(cores(), MOST_WORKERS)
+    return ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_more_where_possible(name: str) -> int:
@@ -103,8 +124,9 @@ def environment(folder: str, requirements: str, versions: tuple) -> str:
         make_venv(venv, versions)
     say(f"installing requirements/{wanted.name} into {folder} (this once)")
     # The files list all that is needed, so nothing else may come along: k-diffusion asks for wandb, and wandb for more.
-    install = ["-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "-r", str(wanted)]
-    if call([str(python), *install], ROOT):
+    # Modules are compiled when they are imported; all that is in packages would be a third of the installation's time.
+    install = ["-m", "pip", "install", "--disable-pip-version-check", "--no-compile", "--no-deps", "-r", str(wanted)]
+    if call([str(python), *install], ROOT, {}):
         raise UnavailableError(
             f"pip could not install requirements/{wanted.name} (its lines above say why); "
             "it needs a package index and up to 6 GB of disk"
@@ -117,7 +139,7 @@ def make_venv(venv: Path, versions: tuple) -> None:
     """Make an empty virtual environment with one of the Python versions, in place of what is there."""
     python = find_python(versions)
     say(f"making {venv.name} with " + " ".join(python))
-    if call([*python, "-m", "venv", "--clear", str(venv)], ROOT):
+    if call([*python, "-m", "venv", "--clear", str(venv)], ROOT, {}):
         raise UnavailableError(f"Python could not make the virtual environment {venv} (its lines above say why)")
 
 
@@ -140,9 +162,13 @@ def can_make_venv(python: list) -> bool:
     return subprocess.run(check, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 
-def call(command: list, folder: Path) -> int:
-    """Run a command in a folder, with this repository's modules in reach, and return its exit status."""
-    return subprocess.run(command, cwd=str(folder), env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode
+def call(command: list, folder: Path, variables: dict) -> int:
+    """Run a command in a folder, with this repository's modules in reach, and return its exit status.
+
+    ``variables`` of the environment are those that the caller's does not have.
+    """
+    environment = {**variables, **os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=str(folder), env=environment).returncode
 
 
 def say(line: str) -> None:

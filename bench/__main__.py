@@ -183,6 +183,7 @@ def main() -> None:
     options = _options()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
+    torch.set_num_threads(1)  # a process's own time has that of all threads, also while they spin
     torch.manual_seed(0)
     if options.native_only:
         keep_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from demo.pipeline import (
 from demo.samplers import denoise_from, noise_levels
 from demo.targets import Way, bridge_file, bridge_of, load_target, target_file
 from lib_delta.strength import Strength
+from run import ONE_THREAD
 
 PROMPTS_AT_ONCE = 6
 JUDGED = 64  # pixels along a side
@@ -160,6 +162,7 @@ class Workers:
     """Runs tasks in processes of one thread each, with one progress bar."""
 
     def __init__(self, models: Path, jobs: int) -> None:
+        os.environ.update(ONE_THREAD)  # which they inherit: torch counts its threads when it is imported
         context = torch.multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(jobs, context, _open_studio, (models,))
 

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from lib_delta.errors import CheckpointError
+from lib_delta.errors import CheckpointError, shown
 from lib_delta.families import SERVED, Family
-from lib_delta.formats import zip_records
+from lib_delta.formats import beside, zip_records
+from lib_delta.formats.beside import ModelConfig
 from lib_delta.formats.reading import Shapes
 from lib_delta.formats.safetensors_file import SafetensorsReader
 from lib_delta.formats.torch_file import TorchFileReader
@@ -39,11 +40,15 @@ READERS = min(4, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class FileState:
-    """A file as it was when it was read: another time or size means another file."""
+    """A file, and what lies beside it and tells of it, as they were when it was read.
+
+    Another time or size of any of them means another file.
+    """
 
     path: Path
     modified: int
     size: int
+    beside: beside.State = ()
 
     @classmethod
     def of(cls, path: Path) -> FileState:
@@ -52,7 +57,11 @@ class FileState:
             found = path.stat()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}): a model file is needed") from error
-        return cls(path, found.st_mtime_ns, found.st_size)
+        return cls(path, found.st_mtime_ns, found.st_size, beside.state(path))
+
+
+# ``DataParallel`` puts it before every key.
+_WRAPPER = "module."
 
 
 class Reader(Protocol):
@@ -99,14 +108,19 @@ class WeightFile:
     Raises :class:`CheckpointError` for files that are unreadable, damaged or of another format.
     """
 
-    def __init__(self, reader: Reader, name: str, prefix: str = "") -> None:
-        self._reader, self.name, self.prefix = reader, name, prefix
+    def __init__(self, reader: Reader, path: Path, prefix: str = "") -> None:
+        self._reader, self.path, self.prefix = reader, path, prefix
+        # A name that all models of diffusers have would tell nobody which one is meant.
+        self.name = f"{beside.known_as(path)}/{path.name}" if beside.named_by_diffusers(path) else path.name
 
     @classmethod
     def open(cls, path: str | Path) -> WeightFile:
         """Open a ``.safetensors``, ``.ckpt`` or ``.pt`` file."""
         path = Path(path)
-        return cls(_open(path), path.name)
+        reader = _open(path)
+        # Models that were trained in parallel may be saved with the wrapper that they were in.
+        wrapped = bool(reader.shapes) and all(key.startswith(_WRAPPER) for key in reader.shapes)
+        return cls(reader, path, _WRAPPER if wrapped else "")
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -139,7 +153,7 @@ class WeightFile:
 
     def below(self, prefix: str) -> WeightFile:
         """Return a view of the keys that start with ``prefix``, with it removed."""
-        return WeightFile(self._reader, self.name, self.prefix + prefix)
+        return WeightFile(self._reader, self.path, self.prefix + prefix)
 
     def close(self) -> None:
         """Let go of the file; tensors that were read from it stay valid."""
@@ -166,6 +180,7 @@ _OTHER_FILES: tuple[tuple[str, str], ...] = (
         r"(unet\.)?down_blocks\.\d+\.(resnets|attentions)\.",
         "a UNet in diffusers layout, which diffusers' convert_diffusers_to_original_*.py turns into a checkpoint",
     ),
+    (r"module\.", "saved from parallel training, in part: its keys start with 'module.', and ordinary ones are needed"),
     (r"model_ema\.", "a checkpoint with only the averaged (EMA) copy of its UNet: export it with its ordinary weights"),
     (
         r"(model\.)?diffusion_model\.",
@@ -232,19 +247,29 @@ def detect_variant(shapes: Shapes) -> str:
 def detect_prediction(file: WeightFile, family: Family) -> Prediction:
     """Tell what the UNet predicts.
 
-    In this order: an (empty) tensor ``v_pred``; the header's ``modelspec.prediction_type``, or a
-    ``modelspec.architecture`` that ends in ``-v`` (as in ``stable-diffusion-v2-768-v``); else v for SD 2.x
-    and eps for all others.  SD 2.x comes as 512 (eps) and 768-v models of the same shapes: the
-    default is that of the 768-v models, but for the inpainting and depth models, which are eps.
-    Where that is wrong the user has to say so.
+    In this order: what :func:`stated_prediction` finds; eps where a ``.yaml`` lies beside the file and says nothing of
+    it, as ldm's models have it; else v for SD 2.x and eps for all others.  SD 2.x comes as 512 (eps) and
+    768-v models of the same shapes: the default is that of the 768-v models, but for the inpainting and depth
+    models, which are eps.  Where that is wrong the user has to say so.
     """
-    return stated_prediction(file) or (
-        "v" if family is Family.SD2 and detect_variant(file.shapes) == "standard" else "eps"
-    )
+    stated = stated_prediction(file)
+    if stated is not None:
+        return stated
+    standard_sd2 = family is Family.SD2 and detect_variant(file.shapes) == "standard"
+    return "v" if standard_sd2 and ModelConfig.beside(file.path) is None else "eps"
 
 
 def stated_prediction(file: WeightFile) -> Prediction | None:
-    """Return what a file says that its UNet predicts, None where it says nothing."""
+    """Return what is said of what a file's UNet predicts, None where nothing is.
+
+    In this order: the ``.yaml`` of its name beside it, which WebUIs believe first; an (empty) tensor ``v_pred``; the
+    header's ``modelspec.prediction_type``, or a ``modelspec.architecture`` that ends in ``-v`` (as in
+    ``stable-diffusion-v2-768-v``).
+    Raises :class:`CheckpointError` for a configuration that cannot be read, and a prediction that is not served.
+    """
+    config = ModelConfig.beside(file.path)
+    if config is not None and (configured := _configured_prediction(file.name, config)) is not None:
+        return configured
     if "v_pred" in file.shapes:
         return "v"
     stated = file.metadata.get("modelspec.prediction_type", "").lower()
@@ -255,6 +280,17 @@ def stated_prediction(file: WeightFile) -> Prediction | None:
     if file.metadata.get("modelspec.architecture", "").endswith("-v"):
         return "v"
     return None
+
+
+def _configured_prediction(name: str, config: ModelConfig) -> Prediction | None:
+    """Read ldm's name for a prediction, and sgm's."""
+    scaling = config.text("denoiser_config", "params", "scaling_config", "target").rpartition(".")[2]
+    stated = config.text("parameterization") or {"VScaling": "v", "EpsScaling": "eps"}.get(scaling, "")
+    if stated and stated not in ("eps", "v"):
+        raise CheckpointError(
+            f"{name} predicts {shown(stated, 40)}, as {config.name} says, which is not served: eps or v is needed"
+        )
+    return cast("Prediction | None", stated or None)
 
 
 def detect_zero_terminal_snr(file: WeightFile) -> bool:

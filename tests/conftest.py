@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import pytest
+
+from run import ONE_THREAD
+
+# Before torch, which counts its threads when it is imported, and for what tests start in turn.
+os.environ.update(ONE_THREAD)
 
 import torch
 from torch import Tensor
 
 from lib_delta.fork import Adaptation, ForkedLayer
 from lib_delta.models.unet import UNet, UNetConfig
+
+torch.set_num_threads(1)  # where a plugin has imported it
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to run side by side what asks one WebUI."""
+    if os.environ.get("WEBUI_URL") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("WEBUI_URL names one WebUI, whose settings tests change: run them without -n")
+
 
 TINY = UNetConfig(
     in_channels=4,

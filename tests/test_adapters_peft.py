@@ -119,6 +119,32 @@ LORAS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("settings", "algorithms"),
+    [
+        ({"bias": "all"}, ["LoRA", "bias"]),
+        ({"modules_to_save": ["conv", "linear_1"]}, ["LoRA", "full fine-tune"]),
+        ({"modules_to_save": ["conv"], "bias": "all"}, ["LoRA", "bias", "full fine-tune"]),
+    ],
+    ids=str,
+)
+def test_whole_weights_beside_factors(settings: dict[str, Any], algorithms: list[str], tmp_path: Path) -> None:
+    """Layers without factors have whole new weights in the file, or biases, by their own names."""
+    targets = [keys.diffusers_paths(base())[KINDS[kind]] for kind in ("conv 1x1", "conv 3x3")]
+    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=targets, **settings)
+    wrapped = trained(config, unet_tree()[0])
+    adapter = load_adapter(saved(wrapped, tmp_path), base())
+    assert set(adapter.unet) == set(KINDS.values()) and not adapter.unmatched
+    assert sorted(adapter.algorithms()) == sorted(algorithms)
+    attach(base(), [(adapter, 1.0)])
+    for path, place in unet_tree()[1].items():
+        layer, theirs = base().get_submodule(path), wrapped.base_model.model.get_submodule(place)
+        x = torch.randn(2, layer.weight.shape[1], *(9, 7)[: layer.weight.ndim - 2])
+        bias = layer.bias if layer.adaptation.bias is None else layer.adaptation.bias
+        assert relative_error(layer.apply_weights(x, layer.adaptation.weight, bias), theirs(x)) < BOUND, path
+        assert relative_error(layer.base(x), theirs(x)) > 0.1
+
+
 @pytest.mark.parametrize("settings", LORAS)
 def test_lora(settings: str, tmp_path: Path) -> None:
     wrapped = trained(config("Lora", r=4, init_lora_weights=False, **LORAS[settings]), unet_tree()[0])
@@ -171,7 +197,11 @@ def test_ia3(feedforward: tuple[str, ...], tmp_path: Path) -> None:
 
 
 @oldest
-@pytest.mark.parametrize("settings", [{}, {"block_share": True}, {"coft": True, "eps": 0.1}, {"r": 5}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"block_share": True}, {"coft": True, "eps": 0.1}, {"r": 5}, {"r": 5, "block_share": True}],
+    ids=str,
+)
 def test_oft_of_2024(settings: dict[str, Any], tmp_path: Path) -> None:
     wrapped = trained(config("OFT", **{"r": 8, "init_weights": False, **settings}), unet_tree()[0])
     for place in unet_tree()[1].values():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from conftest import randn
 from PIL import Image
 
 from lib_delta.controls import maps
-from lib_delta.controls.maps import Map, pixels, read_picture
+from lib_delta.controls.maps import Map, pixels, pixels_of, read_picture
 from lib_delta.errors import SettingError
 
 GREY = np.linspace(0, 255, 48, dtype=np.uint8).reshape(6, 8)
@@ -113,3 +116,55 @@ def test_a_narrow_stroke_of_a_mask_hides_all_of_it() -> None:
 def test_an_unknown_resize_mode_is_refused() -> None:
     with pytest.raises(SettingError, match="resize mode is 'fit': one of just resize"):
         Map(randn(1, 3, 4, 4), "fit")  # type: ignore[arg-type]
+
+
+def with_text(png: bytes, name: bytes, text: bytes) -> bytes:
+    """Return a PNG with a compressed text chunk behind its header."""
+    chunk = b"zTXt" + name + b"\0\0" + zlib.compress(text)
+    return png[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0" + b"b'Exif\\x00\\x00'",  # as old savers wrote it
+        b"Exif\0\0" + b"II*\0\xff\xff\xff\x7f",
+        b"Exif\0\0" + b"II*\0\x08\0\0\0\x05\0\x12\x01\x03",
+        b"Exif\0\0",
+        b"MM",
+    ],
+)
+def test_a_picture_whose_exif_is_broken_has_its_pixels(exif: bytes, tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.dstack([GREY] * 3)).save(stream, "PNG")
+    profile = b"\nexif\n%8d\n" % len(exif) + exif.hex().encode() + b"\n"
+    broken = with_text(stream.getvalue(), b"Raw profile type exif", profile)
+    (tmp_path / "x.png").write_bytes(broken)
+    wanted = read_picture(stream.getvalue())
+    assert torch.equal(read_picture(broken), wanted) and torch.equal(read_picture(tmp_path / "x.png"), wanted)
+    assert torch.equal(pixels_of(Image.open(io.BytesIO(broken)), "a picture"), wanted)
+
+
+def test_exif_that_is_whole_turns_a_picture() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    Image.fromarray(np.dstack([GREY] * 3)).save(stream, "PNG", exif=exif)
+    expected = torch.from_numpy(np.rot90(GREY, -1).astype(np.float32) / 255)
+    torch.testing.assert_close(read_picture(stream.getvalue())[0, 0], expected)
+
+
+@pytest.mark.parametrize("content", [b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"", b"\x89PNG\r\n\x1a\n"])
+def test_a_refusal_tells_of_the_picture_and_of_no_object(content: bytes) -> None:
+    with pytest.raises(SettingError, match="^the picture of unit 1 cannot be read as a picture") as caught:
+        read_picture(content, "the picture of unit 1")
+    assert "0x" not in str(caught.value) and "object" not in str(caught.value)
+
+
+def test_an_image_of_a_widget_that_is_cut_off_is_told() -> None:
+    """PIL reads pixels when they are asked for, which may be here."""
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(stream, "PNG")
+    picture = Image.open(io.BytesIO(stream.getvalue()[:4000]))
+    with pytest.raises(SettingError, match="^the picture of unit 2 cannot be read as a picture"):
+        pixels_of(picture, "the picture of unit 2")

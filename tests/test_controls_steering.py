@@ -130,3 +130,67 @@ def test_the_mask_of_img2img_is_for_the_controlnet_for_inpainting_alone(unet: UN
         kept.steer([ControlPick(path, [PICTURE], mask=mask)])
         seen[name] = kept.guides[0].guide.map.at(64, 64, 3)  # type: ignore[attr-defined]
     assert (seen["inpaint"] == -1).all() and torch.equal(seen["edges"], PICTURE)
+
+
+@pytest.mark.parametrize(
+    ("path", "beside", "pooled", "fills"),
+    [
+        ("control_v11e_sd15_shuffle.safetensors", {}, True, False),
+        ("control_v11p_sd15_inpaint.safetensors", {}, False, True),
+        ("reshuffled_canny.safetensors", {}, False, False),
+        ("inpainted_edges.safetensors", {}, False, False),
+        ("control_sd15_inpaint_depth_hand.safetensors", {}, False, False),
+        ("shuffle/canny.safetensors", {}, False, False),
+        ("control_v11e_sd15_shuffle/diffusion_pytorch_model.safetensors", {}, True, False),
+        ("control_v11p_sd15_inpaint/diffusion_pytorch_model.fp16.safetensors", {}, False, True),
+        ("mine/diffusion_pytorch_model.safetensors", {"config.json": '{"global_pool_conditions": true}'}, True, False),
+        (
+            "shuffle/diffusion_pytorch_model.safetensors",
+            {"config.json": '{"global_pool_conditions": false}'},
+            False,
+            False,
+        ),
+        ("shuffle/diffusion_pytorch_model.safetensors", {"config.json": "{}"}, True, False),
+        ("mine/canny.safetensors", {"config.json": '{"global_pool_conditions": true}'}, False, False),
+        ("mine.safetensors", {"mine.yaml": "model: {params: {global_average_pooling: True}}"}, True, False),
+        ("shuffle.safetensors", {"shuffle.yaml": "model: {params: {control_key: hint}}"}, True, False),
+    ],
+)
+def test_what_a_controlnet_was_made_for_is_told_by_its_name_and_what_lies_beside_it(
+    path: str, beside: dict[str, str], pooled: bool, fills: bool, unet: UNet, tmp_path: Path
+) -> None:
+    file = tmp_path / path
+    file.parent.mkdir(exist_ok=True)
+    save(file, tiny_control(unet).state_dict())
+    for name, text in beside.items():
+        (file.parent / name).write_text(text)
+    kept = Steering(unet)
+    kept.steer([ControlPick(file, [PICTURE])])
+    assert [(found.pooled, found.fills) for found in kept.files] == [(pooled, fills)]
+    assert kept.guides[0].guide.pooled == pooled  # type: ignore[attr-defined]
+
+
+def test_another_configuration_beside_a_controlnet_is_followed(unet: UNet, tmp_path: Path) -> None:
+    file = save(tmp_path / "diffusion_pytorch_model.safetensors", tiny_control(unet).state_dict())
+    kept, pooled = Steering(unet), []
+    for stated in ("true", "false"):
+        (tmp_path / "config.json").write_text(f'{{"global_pool_conditions": {stated}, "more": "{stated}"}}')
+        kept.steer([ControlPick(file, [PICTURE])])
+        pooled.append(kept.files[0].pooled)
+    assert pooled == [True, False]
+    assert kept.files[0].name == f"{tmp_path.name}/{file.name}"  # all files of diffusers have the same
+
+
+@pytest.mark.parametrize("kind", ["difference", "Control-LoRA"])
+def test_whole_numbers_are_no_difference_to_the_base(kind: str, unet: UNet, tmp_path: Path) -> None:
+    tensors = tiny_control(unet).state_dict()
+    layer = "input_blocks.1.1.proj_in" if "input_blocks.1.1.proj_in.weight" in tensors else "time_embed.0"
+    weight = tensors.pop(f"{layer}.weight")
+    if kind == "difference":
+        quantised = {f"{layer}.weight": weight.to(torch.int8), "difference": torch.zeros(())}
+    else:
+        factors = {"up": torch.ones(len(weight), 2), "down": torch.ones(2, *weight.shape[1:])}
+        quantised = {f"{layer}.{side}": factor.to(torch.int8) for side, factor in factors.items()}
+        quantised["lora_controlnet"] = torch.zeros(())
+    with pytest.raises(AdapterError, match=rf"{layer}\.(weight|up) of type torch.int8"):
+        Steering(unet).steer([ControlPick(save(tmp_path / "x.safetensors", {**tensors, **quantised}), [PICTURE])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from demo import algorithms
 from demo.metrics import Scores
 from demo.pipeline import Settings
 from demo.studio import Result, Task, Workers
+from run import ONE_THREAD
 
 PROMPTS = tuple(f"emoji {i}" for i in range(50))
 
@@ -67,3 +69,10 @@ def test_of_a_target_that_shows_no_emoji_no_share_is_kept(measured: dict[str, An
     row = measured["lambda 1"]["LoRA"]
     assert (row["content_ratio"], row["content_ratio_error"]) == (None, None)
     assert "| - |" in algorithms.table(measured["lambda 1"], "lambda 1")
+
+
+def test_workers_are_told_to_have_one_thread_before_they_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ONE_THREAD:
+        monkeypatch.delenv(name)
+    Workers(tmp_path, 1).close()
+    assert ONE_THREAD.items() <= os.environ.items()

@@ -44,6 +44,7 @@ from demo.train.vae import CONFIG, train_decoder, train_vae
 from demo.train.world import CONCEPTS, NAMES
 from lib_delta.checkpoint import WeightFile, load_vae
 from lib_delta.models.vae import VAE
+from run import ONE_THREAD
 
 MODELS = Path(__file__).parents[1] / "models"
 RUNS = {
@@ -278,7 +279,8 @@ def main() -> None:
                 ready = stage not in running and all(map(workshop.finished, NEEDS[stage]))
                 if ready and len(running) < options.jobs:
                     command = [sys.executable, "-m", "demo.train", "--cache", str(options.cache), "--stage", stage]
-                    running[stage] = subprocess.Popen([*command, "--further"] if options.further else command)
+                    command += ["--further"] if options.further else []
+                    running[stage] = subprocess.Popen(command, env={**os.environ, **ONE_THREAD})
             time.sleep(1)
             for stage, process in list(running.items()):
                 if process.poll() is not None:

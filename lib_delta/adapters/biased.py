@@ -2,7 +2,7 @@
 
 ComfyUI's nodes that extract and train LoRAs write ``diff_b`` beside the factors; peft writes ``lora_B.bias`` with
 ``lora_bias=True``, which is scaled as the factors are, and the whole new bias (``base_layer.bias``) with
-``bias="lora_only"``.
+``bias="lora_only"`` or ``"all"``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Size, Tensor
 
-from lib_delta.adapters.full import DIFF_BIAS
+from lib_delta.adapters.full import DIFF_BIAS, NEW_BIAS
 from lib_delta.adapters.protocol import LayerAdapter
 from lib_delta.errors import AdapterError
 
-UP_BIAS, NEW_BIAS = "lora_up.bias", "base_layer.bias"
+UP_BIAS = "lora_up.bias"
 NAMES = (DIFF_BIAS, UP_BIAS, NEW_BIAS)
 
 

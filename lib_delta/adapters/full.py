@@ -1,7 +1,7 @@
 """Adaptation by whole weights: a fine-tuned checkpoint's, or differences stored as they are.
 
 ``diff`` and ``diff_b`` are the names that LyCORIS gives to the stored differences of a weight and a
-bias (its "full" algorithm).
+bias (its "full" algorithm).  peft stores whole new weights of layers that were trained beside factors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from lib_delta.adapters.protocol import LayerAdapter, reshaped
 from lib_delta.errors import AdapterError
 
 DIFF, DIFF_BIAS = "diff", "diff_b"
+# What stands in the place of the layer's own (:func:`keys.read_whole`).
+NEW, NEW_BIAS = "base_layer.weight", "base_layer.bias"
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,10 @@ class Diff(LayerAdapter):
         return None if self.bias is None else self.bias.to(bias.device).float()
 
 
-def match(tensors: Mapping[str, Tensor]) -> Diff | None:
-    """Make a layer's stored difference of its tensors; None for tensors of another algorithm."""
+def match(tensors: Mapping[str, Tensor]) -> Diff | Tuned | None:
+    """Make a layer's stored difference, or its new weights, of its tensors; None for tensors of another algorithm."""
+    if NEW in tensors and not tensors.keys() - {NEW, NEW_BIAS}:
+        return Tuned(tensors[NEW], tensors.get(NEW_BIAS))
     if DIFF not in tensors or tensors.keys() - {DIFF, DIFF_BIAS}:
         return None
     return Diff(tensors[DIFF], tensors.get(DIFF_BIAS))

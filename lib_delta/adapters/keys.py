@@ -9,7 +9,7 @@ are brought to that form (:func:`read`) and looked up.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -145,7 +145,7 @@ def _flat(tensor: Tensor) -> Tensor:
 _COMMON = (
     r"lora_(?:up|down|mid)\.weight|alpha|dora_scale|diff|diff_b|w_norm|b_norm|weight|on_input"
     r"|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t[12]|oft_blocks|oft_diag|rescale"
-    r"|[ab][12]\.weight|bm\.weight|(?:up|down)_list\.\d+|base_layer\.bias|boft_s|boft_R|oft_r|ia3_l"
+    r"|[ab][12]\.weight|bm\.weight|(?:up|down)_list\.\d+|base_layer\.bias|boft_s|boft_R|oft_r|ia3_l|scale|scalar"
 )
 # And those that peft and diffusers name otherwise; an adapter's own name may stand inside (``lora_A.default.weight``).
 _RENAMED: tuple[tuple[str, str, Callable[[Tensor], Tensor]], ...] = (
@@ -164,6 +164,8 @@ _IN_RENAMED = tuple((re.compile(rf"(?P<layer>.+?)\.(?:{names})"), name, as_) for
 # And its text encoders' attention, in the same year.
 _OLD_TEXT = re.compile(r"(?P<block>.+\.self_attn)\.to_(?P<layer>q|k|v|out)_lora\.(?P<side>up|down)\.weight")
 _PROCESSOR = re.compile(r"(?P<block>.+)\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<side>up|down)\.weight")
+
+_ONE_WORD = ("lora_", "lycoris_", "oft_")
 
 # What stands before a layer's path, and what kohya's scripts put there; the first that fits counts.
 _PREFIXES = (
@@ -199,10 +201,36 @@ def read(key: str) -> Key | None:
         if found := pattern.fullmatch(key):
             return Key(_layer_name(found["layer"]), name, as_stored)
     found = _IN_COMMON.fullmatch(key)
-    # A layer's own weight, in a model's file, is no adapter's, which have no dots in their names.
-    if found is None or (found["tensor"] in ("weight", "rescale") and "." in found["layer"]):
+    if found is None:
+        return None
+    # A layer's own weight, in a model's file, is no adapter's: these call layers by one word.
+    one_word = found["layer"].startswith(_ONE_WORD) and "." not in found["layer"]
+    if found["tensor"] in ("weight", "rescale", "scale", "scalar") and not one_word:
         return None
     return Key(_layer_name(found["layer"]), found["tensor"], _same)
+
+
+# A layer's own tensors, in peft's ``modules_to_save`` and with its ``bias="all"``.
+_WHOLE = re.compile(r"(?P<layer>.+?)(?:\.modules_to_save(?:\.\w+)?)?\.(?P<tensor>weight|bias)")
+
+
+def read_whole(key: str) -> Key | None:
+    """Read a key that names a layer's own weight or bias as what a file puts in its place; None for any other."""
+    found = _WHOLE.fullmatch(key)
+    # Beside kohya's factors ``bias`` was a rest of the weight, in early extracts.
+    if found is None or found["layer"].startswith(_ONE_WORD):
+        return None
+    return Key(_layer_name(found["layer"]), f"base_layer.{found['tensor']}", _same)
+
+
+def owner(key: str, names: Mapping[str, Place]) -> tuple[str, str] | None:
+    """Return the layer of ``names`` that a key belongs to, and what the key calls its tensor; None for no layer's."""
+    parts = key.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        layer = _layer_name(".".join(parts[:end]))
+        if layer in names:
+            return layer, ".".join(parts[end:])
+    return None
 
 
 def _layer_name(path: str) -> str:

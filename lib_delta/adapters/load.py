@@ -35,8 +35,8 @@ from lib_delta.adapters.full import Tuned
 from lib_delta.adapters.keys import Place
 from lib_delta.adapters.lora import Lora
 from lib_delta.adapters.origin import family_of
-from lib_delta.adapters.protocol import Algorithm, LayerAdapter
-from lib_delta.adapters.trained import Trained
+from lib_delta.adapters.protocol import Algorithm, LayerAdapter, number
+from lib_delta.adapters.trained import Trained, rank_of
 from lib_delta.checkpoint import TEXT_PREFIXES, WeightFile, detect_family, stated_prediction, unet_prefix
 from lib_delta.errors import AdapterError, CheckpointError
 from lib_delta.families import Family
@@ -185,9 +185,10 @@ def read_adapter(
     ``trained`` and ``metadata`` are what the trainer wrote beside the tensors, and in the file's header.
     """
     stated = origin.stated_family(metadata or {})
-    groups, embeddings, unmatched = _grouped(name, tensors)
+    groups, embeddings, unread = _grouped(name, tensors)
     origin.refuse_other_family(name, groups, unet)
     names = keys.layer_names(unet, towers)
+    unmatched = _with_whole_weights(name, groups, {key: tensors[key] for key in unread}, names)
     found: dict[Place, LayerAdapter] = {}
     for layer, group in groups.items():
         place = names.get(layer)
@@ -250,11 +251,52 @@ def _grouped(name: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Group]
     return dict(groups), embeddings, unread
 
 
+# Tensors that stand beside a layer's factors in files of kinds that are not served.
+_UNSERVED = {"lora_diag": " of KaSA"}
+# The base's own weights, which peft saves, with some settings, beside those in their place: they change nothing.
+_BASE_OWN = "original_module."
+
+
+def _with_whole_weights(
+    name: str, groups: dict[str, Group], unread: Mapping[str, Tensor], names: Mapping[str, Place]
+) -> list[str]:
+    """Add to ``groups`` what stands in the place of layers' own weights; return the keys that belong to no layer.
+
+    Raises :class:`AdapterError` for any other tensor of a layer: to leave it out would change the layer in another way
+    than was trained.
+    """
+    factors = any(layer in names for layer in groups)
+    left = []
+    for key, tensor in unread.items():
+        owner = keys.owner(key, names)
+        of_peft = factors or key.startswith("base_model.model.")
+        whole = keys.read_whole(key) if of_peft else None
+        if owner is None or not of_peft:
+            left.append(key)
+        elif owner[1].startswith(_BASE_OWN):
+            continue
+        elif whole is None or whole.layer != owner[0]:
+            unserved = _UNSERVED.get(owner[1], "")
+            raise AdapterError(
+                f"{name} holds a tensor {owner[1]}{unserved} for the layer {owner[0]} ({key}), which no algorithm"
+                " that is served reads: without it the layer would not be what was trained"
+            )
+        else:
+            group = groups.setdefault(whole.layer, Group())
+            # peft may save it by two of its names.
+            if whole.tensor in group.tensors and not torch.equal(group.tensors[whole.tensor], tensor):
+                raise AdapterError(f"{name} holds {whole.tensor} of {whole.layer} twice ({key}), and one is needed")
+            group.tensors[whole.tensor] = tensor
+            group.stored.append(key)
+    return left
+
+
 def _refuse_embedding(name: str, key: str, vectors: Tensor, unet: UNet) -> None:
     width = unet.config.context_width
-    if vectors.ndim != 2 or vectors.shape[1] != width or not torch.isfinite(vectors.float()).all():
+    fits = vectors.ndim == 2 and vectors.shape[1] == width and vectors.is_floating_point()
+    if not fits or not torch.isfinite(vectors.float()).all():
         raise AdapterError(
-            f"{name} brings an embedding {key!r} of shape {tuple(vectors.shape)},"
+            f"{name} brings an embedding {key!r} of shape {tuple(vectors.shape)} and type {vectors.dtype},"
             f" and finite vectors of width {width} are needed"
         )
 
@@ -270,7 +312,7 @@ def _without_more_inputs(group: Group, layer: nn.Module) -> list[str]:
     if len(own) != 4 or own[1] in _MORE_INPUTS:
         return []
     left_out = []
-    for name in (lora.DOWN, full.DIFF):
+    for name in (lora.DOWN, full.DIFF, full.NEW):
         tensor = group.tensors.get(name)
         if tensor is not None and tensor.ndim == 4 and tensor.shape[1] in _MORE_INPUTS and tensor.shape[1] > own[1]:
             group.tensors[name] = tensor[:, : own[1]].contiguous()
@@ -279,7 +321,16 @@ def _without_more_inputs(group: Group, layer: nn.Module) -> list[str]:
     return left_out
 
 
+# Tensors of one number, which may be a whole one.
+_NUMBERS = (lora.ALPHA, ia3.ON_INPUT, oft.PEFT_TERMS, "scale", "scalar")
+
+
 def _layer(tensors: Mapping[str, Tensor], layer: nn.Module) -> LayerAdapter:
+    for below, tensor in tensors.items():
+        # Quantised factors are whole numbers too, and no scale of theirs is known here.
+        if not tensor.is_floating_point() and below not in _NUMBERS:
+            raise AdapterError(f"{below} is stored as {tensor.dtype}, and floating-point numbers are needed")
+    tensors = _scaled(tensors)
     if lokr.W1 in tensors and lokr.W2 in tensors:
         # Of two whole factors alpha means nothing, and is more than fp16 holds in some files.
         tensors = {below: tensor for below, tensor in tensors.items() if below != lora.ALPHA}
@@ -293,11 +344,30 @@ def _layer(tensors: Mapping[str, Tensor], layer: nn.Module) -> LayerAdapter:
     return adapter
 
 
+def _scaled(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Bring older tools' factors of the whole difference to one: alpha.
+
+    ``scale`` counts in the place of alpha over the rank, as AUTOMATIC1111 reads it.  ``scalar`` is a trained factor,
+    which some tools multiply by and others leave out.
+    """
+    rest = {below: tensor for below, tensor in tensors.items() if below not in ("scale", "scalar")}
+    if "scalar" in tensors and number(tensors["scalar"], "scalar") != 1:
+        raise AdapterError(
+            "it has a scalar other than 1 beside its factors, which is not served: save it with them multiplied by it"
+        )
+    if "scale" in tensors:
+        rank = rank_of(rest)
+        if rank is None:
+            raise AdapterError("it has a scale, which is served beside low-rank factors alone")
+        rest[lora.ALPHA] = torch.tensor(number(tensors["scale"], "scale") * rank, dtype=torch.float64)
+    return rest
+
+
 def _matched(tensors: Mapping[str, Tensor]) -> LayerAdapter:
     if dora.SCALE in tensors:
         return Dora(_matched({k: t for k, t in tensors.items() if k != dora.SCALE}), tensors[dora.SCALE])
     for bias in biased.NAMES:
-        if bias in tensors and full.DIFF not in tensors:
+        if bias in tensors and not tensors.keys() & {full.DIFF, full.NEW}:
             return _with_bias({k: t for k, t in tensors.items() if k != bias}, bias, tensors[bias])
     for algorithm in ALGORITHMS:
         adapter = algorithm.match(tensors)
@@ -361,6 +431,8 @@ def _tuned(name: str, tensors: Mapping[str, Tensor], key: str, base: Tensor) -> 
         raise AdapterError(
             f"{name} has {key} of shape {tuple(tensor.shape)}, and the base model's shape {tuple(base.shape)} is needed"
         )
+    if not tensor.is_floating_point():
+        raise AdapterError(f"{name} has {key} of type {tensor.dtype}, and floating-point weights are needed")
     if not torch.isfinite(tensor.to(base.dtype)).all():
         raise AdapterError(f"{name} has NaN or infinity in {key}, and finite weights are needed")
     return tensor.reshape(base.shape)

@@ -121,7 +121,7 @@ class Unsolved:
         matrix_or_convolution(shape, "an OFT")
         wanted = shape[1:].numel() if self.on_input else shape[0]
         # One block may be shared by all.
-        shared = self.count == 1 and self.butterfly == "none" and wanted % self.side == 0
+        shared = self.count == 1 and self.butterfly == "none" and (self.padded or wanted % self.side == 0)
         # The last block of some may reach beyond the layer's entries.
         beyond = self.count * self.side - wanted
         if not shared and beyond and not (self.padded and 0 < beyond < self.count):
@@ -131,7 +131,7 @@ class Unsolved:
             raise AdapterError(f"rescale has {self.rescale.numel()} numbers where the model's layer needs {shape[0]}")
         factors = self.make()
         if shared:
-            factors = factors.expand(-1, wanted // self.side, -1, -1)
+            factors = factors.expand(-1, math.ceil(wanted / self.side), -1, -1)
         return Oft(factors, None if self.rescale is None else self.rescale.flatten(), self.on_input, self.butterfly)
 
 

@@ -19,6 +19,7 @@ _OTHER_LAYERS: tuple[tuple[str, str], ...] = (
     (r"lora_unet_(joint_blocks|joint_transformer_blocks)_|lora_te3_", Family.SD3.label),
     (r"lora_unet_(lora_)?transformer_single_transformer_blocks_", Family.FLUX.label),
     (r"lora_unet_(lora_)?transformer_transformer_blocks_", "a transformer model (SD 3, Flux or later)"),
+    (r"lora_unet_transformer_(?!blocks_)", "a transformer model (HunyuanVideo, Wan or the like)"),
     (r"lora_te2_", Family.SDXL.label),
     (r"lora_unet_\w+(_1|attentions_\d)_transformer_blocks_[1-9]_", Family.SDXL.label),
     (r"lora_unet_(blocks|layers|transformer_blocks)_\d+_", "a transformer model (of the kind of DiT)"),
@@ -132,6 +133,11 @@ def nothing_matches(name: str, stored: Sequence[str], unet: UNet, stated: str, t
         )
     if stated and stated != family_of(unet).label:
         return other_family(name, f"{stated}, as its header says", unet)
+    if any(re.match(r"(unet\.)?(down|up)_blocks\.\d+\.\w+\.\d+\.\S+\.(weight|bias)$", key) for key in stored):
+        return AdapterError(
+            f"{name} holds whole weights by diffusers' names: a LoRA or LyCORIS file for {family_of(unet).label} is"
+            " needed, or a checkpoint, which diffusers' convert_diffusers_to_original_*.py makes of a UNet"
+        )
     sample = stored[0] if stored else "it is empty"
     return AdapterError(
         f"none of the {len(stored)} keys of {name} ({sample}) names a layer of the base model: "

@@ -8,7 +8,6 @@ alpha by the square root of the rank.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -19,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib_delta import kinds
 from lib_delta.adapters import ia3, lokr, lora, oft
 from lib_delta.errors import AdapterError
+from lib_delta.formats import beside
 
-CONFIG = "adapter_config.json"
+CONFIG = beside.PEFT
 HEADER = "lora_adapter_metadata"
-_LARGEST_CONFIG = 2**20  # bytes
+_SERVED_TYPES = ("LORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT")
 _LONGEST_PATTERN, _MOST_REPEATS = 300, 3
 # Starts of peft's LoRA that take something out of the base's weights.
 _PARTS_OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -39,16 +40,19 @@ class Trained:
 
     @classmethod
     def beside(cls, path: Path, metadata: Mapping[str, str]) -> Trained:
-        """Read what belongs to an adapter's file; raises :class:`AdapterError` for JSON that cannot be read."""
+        """Read what belongs to an adapter's file.
+
+        Raises :class:`CheckpointError` for JSON that cannot be read, and :class:`AdapterError` for what peft's
+        configuration calls by a name that is not served.
+        """
         if HEADER in metadata:
-            return cls(_by_part(_parsed(metadata[HEADER], f"{HEADER} in the header of {path.name}")))
-        config = path.with_name(CONFIG)
+            return cls(_by_part(beside.json_object(metadata[HEADER], f"{HEADER} in the header of {path.name}")))
         # The configuration is of the one file that peft saves, whatever else lies in its folder.
-        if not path.stem.startswith(("adapter_model", "pytorch_model")) or not config.is_file():
+        if not path.stem.startswith(("adapter_model", "pytorch_model")):
             return cls()
-        if config.stat().st_size > _LARGEST_CONFIG:
-            raise AdapterError(f"{config.name} beside {path.name} is too large to be peft's configuration")
-        return cls({"": _parsed(config.read_text(encoding="utf-8", errors="replace"), f"{CONFIG} beside {path.name}")})
+        config = beside.settings(path, beside.PEFT)
+        _refuse_other_type(path.name, config.get("peft_type"))
+        return cls({"": config} if config else {})
 
     def complete(self, layer: str, stored: str, tensors: dict[str, Tensor]) -> None:
         """Add to a layer's tensors what the configuration says of them: alpha, as it is over the plain rank.
@@ -68,7 +72,7 @@ class Trained:
         if ia3.PEFT in tensors and isinstance(endings, list):
             on_input = any(path.endswith(str(ending)) for ending in endings)
             tensors[ia3.ON_INPUT] = torch.tensor(float(on_input))
-        rank = _rank(tensors)
+        rank = rank_of(tensors)
         alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", config.get("alpha")))
         if lora.ALPHA in tensors or not isinstance(alpha, (int, float)):
             return
@@ -84,7 +88,8 @@ class Trained:
         return next((config for prefix, config in self.parts.items() if layer.startswith(prefix)), None)
 
 
-def _rank(tensors: Mapping[str, Tensor]) -> int | None:
+def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
+    """Return the rank of a layer's factors; None where they have none, or do not tell it."""
     named = (lora.DOWN, "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
     return next((tensors[name].shape[0] for name in named if name in tensors and tensors[name].ndim), None)
 
@@ -143,6 +148,14 @@ def _refuse_changed_base(config: Mapping[str, Any], tensors: Mapping[str, Tensor
         )
 
 
+def _refuse_other_type(name: str, stated: object) -> None:
+    if isinstance(stated, str) and stated.upper() not in _SERVED_TYPES:
+        raise AdapterError(
+            f"{name} is {kinds.of_peft(stated)}, as {CONFIG} beside it says: a LoRA, a LyCORIS file or a fine-tuned"
+            " checkpoint is needed"
+        )
+
+
 def _limit(config: Mapping[str, Any]) -> float:
     limit = config.get("eps", 6e-5)
     if not isinstance(limit, (int, float)) or not 0 <= limit < _LARGEST_ALPHA:
@@ -158,13 +171,3 @@ def _by_part(stated: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if part in names:
             parts.setdefault(names[part], {})[setting] = value
     return parts
-
-
-def _parsed(text: str, where: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{where} is no readable JSON ({error}): remove it, or save the adapter again") from error
-    if not isinstance(parsed, dict):
-        raise AdapterError(f"{where} holds no settings: remove it, or save the adapter again")
-    return parsed

@@ -21,6 +21,8 @@ from lib_delta.adapters import origin
 from lib_delta.adapters.keys import diffusers_paths
 from lib_delta.checkpoint import Shapes, WeightFile, detect_family, fill, unet_prefix
 from lib_delta.errors import AdapterError, CheckpointError
+from lib_delta.formats import beside
+from lib_delta.formats.beside import ModelConfig
 from lib_delta.models.controlnet import ControlNet, T2IAdapter, T2IConfig
 from lib_delta.models.ip_adapter import (
     HEAD_WIDTH,
@@ -36,6 +38,7 @@ from lib_delta.models.unet import UNet
 Module = TypeVar("Module", bound=nn.Module)
 IMAGE_PROMPTS = ("ip_adapter.", "image_proj.")  # how an IP-Adapter's keys start
 NEEDED = "a ControlNet, T2I-Adapter or IP-Adapter is needed"
+POOLING = "global_average_pooling"  # in the .yaml of a release
 FACE_WIDTH = 512  # of the faces' embeddings that FaceID models look at
 
 _REFUSED: tuple[tuple[str, str], ...] = (
@@ -59,21 +62,17 @@ _HINT = re.compile(r"controlnet_cond_embedding\.(?:(conv_in)|blocks\.(\d+)|(conv
 
 @dataclass(frozen=True, eq=False)
 class ControlFile:
-    """What a file holds: the ``kind`` for messages, and the model."""
+    """What a file holds: the ``kind`` for messages, and the model.
+
+    ``pooled`` says whether what it adds is averaged over the picture, ``fills`` whether it fills what is hidden of its
+    map: no weight tells, but the words of the model's name do, and what lies beside it.
+    """
 
     name: str
     kind: str
     model: ControlNet | T2IAdapter | IPAdapter
-
-    @property
-    def pooled(self) -> bool:
-        """Whether what it adds is averaged over the picture: no weight tells, so the released file's name does."""
-        return "shuffle" in self.name.lower()
-
-    @property
-    def fills(self) -> bool:
-        """Whether it fills what is hidden of its map; told by the name as well."""
-        return "inpaint" in self.name.lower()
+    pooled: bool = False
+    fills: bool = False
 
 
 def load_control(
@@ -88,9 +87,23 @@ def load_control(
     try:
         with WeightFile.open(path) as file:
             kind, read = _kind(file)
-            return ControlFile(file.name, kind, read(file, unet, *place))
+            words = beside.words_of(beside.known_as(path))
+            # "inpaint_depth_hand" mends hands by a map of depth, of which nothing is hidden.
+            fills = bool(words & {"inpaint", "inpainting"}) and "depth" not in words
+            return ControlFile(file.name, kind, read(file, unet, *place), _pooled(path, words), fills)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
+
+
+def _pooled(path: Path, words: frozenset[str]) -> bool:
+    """Tell whether a ControlNet's residuals are averaged, as its configuration says, or else its name."""
+    if beside.named_by_diffusers(path):
+        stated = beside.settings(path, beside.DIFFUSERS).get("global_pool_conditions")
+        if isinstance(stated, bool):
+            return stated
+    config = ModelConfig.beside(path)
+    stated = "" if config is None else config.text(POOLING) or config.text("control_stage_config", "params", POOLING)
+    return stated.lower() == "true" if stated else "shuffle" in words
 
 
 def prompts_with_pictures(path: Path) -> bool:
@@ -138,7 +151,7 @@ def _control_net(file: WeightFile, unet: UNet, dtype: torch.dtype, device: torch
         base = unet.state_dict()
 
     def stored(key: str) -> Tensor:
-        own = weights.tensor(key)
+        own = _real(weights, key)
         return own.float() + base[key].to("cpu", torch.float32).reshape(own.shape) if key in base else own
 
     names = {key: key for key in weights.shapes}
@@ -197,7 +210,7 @@ def _control_lora(file: WeightFile, unet: UNet, dtype: torch.dtype, device: torc
         weight = base[key].to("cpu", torch.float32)
         if f"{layer}.up" not in file.shapes or key == layer:
             return weight
-        up, down = (file.tensor(f"{layer}.{side}").float().flatten(1) for side in ("up", "down"))
+        up, down = (_real(file, f"{layer}.{side}").float().flatten(1) for side in ("up", "down"))
         if up.shape[1] != down.shape[0] or up.shape[0] * down.shape[1] != weight.numel():
             raise AdapterError(f"{file.name} has factors at {layer} that do not fit the base's {tuple(weight.shape)}")
         return weight + (up @ down).reshape(weight.shape)
@@ -206,6 +219,14 @@ def _control_lora(file: WeightFile, unet: UNet, dtype: torch.dtype, device: torc
     return _made(
         file.name, lambda: ControlNet(unet.config, _hint_widths(file.name, file.shapes)), names, stored, dtype, device
     )
+
+
+def _real(file: WeightFile, key: str) -> Tensor:
+    """Return a tensor that is to be computed with; quantised ones are whole numbers, and their scale is not known."""
+    tensor = file.tensor(key)
+    if not tensor.is_floating_point():
+        raise AdapterError(f"{file.name} has {key} of type {tensor.dtype}, and floating-point numbers are needed")
+    return tensor
 
 
 def _hint_widths(name: str, shapes: Shapes) -> list[int]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -124,27 +126,47 @@ def read_picture(source: Path | bytes, name: str = "", ground: float = 0.0) -> T
     What is transparent becomes ``ground``: black, as maps have it, or white (1), as pictures of things are seen.
     Raises :class:`SettingError` for a file that is no picture, or is too large.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     named = name or (source.name if isinstance(source, Path) else "a picture")
+    told = str(source) if isinstance(source, Path) else named
+    with _reading(told), Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as picture:
+        return pixels_of(picture, named, ground)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what PIL raises over a picture's content into :class:`SettingError`."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as picture:
-            return pixels_of(picture, named, ground)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, UnidentifiedImageError) as error:
-        shown = source if isinstance(source, Path) else named
-        raise SettingError(f"{shown} cannot be read as a picture ({error}): a .png, .jpg or .webp is needed") from error
+        yield
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        # The message of this one shows the object that was read from, not what is wrong with it.
+        reason = "it has no format that is known" if isinstance(error, UnidentifiedImageError) else error
+        raise SettingError(f"{name} cannot be read as a picture ({reason}): a .png, .jpg or .webp is needed") from error
 
 
 def pixels_of(picture: Image, name: str, ground: float = 0.0) -> Tensor:
     """Turn an image of PIL's into ``(1, 3, H, W)`` in [0, 1], upright; as :func:`read_picture`."""
-    from PIL import ImageOps
-
     if picture.width * picture.height > LARGEST:
         raise SettingError(
             f"{name} has {picture.width} x {picture.height} pixels, and up to {LARGEST // 10**6} million"
             " are read: make it smaller"
         )
-    return pixels(np.asarray(_plain_mode(ImageOps.exif_transpose(picture))), ground)
+    with _reading(name):
+        array = np.asarray(_plain_mode(_upright(picture)))
+    return pixels(array, ground)
+
+
+def _upright(picture: Image) -> Image:
+    """Turn a picture as its EXIF says; one whose EXIF is broken stays as it is, as in the WebUIs."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(picture)
+    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error):
+        return picture
 
 
 def _plain_mode(picture: Image) -> Image:

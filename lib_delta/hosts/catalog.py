@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from modules import sd_models
 
 from lib_delta.errors import SettingError, near, shown
+from lib_delta.formats.beside import without_ending
 from lib_delta.picked import Card
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class Catalog:
         networks = self._networks()
         module = _lora_module()
         aliases = {} if module is None else getattr(module, "available_network_aliases", {})
-        found = networks.get(name) or aliases.get(name) or networks.get(Path(name).stem)
+        found = networks.get(name) or aliases.get(name) or networks.get(without_ending(name))
         if found is None:
             by_case = {key.lower(): network for key, network in networks.items()}
             found = by_case.get(name.lower())

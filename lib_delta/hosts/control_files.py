@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from modules import paths, shared
 
 from lib_delta.errors import SettingError, near, shown
+from lib_delta.formats.beside import ENDINGS, known_as, without_ending
 
-ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 EXTENSION = Path(paths.extensions_dir) / "sd-webui-controlnet"
 
 
@@ -22,6 +23,7 @@ class ControlFiles:
 
     def __init__(self) -> None:
         self._found: dict[str, Path] | None = None
+        self._aliases: dict[str, Path] = {}
 
     def names(self) -> list[str]:
         """Return the names that can be chosen."""
@@ -49,9 +51,10 @@ class ControlFiles:
 
     def known(self, name: str) -> Path | None:
         """Return the file of a name among those that were found; None for one that is not there."""
-        known = self._files()
+        files = self._files()
+        known = {**self._aliases, **files}
         by_case = {own.lower(): file for own, file in known.items()}
-        names = (name, _plain(name), Path(_plain(name)).stem)
+        names = (name, _plain(name), without_ending(_plain(name)))
         return next((file for each in names if (file := known.get(each) or by_case.get(each.lower()))), None)
 
     def name_of(self, file: Path) -> str:
@@ -60,7 +63,8 @@ class ControlFiles:
 
     def _files(self) -> dict[str, Path]:
         if self._found is None:
-            self._found = _named(_model_folders())
+            found = list(_below(_model_folders()))
+            self._found, self._aliases = _named(found), _aliases(found)
         return self._found
 
 
@@ -73,21 +77,66 @@ def encoders() -> list[Path]:
     return [file for _, file in _below(_encoder_folders())]
 
 
-def _named(folders: Iterable[Path]) -> dict[str, Path]:
-    """Name files by their stems, and by their paths in their folders where several have the same."""
-    found = list(_below(folders))
-    count = Counter(file.stem for _, file in found)
-    return {file.stem if count[file.stem] == 1 else file.relative_to(folder).as_posix(): file for folder, file in found}
+Found = tuple[Path, Path]  # a file, behind the folder in which it was looked for
 
 
-def _below(folders: Iterable[Path]) -> Iterator[tuple[Path, Path]]:
-    """Yield each model file once, with the folder in which it was found."""
+def _named(found: Sequence[Found]) -> dict[str, Path]:
+    """Name models by their files or, where diffusers saved them, folders; with their paths where several are alike."""
+    named: dict[str, Path] = {}
+    for name_of in (_by_model, _by_path, _by_folder, _by_whole_path):
+        names = [name_of(*each) for each in found]
+        count = Counter(names)
+        named |= {name: file for name, (_, file) in zip(names, found) if count[name] == 1}
+        found = [each for name, each in zip(names, found) if count[name] > 1]
+    return named
+
+
+def _aliases(found: Sequence[Found]) -> dict[str, Path]:
+    """Return what else models are known by: their paths, and the names of their files, each where it is but one's."""
+    names = [(name, file) for folder, file in found for name in {_by_path(folder, file), file.stem}]
+    count = Counter(name for name, _ in names)
+    return {name: file for name, file in names if count[name] == 1}
+
+
+def _by_model(folder: Path, file: Path) -> str:
+    return known_as(file)
+
+
+def _by_path(folder: Path, file: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+def _by_folder(folder: Path, file: Path) -> str:
+    return f"{folder.name}/{_by_path(folder, file)}"
+
+
+def _by_whole_path(folder: Path, file: Path) -> str:
+    return file.as_posix()
+
+
+def _below(folders: Iterable[Path]) -> Iterator[Found]:
+    """Yield each model under each of its names once, with the folder in which it was found."""
     seen = set()
     for folder in folders:
-        for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
-            if file.suffix.lower() in ENDINGS and file.is_file() and file.resolve() not in seen:
-                seen.add(file.resolve())
+        for file in _files_in(folder):
+            # Another link to the same file is another name for it.
+            key = file.resolve(), known_as(file)
+            if file.suffix.lower() in ENDINGS and file.is_file() and key not in seen:
+                seen.add(key)
                 yield folder, file
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, in linked folders as well, as the WebUIs list models; each folder once."""
+    seen = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(path, name) for name in sorted(files))
 
 
 def _model_folders() -> list[Path]:

@@ -137,7 +137,8 @@ class Units:
             taken, resize = own_pictures(p)
         if not taken:
             raise SettingError(
-                f"unit {number} of Delta Sampling ({file.stem}) has no picture: put one in, or switch the unit off"
+                f"unit {number} of Delta Sampling ({self.files.name_of(file)}) has no picture:"
+                " put one in, or switch the unit off"
             )
         return taken, resize
 

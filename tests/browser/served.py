@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from run import ONE_THREAD
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SCREENSHOTS = ROOT / "out" / "screenshots"
@@ -47,7 +49,7 @@ def serve(log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "no_proxy": "127.0.0.1,localhost"}
+    environment = {**os.environ, **ONE_THREAD, "GRADIO_ANALYTICS_ENABLED": "False", "no_proxy": "127.0.0.1,localhost"}
     command = [sys.executable, str(HERE / "webui" / "app.py"), str(port)]
     with log.open("w") as lines:
         process = subprocess.Popen(command, stdout=lines, stderr=subprocess.STDOUT, env=environment)

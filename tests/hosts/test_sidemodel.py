@@ -202,6 +202,37 @@ def test_an_inpainting_model_is_refused(tmp_path: Path) -> None:
         SideModel(path, FP32)
 
 
+# What lies beside a base.
+
+
+V_MODEL = """model:
+  target: ldm.models.diffusion.ddpm.LatentDiffusion
+  params:
+    parameterization: "v"
+"""
+
+
+@pytest.mark.parametrize("sigma", [14.6, 5.0, 1.0, 0.1])
+def test_a_base_whose_yaml_says_v_is_a_model_of_v(sigma: float, tmp_path: Path) -> None:
+    """Of two outputs o, o' the difference of x0 is -s / sqrt(s^2 + 1) (o' - o) for v, and -s (o' - o) for eps."""
+    write(checkpoint(), tmp_path / "x.safetensors")
+    (tmp_path / "x.yaml").write_text(V_MODEL)
+    kind = SideModel(tmp_path / "x.safetensors", FP32).parameterization
+    one, other, x = torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    level = torch.tensor([sigma])
+    found = kind.denoised(other, sigma * x, level) - kind.denoised(one, sigma * x, level)
+    torch.testing.assert_close(found, -(other - one) * sigma / (sigma**2 + 1) ** 0.5, rtol=1e-4, atol=1e-5)
+
+
+def test_a_yaml_that_comes_or_goes_makes_another_base(tmp_path: Path) -> None:
+    write(checkpoint(), tmp_path / "x.safetensors")
+    models, predictions = SideModels(), []
+    for text in ("", V_MODEL, ""):
+        (tmp_path / "x.yaml").write_text(text) if text else (tmp_path / "x.yaml").unlink(missing_ok=True)
+        predictions.append(models.get(tmp_path / "x.safetensors", FP32).report.prediction)
+    assert predictions == ["eps", "v", "eps"]
+
+
 # Several bases.
 
 
