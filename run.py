@@ -5,9 +5,9 @@
 The first call makes a virtual environment beside this file (.venv) and installs pinned requirements into it; later
 calls start at once. `test` without arguments runs on all cores. It ends with `test-newest`, the same tests in a second
 environment, on the newest torch, and with `test-browser`, the accordion in Chromium on the gradio of each WebUI, which
-has an environment for each. `test-gpu` checks on a CUDA card what nothing else can tell, in minutes, and prints a
-table; nothing is downloaded for it. Only the standard library is used, in words that an old Python understands, so
-that it can say what is needed.
+has an environment for each. `test-gpu` checks what only a card can tell, in minutes, and prints a table;
+`tests/gpu/check.py` is the same for a WebUI's own Python. Only the standard library is used, in words that an old
+Python understands, so that it can say what is needed.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ PARTS = {
     "evaluate": ("demo", [["-m", "demo.evaluate"]]),
     "bench": ("demo", [["-m", "bench"]]),
     "test": ("test", [["-m", "pytest"]]),
-    "test-gpu": ("test", [["-m", "pytest", "-s", "tests/gpu"]]),
+    "test-gpu": ("test", [["tests/gpu/check.py"]]),
     "lint": ("test", [["-m", "ruff", "check"], ["-m", "mypy"]]),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     inspect.add_argument("--base", type=Path, help="checkpoint to look up layers in (default: SD 1.5 as released)")
     inspect.add_argument("--json", action="store_true", help="print JSON, one object for all files")
     options = parser.parse_args(arguments)
+    # A file that output is written to may be of few characters (cp1252, cp932), and names of files have all.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     return run_inspect(options.files, options.base, options.json)
 
 
@@ -40,7 +44,7 @@ def run_inspect(files: list[Path], base: Path | None, as_json: bool) -> int:
         return 1
     reports = {str(file): report(file) for file in files}
     if as_json:
-        print(json.dumps(reports, indent=2, ensure_ascii=False))
+        print(json.dumps(reports, indent=2))
     else:
         print("\n\n".join(_lines(file, found) for file, found in reports.items()))
     return int(any("error" in found for found in reports.values()))

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-# CUDA and ROCm, MPS, DirectML, XPU and the CPU each have words of their own.
+# CUDA and ROCm, MPS, DirectML, XPU, the CPU and their libraries each have words of their own.  cuBLAS and cuDNN that
+# find no room for what they set up say that they could not start, or that they know no way to compute.
 _SHORT = re.compile(
-    r"(out of|not enough|can't allocate|could not allocate|failed to allocate) ((gpu|video|device|host) )*memory"
-    r"|could not allocate tensor|invalid buffer size|alloc_failed|out_of_(device|host)_memory",
+    r"(out of|not enough|insufficient|(cannot|can't|could not|failed to) allocate) ((gpu|video|device|host) )*memory"
+    r"|could not allocate tensor|allocation on device|failed to allocate private mtlbuffer|invalid buffer size"
+    r"|alloc_?failed|allocation_fail(ed|ure)|out_?of_?((device|host)_?)?(memory|resources)|error_?memory_?allocation"
+    r"|cu(blas|dnn)_status_not_initialized|unable to find (an engine|a valid cudnn algorithm)"
+    r"|bad_alloc|bad allocation|memory resources are available",
     re.IGNORECASE,
 )
+_PAGING_FILE_TOO_SMALL = 1455  # what Windows calls it
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that memory ran out, on a GPU or in RAM."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM or getattr(error, "winerror", None) == _PAGING_FILE_TOO_SMALL
     return isinstance(error, RuntimeError) and bool(_SHORT.search(str(error)))
 
 
@@ -64,8 +72,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Switch off the autocast a host may be running under: the weights' own type is the one asked for."""
     try:
         return torch.autocast(device.type, enabled=False)
-    except RuntimeError:
-        # An older torch has no autocast for this device, so there is none to switch off.
+    except (RuntimeError, AssertionError, AttributeError):
+        # This torch has no autocast for this device, so there is none to switch off: an older one for Apple's, one
+        # without its modules for Intel's, and none for DirectML's.
         return nullcontext()
 
 

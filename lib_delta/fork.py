@@ -93,14 +93,6 @@ class Linear(ForkedLayer):
     def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def write(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        """Compute the layer for ``x`` of shape ``(N, ..., in)`` into ``y``, which is contiguous."""
-        rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if bias is None:
-            torch.mm(rows, weight.t(), out=out)
-        else:
-            torch.addmm(bias, rows, weight.t(), out=out)
-
 
 class Conv2d(ForkedLayer):
     """Square convolution on ``(N, C, H, W)`` with "same" padding; ``weight`` is ``(out, in, k, k)``."""

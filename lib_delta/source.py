@@ -428,7 +428,7 @@ def _compose(cond: Tensor, uncond: Tensor, weights: Tensor, images: Tensor) -> T
     """Add each row of cond ``(R, M, ...)`` to its image's uncond ``(R, N, ...)``, as far as its weight says."""
     cond, uncond = expand(cond, uncond)
     difference = (cond - uncond[:, images]) * weights[:, :, None, None, None]
-    return uncond.clone().index_add_(1, images, difference)
+    return uncond.index_add(1, images, difference)
 
 
 def _join_branches(told: list[Tensor]) -> Tensor:

@@ -3,7 +3,8 @@
 While :func:`stand_in_device` runs, tensors can be moved to ``DEVICE``.  There, as on a real one, an operation refuses
 tensors of another device (but for single numbers), float64 does not exist, and data have to come back before Python
 can read them.  Each transfer is counted.  As torch has it, what is made there in inference mode cannot be written to
-outside of it.
+outside of it.  As on Apple's, products that are written to a part of a tensor are lost (pytorch/pytorch#193385), and
+there are no adaptive averages over windows that do not divide what they average.
 """
 
 from __future__ import annotations
@@ -23,7 +24,18 @@ DEVICE = torch.device("cpu", 0)
 
 
 # A number, a comparison's outcome, and what is as many as there are of something.
-WAITING = tuple(getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "equal", "nonzero", "masked_select"))
+_aten = torch.ops.aten
+WAITING = tuple(getattr(_aten, name) for name in ("_local_scalar_dense", "equal", "nonzero", "masked_select"))
+
+# What is computed into a copy where it is to be written to a part of a tensor; and the copy is forgotten.
+PRODUCTS = tuple(
+    getattr(_aten, name)
+    for name in (
+        *("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "addbmm", "addbmm_", "mv", "addmv", "addmv_", "addr"),
+        *("addr_", "dot", "matmul", "linear", "convolution", "addcmul", "addcmul_", "addcdiv", "addcdiv_"),
+    )
+)
+AVERAGES = (_aten.adaptive_avg_pool2d, _aten._adaptive_avg_pool2d)
 
 
 class OnDevice(Tensor):
@@ -97,7 +109,11 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any], transfers: Counter[st
         transfers["to the device" if target else "from the device"] += 1
     if target and wanted is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
+    if there and function.overloadpacket in AVERAGES and _uneven(args[0].shape[-2:], args[1]):
+        raise RuntimeError("Adaptive pool MPS: input sizes must be divisible by output sizes.")
     plain_args, plain_kwargs = tree_map(_held, (args, kwargs))
+    if function._schema.is_mutable and function.overloadpacket in PRODUCTS and _is_part(_held(written)):
+        return written
     result = function(*plain_args, **plain_kwargs)
     if transfers is not None and there and _waits(function, args):
         transfers["from the device"] += 1
@@ -117,6 +133,17 @@ def _waits(function: Any, args: Any) -> bool:
     if function.overloadpacket is torch.ops.aten.index:
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     return function.overloadpacket in WAITING
+
+
+def _is_part(tensor: Any) -> bool:
+    """Tell whether a tensor is only a part of what lies in its memory, or in another order."""
+    if not isinstance(tensor, Tensor):
+        return False
+    return not tensor.is_contiguous() or tensor.nbytes < tensor.untyped_storage().nbytes()
+
+
+def _uneven(sizes: Any, wanted: Any) -> bool:
+    return any(max(size, to) % min(size, to) for size, to in zip(sizes, wanted))
 
 
 def _held(value: Any) -> Any:

@@ -11,12 +11,13 @@ import torch
 from conftest import randn, tiny_unet
 from PIL import Image
 from safetensors.torch import save_file
+from stand_in_device import DEVICE, stand_in_device
 from test_controls import image_tensors, save
 from torch import Tensor
 
 from lib_delta.controls.files import load_control
 from lib_delta.controls.maps import pixels
-from lib_delta.controls.vision import image_tokens, load_image_encoder
+from lib_delta.controls.vision import ImageEncoder, image_tokens, load_image_encoder
 from lib_delta.errors import AdapterError, CheckpointError, SettingError
 
 transformers = pytest.importorskip("transformers")
@@ -126,6 +127,33 @@ def test_a_projection_in_half_precision_gives_tokens_on_the_cpu(form: str, tmp_p
     for wanted, made in zip(*(image_tokens(file, load_image_encoder(path), picture) for file in (exact, half))):
         assert made.dtype == torch.float16
         torch.testing.assert_close(made.float(), wanted, atol=2e-2, rtol=2e-2)
+
+
+def test_a_picture_is_seen_alike_once_the_adapter_is_on_a_device_with_autocast(tmp_path: Path) -> None:
+    """From the second picture on it is, and AUTOMATIC1111 may have autocast on there."""
+    unet = tiny_unet()
+    _, path = their_encoder(tmp_path)
+    file = load_control(save(tmp_path / "ip.safetensors", image_tensors("plus", unet, 16)), unet)
+    picture = [randn(1, 3, 30, 40).sigmoid()]
+    wanted = image_tokens(file, load_image_encoder(path), picture)
+    with stand_in_device():
+        file.model.to(DEVICE)
+        with torch.autocast("cpu", torch.bfloat16):
+            looked = [tokens.cpu() for tokens in image_tokens(file, RoundedByNone(load_image_encoder(path)), picture)]
+    for found, expected in zip(looked, wanted):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class RoundedByNone(torch.nn.Module):
+    """An image encoder on the CPU, whose autocast is another device's than the adapter's."""
+
+    def __init__(self, encoder: ImageEncoder) -> None:
+        super().__init__()
+        self.prepare, self.encoder = encoder.prepare, encoder
+
+    def forward(self, *given: Any) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.encoder(*given)
 
 
 def test_what_does_not_fit_is_said_in_one_sentence(tmp_path: Path) -> None:

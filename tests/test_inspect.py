@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,18 @@ def test_a_base_that_cannot_be_read_is_told(capsys: pytest.CaptureFixture[str]) 
 def test_help_comes_without_models() -> None:
     code = "import sys, lib_delta.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=MODELS.parents[1]).returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp932", "utf-8"])
+def test_names_of_every_alphabet_are_told_where_output_goes_to_a_file(encoding: str, tmp_path: Path) -> None:
+    names = ["caf\u00e9.safetensors", "\u6c34\u5f69.safetensors", "\U0001f3a8.safetensors"]
+    command = [sys.executable, "-m", "lib_delta", "inspect", *(str(tmp_path / name) for name in names)]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+
+    def told(*options: str) -> str:
+        done = subprocess.run([*command, *options], cwd=MODELS.parents[1], env=environment, capture_output=True)
+        assert done.returncode == 1 and b"Traceback" not in done.stderr, done.stderr.decode()
+        return done.stdout.decode(encoding)
+
+    assert told().count("cannot be read") == len(names)
+    assert [Path(path).name for path in json.loads(told("--json"))] == names

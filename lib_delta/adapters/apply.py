@@ -21,7 +21,7 @@ from lib_delta.adapters.load import AdapterFile
 from lib_delta.adapters.protocol import LayerAdapter
 from lib_delta.devices import fetches, without_autocast
 from lib_delta.errors import SettingError
-from lib_delta.fork import Adaptation, ForkedLayer, Linear
+from lib_delta.fork import Adaptation, ForkedLayer
 from lib_delta.models.text import TextEncoder
 from lib_delta.models.unet import UNet
 
@@ -63,15 +63,6 @@ class Merged(nn.Module, Adaptation):
     def forward(self, layer: ForkedLayer, x: Tensor) -> Tensor:
         return layer.apply_weights(x, self.weight, layer.bias if self.bias is None else self.bias)
 
-    def forked(self, layer: ForkedLayer, x: Tensor) -> Tensor:
-        """Compute both models' layers; where torch can, straight into the places of the two."""
-        if not isinstance(layer, Linear):
-            return super().forked(layer, x)
-        y = x.new_empty(2, *x.shape[1:-1], len(self.weight))
-        layer.write(y[0], x[0], layer.own_weight(), layer.bias)
-        layer.write(y[1], x[-1], self.weight, layer.bias if self.bias is None else self.bias)
-        return y
-
 
 class Bypass(nn.Module, Adaptation):
     """The low-rank factors themselves, added to the layer's output (the smallest form)."""
@@ -81,23 +72,20 @@ class Bypass(nn.Module, Adaptation):
         self.adapters, self.made_of = tuple(adapters), made_of
 
     def forward(self, layer: ForkedLayer, x: Tensor) -> Tensor:
-        y = layer.base(x)
-        return self._added(layer, x, y, y.clone() if len(self.adapters) > 1 else y)
+        return self._adapted(layer, x, layer.base(x))
 
     def forked(self, layer: ForkedLayer, x: Tensor) -> Tensor:
         """Compute the base's layer once, over the rows of both branches."""
         y = layer.base(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        if len(x) == 1:
-            y = torch.cat((y, y))
-        # What is added must not be seen by the next adapter, which adapts the base as well.
-        base = y[1].clone() if len(self.adapters) > 1 else y[1]
-        self._added(layer, x[-1], base, y[1])
-        return y
+        # Never computed straight into the branch's place: Apple's devices lose products that are written to a part of a
+        # tensor (pytorch/pytorch#193385), and a pass takes no longer.
+        return torch.stack((y[0], self._adapted(layer, x[-1], y[-1])))
 
-    def _added(self, layer: ForkedLayer, x: Tensor, base: Tensor, total: Tensor) -> Tensor:
-        """Add what the adapters make of ``x`` and of the base's output to ``total``, in place."""
+    def _adapted(self, layer: ForkedLayer, x: Tensor, base: Tensor) -> Tensor:
+        """Return the base's output plus what each adapter makes of ``x`` and of that output."""
+        total = base
         for adapter, weight in self.adapters:
-            adapter.add_bypass(total, layer, x, base, weight)
+            total = adapter.plus_bypass(total, layer, x, base, weight)
         return total
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bypass:

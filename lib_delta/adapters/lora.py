@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
@@ -82,17 +83,15 @@ class Lora(LayerAdapter):
             return F.linear(F.linear(x, self.down).mul(self.scale), self.up)
         return F.conv2d(self._hidden(layer, x).mul(self.scale), self.up)
 
-    def add_bypass(self, total: Tensor, layer: ForkedLayer, x: Tensor, y: Tensor, factor: float) -> None:
+    def plus_bypass(self, total: Tensor, layer: ForkedLayer, x: Tensor, y: Tensor, factor: float) -> Tensor:
         # In one go: no output of the layer's size in between.
-        if not total.is_contiguous():
-            super().add_bypass(total, layer, x, y, factor)
-        elif isinstance(layer, Linear):
+        if isinstance(layer, Linear):
             hidden = F.linear(x, self.down).flatten(0, -2)
-            total.view(-1, total.shape[-1]).addmm_(hidden, self.up.t(), alpha=factor * self.scale)
-        else:
-            hidden = self._hidden(layer, x).flatten(2)
-            up = self.up.flatten(1).expand(len(hidden), -1, -1)
-            total.flatten(2).baddbmm_(up, hidden, alpha=factor * self.scale)
+            rows = total.reshape(-1, total.shape[-1])
+            return torch.addmm(rows, hidden, self.up.t(), alpha=factor * self.scale).view(total.shape)
+        hidden = self._hidden(layer, x).flatten(2)
+        up = self.up.flatten(1).expand(len(hidden), -1, -1)
+        return torch.baddbmm(total.flatten(2), up, hidden, alpha=factor * self.scale).view(total.shape)
 
     def _hidden(self, layer: ForkedLayer, x: Tensor) -> Tensor:
         """Return what is between the factors of a convolution; the one that has its kernel takes its stride."""

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Size, Tensor
 
 from lib_delta.errors import AdapterError
@@ -83,9 +84,9 @@ class LayerAdapter(ABC):
         """Return what is added to the layer's output ``y`` for ``x`` of shape ``(N, ...)``."""
         raise NotImplementedError(f"{self.algorithm} has no bypass form")
 
-    def add_bypass(self, total: Tensor, layer: ForkedLayer, x: Tensor, y: Tensor, factor: float) -> None:
-        """Add ``factor`` times :meth:`bypass` to ``total`` of the shape of ``y``, which may be ``y`` itself."""
-        total.add_(self.bypass(layer, x, y), alpha=factor)
+    def plus_bypass(self, total: Tensor, layer: ForkedLayer, x: Tensor, y: Tensor, factor: float) -> Tensor:
+        """Return ``total``, of the shape of ``y``, plus ``factor`` times :meth:`bypass`."""
+        return torch.add(total, self.bypass(layer, x, y), alpha=factor)
 
     def map(self: Own, function: Callable[[Tensor], Tensor]) -> Own:
         """Return the same adapter with ``function`` applied to its tensors (a move, a cast)."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib_delta.bridges.areas import averaged
 from lib_delta.bridges.learned import LearnedBridge, load, path_of
 from lib_delta.bridges.maps import wrap
 from lib_delta.bridges.protocol import Bridge
@@ -44,7 +45,7 @@ class DecodedState(nn.Module):
     def _encoded(self, latent: Tensor, size: tuple[int, int]) -> Tensor:
         picture = self.decoder(latent).clamp(0, 1)
         if size != tuple(latent.shape[-2:]):
-            picture = F.interpolate(picture, [taesd.FACTOR * length for length in size], mode="area")
+            picture = averaged(picture, (taesd.FACTOR * size[0], taesd.FACTOR * size[1]))
         encoded: Tensor = self.encoder(picture)
         return encoded
 

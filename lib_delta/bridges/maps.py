@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib_delta.bridges.areas import averaged
 from lib_delta.models import taesd
+from lib_delta.models.unpatched import Conv2d
 
 Shapes = Mapping[str, tuple[int, ...]]
 REGRESSION_RIDGE = 0.01  # of latents, whose variance is about 1
@@ -40,7 +42,7 @@ def wrap(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, Filter):
             layer.edges = "circular"
-        elif isinstance(layer, nn.Conv2d):
+        elif isinstance(layer, Conv2d):
             layer.padding_mode = "circular"
 
 
@@ -49,8 +51,8 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
@@ -58,7 +60,7 @@ class Residual(nn.Module):
 
 def _network(channels_in: int, hidden: int, blocks: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(channels_in, hidden, 3, padding=1), *(Residual(hidden) for _ in range(blocks)), nn.ReLU()
+        Conv2d(channels_in, hidden, 3, padding=1), *(Residual(hidden) for _ in range(blocks)), nn.ReLU()
     )
 
 
@@ -95,7 +97,7 @@ class StateMap(nn.Module, ABC):
         if size is not None and full == (2 * size[0], 2 * size[1]) and (halved := self.at_half_size(z)) is not None:
             return halved
         mapped = self.at_same_size(z)
-        return mapped if size in (None, full) else F.interpolate(mapped, size, mode="area")
+        return mapped if size is None or size == full else averaged(mapped, size)
 
 
 class FilteredState(StateMap):

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib_delta.bridges.areas import averaged, windows_of
 from lib_delta.bridges.protocol import Crossing
 from lib_delta.errors import SettingError
 
@@ -61,10 +62,10 @@ class ResolutionBridge:
         size = self.source_size(*full)
         if size == full:
             return x, sigma, Crossing(denoised, target=denoised)
-        clean = F.interpolate(denoised, size, mode="area")
+        clean = averaged(denoised, size)
         crossing = Crossing(clean, target=denoised)
         if self.noise == "averaged":
-            return F.interpolate(x, size, mode="area"), sigma * _noise_left(full, size), crossing
+            return averaged(x, size), sigma * _noise_left(full, size), crossing
         # Every noise is picked at most once, so that what is picked is white again.
         return clean + F.interpolate(x - denoised, size, mode="nearest"), sigma, crossing
 
@@ -97,5 +98,4 @@ def _noise_left(full: tuple[int, int], size: tuple[int, int]) -> float:
 
 def _mean_share(full: int, size: int) -> float:
     """Return the mean of 1 / n, n being how many of ``full`` points each of ``size`` averages takes."""
-    ends = [(i * full // size, -(-(i + 1) * full // size)) for i in range(size)]
-    return sum(1 / (end - start) for start, end in ends) / size
+    return sum(1 / (end - start) for start, end in windows_of(full, size)) / size

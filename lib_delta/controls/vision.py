@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from lib_delta.checkpoint import FileState, Shapes, WeightFile, fill, header_number
 from lib_delta.controls.files import ControlFile
+from lib_delta.devices import without_autocast
 from lib_delta.errors import AdapterError, CheckpointError, SettingError
 from lib_delta.models.ip_adapter import IPAdapter
 from lib_delta.models.unpatched import unpatched
@@ -172,8 +173,10 @@ def image_tokens(file: ControlFile, encoder: ImageEncoder, pictures: Sequence[Te
     own = next(projection.parameters())
     # The tokens are made where the files were read, often the CPU, and there older torches multiply nothing in fp16.
     weights = {name: weight.float() for name, weight in projection.state_dict().items()}
-    tokens, without = (
-        functional_call(projection, weights, (what.to(own.device, torch.float32),)).to(own.dtype)
-        for what in (seen, none)
-    )
+    # They are often a card's by the second picture, and there a host may have autocast on.
+    with without_autocast(own.device):
+        tokens, without = (
+            functional_call(projection, weights, (what.to(own.device, torch.float32),)).to(own.dtype)
+            for what in (seen, none)
+        )
     return tokens.flatten(0, 1), without.expand(len(pictures), -1, -1).flatten(0, 1)

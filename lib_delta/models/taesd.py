@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lib_delta.checkpoint import WeightFile, fill
 from lib_delta.errors import CheckpointError
+from lib_delta.models.unpatched import Conv2d
 
 WIDTH = 64
 BLOCKS = 3  # at every size but the picture's own
@@ -30,7 +31,7 @@ class Block(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for _ in range(3):
-            layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
+            layers += [Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
         self.conv = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,13 +45,13 @@ class SoftClamp(nn.Module):
         return 3 * torch.tanh(z / 3)
 
 
-def _convolution(channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
+def _convolution(channels: int, stride: int = 1) -> Conv2d:
+    return Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
 
 
 def encoder(latent_channels: int) -> nn.Sequential:
     """Return pictures ``(N, 3, H, W)`` in 0..1 to latents ``(N, C, H/8, W/8)``, in the scale denoising models see."""
-    layers: list[nn.Module] = [nn.Conv2d(3, WIDTH, 3, padding=1), Block(WIDTH)]
+    layers: list[nn.Module] = [Conv2d(3, WIDTH, 3, padding=1), Block(WIDTH)]
     for blocks in (BLOCKS, BLOCKS, 0):
         layers += [_convolution(WIDTH, stride=2), *(Block(WIDTH) for _ in range(blocks))]
     return nn.Sequential(*layers, *last_of_encoder(latent_channels))
@@ -61,18 +62,18 @@ def decoder(latent_channels: int) -> nn.Sequential:
     layers: list[nn.Module] = [*first_of_decoder(latent_channels)]
     for blocks in (BLOCKS, BLOCKS, 1):
         layers += [nn.Upsample(scale_factor=2), _convolution(WIDTH), *(Block(WIDTH) for _ in range(blocks))]
-    return nn.Sequential(*layers, nn.Conv2d(WIDTH, 3, 3, padding=1))
+    return nn.Sequential(*layers, Conv2d(WIDTH, 3, 3, padding=1))
 
 
 def first_of_decoder(latent_channels: int, blocks: int = BLOCKS) -> nn.Sequential:
     """Return the layers of a decoder that work at the latents' size, or the first of them."""
-    start = SoftClamp(), nn.Conv2d(latent_channels, WIDTH, 3, padding=1), nn.ReLU()
+    start = SoftClamp(), Conv2d(latent_channels, WIDTH, 3, padding=1), nn.ReLU()
     return nn.Sequential(*start, *(Block(WIDTH) for _ in range(blocks)))
 
 
 def last_of_encoder(latent_channels: int, blocks: int = BLOCKS) -> nn.Sequential:
     """Return the layers of an encoder that work at the latents' size, or the last of them."""
-    return nn.Sequential(*(Block(WIDTH) for _ in range(blocks)), nn.Conv2d(WIDTH, latent_channels, 3, padding=1))
+    return nn.Sequential(*(Block(WIDTH) for _ in range(blocks)), Conv2d(WIDTH, latent_channels, 3, padding=1))
 
 
 def load(path: Path, part: str) -> nn.Sequential:

@@ -1,4 +1,8 @@
-"""Torch's layers as they are, in hosts that replace ``forward`` of torch's classes and cast weights in it."""
+"""Torch's layers as they are, in hosts that replace ``forward`` of torch's classes and cast weights in it.
+
+As AUTOMATIC1111 does where a card cannot compute in the weights' type (GTX 16xx, Intel's): what was cast to half and
+back stays rounded.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,17 @@ class _LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class _Conv2d(nn.Conv2d):
+class Conv2d(nn.Conv2d):
+    """A convolution with whatever lies beyond its edges."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if self.padding_mode == "zeros":
+            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        around = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        return F.conv2d(around, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
-_OWN = {nn.Linear: _Linear, nn.LayerNorm: _LayerNorm, nn.Conv2d: _Conv2d}
+_OWN = {nn.Linear: _Linear, nn.LayerNorm: _LayerNorm, nn.Conv2d: Conv2d}
 
 
 def unpatched(model: nn.Module) -> None:
