@@ -51,7 +51,7 @@ def test_pictures_are_seen_as_transformers_sees_them(
     prepared: Tensor = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
     ours = load_image_encoder(path)
     seen = ours.prepare(pixels(picture))
-    # PIL rounds to 8 bits between its two directions as well: a pixel of three is 1 of 255 off, over the deviation of 0.27.
+    # PIL rounds to 8 bits between its two directions as well: one pixel in three is 1 of 255 off, of 0.27.
     assert (seen - prepared).abs().mean() < 0.3 / 255 / 0.27
     in_bytes = (seen * torch.tensor(DEVIATION)[:, None, None] + torch.tensor(MEAN)[:, None, None]) * 255
     assert (in_bytes - in_bytes.round()).abs().max() < 1e-2
