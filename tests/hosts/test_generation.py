@@ -199,7 +199,14 @@ def test_guidance_that_is_left_out_by_any_rule(
     by_rule(webui, monkeypatch, rule)
     assert relative(webui.native(sampler_name=sampler), ordinary) > 3e-4, "nothing was left out"
     assert_exact(webui, sampler_name=sampler)
-    assert_exact(webui, sampler_name=sampler, prompt="a cat AND a dog :0.6", batch_size=2)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_and_where_guidance_is_left_out_by_any_rule(
+    webui: WebUI, monkeypatch: pytest.MonkeyPatch, rule: Callable[[int], bool]
+) -> None:
+    by_rule(webui, monkeypatch, rule)
+    assert_exact(webui, prompt="a cat AND a dog :0.6", batch_size=2)
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
