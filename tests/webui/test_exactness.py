@@ -232,11 +232,12 @@ def test_inpainting(webui: WebUI, files: Files, sampler: str, soft: bool) -> Non
     if soft:
         if "soft inpainting" not in webui.get("/sdapi/v1/scripts")["img2img"]:
             pytest.skip("this WebUI has no soft inpainting")
-        hard = webui.generate(**changes)
         changes["alwayson_scripts"] = {"soft inpainting": {"args": [True, 1, 0.5, 4, 0, 0.5, 2]}}
+        plain = webui.generate(**changes)
+        if same(plain, native(webui, files, **changes)):
+            assert same(plain, webui.generate(delta(files), **changes))
+            pytest.skip("soft inpainting gives the original picture back: Forge's and reForge's do on up to 6 cores")
     assert_exact(webui, files, **changes)
-    if soft and same(webui.generate(**changes), hard):
-        say_what_changes_nothing(webui, "soft inpainting")
     if not soft:
         got, plain = webui.generate(delta(files), **changes), webui.generate(**changes)
         assert np.array_equal(got.pictures[:, :, :32], plain.pictures[:, :, :32])
