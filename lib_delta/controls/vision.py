@@ -48,12 +48,15 @@ class ImageEncoder(nn.Module):
             part.register_forward_hook(partial(_forget, none), always_call=True)
 
     def prepare(self, picture: Tensor) -> Tensor:
-        """Scale a picture ``(1, 3, H, W)`` in [0, 1] by its shorter side, cut out the middle, and normalise it."""
+        """Scale a picture ``(1, 3, H, W)`` in [0, 1] by its shorter side, cut out the middle, and normalise it.
+
+        What is scaled is rounded to 8 bits, as by the release's and the WebUIs' own, and by what CLIP was trained with.
+        """
         scale = self.side / min(picture.shape[2:])
         size = [max(self.side, round(side * scale)) for side in picture.shape[2:]]
         scaled = F.interpolate(picture, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
         top, left = ((side - self.side) // 2 for side in size)
-        middle = scaled[..., top : top + self.side, left : left + self.side]
+        middle = scaled[..., top : top + self.side, left : left + self.side].mul(255).round() / 255
         mean, deviation = (torch.tensor(values, device=picture.device)[:, None, None] for values in (MEAN, DEVIATION))
         return (middle - mean) / deviation
 

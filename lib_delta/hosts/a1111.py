@@ -25,8 +25,8 @@ from lib_delta.guidance import DenoiseStep
 from lib_delta.hosts.others import taken_over
 from lib_delta.hosts.place import ACTIVATION_BYTES, wanted_place
 from lib_delta.hosts.progress import once, pass_progress, schedule_of
-from lib_delta.hosts.skipping import may_skip
-from lib_delta.hosts.target import Target
+from lib_delta.hosts.skipping import Shown
+from lib_delta.hosts.target import Target, tiles
 from lib_delta.hosts.told import TextEngine
 from lib_delta.hosts.webui import RUN, TAKING_AWAY, Host
 from lib_delta.parameterization import denoised_of, from_timestep_space, per_image
@@ -81,7 +81,6 @@ class Call:
     layout: Layout
     eps: bool
     image_cfg_scale: float | None
-    may_skip: bool
 
 
 class Automatic1111(Host):
@@ -94,6 +93,7 @@ class Automatic1111(Host):
         self._engine: tuple[SideModel, TextEngine] | None = None
         # Between the two callbacks of one call: the second is told nothing of the first's.
         self._call: Call | None = None
+        self._shown: Shown | None = None
 
     def install(self) -> None:
         script_callbacks.on_cfg_denoiser(self._before_model)
@@ -103,7 +103,9 @@ class Automatic1111(Host):
         family = family_of(shared.sd_model)
         if family is Family.SD3:  # of flow matching, whatever ``parameterization`` says
             return Target(family, math.inf, flow=True)
-        return Target(family, schedule_of(shared.sd_model.alphas_cumprod).sigma_max, merging=_merging(shared.sd_model))
+        unet = getattr(shared.sd_model.model, "diffusion_model", None)
+        limit = schedule_of(shared.sd_model.alphas_cumprod).sigma_max
+        return Target(family, limit, merging=_merging(shared.sd_model), tiled=tiles(unet))
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         device: torch.device = devices.device
@@ -199,7 +201,7 @@ class Automatic1111(Host):
         self._make_room(run.model, max(ROOM, width * height * DECODED * devices.dtype_vae.itemsize))
 
     def _before_model(self, params: Any) -> None:
-        self._call = None
+        self._end_call()
         run: Run | None = getattr(params.denoiser.p, RUN, None)
         if run is None:
             return
@@ -210,23 +212,31 @@ class Automatic1111(Host):
             if run.strength(call.progress, hires):
                 if not run.placed:
                     self._bring(run, call.x)
-                self._call = call
+                self._call, self._shown = call, Shown(params.denoiser.inner_model)
                 # So extensions cut pictures into tiles and add ControlNets.
                 unet = getattr(shared.sd_model.model, "diffusion_model", None)
                 run.unfollowed |= taken_over(params.denoiser.inner_model, unet)
 
     def _after_model(self, params: Any) -> None:
-        call, self._call = self._call, None
+        call, shown = self._end_call()
         if call is not None:
             with call.run.watched("adding the delta of Delta Sampling"):
-                self._add(call, params)
+                self._add(call, params, shown)
 
-    def _add(self, call: Call, params: Any) -> None:
+    def _end_call(self) -> tuple[Call | None, int]:
+        """Forget a call, be it one that failed in between; returns it, and how many rows the model was shown."""
+        call, shown = self._call, self._shown
+        self._call = self._shown = None
+        if shown is not None:
+            shown.close()
+        return call, 0 if shown is None else shown.rows
+
+    def _add(self, call: Call, params: Any, shown: int) -> None:
         """Edit the rows that the model gave so that guidance gives the target's estimate with the delta."""
         places, rows = _places(call), call.layout.rows
         out = params.x[places].float()
         estimates = denoised_of(out, call.x[rows], call.sigma[rows]) if call.eps else out
-        skipped = _uncond_skipped(params.x, call)
+        skipped = _uncond_skipped(params.x, call, shown)
         scale = 1.0 if skipped else call.cfg_scale
         denoised = _guided(estimates, call, scale)
         step = DenoiseStep(call.x, call.sigma, denoised, call.cfg_scale, call.progress, call.step, skipped)
@@ -246,8 +256,6 @@ def _call(run: Run, hires: bool, params: Any) -> Call:
     # An editing model (InstructPix2Pix) has two rows of each image without the prompt.
     without_prompt = (len(params.x) - sum(map(len, weights))) // images
     x, sigma = params.x[-images:].float(), params.sigma[-images:].float()
-    # As the WebUI has it, a timestep for some samplers.
-    asked = sigma[0]
     timesteps = isinstance(denoiser, CFGDenoiserTimesteps)
     if timesteps:
         if family_of(shared.sd_model) is Family.SD3:
@@ -256,7 +264,7 @@ def _call(run: Run, hires: bool, params: Any) -> Call:
                 "choose another sampler"
             )
         x, sigma = from_timestep_space(x, sigma, schedule_of(shared.sd_model.alphas_cumprod))
-    level, noise = run.read(asked, sigma.max())
+    (noise,) = run.read(sigma.max())
     layout = weights, without_prompt
     return Call(
         run=run,
@@ -270,7 +278,6 @@ def _call(run: Run, hires: bool, params: Any) -> Call:
         layout=once(denoiser, layout, lambda: _layout(*layout, params.x.device)),
         eps=timesteps,
         image_cfg_scale=denoiser.image_cfg_scale if without_prompt == 2 else None,
-        may_skip=may_skip(denoiser, level),
     )
 
 
@@ -314,15 +321,18 @@ def _cfg_scale(denoiser: Any, stated: float) -> float:
     return scale + 2**-20 if scale == 1 and getattr(denoiser, "need_last_noise_uncond", False) else scale
 
 
-def _uncond_skipped(out: Tensor, call: Call) -> bool:
-    """Tell whether guidance was left out to save time: the WebUI then repeats each image's first prompt.
+def _uncond_skipped(out: Tensor, call: Call, shown: int) -> bool:
+    """Tell whether guidance was left out to save time: the model is not shown the rows without the prompt.
 
-    Where its settings leave nothing out, rows are the same because the prompts are.
+    The WebUI then repeats each image's first prompt in their place.  They are compared only where extensions show the
+    model other rows than these, for rows are the same as well where the prompts are.
     """
-    if not call.may_skip:
-        return False
     images = len(call.layout.weights)
-    return call.image_cfg_scale is None and torch.equal(out[-images:], out[call.layout.first])
+    if call.image_cfg_scale is not None:
+        return False
+    if shown in (len(out), len(out) - images):
+        return shown < len(out)
+    return torch.equal(out[-images:], out[call.layout.first])
 
 
 def _guided(estimates: Tensor, call: Call, cfg_scale: float) -> Tensor:

@@ -27,8 +27,7 @@ from lib_delta.hosts.others import owners
 from lib_delta.hosts.place import ACTIVATION_BYTES, wanted_place
 from lib_delta.hosts.progress import largest, pass_progress
 from lib_delta.hosts.regions_forge import WRAPPER, in_regions
-from lib_delta.hosts.skipping import may_skip
-from lib_delta.hosts.target import Target
+from lib_delta.hosts.target import Target, tiles
 from lib_delta.hosts.told import TextEngine
 from lib_delta.hosts.webui import RUN, Host
 from lib_delta.hosts.whole_patcher import whole
@@ -58,8 +57,7 @@ PICTURE_BYTES = 3 * 64 * 4
 class Call:
     """One evaluation, as the callback before it sees it.
 
-    ``uncond_used`` tells that the sampler (CFG++) works with the estimate for the negative prompt as well, ``may_skip``
-    that there may be none.
+    ``uncond_used`` tells that the sampler (CFG++) works with the estimate for the negative prompt as well.
     """
 
     run: Run
@@ -68,7 +66,6 @@ class Call:
     step: int
     cfg_scale: float
     uncond_used: bool
-    may_skip: bool
     merging: TokenMerging | None
 
 
@@ -81,14 +78,19 @@ class Forge(Host):
         super().__init__()
         self._engine: tuple[SideModel, TextEngine] | None = None
         self._patcher: Any = None
-        # Between the callback and the function: the latter is told nothing of the former's.
+        # Between the callback and the functions, which are told nothing of it: the call, and whether the model is not
+        # shown the negative prompt in it, if that was seen.
         self._call: Call | None = None
+        self._uncond_left_out: bool | None = None
 
-        # A plain function: patchers deep-copy their options at every clone, and methods' objects with them.
+        # Plain functions: patchers deep-copy their options at every clone, and methods' objects with them.
+        def pre_cfg(*args: Any) -> Any:
+            return self._before_guidance(args)
+
         def post_cfg(args: dict[str, Any]) -> Tensor:
             return self._after_guidance(args)
 
-        self._post_cfg: Callable[[dict[str, Any]], Tensor] = post_cfg
+        self._functions: dict[str, Callable[..., Any]] = {PRE_CFG: pre_cfg, POST_CFG: post_cfg}
 
     def install(self) -> None:
         script_callbacks.on_cfg_denoiser(self._before_model)
@@ -97,9 +99,10 @@ class Forge(Host):
         model = shared.sd_model.forge_objects.unet.model
         schedule = model.predictor if BACKEND else model.model_sampling
         family = family_of(shared.sd_model)
+        tiled = tiles(model.diffusion_model)
         if _flow(schedule):
-            return Target(family, math.inf, flow=True)
-        return Target(family, largest(schedule.sigmas))
+            return Target(family, math.inf, flow=True, tiled=tiled)
+        return Target(family, largest(schedule.sigmas), tiled=tiled)
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         device: torch.device = memory.get_torch_device()
@@ -134,7 +137,7 @@ class Forge(Host):
             )
 
     def before_sampling(self, p: Any) -> None:
-        """Put our function in place, and tell the memory manager to load the side model beside the main one."""
+        """Put our functions in place, and tell the memory manager to load the side model beside the main one."""
         if getattr(p, RUN, None) is not None:
             self._join(p, shared.sd_model.forge_objects)
 
@@ -145,13 +148,13 @@ class Forge(Host):
         the memory manager loses sight of a model whose loaded patcher is not the one in use.
         """
         unet = forge_objects.unet
-        lacks_function = self._post_cfg not in unet.model_options.get(POST_CFG, [])
+        lacking = [name for name, ours in self._functions.items() if ours not in unet.model_options.get(name, [])]
         lacks_model = self._patcher is not None and self._patcher not in unet.extra_model_patchers_during_sampling
-        if not (lacks_function or lacks_model):
+        if not (lacking or lacks_model):
             return
         unet = unet.clone()
-        if lacks_function:
-            unet.set_model_sampler_post_cfg_function(self._post_cfg)
+        for name in lacking:
+            unet.model_options[name] = [*unet.model_options.get(name, []), self._functions[name]]
         if lacks_model:
             unet.add_extra_model_patcher_during_sampling(self._patcher)
         if lacks_model or self._patcher is None:
@@ -225,7 +228,7 @@ class Forge(Host):
         memory.soft_empty_cache()
 
     def _before_model(self, params: Any) -> None:
-        missed, self._call = self._call, None
+        missed, self._call, self._uncond_left_out = self._call, None, None
         denoiser = params.denoiser
         run: Run | None = getattr(denoiser.p, RUN, None)
         if run is not None:
@@ -241,7 +244,7 @@ class Forge(Host):
         """Note what the post-CFG function has to know, if there is a delta to add."""
         hires = bool(getattr(denoiser.p, "is_hr_pass", False))
         run.levels[hires] = pass_progress(denoiser).levels
-        level, noise = run.read(sigma[0], sigma.max())
+        (noise,) = run.read(sigma.max())
         progress = pass_progress(denoiser).at(noise)
         # Without noise every model's estimate is what it is shown, and no two differ.
         if not noise or not run.strength(progress, hires):
@@ -255,27 +258,26 @@ class Forge(Host):
         functions = (extra.get("model_options") or {}).get(POST_CFG)
         if functions:
             uncond_used = True
-            if self._post_cfg not in functions:
-                functions.append(self._post_cfg)
+            if self._functions[POST_CFG] not in functions:
+                functions.append(self._functions[POST_CFG])
         merging = _merging(denoiser.p, hires)
         unet = denoiser.inner_model.inner_model.forge_objects.unet
-        # Functions before guidance may change its scale.
-        changed = math.isclose(scale, 1.0) or bool(unet.model_options.get(PRE_CFG))
-        skips = changed or may_skip(denoiser, level)
-        self._call = Call(run, hires, progress, denoiser.step, float(scale), uncond_used, skips, merging)
+        self._call = Call(run, hires, progress, denoiser.step, float(scale), uncond_used, merging)
         run.unfollowed |= owners([unet.model_options.get(name) for name in OTHERS])
         self._put_in_place(run, denoiser.p, denoiser.inner_model.inner_model.forge_objects, x)
 
     def _put_in_place(self, run: Run, p: Any, forge_objects: Any, x: Tensor) -> None:
-        """Make our function the last of the post-CFG functions, and have the side model where it computes."""
-        functions = forge_objects.unet.model_options.get(POST_CFG, [])
-        if self._post_cfg not in functions:
+        """Make our functions the last of those before and after guidance, and have the side model where it computes."""
+        known = forge_objects.unet.model_options
+        if self._functions[POST_CFG] not in known.get(POST_CFG, []):
             # A refiner: all models were unloaded, ours as well, and the main one alone is back.
             self._join(p, forge_objects)
             sampling.sampling_prepare(forge_objects.unet, x=x)
-        elif functions[-1] is not self._post_cfg:
-            functions.remove(self._post_cfg)
-            functions.append(self._post_cfg)
+        else:
+            for name, ours in self._functions.items():
+                functions = known.setdefault(name, [])
+                if not functions or functions[-1] is not ours:
+                    functions[:] = [*(other for other in functions if other is not ours), ours]
         if self._patcher is not None:
             self._bring_back(run, forge_objects, x)
 
@@ -293,6 +295,26 @@ class Forge(Host):
             run.model.place(CPU)  # and not in two places
             run.remark(NO_ROOM)
 
+    def _before_guidance(self, given: tuple[Any, ...]) -> Any:
+        """See whether the model is not shown the negative prompt, and hand on what is given.
+
+        Each WebUI leaves it out by rules of its own, and other extensions do.  Functions are given the model, the
+        prompt, the negative prompt and more, to be evaluated then; in reForge what was evaluated, as a dictionary.
+        """
+        if len(given) == 1:
+            self._uncond_left_out = given[0]["conds"][1] is None
+            return given[0]["conds_out"]
+        self._uncond_left_out = given[2] is None
+        return given
+
+    def _was_left_out(self, uncond: Tensor, before_guidance: list[Any] | None) -> bool:
+        """Tell whether an estimate for the negative prompt is none, of which ours is to be the last to know."""
+        ours = self._functions[PRE_CFG]
+        if self._uncond_left_out is not None and before_guidance and before_guidance[-1] is ours:
+            return self._uncond_left_out
+        # Another extension has put in a function since, or taken ours away.  To look is to wait for the device.
+        return not bool(uncond.any())
+
     def _after_guidance(self, args: dict[str, Any]) -> Tensor:
         call, self._call = self._call, None
         denoised: Tensor = args["denoised"]
@@ -301,7 +323,7 @@ class Forge(Host):
         # At CFG 1, and where guidance is left out to save time, there is no estimate for the negative prompt:
         # zeros or nothing, to which the parts of a prompt joined by AND are then added.
         uncond: Tensor | None = args["uncond_denoised"]
-        skipped = uncond is None or (call.may_skip and not bool(uncond.any()))
+        skipped = uncond is None or self._was_left_out(uncond, args["model_options"].get(PRE_CFG))
         x, sigma = args["input"].float(), args["sigma"].float()
         step = DenoiseStep(x, sigma, denoised.float(), call.cfg_scale, call.progress, call.step, skipped, True)
         changes = call.run.changes(step, lambda: replace(self.target(), merging=call.merging), call.hires)

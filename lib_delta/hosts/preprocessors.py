@@ -15,11 +15,23 @@ Pixels = np.ndarray[Any, Any]
 RESOLUTION, LOW, HIGH = 512, 100, 200
 OWN = -1  # the value that asks for what a preprocessor has of its own
 CANNY = "canny"
+# How the names of CLIP's image encoders end or start among preprocessors: Forge's, and the ControlNet extension's.
+ENCODERS_END, ENCODERS_START = "(ipadapter)", ("ip-adapter-auto", "ip-adapter_clip")
 
 
 def names() -> list[str]:
     """Return the names of the preprocessors, canny first."""
     return [CANNY, *sorted(name for name in _of_webui() if name != CANNY)]
+
+
+def encodes(name: str) -> bool:
+    """Tell the name of an image encoder for IP-Adapters, which the WebUIs have among their preprocessors.
+
+    Those that look at faces through InsightFace are others.
+    """
+    name = name.lower()
+    of_clip = name.endswith(ENCODERS_END) or name.startswith(ENCODERS_START)
+    return of_clip and not name.startswith("insightface")
 
 
 def pixel_perfect(height: int, width: int, wanted: tuple[int, int], fill: bool) -> int:
@@ -33,6 +45,10 @@ def run(name: str, picture: Pixels, resolution: int, a: float, b: float) -> Pixe
 
     Raises :class:`SettingError` for a name that is not known, and :class:`DeltaError` where it fails.
     """
+    if encodes(name):
+        raise SettingError(
+            f"{name} lets an IP-Adapter see a picture, and makes no map for a ControlNet: choose another preprocessor"
+        )
     found = _of_webui().get(name) or _by_short_name(name)
     if found is None and name != CANNY:
         raise SettingError(f"there is no preprocessor {shown(name)}{near(name, names())}")

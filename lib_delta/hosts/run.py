@@ -17,6 +17,7 @@ from lib_delta.devices import without_autocast
 from lib_delta.errors import DeltaError, NotFiniteError
 from lib_delta.families import Family
 from lib_delta.figures import Figures, Noted, stopwatch
+from lib_delta.fork import tile
 from lib_delta.guidance import DeltaGuidance, DenoiseStep, not_finite, side_cfg
 from lib_delta.heatmap import HeatMap
 from lib_delta.hosts.target import Target
@@ -52,8 +53,8 @@ class Run:
     """The delta of one batch.
 
     ``sources`` are the source as the first and as the hires pass tell it its prompts, for each set of
-    LoRAs that counts at some point.  ``tiled`` tells whether the picture's edges meet, and ``autoencoders`` where
-    the WebUI has its tiny ones.  ``unfollowed`` names what changes the main model and not the side model.
+    LoRAs that counts at some point.  ``autoencoders`` is where the WebUI has its
+    tiny ones.  ``unfollowed`` names what changes the main model and not the side model.
     ``fault`` is what ended the delta, where the user wants to go on
     without it.  ``effective`` tells that it was other than zero, ``interrupted`` that the user ended the run.
     ``heat`` is where its changes are summed up, if the user wants to see them.
@@ -64,7 +65,6 @@ class Run:
     sources: dict[tuple[bool, Active], Source]
     on_fault: Callable[[DeltaError], None]
     heat: HeatMap | None = None
-    tiled: bool = False
     autoencoders: Path | None = None
     unfollowed: set[str] = field(default_factory=set)
     fault: DeltaError | None = None
@@ -83,7 +83,8 @@ class Run:
     levels: dict[bool, int] = field(default_factory=dict)
     _holds: dict[bool, Hold] = field(default_factory=dict)
     _points: dict[bool, list[float]] = field(default_factory=dict)
-    _bridges: dict[tuple[Family, float | None], Bridge] = field(default_factory=dict)
+    _tiled: bool | None = None
+    _bridges: dict[tuple[Family, float | None, bool], Bridge] = field(default_factory=dict)
 
     def _hold(self, hires: bool) -> Hold:
         if hires not in self._holds:
@@ -110,18 +111,19 @@ class Run:
         """
         known = self.model.parameterization.schedule.sigma_max
         limit = known if target.sigma_max > 2 * known else None
-        if (target.family, limit) not in self._bridges:
+        key = target.family, limit, target.tiled
+        if key not in self._bridges:
             request = self.asked.first  # of which the hires pass differs in lambda and LoRAs alone
-            self._bridges[target.family, limit] = choose(
+            self._bridges[key] = choose(
                 self.model.report.family,
                 target.family,
                 limit,
                 request.bridge,  # type: ignore[arg-type]
                 request.side_size,
-                tiled=self.tiled,
+                tiled=target.tiled,
                 autoencoders=self.autoencoders,
             )
-        return self._bridges[target.family, limit]
+        return self._bridges[key]
 
     def changes(self, step: DenoiseStep, target: Callable[[], Target], hires: bool) -> Deltas | None:
         """Return what the delta changes in the target's estimates; None for nothing.
@@ -139,6 +141,7 @@ class Run:
             main = target()
             # Models of another layout merge elsewhere, and SDXL nowhere as the WebUIs have it set.
             merge_tokens(self.model.unet, main.merging if main.family.space is self.model.report.family.space else None)
+            self._tile(main.tiled)
             strength, bridge = self.asked.of(hires).lambda_over_run(), self.bridge(main)
             guidance = DeltaGuidance(strength, bridge, source, self._hold(hires), checked=False)
             step = replace(step, levels=self.levels.get(hires, 0))
@@ -150,6 +153,12 @@ class Run:
                 if self.heat is not None:
                     self.heat.add(changes.guided, step.denoised)
         return changes
+
+    def _tile(self, tiled: bool) -> None:
+        """Have the side model's pictures be tiles where the target's are, which a refiner may change in mid-run."""
+        if tiled is not self._tiled:
+            tile(self.model.network, tiled)
+            self._tiled = tiled
 
     def _note(self, step: DenoiseStep, changes: Deltas, taken: Callable[[], float]) -> Deltas:
         finite = self._noted.note(step.step, step.sigma, step.denoised, changes_of(changes), taken)

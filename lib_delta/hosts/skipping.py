@@ -1,21 +1,23 @@
-"""Whether a WebUI leaves out guidance in a step to save time, by its own rules."""
+"""Whether a WebUI leaves out guidance in a step to save time: each has rules of its own, and what it does is seen."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from modules import shared
+from torch import nn
 
 
-def may_skip(denoiser: Any, level: float) -> bool:
-    """Tell whether the settings have the sampler's denoiser leave out guidance in this step, at a noise level.
+class Shown:
+    """Counts the rows that a model is shown, until it is closed: that is known without waiting for the device."""
 
-    As ``CFGDenoiser`` tells it in all of the WebUIs, but for the first step, which Forge Neo spares: what is evaluated
-    has to be looked at where it may be so, and only there.
-    """
-    early = float(getattr(shared.opts, "skip_early_cond", 0) or 0)
-    if early and denoiser.step / max(denoiser.total_steps, 1) <= early:
-        return True
-    limit = float(denoiser.sampler.sampler_extra_args.get("s_min_uncond") or 0)
-    every = bool(denoiser.step % 2 or getattr(shared.opts, "s_min_uncond_all", False))
-    return every and limit > 0 and level < limit
+    def __init__(self, model: nn.Module) -> None:
+        self.rows = 0
+        self._hook = model.register_forward_pre_hook(self._count)
+
+    def _count(self, _model: nn.Module, shown: tuple[Any, ...]) -> None:
+        # Keywords are not told to a hook of this kind, and no rows are what none are known by.
+        self.rows += len(shown[0]) if shown else 0
+
+    def close(self) -> None:
+        """Count no more."""
+        self._hook.remove()

@@ -46,7 +46,7 @@ class Units:
         """Return the map of unit ``number``'s first picture, ``(H, W, 3)`` in bytes; raises :class:`DeltaError`."""
         from lib_delta.hosts.pictures import BLACK, WHITE, in_bytes, pictures_of
 
-        unit = replace(unit, enabled=True)
+        unit = _without_encoder(replace(unit, enabled=True))
         unit.check(number)
         picture = pictures_of(unit.pictures[:1], number, WHITE if unit.preprocessor else BLACK)[0]
         return in_bytes(self.map_of(unit, picture) if unit.preprocessor else picture)
@@ -92,6 +92,8 @@ class Units:
         from lib_delta.hosts.pictures import digest, own_mask, same_size
 
         file = self._file(number, unit)
+        if prompts_with_pictures(file):
+            unit = _without_encoder(unit)
         pictures, resize = self._pictures(p, number, unit, file)
         larger: list[Tensor] = []
         if unit.preprocessor:
@@ -166,6 +168,13 @@ class Units:
         while len(self._maps) > KEPT:
             self._maps.popitem(last=False)
         return self._maps[key]
+
+
+def _without_encoder(unit: Unit) -> Unit:
+    """Return a unit that names no image encoder where a preprocessor may be: an IP-Adapter's is found by its shape."""
+    from lib_delta.hosts.preprocessors import encodes
+
+    return replace(unit, preprocessor="") if encodes(unit.preprocessor) else unit
 
 
 def _sizes(p: Any, asked: Passes) -> list[Size]:

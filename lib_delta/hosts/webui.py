@@ -317,7 +317,6 @@ class Host(ABC):
 
     def _prepare(self, p: Any, asked: Passes) -> Run:
         from lib_delta.compiling import compile_unet
-        from lib_delta.fork import tile
         from lib_delta.heatmap import HeatMap
         from lib_delta.hosts.run import Run
         from lib_delta.sidemodel import AdapterPick
@@ -350,8 +349,6 @@ class Host(ABC):
             if file.unmatched:
                 tell(file.report())
         self._steer(p, asked, model)
-        tiled = bool(getattr(p, "tiling", False))
-        tile(model.network, tiled)
         sources = self._tell(p, asked, model)
         run = Run(
             asked,
@@ -359,7 +356,6 @@ class Host(ABC):
             sources,
             lambda fault: self._fault(p, fault),
             heat=HeatMap() if option("show", False) else None,
-            tiled=tiled,
             autoencoders=self.tiny_autoencoders(),
         )
         run.bridge(self.target())

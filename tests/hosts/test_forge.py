@@ -21,8 +21,10 @@ from stand_in_webui import FORGES, WebUI, relative, running
 
 from lib_delta.errors import DeltaError, SettingError
 from lib_delta.families import Family
+from lib_delta.source import Source
 
 DELTA = {"base": "base", "loras": "ink"}
+BEFORE = "sampler_pre_cfg_function"
 HIRES = {"enable_hr": True, "hr_second_pass_steps": 2, "hr_cfg": 4.0}
 
 
@@ -57,9 +59,10 @@ def device(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.devi
 def test_the_function_is_put_in_place_once_however_often_a_pass_starts(webui: WebUI) -> None:
     for _ in range(3):
         webui.generate(DELTA, n_iter=2, **HIRES)
-    options = webui.shared.sd_model.forge_objects.unet.model_options
-    assert len(options["sampler_post_cfg_function"]) == 1
-    assert "sampler_post_cfg_function" not in webui.shared.sd_model.forge_objects_original.unet.model_options
+    model = webui.shared.sd_model
+    for kind in (BEFORE, "sampler_post_cfg_function"):
+        assert len(model.forge_objects.unet.model_options[kind]) == 1
+        assert kind not in model.forge_objects_original.unet.model_options
 
 
 def test_a_function_that_stays_behind_changes_nothing_without_a_run(webui: WebUI) -> None:
@@ -104,6 +107,63 @@ def test_a_sampler_that_leaves_out_the_functions_is_a_fault(webui: WebUI) -> Non
             webui.generate(DELTA)
     finally:
         registered.pop()
+
+
+@contextmanager
+def with_function_before(webui: WebUI, function: Any, late: bool) -> Iterator[None]:
+    """Have another extension's function before guidance; ``late`` puts it in once we have put in ours."""
+    before, after = (webui.callbacks.registered[kind] for kind in ("cfg_denoiser", "cfg_after_cfg"))
+
+    def options() -> dict[str, Any]:
+        known: dict[str, Any] = webui.shared.sd_model.forge_objects.unet.model_options
+        return known
+
+    def add(_params: Any) -> None:
+        options()[BEFORE] = [*options().get(BEFORE, []), function]
+
+    def take_away(_params: Any) -> None:
+        options()[BEFORE].remove(function)
+
+    before.insert(len(before) if late else 0, add)
+    after.append(take_away)
+    try:
+        yield
+    finally:
+        before.remove(add), after.remove(take_away)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["put in before ours", "put in after ours"])
+@pytest.mark.parametrize("in_steps", [(0,), (1, 2)])
+def test_guidance_that_another_extension_leaves_out(
+    webui: WebUI, monkeypatch: pytest.MonkeyPatch, in_steps: tuple[int, ...], late: bool
+) -> None:
+    steps, left_out = itertools.count(), []
+    original = Source.deltas
+
+    def deltas(self: Source, x: Any, sigma: Any, cfg_scale: float, step: int, *skipped: bool) -> Any:
+        left_out.append(skipped[0])
+        return original(self, x, sigma, cfg_scale, step, *skipped)
+
+    def leave_out(model: Any, cond: Any, uncond: Any, *others: Any) -> tuple[Any, ...]:
+        return model, cond, None if next(steps) % 3 in in_steps else uncond, *others
+
+    monkeypatch.setattr(Source, "deltas", deltas)
+    with with_function_before(webui, leave_out, late):
+        webui.generate(DELTA)
+    assert left_out == [step in in_steps for step in range(3)]
+
+
+def test_guidance_that_is_left_out_is_looked_for_where_our_function_is_taken_away(
+    webui: WebUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take_away(params: Any) -> None:
+        params.denoiser.inner_model.inner_model.forge_objects.unet.model_options[BEFORE] = []
+
+    webui.shared.opts.skip_early_cond = 0.4
+    wanted = webui.native()
+    registered = webui.callbacks.registered["cfg_denoiser"]
+    monkeypatch.setitem(webui.callbacks.registered, "cfg_denoiser", [*registered, take_away])
+    assert relative(webui.latents(DELTA), wanted) < 1e-5
 
 
 def test_a_sampler_that_puts_functions_of_its_own_in_place_of_all(

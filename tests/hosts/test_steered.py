@@ -310,6 +310,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no picture in it": ({**EDGES, "image": "aGVsbG8="}, "the picture of unit 1 cannot be read as a picture"),
     "of another type": ({**EDGES, "image": 7}, "the picture of unit 1 is a int"),
     "huge": ({**EDGES, "image": "large"}, "the picture of unit 1 has 9000 x 8000 pixels, and up to 64 million"),
+    "an image encoder for a ControlNet": (
+        {**EDGES, "module": "CLIP-ViT-H (IPAdapter)"},
+        r"CLIP-ViT-H \(IPAdapter\) lets an IP-Adapter see a picture, and makes no map for a ControlNet",
+    ),
+    "faces": ({**EDGES, "module": "InsightFace+CLIP-H (IPAdapter)"}, "no preprocessor 'InsightFace"),
     "an unknown preprocessor": ({**EDGES, "module": "kanny"}, "no preprocessor 'kanny': is 'canny' meant"),
 }
 
@@ -442,6 +447,15 @@ def test_canny_is_there_always(webui: WebUI) -> None:
     perfect = {**EDGES, "module": "canny", "pixel_perfect": True, "threshold_a": 50, "threshold_b": 120}
     assert relative(webui.latents(units(perfect)), wanted) < 1e-5
     assert webui.host.units.preprocessors()[0] == "canny"
+
+
+@pytest.mark.parametrize("name", ["CLIP-ViT-H (IPAdapter)", "clip-vit-bigg (ipadapter)", "ip-adapter_clip_sd15"])
+def test_an_ip_adapters_unit_may_name_an_image_encoder_as_controlnets_api_does(webui: WebUI, name: str) -> None:
+    """Which one it looks through is told by its own shape."""
+    wanted, made = webui.generate(units(LOOK)), webui.generate(units({**LOOK, "module": name}))
+    assert torch.equal(made.images, wanted.images)
+    unit = Unit(True, PICTURE, preprocessor=name)
+    assert (webui.host.units.preview(unit, 1) == np.asarray(PICTURE)).all()
 
 
 def test_a_pixel_perfect_map_is_made_for_each_pass_of_hires_fix(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -328,11 +328,46 @@ def test_errors_do_not_echo_without_bounds() -> None:
 
 
 def test_a_picture_that_can_be_tiled_has_a_delta_that_can(webui: WebUI) -> None:
-    plain = webui.latents(DELTA)
-    tiled = webui.latents(DELTA, tiling=True)
-    assert webui.side_model.unet.get_submodule("out.2").circular
-    assert relative(tiled, plain) > 1e-3, "the stand-in's own model never tiles, so the side model does"
+    """As the main model's own: Forge takes the word and does nothing."""
+    plain, tiled, done = webui.latents(DELTA), webui.latents(DELTA, tiling=True), webui.name != "forge"
+    assert webui.side_model.unet.get_submodule("out.2").circular is done
+    assert (relative(tiled, plain) > 1e-3) is done
     assert torch.equal(webui.latents(DELTA), plain)
+    assert not webui.side_model.unet.get_submodule("out.2").circular
+
+
+def test_tiles_are_those_of_the_lora(webui: WebUI) -> None:
+    native = webui.sd_models.load_model(webui.sd_models.get_closet_checkpoint_match(webui.files.tuned))
+    if webui.name != "forge":
+        native.networks.apply_circular(True)
+    main, webui.shared.sd_model = webui.shared.sd_model, native
+    native.cond_stage_model_empty_prompt = getattr(main, "cond_stage_model_empty_prompt", None)
+    try:
+        wanted = webui.latents(tiling=True)
+    finally:
+        webui.shared.sd_model = main
+    assert relative(webui.latents(DELTA, tiling=True), wanted) < 1e-5
+
+
+def test_what_tiles_is_followed_where_it_changes_in_mid_run(webui: WebUI) -> None:
+    """As where a refiner comes that does not."""
+    webui.generate(DELTA, tiling=True)
+    seen: list[bool] = []
+
+    def change(params: Any) -> None:
+        webui.shared.sd_model.networks.apply_circular(params.denoiser.step == 1)
+        if params.denoiser.step:
+            seen.append(webui.side_model.unet.get_submodule("out.2").circular)
+
+    registered = webui.callbacks.registered["cfg_denoiser"]
+    registered.append(change)
+    try:
+        webui.generate(DELTA, steps=3)
+    finally:
+        registered.pop()
+        webui.shared.sd_model.networks.apply_circular(False)
+    assert seen == [False, True]
+    assert not webui.side_model.unet.get_submodule("out.2").circular
 
 
 def drawn_by_torch(_block: Any, pixels: int, cells: tuple[int, int], _device: torch.device) -> torch.Tensor:

@@ -99,6 +99,7 @@ def _upscaler(webui: WebUI) -> str:
 # What a test overrides must not reach the next: WebUIs keep overrides of settings that were never saved.
 RESET = {
     "CLIP_stop_at_last_layers": 1,
+    "s_min_uncond": 0,
     "s_min_uncond_all": False,
     "skip_early_cond": 0,
     "pad_cond_uncond": False,

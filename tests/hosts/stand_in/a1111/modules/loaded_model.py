@@ -31,7 +31,7 @@ class LoadedModel:
     def __init__(self, info):
         self.sd_checkpoint_info = info
         self.networks = network.Networks(info.filename)
-        self.model = SimpleNamespace(conditioning_key="crossattn")
+        self.model = SimpleNamespace(conditioning_key="crossattn", diffusion_model=self.networks.unet)
         self.alphas_cumprod = network.alphas_cumprod()
         self.cond_stage_model = CondStage(self.networks)
         # Encoded once, when the checkpoint is loaded: without any LoRA.

@@ -16,6 +16,11 @@ def restore_model(p):
     return False
 
 
+def apply_circular(model, enable):
+    """Make pictures that can be tiled, or those that cannot."""
+    model.networks.apply_circular(enable)
+
+
 def parser_options():
     """What the prompt parser is told besides the steps."""
     return (shared.opts.use_old_scheduling,)

@@ -18,6 +18,15 @@ class Networks:
             self.tower = load_towers(file, report.family, torch.float32)[0]
         self.evaluations = 0
 
+    def apply_circular(self, enable):
+        """Have the UNet's convolutions go on at the other edge, and say so as torch's own do."""
+        from lib_delta.fork import Conv2d, tile
+
+        tile(self.unet, enable)
+        for layer in self.unet.modules():
+            if isinstance(layer, Conv2d):
+                layer.padding_mode = "circular" if enable else "zeros"
+
     def __call__(self, x, t, context):
         self.evaluations += 1
         return self.unet(x[None], t, context[None])[0]

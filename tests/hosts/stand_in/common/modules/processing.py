@@ -7,6 +7,7 @@ import torch
 
 from modules import extra_networks, prompt_parser, script_callbacks, sd_models, sd_samplers, shared
 from modules.processing_host import (
+    apply_circular,
     negative_is_needed,
     parser_options,
     restore_model,
@@ -206,6 +207,7 @@ def process_images(p):
     texts, pictures = [], []
     p.all_prompts = list(p.prompt) if isinstance(p.prompt, list) else [p.prompt] * (p.batch_size * p.n_iter)
     checkpoint = shared.sd_model.sd_checkpoint_info
+    apply_circular(p.sd_model, bool(p.tiling))
     if p.scripts is not None:
         p.scripts.process(p, *p.script_args)
     with without_gradients():

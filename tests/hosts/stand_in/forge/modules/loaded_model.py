@@ -29,6 +29,7 @@ class KModel:
 
     def __init__(self, networks):
         self.networks, self.predictor = networks, Predictor()
+        self.diffusion_model = networks.unet
 
     def apply_model(self, x, sigma, c_crossattn):
         s = sigma[:, None, None, None]

@@ -19,6 +19,10 @@ def restore_model(p):
     return True
 
 
+def apply_circular(model, enable):
+    """Forge has switched it off: the main model's pictures stay as they are, whatever is asked for."""
+
+
 def parser_options():
     """What the prompt parser is told besides the steps."""
     return (shared.opts.use_old_scheduling,)

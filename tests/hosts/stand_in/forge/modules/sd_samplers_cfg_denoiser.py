@@ -96,7 +96,7 @@ class CFGDenoiser(torch.nn.Module):
         cond = [compiled(text_cond[[row for row, _ in part]], weight) for part, weight in zip(parts, weights)]
         uncond = None if text_uncond is None else [compiled(text_uncond)]
         asked = None if math.isclose(scale, 1.0) else uncond
-        positive, negative = calc_cond_uncond_batch(unet.model, cond, asked, x, sigma, options)
+        positive, negative, uncond = self._evaluated(unet.model, cond, asked, uncond, x, sigma, options)
         denoised = negative + (positive - negative) * scale * sum(weights)
         for function in options.get("sampler_post_cfg_function", []):
             denoised = function(
@@ -113,3 +113,20 @@ class CFGDenoiser(torch.nn.Module):
                 }
             )
         return denoised, negative
+
+    def _evaluated(self, model, cond, asked, uncond, x, sigma, options):
+        """Return both estimates, and the negative prompt of which functions after guidance are told.
+
+        Functions before guidance may leave out what is asked for.
+        """
+        for function in options.get("sampler_pre_cfg_function", []):
+            model, cond, asked, x, sigma, options = function(model, cond, asked, x, sigma, options)
+        return *calc_cond_uncond_batch(model, cond, asked, x, sigma, options), uncond
+
+
+def evaluated_in_reforge(self, model, cond, asked, _uncond, x, sigma, options):
+    """As :meth:`CFGDenoiser._evaluated`; functions are given the estimates, and all are told what was asked for."""
+    estimates = calc_cond_uncond_batch(model, cond, asked, x, sigma, options)
+    for function in options.get("sampler_pre_cfg_function", []):
+        estimates = function({"conds": [cond, asked], "conds_out": estimates, "input": x, "sigma": sigma})
+    return *estimates, asked

@@ -23,6 +23,11 @@ def restore_model(p):
     return True
 
 
+def apply_circular(model, enable):
+    """Make pictures that can be tiled, or those that cannot."""
+    model.networks.apply_circular(enable)
+
+
 def parser_options():
     """What the prompt parser is told besides the steps."""
     return ()
