@@ -276,7 +276,7 @@ class Request:
             value, label = getattr(self, f.name), f.metadata["infotext"]
             if label and (value != f.default or f.name in ALWAYS_TOLD):
                 values[label] = written(value) if f.type == "float" else value
-        if any(unit.enabled for unit in self.units):
+        if self.steered:
             values[_label("units")] = format_units(self.units)
         for label in (_label("base"), _label("adapted")):
             name = values.get(label, "")

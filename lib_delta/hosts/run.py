@@ -214,9 +214,8 @@ class Run:
     def _why_zero(self) -> str:
         wanted = [request for request in (self.asked.first, self.asked.hires) if request.wanted]
         picks = [pick for request in wanted for pick in request.picks()]
-        if picks and not any(pick.weight or pick.text_weight for pick in picks) and not any(
-            request.always or request.steered for request in wanted
-        ):
+        others = any(request.always or request.steered for request in wanted)
+        if picks and not others and not any(pick.weight or pick.text_weight for pick in picks):
             return "every LoRA has a weight of 0"
         return "nothing told the base and the adapted model apart"
 
@@ -245,7 +244,8 @@ class Run:
         passes = sum(source.evaluations for source in self.sources.values())
         taken = "" if math.isnan(self.seconds) else f", {self.seconds:.1f} s"
         cost = f"{_counted(passes, 'pass', 'es')} of the side model{taken}"
-        done = f"{'delta' if self.effective or self.fault or self.interrupted else 'no delta'} in {_counted(self.steps, 'step')}, {cost} ({self.bridged})"
+        what = "delta" if self.effective or self.fault or self.interrupted else "no delta"
+        done = f"{what} in {_counted(self.steps, 'step')}, {cost} ({self.bridged})"
         return f"{done}{self._in_sizes()}{self._without()}{reason}"
 
     def _without(self) -> str:

@@ -42,6 +42,7 @@ from lib_delta.presets import Presets
 from lib_delta.recipe import Pick, format_picks
 from lib_delta.request import HASHES, NONE, SKIPPED, Active, Passes, Request, infotext_labels
 from lib_delta.spaces import PIXELS
+from lib_delta.units import format_units
 
 if TYPE_CHECKING:
     import torch
@@ -190,7 +191,11 @@ class Host(ABC):
         if not (is_cell(p) and asked.first.enabled and isinstance(accordion, Request)):
             return
         request = asked.claimed(accordion) if asked.wanted else asked.first
-        claim_in_grid(p, self._claims(replace(request, units=plotted(request.units, accordion.units))))
+        units = plotted(request.units, accordion.units)
+        claims = self._claims(replace(request, units=units))
+        if any(unit.enabled for unit in units):  # one of weight 0 is told here, and by no picture
+            claims.setdefault(infotext_labels()["units"], format_units(units))
+        claim_in_grid(p, claims)
 
     def _claims(self, request: Request) -> dict[str, str]:
         """Return what a picture says of a request, with names by which the WebUI finds the same files."""

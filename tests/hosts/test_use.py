@@ -223,9 +223,7 @@ def test_an_accordion_that_is_on_with_nothing_chosen_says_what_is_needed(webui: 
         webui.generate({})
 
 
-def test_an_interruption_while_the_side_model_is_loaded_is_said(
-    webui: WebUI, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interruption_while_the_side_model_is_loaded_is_said(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
     webui.host.unload()
     sidemodel: Any = importlib.import_module("lib_delta.sidemodel")
     load = sidemodel.SideModel.__init__

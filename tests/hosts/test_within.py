@@ -77,7 +77,9 @@ class Detailer:
         return within
 
 
-def generation(webui: WebUI, delta: Any, found: int, of_face: str | None = None, **changes: Any) -> tuple[Any, Detailer]:
+def generation(
+    webui: WebUI, delta: Any, found: int, of_face: str | None = None, **changes: Any
+) -> tuple[Any, Detailer]:
     p, detailer = webui.p(delta, **changes), Detailer(webui, found, of_face)
     p.scripts.scripts.append(detailer)
     return p, detailer
@@ -164,9 +166,7 @@ def test_cells_of_a_plot_and_its_own_text(webui: WebUI, found: int) -> None:
     assert webui.callbacks.swallowed == []
 
 
-def test_the_base_stays_for_the_passes_within_where_none_is_kept(
-    webui: WebUI, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_base_stays_for_the_passes_within_where_none_is_kept(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
     webui.shared.opts.delta_sampling_cache = 0
     p, detailer = generation(webui, DELTA, 1)
     bases: list[int] = []
