@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Sequence
 
 
 class DeltaError(Exception):
-    """Anything that Delta Sampling refuses or cannot do."""
+    """Anything that Delta Sampling refuses or cannot do.
+
+    WebUIs show a class's name before its sentence, so all have one that users read; tracebacks have their own.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__name__ = DeltaError.__name__
+
+
+DeltaError.__name__ = "Error"
 
 
 class CheckpointError(DeltaError):
@@ -24,6 +35,21 @@ class NotFiniteError(DeltaError):
 
 class SettingError(DeltaError):
     """A setting outside the values allowed."""
+
+
+def clear_frames(error: BaseException) -> None:
+    """Drop what the functions hold that an error, and those that led to it, came out of; their lines stay to be shown.
+
+    Tensors and whole models are among it, and an error in a variable of such a function would keep them for long.
+    """
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        led = waiting.pop()
+        if led is not None and id(led) not in seen:
+            seen.add(id(led))
+            traceback.clear_frames(led.__traceback__)
+            waiting += [led.__cause__, led.__context__]
 
 
 def shown(value: object, limit: int = 80) -> str:

@@ -28,10 +28,15 @@ class Kept(Generic[Key, Value]):
         self._things[key] = value
         self._things.move_to_end(key)
 
-    def shrink(self, room: float, count: float = float("inf"), least: int = 1) -> None:
-        """Let go of what was not used for longest, until the rest fits ``room`` and ``count``; ``least`` stay."""
+    def shrink(self, room: float, count: float = float("inf"), least: int = 1) -> list[Value]:
+        """Let go of what was not used for longest, until the rest fits ``room`` and ``count``; ``least`` stay.
+
+        Returns what was let go of.
+        """
+        gone = []
         while len(self._things) > least and (len(self._things) > count or self._total() > room):
-            self._things.popitem(last=False)
+            gone.append(self._things.popitem(last=False)[1])
+        return gone
 
     def _total(self) -> int:
         return sum(map(self._size, self._things.values()))

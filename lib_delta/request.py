@@ -34,6 +34,7 @@ BETWEEN = ("automatic", "held", "linear")
 Active = tuple[bool, ...]
 MAIN_PROMPT = "{prompt}"  # in a prompt of the side model's, where the main one is to stand
 _EMPTY = f"empty is the main one, for which {MAIN_PROMPT} stands"
+_HASHED = re.compile(r" \[([0-9a-f]{10})?\]$")  # at the end of a checkpoint's name, as WebUIs write hashes
 NONE = "None"  # what dropdowns show for an empty choice, for one whose default is empty cannot be pasted into
 
 
@@ -279,7 +280,7 @@ class Request:
             values[_label("units")] = format_units(self.units)
         for label in (_label("base"), _label("adapted")):
             name = values.get(label, "")
-            if name in hashes or name.endswith("]"):  # or else the end of such a name would be taken for its hash
+            if name in hashes or _HASHED.search(name):  # or else the end of such a name would be taken for its hash
                 values[label] = f"{name} [{hashes.get(name, '')}]"
         values = {label: _escaped(value) for label, value in values.items()}
         lora_hashes = [f"{pick.name}: {hashes[pick.name]}" for pick in self.picks() if pick.name in hashes]
@@ -394,7 +395,7 @@ def from_infotext(values: Mapping[str, str], name: str) -> Any:
         except ValueError:
             return setting.default
         return number if math.isfinite(number) else setting.default
-    return re.sub(r" \[\w*\]$", "", text) if name in ("base", "adapted") else text
+    return _HASHED.sub("", text) if name in CHECKPOINT_FIELDS else text
 
 
 def schema() -> dict[str, Any]:

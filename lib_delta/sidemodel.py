@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from lib_delta.adapters.blocks import BlockWeights
 from lib_delta.adapters.load import AdapterFile, load_adapter
 from lib_delta.checkpoint import FileState, WeightFile, base_fault, load_unet
 from lib_delta.controls.steering import ControlPick, Steering
-from lib_delta.devices import indexed, out_of_memory, without_autocast
+from lib_delta.devices import give_back, indexed, out_of_memory, without_autocast
 from lib_delta.errors import CheckpointError, DeltaError
 from lib_delta.fork import Conv2d, Linear
 from lib_delta.kept import Kept
@@ -257,9 +258,13 @@ def _store(unet: UNet, storage: torch.dtype) -> None:
 
 
 class SideModels:
-    """The bases in memory, the most lately used ones."""
+    """The bases in memory, the most lately used ones.
 
-    def __init__(self) -> None:
+    ``let_go`` is told of those that are dropped, before their room is needed: what else refers to them has to end.
+    """
+
+    def __init__(self, let_go: Callable[[Sequence[SideModel]], None] = lambda _dropped: None) -> None:
+        self._let_go = let_go
         self._models: Kept[object, SideModel] = Kept(lambda model: model.memory)
 
     def get(
@@ -279,15 +284,23 @@ class SideModels:
         model = self._models.get(key)
         if model is None:
             # Room first: two bases at once may be more than fits.  A file is at least about what it takes.
-            self._models.shrink(room - state.size, limit - 1, least=0)
+            self._shrink(room - state.size, limit - 1, least=0)
             model = SideModel(path, dtype, storage)
             self._models.put(key, model)
-        self._models.shrink(room, limit)
+        self._shrink(room, limit)
         return model
 
     def clear(self) -> None:
         """Give everything back."""
-        self._models.clear()
+        self._shrink(0, 0, least=0)
+
+    def _shrink(self, room: float, limit: float, least: int = 1) -> None:
+        dropped = self._models.shrink(room, limit, least)
+        if dropped:
+            self._let_go(dropped)
+            dropped.clear()
+            gc.collect()  # where anything refers back to them, Python would keep them for some thousand objects more
+            give_back()
 
     def __iter__(self) -> Iterator[SideModel]:
         return iter(self._models)

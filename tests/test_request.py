@@ -113,7 +113,7 @@ NAMES = (
     )
 )
 def test_infotext_restores_everything(request_):
-    values = request_.infotext({request_.base: "abc123", "moxin": "def456"})
+    values = request_.infotext({request_.base: "abc1230000", "moxin": "def456"})
     assert {f.name: from_infotext(values, f.name) for f in fields(Request)} == {
         f.name: getattr(request_, f.name) for f in fields(Request)
     }
@@ -122,10 +122,10 @@ def test_infotext_restores_everything(request_):
 def test_infotext_is_short_and_says_nothing_where_there_was_no_delta():
     assert Request(strength=2).infotext() == {}
     assert Request(enabled=True).infotext() == {"Delta lambda": "1", "Delta bridge": "learned"}
-    values = Request(enabled=True, base="v1-5", loras="moxin:0.8").infotext({"v1-5": "aaa", "moxin": "bbb"})
+    values = Request(enabled=True, base="v1-5", loras="moxin:0.8").infotext({"v1-5": "0123456789", "moxin": "bbb"})
     assert values == {
         "Delta lambda": "1",
-        "Delta base": "v1-5 [aaa]",
+        "Delta base": "v1-5 [0123456789]",
         "Delta LoRAs": "moxin:0.8",
         "Delta bridge": "learned",
         "Delta LoRA hashes": "moxin: bbb",
@@ -177,9 +177,16 @@ def test_a_lora_that_counts_alone_only_between_two_others_has_a_stage_of_its_own
     }
 
 
-def test_a_name_that_ends_in_brackets_comes_back_whole():
-    told = Request(enabled=True, base="name [x]").infotext()
-    assert from_infotext(told, "base") == "name [x]"
+@pytest.mark.parametrize("name", ["name [x]", "name [v2]", "name [0123456789]", "name []"])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_name_that_ends_in_brackets_comes_back_whole(name, known):
+    told = Request(enabled=True, base=name).infotext({name: "abcdef0123"} if known else {})
+    assert from_infotext(told, "base") == name
+
+
+def test_brackets_are_left_out_where_there_is_no_hash():
+    assert Request(enabled=True, base="name [v2]").infotext()["Delta base"] == "name [v2]"
+    assert from_infotext({"Delta base": "name [v2] []"}, "base") == "name [v2]", "as it was written before"
 
 
 def test_a_pass_that_wants_no_delta_adds_no_loras_and_what_is_claimed_leaves_out_those_of_an_accordion_that_is_off():

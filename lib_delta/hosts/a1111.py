@@ -8,7 +8,7 @@ the delta, before masks are blended in and previews are taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from lib_delta.devices import free_memory, indexed
 from lib_delta.errors import SettingError
 from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
-from lib_delta.hosts.others import taken_over
+from lib_delta.hosts.others import replaced, taken_over
 from lib_delta.hosts.place import ACTIVATION_BYTES, wanted_place
 from lib_delta.hosts.progress import once, pass_progress, schedule_of
 from lib_delta.hosts.skipping import Shown
@@ -118,8 +118,10 @@ class Automatic1111(Host):
             self._engine = model, Engine(model)
         return self._engine[1]
 
-    def forget(self) -> None:
-        self._engine = None
+    def forget(self, dropped: Sequence[SideModel]) -> None:
+        self._call = None  # of a step that was broken off
+        if self._engine is not None and any(self._engine[0] is model for model in dropped):
+            self._engine = None
 
     def text_device(self) -> torch.device:
         return wanted_place(*self.place())[0]
@@ -208,14 +210,14 @@ class Automatic1111(Host):
         with run.watched("reading a step's state for Delta Sampling"):
             hires = bool(getattr(params.denoiser.p, "is_hr_pass", False))
             call = _call(run, hires, params)
+            if hires not in run.levels:
+                # So extensions cut pictures into tiles, add ControlNets, and give prompts their regions.
+                run.unfollowed |= _taken_over(params.denoiser.inner_model)
             run.levels[hires] = pass_progress(params.denoiser).levels
             if run.strength(call.progress, hires):
                 if not run.placed:
                     self._bring(run, call.x)
                 self._call, self._shown = call, Shown(params.denoiser.inner_model)
-                # So extensions cut pictures into tiles and add ControlNets.
-                unet = getattr(shared.sd_model.model, "diffusion_model", None)
-                run.unfollowed |= taken_over(params.denoiser.inner_model, unet)
 
     def _after_model(self, params: Any) -> None:
         call, shown = self._end_call()
@@ -416,6 +418,12 @@ def family_of(model: Any) -> Family:
     if getattr(model, "is_sd3", False):
         return Family.SD3
     return Family.SD2 if getattr(model, "is_sd2", False) else Family.SD1
+
+
+def _taken_over(sampled: Any) -> set[str]:
+    """Return who changes how the main model is run, by what samplers call; its prompts' and pictures' parts aside."""
+    model = shared.sd_model
+    return taken_over(getattr(model, "model", None)) | replaced(model, sampled)
 
 
 def _merging(model: Any) -> TokenMerging | None:

@@ -131,16 +131,30 @@ class Catalog:
         return Path(found.filename)
 
     def hashes(self, request: Request) -> dict[str, str]:
-        """Return short hashes of the side files, as far as the WebUI knows them."""
+        """Return short hashes of the side files, unless the WebUI was told to compute none."""
         hashes: dict[str, str] = {}
         try:
             for name in filter(None, (request.base, request.adapted)):
-                hashes[name] = getattr(self.checkpoint(name), "shorthash", None) or ""
+                hashes[name] = _short_hash(self.checkpoint(name))
             for pick in request.picks():
-                hashes[pick.name] = getattr(self.lora(pick.name), "shorthash", None) or ""
+                hashes[pick.name] = _short_hash(self.lora(pick.name))
         except SettingError:
             return {}  # the same error comes out when the batch samples
         return {name: value for name, value in hashes.items() if value}
+
+
+def _short_hash(entry: Any) -> str:
+    """Return a file's short hash, which the WebUI computes where it first loads that file, and keeps for later."""
+    known = getattr(entry, "shorthash", None)
+    # A checkpoint's and a LoRA's; the former keeps what it returns, as the latter, which returns nothing.
+    compute = getattr(entry, "calculate_shorthash", None) or getattr(entry, "read_hash", None)
+    if not known and compute is not None:
+        try:
+            compute()
+        except OSError:  # it is gone, which is said where it is read
+            return ""
+        known = getattr(entry, "shorthash", None)
+    return known or ""
 
 
 def _lora_module() -> ModuleType | None:

@@ -31,14 +31,17 @@ def is_cell(p: Any) -> bool:
 
 
 def claim_in_grid(p: Any, claims: dict[str, str]) -> None:
-    """Have the plot's own text say what a cell asked for whose own text says nothing of it."""
+    """Have the plot's own text say what its cells ask for, where a cell's own text says something else, or nothing."""
     if "callable" not in processing.create_infotext.__code__.co_names:
         return  # an older WebUI writes texts alone
+    said = p.extra_generation_params
 
-    def claim(value: str) -> Any:
-        return lambda **about: value if SCRIPT in about["p"].extra_generation_params else None
+    def claim(value: str, of_cell: str | None) -> Any:
+        return lambda **about: value if SCRIPT in about["p"].extra_generation_params else of_cell
 
-    p.extra_generation_params.update({label: claim(value) for label, value in claims.items()})
+    for label, value in claims.items():
+        if said.get(label) != value:
+            said[label] = claim(value, said.get(label))
 
 
 class Decoded(list[Tensor]):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from lib_delta.devices import indexed
 from lib_delta.errors import DeltaError, SettingError
 from lib_delta.families import Family
 from lib_delta.guidance import DenoiseStep
-from lib_delta.hosts.others import owners
+from lib_delta.hosts.others import owners, taken_over
 from lib_delta.hosts.place import ACTIVATION_BYTES, wanted_place
 from lib_delta.hosts.progress import largest, pass_progress
 from lib_delta.hosts.regions_forge import WRAPPER, in_regions
@@ -206,9 +206,11 @@ class Forge(Host):
     def quantized(self) -> bool:
         return True
 
-    def forget(self) -> None:
-        self._engine = None
-        if self._patcher is not None:
+    def forget(self, dropped: Sequence[SideModel]) -> None:
+        self._call = None  # of a step that was broken off
+        if self._engine is not None and any(self._engine[0] is model for model in dropped):
+            self._engine = None
+        if self._patcher is not None and any(self._patcher.model is model.network for model in dropped):
             self._drop_patcher()
 
     def _drop_patcher(self) -> None:
@@ -243,6 +245,8 @@ class Forge(Host):
     def _call_of(self, run: Run, denoiser: Any, x: Tensor, sigma: Tensor) -> None:
         """Note what the post-CFG function has to know, if there is a delta to add."""
         hires = bool(getattr(denoiser.p, "is_hr_pass", False))
+        if hires not in run.levels:
+            run.unfollowed |= taken_over(denoiser.inner_model.inner_model.forge_objects.unet.model)
         run.levels[hires] = pass_progress(denoiser).levels
         (noise,) = run.read(sigma.max())
         progress = pass_progress(denoiser).at(noise)

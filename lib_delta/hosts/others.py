@@ -7,7 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 FOLDERS = ("extensions", "extensions-builtin")
+# Methods that models are run by: a module's own, and a whole checkpoint's in AUTOMATIC1111.
+RUN_BY = ("forward", "apply_model")
 # Of the WebUI's own files, those whose work the side model does as well, and the one that all its UNets go through:
 # ControlNet's extension, when it leaves, puts that in the place of the UNet's own method.
 FOLLOWED = ("tomesd", "sd_unet")
@@ -19,9 +23,17 @@ def owners(*holders: Any) -> set[str]:
     return {name for function in functions.values() if (name := _owner(function))}
 
 
-def taken_over(*modules: Any) -> set[str]:
-    """Return who has put a ``forward`` of theirs in the place of a module's own."""
-    return owners([vars(module).get("forward") for module in modules if module is not None])
+def taken_over(model: Any) -> set[str]:
+    """Return who has put a method of theirs in the place of one that a model, or a module within it, is run by.
+
+    It looks at every module, some thousands: not for each step.
+    """
+    return replaced(*(model.modules() if isinstance(model, nn.Module) else ()))
+
+
+def replaced(*modules: Any) -> set[str]:
+    """Return who has put a method of theirs in the place of one of these modules' own, whatever is within these."""
+    return owners([vars(module).get(name) for module in modules for name in RUN_BY])
 
 
 def _functions(held: Any) -> Iterator[Any]:

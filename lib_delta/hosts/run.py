@@ -236,9 +236,15 @@ class Run:
             return str(self.fault)
         if self.effective or self.interrupted:
             return ""
-        if self.steps:
-            return "nothing told the base and the adapted model apart"
-        return self._why_no_step()
+        return self._why_zero() if self.steps else self._why_no_step()
+
+    def _why_zero(self) -> str:
+        wanted = [request for request in (self.asked.first, self.asked.hires) if request.wanted]
+        picks = [pick for request in wanted for pick in request.picks()]
+        others = any(request.always or request.steered for request in wanted)
+        if picks and not others and not any(pick.weight or pick.text_weight for pick in picks):
+            return "every LoRA has a weight of 0"
+        return "nothing told the base and the adapted model apart"
 
     def _why_no_step(self) -> str:
         passes = {hires: self.asked.of(hires) for hires in (False, True)}
@@ -261,11 +267,13 @@ class Run:
         why = self.reason()
         reason = f": {why}" if why else ""
         if not self.steps:
-            return f"Last run: no step had the delta{self._remarked()}{reason}"
+            before = "it was interrupted before any" if self.interrupted else "no"
+            return f"{before} step had the delta{self._remarked()}{reason}"
         passes = sum(source.evaluations for source in self.sources.values())
         taken = "" if math.isnan(self.seconds) else f", {self.seconds:.1f} s"
         cost = f"{_counted(passes, 'pass', 'es')} of the side model{taken}"
-        done = f"Last run: delta in {_counted(self.steps, 'step')}, {cost} ({self.bridged})"
+        what = "delta" if self.effective or self.fault or self.interrupted else "no delta"
+        done = f"{what} in {_counted(self.steps, 'step')}, {cost} ({self.bridged})"
         return f"{done}{self._in_sizes()}{self._without()}{self._remarked()}{reason}"
 
     def _remarked(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +42,7 @@ class Engine(TextEngine, sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords):  # t
         hijack = SimpleNamespace(fixes=None, extra_generation_params={}, comments=[], embedding_db=None)
         wrapped = SimpleNamespace(tokenizer=load_tokenizer())
         sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords.__init__(self, wrapped, hijack)
-        self._base = model.tower
+        self._base = weakref.ref(model.tower)
         hijack.embedding_db = Embeddings(self, model.tower.config.width)
         self._bundled = BundledEmbeddings(hijack.embedding_db, self.tokenize)
         insert_embeddings(model.tower, hijack)
@@ -55,7 +56,9 @@ class Engine(TextEngine, sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords):  # t
         if not shared.opts.pad_cond_uncond:
             return None
         # The WebUI encodes the empty prompt once, before any LoRA: adapted and base are padded alike.
-        adapted, self.tower = self.tower, self._base
+        base = self._base()
+        assert base is not None, "prompts are encoded while their base is loaded"
+        adapted, self.tower = self.tower, base
         try:
             return pad_with_empty(self.get_learned_conditioning([""]))
         finally:

@@ -40,10 +40,13 @@ class TextEngine(ABC):
         from lib_delta.hosts.prompts import Schedules
 
         self.tower = tower
-        limits = _limits(told)
-        cond = prompt_parser.get_multicond_learned_conditioning(self, list(prompts), *limits)
-        uncond = prompt_parser.get_learned_conditioning(self, list(told.negative), *limits)
-        return Schedules(cond.batch, uncond, self.padding())
+        try:
+            limits = _limits(told)
+            cond = prompt_parser.get_multicond_learned_conditioning(self, list(prompts), *limits)
+            uncond = prompt_parser.get_learned_conditioning(self, list(told.negative), *limits)
+            return Schedules(cond.batch, uncond, self.padding())
+        finally:
+            del self.tower  # it refers back to this engine, and would outlive its base
 
     @abstractmethod
     def hold(self, embeddings: Mapping[str, Tensor]) -> None:

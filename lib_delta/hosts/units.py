@@ -137,6 +137,11 @@ class Units:
             taken = cut_like_own(p, taken, resize)
         else:
             taken, resize = own_pictures(p)
+            if taken:
+                p.comment(
+                    f"Delta Sampling: unit {number} ({file.stem}) has no picture of its own and looks at img2img's: "
+                    "pictures' texts do not hold those of units."
+                )
         if not taken:
             raise SettingError(
                 f"unit {number} of Delta Sampling ({self.files.name_of(file)}) has no picture:"
@@ -200,3 +205,10 @@ def with_axes(request: Request, axes: Mapping[str, Any]) -> Request:
     if not changed.model:  # the axis' None: the picture without the unit
         changed = replace(changed, enabled=False)
     return replace(request, units=(*request.units[:on], changed, *request.units[on + 1 :]))
+
+
+def plotted(of_cell: Sequence[Unit], of_accordion: Sequence[Unit]) -> tuple[Unit, ...]:
+    """Return the units of a plot of which one cell's are known, with the one that this cell does without."""
+    return tuple(
+        own if own.enabled and not unit.enabled else unit for unit, own in zip(of_cell, of_accordion, strict=True)
+    )

@@ -7,7 +7,6 @@ comes out.  The samplers' callbacks in between find the run on their ``p``.
 
 from __future__ import annotations
 
-import gc
 import sys
 import traceback
 from abc import ABC, abstractmethod
@@ -26,8 +25,8 @@ from modules import (
     shared,
 )
 
-from lib_delta.errors import AdapterError, DeltaError, SettingError
-from lib_delta.hosts import heatmap, tags
+from lib_delta.errors import AdapterError, DeltaError, SettingError, clear_frames
+from lib_delta.hosts import heatmap, tags, underway
 from lib_delta.hosts.catalog import Catalog
 from lib_delta.hosts.cell import claim_in_grid, is_cell, picture_of
 from lib_delta.hosts.encoded import Encoder
@@ -35,14 +34,16 @@ from lib_delta.hosts.place import fp8_storage, wanted_place
 from lib_delta.hosts.settings import bases_kept, one_of, option, room_for_bases, warn_once
 from lib_delta.hosts.target import Target
 from lib_delta.hosts.told import TextEngine, cleaned, own_prompts, told_of
+from lib_delta.hosts.underway import LastRun
 from lib_delta.hosts.units import AXES as UNIT_AXES
 from lib_delta.hosts.units import HASHES as UNIT_HASHES
-from lib_delta.hosts.units import MAPS, Units, with_axes
+from lib_delta.hosts.units import MAPS, Units, plotted, with_axes
 from lib_delta.options import FORMS, FP8, ON_ERROR, PLACEMENTS, PRECISIONS, STOP, STREAMED
 from lib_delta.presets import Presets
 from lib_delta.recipe import Pick, format_picks
 from lib_delta.request import HASHES, NONE, SKIPPED, Active, Passes, Request, infotext_labels
 from lib_delta.spaces import PIXELS
+from lib_delta.units import format_units
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ class Host(ABC):
         self.units = Units()
         self.catalog = Catalog(self.units.files)
         self._models: SideModels | None = None
-        self._last = "Nothing has run yet"
+        self._last = LastRun()
         self._sampling = 0  # generations, one within another, that work with side models now
         # The job of the last XYZ cell, and the cell's values.
         self._cell: tuple[float | None, dict[str, Any]] = None, {}
@@ -133,8 +134,10 @@ class Host(ABC):
 
     def process(self, p: Any, arguments: Sequence[Any]) -> None:
         """Read what a generation asks for; what is wrong with it is raised when it samples."""
-        _claim_nothing(p)
-        self._last = "Last run: no delta was asked for"
+        if not underway.is_copy(p):  # or else the run that it was copied from is still to write its text
+            _claim_nothing(p)
+            self._last.begin(p)
+            underway.begin(p)
         try:
             setattr(p, REQUEST, Request.from_arguments(arguments, **_fields_of(self._axes_of(p))))
         except Exception as error:  # the WebUI would swallow it, and make a plain picture
@@ -142,16 +145,18 @@ class Host(ABC):
 
     def _axes_of(self, p: Any) -> dict[str, Any]:
         """Return an XYZ cell's values; a generation within the cell's, as that of a face, has them as well."""
-        job = getattr(shared.state, "time_start", None)
-        own: dict[str, Any] | None = getattr(p, AXES, None)
-        if own is not None:
-            self._cell = job, own
-        elif job is not None and self._cell[0] == job:
+        axes: dict[str, Any] | None = getattr(p, AXES, None)
+        if axes is not None:
+            self._cell = underway.job(), axes
+        elif underway.job() is not None and self._cell[0] == underway.job():
             setattr(p, AXES, self._cell[1])
         return getattr(p, AXES, {})
 
     def process_batch(self, p: Any) -> None:
         """Prepare a batch: its tags are known now, and ``params.txt`` is written next."""
+        if underway.is_copy(p):  # that generates, and has a text of its own
+            p.extra_generation_params = dict(p.extra_generation_params)
+            underway.begin(p)
         _claim_nothing(p)  # what the batch before it had
         try:
             self._process_batch(p)
@@ -169,18 +174,30 @@ class Host(ABC):
         if isinstance(asked, Passes) and isinstance(request, Request):
             self._claim(p, asked, request)
             if not asked.wanted:
+                if asked.first.enabled or asked.hires.enabled:
+                    self._last.tell(p, "no delta was asked for: lambda is 0")
                 return
         self._wrap_sample(p, asked)
 
     def _claim(self, p: Any, asked: Passes, accordion: Request) -> None:
         if asked.wanted:
-            claims = self._claims(asked.claimed(accordion))
-            p.extra_generation_params.update(claims)
+            p.extra_generation_params.update(self._claims(asked.claimed(accordion)))
             said = accordion.overruled(asked.first) if accordion.enabled and not getattr(p, AXES, {}) else ""
             if said:
                 p.comment(f"Delta Sampling: the prompt's <delta:...> asks for {said}, and that counts.")
-        elif asked.first.enabled and is_cell(p):
-            claim_in_grid(p, self._claims(asked.first))
+        self._claim_in_grid(p, asked)
+
+    def _claim_in_grid(self, p: Any, asked: Passes) -> None:
+        """Have a plot's own text ask for all that its cells do, whatever this one leaves out."""
+        accordion = getattr(p, REQUEST, None)
+        if not (is_cell(p) and asked.first.enabled and isinstance(accordion, Request)):
+            return
+        request = asked.claimed(accordion) if asked.wanted else asked.first
+        units = plotted(request.units, accordion.units)
+        claims = self._claims(replace(request, units=units))
+        if any(unit.enabled for unit in units):  # one of weight 0 is told here, and by no picture
+            claims.setdefault(infotext_labels()["units"], format_units(units))
+        claim_in_grid(p, claims)
 
     def _claims(self, request: Request) -> dict[str, str]:
         """Return what a picture says of a request, with names by which the WebUI finds the same files."""
@@ -230,16 +247,20 @@ class Host(ABC):
                 return self._sample(p, asked, lambda: sample(*arguments, **named))
             except DeltaError as error:
                 undo()
-                self._last = f"Last run: no delta: {error}"
+                clear_frames(error)
+                self.free_memory()
+                self._last.tell(p, f"no delta: {error}")
                 if not is_cell(p):
+                    self._last.end(p)
                     raise
                 # The plot would leave the cell black, and tell the console alone.
                 _not_applied(p, error)
                 if isinstance(asked, Passes):
-                    claim_in_grid(p, self._claims(asked.first))
+                    self._claim_in_grid(p, asked)
                 return picture_of(p, str(error))
             except BaseException:
                 undo()
+                self._last.end(p)
                 raise
 
         p.sample = with_delta
@@ -251,7 +272,7 @@ class Host(ABC):
             raise asked
         if {"loras", "adapted", *UNIT_AXES} & getattr(p, AXES, {}).keys() and not _adds(asked):
             _claim_nothing(p)  # such a cell of a plot is the plain picture
-            claim_in_grid(p, self._claims(asked.first))
+            self._claim_in_grid(p, asked)
             return sample()
         self._sampling += 1
         try:
@@ -277,6 +298,7 @@ class Host(ABC):
             run.afterwards("keeping the picture of the delta", partial(heatmap.keep, p, run.heat))
         if not run.applied:
             _claim_nothing(p)
+            self._claim_in_grid(p, run.asked)
             if run.fault is None and run.reason():
                 p.comment(f"Delta Sampling: {run.reason()}: the picture is as it would be without it.")
         if run.fault is not None and one_of("on_error", ON_ERROR) != STOP:
@@ -285,13 +307,17 @@ class Host(ABC):
         run.afterwards(TAKING_AWAY, away)
         for remark in run.remarks:
             p.comment(f"Delta Sampling: {remark}.")
-        self._last = run.summary()
+        self._last.tell(p, run.summary())
 
     def postprocess(self, p: Any, processed: Any) -> None:
         """Show what was kept of a generation beside what it has made, and clean up."""
+        if underway.is_copy(p):
+            return
         heatmap.show(p, processed)
         for name in (REQUEST, AXES):
             p.__dict__.pop(name, None)
+        underway.end(p)
+        self._last.end(p)
         if bases_kept() == 0 and not self._sampling:
             self._give_back()
 
@@ -306,11 +332,13 @@ class Host(ABC):
             fault = sentence(error, "loading the side model of Delta Sampling")
             if not (isinstance(fault, (SettingError, AdapterError)) and bases_kept()):
                 self._give_back()  # else the base is not to blame, and waits for something better
-            self._last = f"Last run: no step had the delta: {fault}"
+            self._last.tell(p, f"no step had the delta: {fault}")
             if isinstance(fault, SettingError) or one_of("on_error", ON_ERROR) == STOP:
                 raise fault from None if fault is error else error
             _not_applied(p, fault)
+            self._claim_in_grid(p, asked)
             _go_on_without(p, fault, error)
+            clear_frames(error)
             return None
         finally:
             shared.state.textinfo = None
@@ -322,6 +350,11 @@ class Host(ABC):
         from lib_delta.sidemodel import AdapterPick
 
         request = asked.first if asked.first.wanted else asked.hires
+        if not (request.base or _adds(asked)):
+            raise SettingError(
+                "Delta Sampling is switched on, and nothing is chosen: choose a base checkpoint, which is the SD 1.x "
+                "model that your LoRA was made for, and the LoRA, or switch it off"
+            )
         if not request.base:
             raise SettingError(
                 "Delta Sampling needs the SD 1.x checkpoint that the LoRA was made for: choose a base checkpoint, "
@@ -387,7 +420,7 @@ class Host(ABC):
         from lib_delta.sidemodel import SideModels
 
         if self._models is None:
-            self._models = SideModels()
+            self._models = SideModels(self.forget)
         device, dtype = wanted_place(*self.place())
         storage = fp8_storage(device, dtype) if one_of("precision", PRECISIONS) == FP8 else None
         return self._models.get(path, dtype, max(1, bases_kept()), room_for_bases(), storage)
@@ -449,7 +482,7 @@ class Host(ABC):
             )
             lines += [file.report() for file in model.adapters]
             lines += [f"{file.name}: {file.kind}" for file in model.steering.files]
-        return "\n".join([*(lines or ["No side model is loaded"]), self._last])
+        return "\n".join([*(lines or ["No side model is loaded"]), *self._last.lines()])
 
     def unload(self) -> str:
         """Give back the side models' memory, unless a generation works with them; say which in a sentence."""
@@ -458,21 +491,16 @@ class Host(ABC):
         return self._give_back()
 
     def _give_back(self) -> str:
-        from lib_delta.devices import give_back
-
         count = len(list(self._models or ()))
         self.units.clear()
         if self._models is not None:
-            self.forget()
             self._models.clear()
-            gc.collect()  # text encoder and prompt code refer to each other
             self.free_memory()
-            give_back()
         return f"Unloaded {count} side model{'' if count == 1 else 's'}"
 
     @abstractmethod
-    def forget(self) -> None:
-        """Let go of what else refers to side models."""
+    def forget(self, dropped: Sequence[SideModel]) -> None:
+        """Let go of what else refers to these side models."""
 
 
 def _adds(asked: Passes) -> bool:

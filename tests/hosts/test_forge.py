@@ -376,7 +376,7 @@ def test_what_streams_and_what_draws_pictures_is_reserved_as_well(
     from lib_delta.hosts import forge
 
     webui.generate(DELTA)
-    webui.host.forget()
+    webui.host.forget([webui.side_model])
     model = webui.side_model
 
     def room(bridge: str, family: Family, streams: int = 0) -> int:

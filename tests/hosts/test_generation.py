@@ -7,6 +7,7 @@ and every feature that meets the denoiser.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -27,6 +28,7 @@ from small_files import Files, checkpoint, lora_factors, make_files, with_lora, 
 from stand_in_webui import FORGES, STAND_IN, WebUI, folders, relative, running
 
 from lib_delta.errors import AdapterError, CheckpointError, DeltaError, SettingError
+from lib_delta.sidemodel import SideModel
 from lib_delta.source import Source
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchsde", "ignore:To copy construct from a tensor")
@@ -832,6 +834,70 @@ def test_unloading_gives_the_memory_back_at_once(webui: WebUI) -> None:
     assert webui.host.status().startswith("No side model is loaded")
     assert webui.host.unload() == "Unloaded 0 side models"
     assert_exact(webui)
+
+
+def broken_off(webui: WebUI, base: str) -> None:
+    with pytest.raises(DeltaError, match="not a number"):
+        webui.generate({"base": base, "loras": "ink:1e38"})
+
+
+def gone_on_without(webui: WebUI, base: str) -> None:
+    webui.shared.opts.delta_sampling_on_error = "go on without"
+    webui.generate({"base": base, "loras": "ink:1e38"})
+
+
+def without_a_readable_lora(webui: WebUI, base: str) -> None:
+    webui.shared.opts.delta_sampling_cache = 0
+    bad = webui.files.lora_file("bad")
+    bad.write_bytes(b"no LoRA")
+    for on_error in ("stop", "go on without"):
+        webui.shared.opts.delta_sampling_on_error = on_error
+        with contextlib.suppress(AdapterError):
+            webui.generate({"base": base, "loras": "ink, bad"})
+    bad.unlink()
+    sys.modules["networks"].available_networks.pop("bad", None)  # type: ignore[attr-defined]
+
+
+# What a generation does with its base, and how many bases there are after it.
+DROPPING: dict[str, tuple[Any, int]] = {
+    "a LoRA": (lambda webui, base: webui.generate({"base": base, "loras": "ink"}), 1),
+    "hires": (lambda webui, base: webui.generate({"base": base, "loras": "ink"}, **HIRES), 1),
+    "an adapted checkpoint": (lambda webui, base: webui.generate({"base": base, "adapted": "tuned"}), 1),
+    "a fault": (broken_off, 0),
+    "a fault that is gone on without": (gone_on_without, 0),
+    "a LoRA that cannot be read": (without_a_readable_lora, 0),
+}
+
+
+@pytest.mark.parametrize("collector", [True, False], ids=["collected", "without the collector"])
+@pytest.mark.parametrize(("generate", "left"), DROPPING.values(), ids=DROPPING)
+def test_a_base_that_is_dropped_is_gone_before_the_next_is_loaded(
+    webui: WebUI, monkeypatch: pytest.MonkeyPatch, generate: Any, left: int, collector: bool
+) -> None:
+    alive: list[tuple[weakref.ref[Any], weakref.ref[Any]]] = []
+    load = SideModel.__init__
+
+    def living() -> tuple[int, int]:
+        """Return how many of the bases' UNets are in memory, and how many of their text encoders."""
+        return sum(unet() is not None for unet, _ in alive), sum(tower() is not None for _, tower in alive)
+
+    def counted(self: SideModel, *given: Any) -> None:
+        assert living() == (0, 0), "one is there still"
+        load(self, *given)
+        alive.append((weakref.ref(self.unet), weakref.ref(self.tower)))
+
+    webui.host.unload()
+    gc.collect()
+    monkeypatch.setattr(SideModel, "__init__", counted)
+    gc.disable()
+    try:
+        if not collector:
+            monkeypatch.setattr(gc, "collect", lambda *_: 0)
+        for base in ("half", "base", "copy"):
+            generate(webui, base)
+            assert living() == (left, left)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(0, 0), (1, 1), (2, 2)])

@@ -136,7 +136,7 @@ def test_engines_made_anew_leave_one_hook(webui: WebUI) -> None:
     webui.generate(DELTA)
     embedding = webui.side_model.tower.transformer.text_model.embeddings.token_embedding
     for _ in range(3):
-        webui.host.forget()
+        webui.host.forget([webui.side_model])
         webui.host.text_engine(webui.side_model)
     assert len(embedding._forward_hooks) == 1
 

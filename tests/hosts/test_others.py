@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lib_delta.hosts.others import owners, taken_over
+from lib_delta.hosts.others import owners, replaced, taken_over
 
 
 def made_in(path: str) -> Any:
@@ -40,5 +40,14 @@ def test_our_own_functions_are_nobodys() -> None:
 def test_a_forward_that_took_the_place_of_a_modules_own() -> None:
     module, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     other.forward = TILES
-    assert taken_over(module, None) == set()
-    assert taken_over(module, other) == {"multidiffusion"}
+    assert replaced(module) == set()
+    assert replaced(module, other) == {"multidiffusion"}
+
+
+def test_methods_are_looked_for_in_every_module_of_a_model() -> None:
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(1, 1)))
+    assert taken_over(model) == taken_over(None) == set()
+    model[0][0].forward = FREEU
+    model[0].apply_model = TILES
+    assert taken_over(model) == {"multidiffusion", "sd_forge_freeu"}
+    assert replaced(model) == set()

@@ -387,6 +387,13 @@ def test_img2imgs_own_picture_is_taken_as_it_is_sampled(webui: WebUI) -> None:
     assert "Delta map hashes: 1: " in own.infotexts[0]
 
 
+def test_it_is_said_where_a_unit_looks_at_img2imgs_own_picture(webui: WebUI) -> None:
+    """A picture's text, sent over from txt2img with a unit in it, does not hold the unit's picture."""
+    (said,) = webui.processing.process_images(img2img(webui)).comments
+    assert "unit 1 (edges) has no picture of its own and looks at img2img's" in said
+    assert webui.generate(units(EDGES), init_latent=latent(webui)).comments == []
+
+
 def test_inpainting_only_masked_cuts_the_map_as_it_cuts_the_picture(webui: WebUI) -> None:
     region, cut = (8, 16, 40, 40), PICTURE.crop((8, 16, 48, 56))
     masked = {"image_mask": Image.new("L", PICTURE.size), "inpaint_full_res": True, "paste_to": region}
@@ -424,6 +431,43 @@ def test_axes_set_the_first_unit_that_is_on(webui: WebUI) -> None:
     assert torch.equal(look.images, webui.latents(units({**LOOK, "weight": 1})))
     for none in ({"unit_model": ""}, {"unit_weight": 0.0}):
         assert torch.equal(cell(webui, **none).images, webui.latents())
+
+
+def plotted(webui: WebUI, delta: dict[str, Any], **axes: Any) -> tuple[str, str]:
+    """Return the text of a plot's first cell, and that which the plot makes of it for its own picture."""
+    p = webui.p(delta)
+    p.delta_sampling_axes = {"enabled": True, **axes}
+    p.scripts.selectable_scripts = [SimpleNamespace(title=lambda: "X/Y/Z plot")]
+    process = p.scripts.scripts[0].process
+    p.scripts.scripts[0].process = lambda p, _chosen, *arguments: process(p, *arguments)
+    p.script_args = [1, *p.script_args]
+    (text,) = webui.processing.process_images(p).infotexts
+    p.extra_generation_params = {**p.extra_generation_params, "Script": "X/Y/Z plot"}
+    assert webui.callbacks.swallowed == []
+    return text, webui.processing.create_infotext(p)
+
+
+LEFT_OUT: dict[str, tuple[dict[str, Any], str]] = {
+    "weight": ({"unit_weight": 0.0}, "off, edges:0"),
+    "model": ({"unit_model": ""}, "off, edges"),
+}
+
+
+@pytest.mark.parametrize(("axes", "wanted"), LEFT_OUT.values(), ids=LEFT_OUT)
+def test_a_plots_own_text_has_the_unit_that_its_first_cell_does_without(
+    webui: WebUI, axes: dict[str, Any], wanted: str
+) -> None:
+    of_cell, of_grid = plotted(webui, units({"enabled": False}, EDGES), **axes)
+    assert "Delta" not in of_cell
+    assert re.search(f"Delta units: {wanted}(,|$)", of_grid) and "Delta base: base" in of_grid
+    with_lora = plotted(webui, units({"enabled": False}, EDGES, loras="ink"), **axes)
+    assert "Delta lambda: 1" in with_lora[0] and "edges:" not in with_lora[0].replace("edges:0", "")
+    assert re.search(f"Delta units: {wanted}(,|$)", with_lora[1]) and "Delta LoRAs: ink" in with_lora[1]
+
+
+def test_a_plots_own_text_has_the_loras_whose_weight_its_first_cell_has_at_0(webui: WebUI) -> None:
+    of_cell, of_grid = plotted(webui, {"base": "base", "loras": "ink"}, lora_weight=0.0)
+    assert "Delta" not in of_cell and "Delta LoRAs: ink:0" in of_grid and "Delta base: base" in of_grid
 
 
 def test_an_axis_without_a_unit_that_is_on_is_refused(webui: WebUI) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import traceback
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ pytest.importorskip("transformers", reason="transformers is not installed, whose
 from small_files import make_files
 from stand_in_webui import WebUI, relative, running
 
-from lib_delta.errors import CheckpointError, SettingError
+from lib_delta.errors import CheckpointError, DeltaError, SettingError
 from lib_delta.request import Request
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchsde", "ignore:To copy construct from a tensor")
@@ -180,7 +182,6 @@ def test_in_a_later_batch_too_the_tags_of_others_are_taken_from_its_own_texts(we
 # Pictures that got nothing.
 
 NOTHING: dict[str, dict[str, Any]] = {
-    "a weight of 0": {"loras": "ink:0"},
     "no blocks": {"loras": "ink:1:te=0:lbw=" + ",".join(["0"] * 17)},
     "the base itself": {"loras": "", "adapted": "base"},
     "a copy of the base": {"loras": "", "adapted": "copy"},
@@ -194,6 +195,59 @@ def test_a_delta_of_zero_is_not_claimed(webui: WebUI, delta: dict[str, Any]) -> 
     assert torch.equal(made.images, webui.latents()) and "Delta" not in made.infotexts[0]
     assert "nothing told the base and the adapted model apart" in said(made)
     assert "nothing told" in webui.host.status().splitlines()[-1]
+
+
+ZERO: dict[str, tuple[dict[str, Any], str]] = {
+    "a LoRA of weight 0": ({"loras": "ink:0"}, "no delta in 3 steps, 0 passes"),
+    "two of them": ({"loras": "ink:0, ink:0:te=0"}, "no delta in 3 steps, 0 passes"),
+}
+
+
+@pytest.mark.parametrize(("delta", "why"), ZERO.values(), ids=ZERO)
+def test_weights_of_0_are_named(webui: WebUI, delta: dict[str, Any], why: str) -> None:
+    made = webui.generate({**DELTA, **delta})
+    assert torch.equal(made.images, webui.latents()) and "Delta" not in made.infotexts[0]
+    assert "every LoRA has a weight of 0" in said(made)
+    last = webui.host.status().splitlines()[-1]
+    assert last.startswith(f"Last run: {why}") and last.endswith("every LoRA has a weight of 0")
+
+
+def test_a_lambda_of_0_is_named_where_all_else_is_chosen(webui: WebUI) -> None:
+    made = webui.generate({**DELTA, "lambda": 0})
+    assert "Delta" not in made.infotexts[0]
+    assert webui.host.status().splitlines()[-1] == "Last run: no delta was asked for: lambda is 0"
+
+
+def test_an_accordion_that_is_on_with_nothing_chosen_says_what_is_needed(webui: WebUI) -> None:
+    with pytest.raises(SettingError, match="is switched on, and nothing is chosen: choose a base checkpoint.* and the"):
+        webui.generate({})
+
+
+def test_an_interruption_while_the_side_model_is_loaded_is_said(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    webui.host.unload()
+    sidemodel: Any = importlib.import_module("lib_delta.sidemodel")
+    load = sidemodel.SideModel.__init__
+
+    def interrupted(*given: Any) -> None:
+        load(*given)
+        webui.shared.state.interrupted = True
+
+    monkeypatch.setattr(sidemodel.SideModel, "__init__", interrupted)
+    made = webui.generate(DELTA)
+    webui.shared.state.interrupted = False
+    assert "Delta" not in made.infotexts[0] and made.comments == []
+    last = webui.host.status().splitlines()[-1]
+    assert last == "Last run: it was interrupted before any step had the delta"
+
+
+def test_errors_are_shown_as_sentences(webui: WebUI) -> None:
+    """WebUIs write the class's name, a colon, and what an error says."""
+    for delta in ({**DELTA, "lamda": 1}, {**DELTA, "base": "bass"}, {"base": "base"}):
+        with pytest.raises(DeltaError) as caught:
+            webui.generate(delta)
+        assert type(caught.value).__name__ == "Error"
+        (line,) = traceback.format_exception_only(caught.value)
+        assert "lib_delta.errors.SettingError: " in line, "who reads a traceback sees which it is"
 
 
 NO_STEP: dict[str, tuple[dict[str, Any], str]] = {
@@ -306,8 +360,6 @@ def test_checkpoints_of_one_name_in_two_folders_are_told_apart(webui: WebUI) -> 
 
 
 def test_comments_in_the_side_models_prompts_are_not_drawn(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     module = SimpleNamespace(strip_comments=lambda text: text.partition("#")[0])
     monkeypatch.setitem(sys.modules, "modules.processing_scripts", SimpleNamespace(comments=module))
     monkeypatch.setitem(sys.modules, "modules.processing_scripts.comments", module)
@@ -435,6 +487,38 @@ def test_the_status_has_the_size_of_the_delta_at_each_step(webui: WebUI) -> None
     webui.generate(DELTA, steps=3)
     sizes = webui.host.status().splitlines()[-1].partition("; it was ")[2].partition(" of the picture")[0]
     assert len(sizes.split(", ")) == 3 and all(float(size.rstrip("%")) > 0 for size in sizes.split(", "))
+
+
+REGIONS = "/webui/extensions/sd-webui-regional-prompter/scripts/attention.py"
+MIXTURE = "/webui/extensions/multidiffusion-upscaler/tile_methods/mixtureofdiffusers.py"
+
+
+def around(method: Any, path: str) -> Any:
+    """Return a function of an extension's that calls a method."""
+    made: Any = eval(compile("lambda method: lambda *given, **named: method(*given, **named)", path, "eval"))
+    return made(method)
+
+
+@pytest.mark.parametrize("changes", [{}, HIRES], ids=["one pass", "hires"])
+def test_the_status_names_who_changes_the_main_models_inside(
+    webui: WebUI, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    model = webui.shared.sd_model
+    holder = model.forge_objects.unet.model if webui.name == "forge" else model
+    unet = (holder if webui.name == "forge" else model.model).diffusion_model
+    attention = next(part for name, part in unet.named_modules() if name.endswith("attn2"))
+    others: Any = importlib.import_module("lib_delta.hosts.others")
+    walked: list[Any] = []
+    look = others.taken_over
+    monkeypatch.setattr(sys.modules[type(webui.host).__module__], "taken_over", lambda m: walked.append(m) or look(m))
+    webui.generate(DELTA, **changes)
+    assert "the main model alone" not in webui.host.status()
+    assert len(walked) == (2 if changes else 1), "once for each pass, and not for each step"
+    monkeypatch.setattr(attention, "forward", around(attention.forward, REGIONS))
+    monkeypatch.setattr(holder, "apply_model", around(holder.apply_model, MIXTURE))
+    webui.generate(DELTA, **changes)
+    said = "the main model alone has what multidiffusion-upscaler, sd-webui-regional-prompter do"
+    assert said in webui.host.status() and webui.callbacks.swallowed == []
 
 
 def test_a_loras_card_has_its_weight_and_its_words(webui: WebUI) -> None:

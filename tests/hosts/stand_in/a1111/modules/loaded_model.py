@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 from modules import network, sd_hijack, sd_hijack_clip, shared
 from modules.prompt_code import EmbeddingsWithFixes
+from torch import nn
 
 tokenizer = None
 
@@ -21,6 +22,16 @@ class CondStage(sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords):
         return self.networks.tower(tokens, shared.opts.CLIP_stop_at_last_layers)[0]
 
 
+class DiffusionWrapper(nn.Module):
+    """What holds the main checkpoint's UNet."""
+
+    conditioning_key = "crossattn"
+
+    def __init__(self, unet):
+        super().__init__()
+        self.diffusion_model = unet
+
+
 class LoadedModel:
     """The main checkpoint."""
 
@@ -31,7 +42,7 @@ class LoadedModel:
     def __init__(self, info):
         self.sd_checkpoint_info = info
         self.networks = network.Networks(info.filename)
-        self.model = SimpleNamespace(conditioning_key="crossattn", diffusion_model=self.networks.unet)
+        self.model = DiffusionWrapper(self.networks.unet)
         self.alphas_cumprod = network.alphas_cumprod()
         self.cond_stage_model = CondStage(self.networks)
         # Encoded once, when the checkpoint is loaded: without any LoRA.

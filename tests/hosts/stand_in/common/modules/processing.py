@@ -221,9 +221,11 @@ def process_images(p):
             total = sd_samplers.find_sampler_config(p.sampler_name).total_steps(p.steps)
             p.c, p.uc = p.conds(p.prompts, p.negative_prompts, total)
             pictures.append(sample(p, conditioning=p.c, unconditional_conditioning=p.uc, seeds=p.seeds))
-            said = create_infotext(p)
-            of_batch = slice(number * p.batch_size, (number + 1) * p.batch_size)
-            texts += [f"{prompt}\nSteps: {p.steps}, {said}" for prompt in p.all_prompts[of_batch]]
+            for index, prompt in enumerate(p.all_prompts[number * p.batch_size : (number + 1) * p.batch_size]):
+                p.batch_index = index
+                if p.scripts is not None:
+                    p.scripts.postprocess_image(p, pictures[-1][index])
+                texts.append(f"{prompt}\nSteps: {p.steps}, {create_infotext(p)}")
     # What is decoded already is a list of pictures, and not latents.
     made = Processed(pictures[0] if isinstance(pictures[0], list) else torch.cat(pictures), texts, p.comments)
     if p.scripts is not None:

@@ -14,8 +14,17 @@ class CheckpointInfo:
 
     def __init__(self, path):
         self.filename, self.name, self.name_for_extra = str(path), path.name, path.stem
-        self.shorthash = f"{sum(path.name.encode()):010x}"
-        self.title = f"{self.name} [{self.shorthash}]"
+        self.shorthash, self.title = None, self.name
+
+    def calculate_shorthash(self):
+        """Compute the hash, which is part of the title from then on."""
+        if self.shorthash is None:
+            before, self.shorthash = self.title, f"{sum(Path(self.filename).name.encode()):010x}"
+            self.title = f"{self.name} [{self.shorthash}]"
+            entries = [(self.title if key == before else key, info) for key, info in checkpoints_list.items()]
+            checkpoints_list.clear()
+            checkpoints_list.update(entries)
+        return self.shorthash
 
 
 def list_models():
@@ -34,6 +43,7 @@ def get_closet_checkpoint_match(text):
 def reload_model_weights(info):
     """Load a checkpoint as the main one, unless it is that already."""
     if shared.sd_model is None or shared.sd_model.sd_checkpoint_info is not info:
+        info.calculate_shorthash()
         shared.sd_model = load_model(info)
 
 

@@ -24,10 +24,11 @@ class Predictor:
         return (sigma.log() - self.sigmas.log()[:, None]).abs().argmin(0).float()
 
 
-class KModel:
+class KModel(torch.nn.Module):
     """UNet and schedule: from ``x0 + sigma * noise`` to x0."""
 
     def __init__(self, networks):
+        super().__init__()
         self.networks, self.predictor = networks, Predictor()
         self.diffusion_model = networks.unet
 
