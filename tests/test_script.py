@@ -134,7 +134,7 @@ def test_infotext_restores_every_setting(webui):
     details = {"quality": "fast", "every": 3.0, "between": "linear", "moved": 0.2, "units": units}
     request = Request(True, *numbers, BASE, TUNED, "moxin:0.8, lineart", *texts, **details)
     runner = webui.runner()
-    values = restored(runner, request.infotext({BASE: "aabbcc"}))
+    values = restored(runner, request.infotext({BASE: "aabbccddee"}))
     # TUNED ends as a short hash does, which is a part of its name all the same.
     assert read(runner, values) == request
 

@@ -2,8 +2,6 @@
 
 from copy import deepcopy
 
-import torch
-
 
 class ModelPatcher:
     """A model that the memory manager moves."""
@@ -14,7 +12,7 @@ class ModelPatcher:
 
     def move_to(self, device):
         """Move a model; the main one's networks compute where they are."""
-        if isinstance(self.model, torch.nn.Module):
+        if not hasattr(self.model, "networks"):
             self.model.to(device)
 
     def is_clone(self, other):

@@ -2,8 +2,6 @@
 
 from copy import deepcopy
 
-import torch
-
 
 class Part:
     """A layer with weights; only the WebUI's own are cast by hand where they are left behind.
@@ -34,7 +32,7 @@ class ModelPatcher:
             model.model_loaded_weight_memory, model.model_lowvram = 0, False
 
     def _parts(self):
-        own = not isinstance(self.model, torch.nn.Module)
+        own = hasattr(self.model, "networks")
         network = self.model.networks.unet if own else self.model
         parts = [Part(module, own) for module in network.modules()]
         return sorted((part for part in parts if part.size), key=lambda part: part.size)
