@@ -21,12 +21,12 @@ from torch import nn
 from bench import bridges, operations, storage
 from bench.models import Layout, diffusers_unet, random_control, random_lora, random_unet, sd15, sdxl
 from bench.timing import Case, keep_memory, ratios, rounds
-from lib_delta.adapters.apply import Form, attach
-from lib_delta.adapters.load import AdapterFile
+from lib_delta.adapters.adapter_file import AdapterFile
+from lib_delta.adapters.attach import Form, attach
+from lib_delta.controls.control_map import Map
 from lib_delta.controls.guides import ControlNetGuide
-from lib_delta.controls.maps import Map
-from lib_delta.families import Family
-from lib_delta.injection import Inputs
+from lib_delta.core.guides import Inputs
+from lib_delta.diffusion.families import Family
 from lib_delta.models.unet import CrossAttention, Text, UNet
 
 # Of the steps of a run, how many the side model is asked in.

@@ -6,7 +6,7 @@ import torch
 
 from bench import operations
 from lib_delta.bridges import choose
-from lib_delta.families import Family
+from lib_delta.diffusion.families import Family
 
 SIDE = 128  # latents of 1024 x 1024 pixels
 

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lib_delta.adapters.load import AdapterFile, read_adapter
-from lib_delta.fork import Conv2d, Linear
+from lib_delta.adapters.adapter_file import AdapterFile, read_adapter
+from lib_delta.files.checkpoint import UNET_PREFIX
 from lib_delta.models.controlnet import ControlNet
-from lib_delta.models.unet import PREFIX, UNet, UNetConfig
+from lib_delta.models.forked_layers import Conv2d, Linear
+from lib_delta.models.unet import UNet, UNetConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 _CROSS, _PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
@@ -108,7 +109,7 @@ def diffusers_unet(layout: Layout, unet: UNet) -> nn.Module:
     with torch.device("meta"):
         reference: nn.Module = UNet2DConditionModel(**layout.theirs).eval()
     settings = {"layers_per_block": 2, "class_embed_type": None, "addition_embed_type": None, **layout.theirs}
-    weights = {f"{PREFIX}{key}": tensor for key, tensor in unet.state_dict().items()}
+    weights = {f"{UNET_PREFIX}{key}": tensor for key, tensor in unet.state_dict().items()}
     reference.load_state_dict(convert_ldm_unet_checkpoint(weights, settings), assign=True)
     return reference.requires_grad_(False)
 

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from bench.models import random_lora
 from bench.timing import seconds
-from lib_delta.adapters.apply import Bypass, Form, attach, detach
-from lib_delta.adapters.load import AdapterFile
-from lib_delta.checkpoint import WeightFile, load_unet
-from lib_delta.models.unet import PREFIX, UNet
+from lib_delta.adapters.adapter_file import AdapterFile
+from lib_delta.adapters.attach import Bypass, Form, attach, detach
+from lib_delta.files.checkpoint import UNET_PREFIX
+from lib_delta.files.weight_file import WeightFile
+from lib_delta.models.loading import load_unet
+from lib_delta.models.unet import UNet
 
 FORMS: tuple[Form, ...] = ("merged", "bypass")
 
@@ -55,7 +57,9 @@ def swaps(unet: UNet, rank: int, device: torch.device, plain: float) -> dict[str
 
 def loading(unet: UNet, count: int) -> dict[str, float]:
     """Return what a checkpoint in the page cache takes until it is ready, beside reading the file alone."""
-    state = {f"{PREFIX}{key}": tensor.detach().to("cpu", torch.float16) for key, tensor in unet.state_dict().items()}
+    state = {
+        f"{UNET_PREFIX}{key}": tensor.detach().to("cpu", torch.float16) for key, tensor in unet.state_dict().items()
+    }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.safetensors"
         save_file(state, path)

@@ -192,7 +192,7 @@ def _check_controls(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace, defaults: Settings) -> Plan:
     from demo.samplers import NAMES
     from demo.sweep import Plan
-    from lib_delta.strength import Strength
+    from lib_delta.core.strength import Strength
 
     given = {name: getattr(options, name) for name in ("sampler", "steps", "cfg", "source_cfg", "size", "negative")}
     settings = replace(defaults, **{name: value for name, value in given.items() if value is not None})

@@ -20,7 +20,7 @@ from demo.embedded import LORA
 from demo.grid import draw_grid
 from demo.pipeline import Settings, decode
 from demo.studio import Figures, Result, Studio, Task, Workers
-from lib_delta.strength import Strength
+from lib_delta.core.strength import Strength
 
 FILES = {
     "LoRA": LORA,

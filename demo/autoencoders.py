@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lib_delta.checkpoint import WeightFile, detect_family, load_vae
+from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.errors import CheckpointError
+from lib_delta.files.checkpoint import detect_family
+from lib_delta.files.weight_file import WeightFile
 from lib_delta.models import taesd
+from lib_delta.models.loading import load_vae
 from lib_delta.models.vae import VAE
-from lib_delta.spaces import Space
 
 TINY = {Space.SD1: "taesd", Space.SDXL: "taesdxl", Space.SD3: "taesd3", Space.FLUX1: "taef1"}
 WHERE = (

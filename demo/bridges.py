@@ -26,7 +26,7 @@ from demo.autoencoders import Autoencoder
 from demo.train import bridges as stage
 from lib_delta.bridges import Bridge, LearnedBridge, ResolutionBridge, ScaleBridge
 from lib_delta.bridges.learned import load, path_of
-from lib_delta.spaces import Space
+from lib_delta.diffusion.latent_spaces import Space
 
 SIDE = 192
 PUBLIC_DOMAIN = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field")  # of scikit-image

@@ -9,7 +9,7 @@ from demo.embedded import LORA
 from demo.metrics import Scores
 from demo.pipeline import Settings
 from demo.studio import Task, Workers
-from lib_delta.strength import Strength
+from lib_delta.core.strength import Strength
 
 PIXEL_ART, CONCEPTS = "pixelart.safetensors", "concepts.safetensors"
 CONCEPT_LAMBDAS = (1.0, 1.5, 2.0, 3.0)

@@ -35,12 +35,12 @@ from demo.pipeline import (
     draw,
     with_delta,
 )
-from lib_delta.controls.files import load_control
+from lib_delta.controls.control_file import load_control
+from lib_delta.controls.control_map import Map, read_picture
 from lib_delta.controls.guides import follow, prompt_by
-from lib_delta.controls.maps import Map, read_picture
-from lib_delta.controls.vision import image_tokens, load_image_encoder
-from lib_delta.injection import Guide
-from lib_delta.strength import Strength
+from lib_delta.controls.image_encoder import image_tokens, load_image_encoder
+from lib_delta.core.guides import Guide
+from lib_delta.core.strength import Strength
 
 EXAMPLES = Path(__file__).with_name("examples")
 LAMBDAS = (0.5, 1.0, 2.0, 3.0)

@@ -20,7 +20,7 @@ from demo.grid import draw_grid
 from demo.pipeline import Settings, decode
 from demo.studio import JUDGED, Ends, Figures, Studio, Task, Workers
 from demo.targets import Way, target_file
-from lib_delta.strength import Strength
+from lib_delta.core.strength import Strength
 
 LAMBDAS = (1.0, 1.5, 2.0)
 WAYS: dict[str, tuple[Way, ...]] = {

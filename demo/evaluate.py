@@ -22,7 +22,7 @@ from demo.pipeline import Settings
 from demo.samplers import NAMES
 from demo.studio import Ends, Figures, Task, Workers
 from demo.train import bridges as bridges_stage
-from lib_delta.strength import Strength
+from lib_delta.core.strength import Strength
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 HAND_OFFS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)

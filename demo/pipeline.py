@@ -12,24 +12,26 @@ import torch
 from torch import Tensor
 
 from demo.samplers import run_levels, sample
-from lib_delta.adapters.apply import AdaptedTower, Form, attach, text_parameters
-from lib_delta.adapters.load import load_adapter
+from lib_delta.adapters.adapter_file import load_adapter
+from lib_delta.adapters.attach import AdaptedTower, Form, attach, text_parameters
 from lib_delta.bridges import Bridge, choose
-from lib_delta.checkpoint import WeightFile, load_unet, load_vae
-from lib_delta.controls.files import load_control
+from lib_delta.controls.control_file import load_control
+from lib_delta.controls.control_map import Map, read_picture
 from lib_delta.controls.guides import Mode, follow, prompt_by
-from lib_delta.controls.maps import Map, read_picture
-from lib_delta.controls.vision import image_tokens, load_image_encoder
+from lib_delta.controls.image_encoder import image_tokens, load_image_encoder
+from lib_delta.core.conditioning import Conditioning
+from lib_delta.core.guidance import DeltaDenoiser, DeltaGuidance
+from lib_delta.core.guides import Guide
+from lib_delta.core.source import Source
+from lib_delta.core.strength import Strength
+from lib_delta.diffusion.families import Family
+from lib_delta.diffusion.parameterization import Parameterization, Prediction, Schedule
 from lib_delta.errors import CheckpointError
-from lib_delta.families import Family
-from lib_delta.guidance import DeltaDenoiser, DeltaGuidance
-from lib_delta.injection import Guide
+from lib_delta.files.weight_file import WeightFile
+from lib_delta.models.loading import load_unet, load_vae
 from lib_delta.models.text import Conditioner, load_tokenizer, sdxl_label
 from lib_delta.models.unet import UNet
 from lib_delta.models.vae import VAE
-from lib_delta.parameterization import Parameterization, Prediction, Schedule
-from lib_delta.source import Conditioning, Source
-from lib_delta.strength import Strength
 
 Denoiser = Callable[..., Tensor]
 

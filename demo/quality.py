@@ -1,7 +1,7 @@
 """What fewer evaluations of the source keep of the effect, on the embedded models: ``python -m demo.quality``.
 
-For each plan of :mod:`lib_delta.quality`: the share of the exact effect that is kept (the held picture's change of
-the plain one, along the exact change), and how far the picture lies from the exact one, in sizes of the exact
+For each plan of :mod:`lib_delta.core.delta_reuse`: the share of the exact effect that is kept (the held picture's
+change of the plain one, along the exact change), and how far the picture lies from the exact one, in sizes of the exact
 change; means over prompts.  A lambda that is a little smaller, at full cost, is there to compare with.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from demo.embedded import MODELS
 from demo.pipeline import AdaptedModel, Adapter, Alone, Batch, Place, Settings, decode, draw, load_model, with_delta
-from lib_delta.quality import PLANS, Hold, Plan
-from lib_delta.strength import Strength
+from lib_delta.core.delta_reuse import PLANS, Hold, Plan
+from lib_delta.core.strength import Strength
 
 TRIED = {
     **PLANS,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib_delta.diffusion.parameterization import Schedule, eps_of, from_timestep_space
 from lib_delta.errors import SettingError
-from lib_delta.parameterization import Schedule, eps_of, from_timestep_space
 
 Denoiser = Callable[..., Tensor]
 K_DIFFUSION = ("euler", "heun", "dpm_2", "dpmpp_2m", "euler_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "lms")

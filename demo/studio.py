@@ -31,7 +31,7 @@ from demo.pipeline import (
 )
 from demo.samplers import denoise_from, noise_levels
 from demo.targets import Way, bridge_file, bridge_of, load_target, target_file
-from lib_delta.strength import Strength
+from lib_delta.core.strength import Strength
 from run import ONE_THREAD
 
 PROMPTS_AT_ONCE = 6

@@ -39,11 +39,11 @@ from demo.pipeline import (
     with_delta,
 )
 from demo.samplers import prepare, run_levels
-from lib_delta.adapters.apply import Form
+from lib_delta.adapters.attach import Form
+from lib_delta.core.source import Source
+from lib_delta.core.strength import Strength
+from lib_delta.diffusion.parameterization import Prediction
 from lib_delta.errors import DeltaError
-from lib_delta.parameterization import Prediction
-from lib_delta.source import Source
-from lib_delta.strength import Strength
 
 EMBEDDED_AT_ONCE = 8
 

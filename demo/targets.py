@@ -27,13 +27,14 @@ from lib_delta.bridges import (
     ScaleBridge,
 )
 from lib_delta.bridges.identity import SameSize
+from lib_delta.bridges.latent_maps import DifferenceMap
 from lib_delta.bridges.learned import LearnedBridge, load, with_channels
-from lib_delta.bridges.maps import DifferenceMap
-from lib_delta.checkpoint import WeightFile, fill, load_vae
+from lib_delta.diffusion.parameterization import Parameterization, Prediction, Schedule
 from lib_delta.errors import CheckpointError
-from lib_delta.models import unet, vae
+from lib_delta.files.checkpoint import UNET_PREFIX, VAE_PREFIX
+from lib_delta.files.weight_file import WeightFile
+from lib_delta.models.loading import fill, load_vae
 from lib_delta.models.unet import UNet
-from lib_delta.parameterization import Parameterization, Prediction, Schedule
 
 # "as it is": the base sees the target's latents; "decoded": one autoencoder decodes, the other encodes; "decoded
 # state": that for the state, and the learned map for the delta; the last two show the base an average of its own size.
@@ -79,13 +80,13 @@ def load_target(path: Path, target: Model) -> Model:
     """
     with WeightFile.open(path) as file:
         _check(file, {TARGET: target.unet}, "another target than is here", path.stem)
-        changed = file.below(unet.PREFIX)
+        changed = file.below(UNET_PREFIX)
         weights = {**target.unet.state_dict(), **{key: changed.tensor(key) for key in changed.shapes}}
         channels = weights["out.2.weight"].shape[0]
         with torch.device("meta"):
             network = UNet(replace(target.unet.config, in_channels=channels, out_channels=channels))
         fill(network, weights, path.name, torch.float32, "cpu")
-        own = any(key.startswith(vae.PREFIX) for key in file.shapes)
+        own = any(key.startswith(VAE_PREFIX) for key in file.shapes)
         prediction = cast(Prediction, file.metadata[PREDICTION])
         return replace(
             target,

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run_inspect(files: list[Path], base: Path | None, as_json: bool) -> int:
     """Print what each file is; a file that cannot be used is told in a sentence."""
     # Only now: asking for help should not take the seconds that models' code takes to import.
-    from lib_delta.inspection import Reference, coverage
+    from lib_delta.adapters.inspection import Reference, coverage
 
     def report(file: Path) -> dict[str, object]:
         try:

@@ -11,16 +11,18 @@ import gradio as gr
 from modules import script_callbacks, scripts, shared
 from modules.ui_components import FormRow, InputAccordion
 
-from lib_delta.drawing import drawing
+from lib_delta.core.strength import CURVES
 from lib_delta.hosts import host
-from lib_delta.hosts.axes import add_axes
-from lib_delta.hosts.checkpoint_lists import base_choices, whole_list
-from lib_delta.hosts.lora_box import LoraBox, refresh_button
-from lib_delta.hosts.preset_row import PresetRow, unfolded
-from lib_delta.hosts.settings_page import add_settings
-from lib_delta.hosts.unit_box import UnitBox
-from lib_delta.hosts.unit_box import unfold as unfold_units
-from lib_delta.request import (
+from lib_delta.hosts.ui.checkpoint_choices import base_choices, whole_list
+from lib_delta.hosts.ui.lora_box import LoraBox
+from lib_delta.hosts.ui.preset_row import PresetRow, unfolded
+from lib_delta.hosts.ui.settings_page import add_settings
+from lib_delta.hosts.ui.unit_box import UnitBox
+from lib_delta.hosts.ui.unit_box import unfold as unfold_units
+from lib_delta.hosts.ui.widgets import refresh_button
+from lib_delta.hosts.ui.xyz_axes import add_axes
+from lib_delta.page.lambda_curve import drawing
+from lib_delta.request.request import (
     BETWEEN,
     BRIDGES,
     CHECKPOINT_FIELDS,
@@ -32,9 +34,8 @@ from lib_delta.request import (
     SETTINGS,
     Request,
     from_infotext,
-    schema,
 )
-from lib_delta.strength import CURVES
+from lib_delta.request.schema import schema
 
 TITLE = "Delta Sampling"
 PROMPTS = ("prompt", "negative_prompt", "adapted_prompt")

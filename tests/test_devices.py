@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_unet
-from test_savings import lora
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_delta import devices
-from lib_delta.adapters.apply import Bypass, attach
+from lib_delta.adapters.attach import Bypass, attach
 from lib_delta.devices import free_memory, indexed
-from lib_delta.placement import CPU
+from lib_delta.runtime.placement import CPU
+from tests.support.counting import lora
+from tests.support.tiny_unet import tiny_unet
 
 
 class Runtime:

@@ -15,16 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from adapters_helpers import config
-from stand_in_device import DEVICE, stand_in_device
 
-sys.path.insert(0, str(Path(__file__).parent / "gpu"))
-import check
-import checks
-
-from lib_delta.adapters import apply
-from lib_delta.adapters.lora import Lora
+from lib_delta.adapters import attach
+from lib_delta.adapters.algorithms.lora import Lora
 from lib_delta.models.unet import UNet
+from tests.gpu import check, checks
+from tests.support.adapters import config
+from tests.support.stand_in_device import DEVICE, stand_in_device
 
 GPU = Path(check.__file__).parent
 
@@ -86,16 +83,16 @@ def test_all_checks_pass_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_a_merge_that_obeys_autocast_is_found(bench: checks.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = apply._summed
+    original = attach._summed
 
     def rounded(*given: Any) -> Any:
         weight, bias = original(*given)
         return weight.bfloat16().to(weight.dtype), bias
 
     monkeypatch.setattr(
-        apply, "_summed", lambda *given: (rounded if torch.is_autocast_cpu_enabled() else original)(*given)
+        attach, "_summed", lambda *given: (rounded if torch.is_autocast_cpu_enabled() else original)(*given)
     )
-    monkeypatch.setattr(apply, "without_autocast", lambda _device: torch.enable_grad())
+    monkeypatch.setattr(attach, "without_autocast", lambda _device: torch.enable_grad())
     assert [line.good for line in checks.ambient(bench)] == [True, False]
 
 

@@ -136,9 +136,12 @@ def test_all_tests_run_on_all_cores_and_a_files_tests_in_one_process(
 
 
 def test_tests_that_are_named_start_at_once_in_one_process(parts: Parts) -> None:
-    run.run_part("test", ["tests/test_unet.py"])
+    run.run_part("test", ["tests/models/test_unet.py"])
     run.run_more("test-browser", ["tests/browser/test_accordion.py"])
-    assert [command for command, _ in parts] == [["tests/test_unet.py"], *2 * [["tests/browser/test_accordion.py"]]]
+    assert [command for command, _ in parts] == [
+        ["tests/models/test_unet.py"],
+        *2 * [["tests/browser/test_accordion.py"]],
+    ]
 
 
 @pytest.mark.parametrize(("cores", "url", "options"), [(1, "", []), (4, "http://127.0.0.1:7860", []), (64, "", ["8"])])

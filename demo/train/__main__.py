@@ -42,7 +42,8 @@ from demo.train.metrics import train_metrics
 from demo.train.tokenizer import train_tokenizer
 from demo.train.vae import CONFIG, train_decoder, train_vae
 from demo.train.world import CONCEPTS, NAMES
-from lib_delta.checkpoint import WeightFile, load_vae
+from lib_delta.files.weight_file import WeightFile
+from lib_delta.models.loading import load_vae
 from lib_delta.models.vae import VAE
 from run import ONE_THREAD
 

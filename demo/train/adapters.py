@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from lib_delta.adapters import ia3, loha, lokr, lora, oft
-from lib_delta.fork import Conv2d, Linear
+from lib_delta.adapters.algorithms import ia3, loha, lokr, lora, oft
+from lib_delta.models.forked_layers import Conv2d, Linear
 from lib_delta.models.unet import Encoder
 
 LORA_RANK = 8

@@ -25,9 +25,9 @@ from demo.train.bridges_stitch import Layers, Seam, seen_through, stitched, tune
 from demo.train.common import Run
 from demo.train.data import Emoji
 from lib_delta.bridges.learned import WEIGHTS, LearnedBridge, path_of
+from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.errors import DeltaError
 from lib_delta.models import taesd
-from lib_delta.spaces import Space
 
 BATCH = 16
 HALVES = "halves"

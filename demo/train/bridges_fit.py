@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lib_delta.bridges.int8_weights import pack
+from lib_delta.bridges.latent_maps import DifferenceMap, Filter, FilteredState, followed
 from lib_delta.bridges.learned import LearnedBridge
-from lib_delta.bridges.maps import DifferenceMap, Filter, FilteredState, followed
-from lib_delta.bridges.packed import pack
 
 RIDGE = 1e-4  # of the mean variance, so that channels that hardly vary stay small
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from demo.train.bridges_fit import fit_filter
 from demo.train.common import Run, train
-from lib_delta.bridges.maps import Filter, StitchedState
+from lib_delta.bridges.latent_maps import Filter, StitchedState
 from lib_delta.models import taesd
 
 RIDGE = 1e-3

@@ -22,10 +22,10 @@ from demo.train.adapters import Adapter, low_rank
 from demo.train.common import Run, train
 from demo.train.data import to_float
 from demo.train.denoisers import Conditioned, all_contexts, initialise, noise_loss, picture_variants
-from lib_delta.adapters import lora
-from lib_delta.controls.vision import DEVIATION, MEAN
-from lib_delta.injection import Injection
+from lib_delta.adapters.algorithms import lora
+from lib_delta.controls.image_encoder import DEVIATION, MEAN
 from lib_delta.models.controlnet import ControlNet
+from lib_delta.models.injection import Injection
 from lib_delta.models.ip_adapter import IPAdapter, TokenProjection, attend, cross_attentions
 from lib_delta.models.unet import Encoder, UNet
 

@@ -23,8 +23,9 @@ from demo.train.adapters import Adapter, Kind
 from demo.train.common import Run, train
 from demo.train.data import augment, to_float
 from demo.train.vae import SCALE
-from lib_delta.checkpoint import WeightFile, load_unet
-from lib_delta.fork import Conv2d, ForkedLayer, Linear
+from lib_delta.files.weight_file import WeightFile
+from lib_delta.models.forked_layers import Conv2d, ForkedLayer, Linear
+from lib_delta.models.loading import load_unet
 from lib_delta.models.text import load_towers
 from lib_delta.models.unet import UNet, UNetConfig
 from lib_delta.models.vae import VAE

@@ -12,34 +12,35 @@ from demo.targets import PREDICTION, TARGET, fingerprint
 from demo.train.adapters import Adapter
 from demo.train.controls import EdgeControl, PicturePrompt
 from demo.train.denoisers import Conditioned
-from lib_delta.models import unet, vae
+from lib_delta.files.checkpoint import UNET_PREFIX, VAE_PREFIX
+from lib_delta.models import vae
 from lib_delta.models.unet import UNet
 
 
 def sd1(path: Path, model: Conditioned, autoencoder: vae.VAE) -> None:
     """Write an SD 1.x checkpoint: CLIP text encoder in transformers' names."""
     text = _below("cond_stage_model.transformer.", model.text)
-    _save(path, _below(unet.PREFIX, model.unet) | _below(vae.PREFIX, autoencoder) | text, _narrow(model))
+    _save(path, _below(UNET_PREFIX, model.unet) | _below(VAE_PREFIX, autoencoder) | text, _narrow(model))
 
 
 def sd2(path: Path, model: Conditioned, autoencoder: vae.VAE) -> None:
     """Write an SD 2.x checkpoint that predicts v: text encoder in OpenCLIP's names."""
-    tensors = _below(unet.PREFIX, model.unet) | _below(vae.PREFIX, autoencoder) | _open_clip(model)
+    tensors = _below(UNET_PREFIX, model.unet) | _below(VAE_PREFIX, autoencoder) | _open_clip(model)
     # The key by which WebUIs tell a v-predicting checkpoint.
     _save(path, tensors | {"v_pred": torch.zeros(1)}, _narrow(model))
 
 
 def unet_only(path: Path, model: Conditioned) -> None:
     """Write a fine-tuned UNet alone; its text encoder and autoencoder are the base's."""
-    _save(path, _below(unet.PREFIX, model.unet), {})
+    _save(path, _below(UNET_PREFIX, model.unet), {})
 
 
 def differing(path: Path, model: UNet, start: UNet, autoencoder: vae.VAE | None, prediction: str) -> None:
     """Write the weights of a UNet that are not those of ``start``, and an autoencoder, for :mod:`demo.targets`."""
-    known = _below(unet.PREFIX, start)
-    own = {k: v for k, v in _below(unet.PREFIX, model).items() if not _alike(v, known[k])}
+    known = _below(UNET_PREFIX, start)
+    own = {k: v for k, v in _below(UNET_PREFIX, model).items() if not _alike(v, known[k])}
     if autoencoder is not None:
-        own |= _below(vae.PREFIX, autoencoder)
+        own |= _below(VAE_PREFIX, autoencoder)
     _save(path, own, {PREDICTION: prediction, TARGET: fingerprint(start)})
 
 

@@ -5,12 +5,12 @@ noise is known.  A bridge maps the clean part into the source's latent and noise
 no second state is carried along and every sampler of the target works as it is.
 """
 
-from lib_delta.bridges.choice import FORMS, Form, Size, bridged, choose, described, status
+from lib_delta.bridges.base import Bridge, Crossing
+from lib_delta.bridges.choose import FORMS, Form, Size, bridged, choose, described, status
 from lib_delta.bridges.composed import Composed
 from lib_delta.bridges.identity import IdentityBridge
 from lib_delta.bridges.learned import LearnedBridge
 from lib_delta.bridges.noise_limit import NoiseLimitBridge
-from lib_delta.bridges.protocol import Bridge, Crossing
 from lib_delta.bridges.resolution import Noise, ResolutionBridge
 from lib_delta.bridges.scale import ScaleBridge
 

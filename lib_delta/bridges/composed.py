@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lib_delta.bridges.protocol import Bridge, Crossing
+from lib_delta.bridges.base import Bridge, Crossing
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lib_delta.bridges.protocol import Crossing
+from lib_delta.bridges.base import Crossing
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,17 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lib_delta.bridges.base import Bridge, Crossing
 from lib_delta.bridges.identity import IdentityBridge
-from lib_delta.bridges.maps import DifferenceMap, Shapes, state_map, wrap
-from lib_delta.bridges.packed import unpacked
-from lib_delta.bridges.protocol import Bridge, Crossing
-from lib_delta.checkpoint import WeightFile, fill
+from lib_delta.bridges.int8_weights import unpacked
+from lib_delta.bridges.latent_maps import DifferenceMap, Shapes, state_map, wrap
 from lib_delta.devices import without_autocast
+from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.errors import CheckpointError, SettingError
-from lib_delta.spaces import Space
+from lib_delta.files.weight_file import WeightFile
+from lib_delta.models.loading import fill
 
-WEIGHTS = Path(__file__).parent
+WEIGHTS = Path(__file__).with_name("weights")
 SAME_SIZE = IdentityBridge()
 Map = TypeVar("Map", bound=nn.Module)
 

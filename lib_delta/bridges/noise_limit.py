@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lib_delta.bridges.base import Crossing
 from lib_delta.bridges.identity import SameSize
-from lib_delta.bridges.protocol import Crossing
-from lib_delta.parameterization import per_image
+from lib_delta.diffusion.parameterization import per_image
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_delta.bridges.areas import averaged, windows_of
-from lib_delta.bridges.protocol import Crossing
+from lib_delta.bridges.area_average import averaged, windows_of
+from lib_delta.bridges.base import Crossing
 from lib_delta.errors import SettingError
 
 Noise = Literal["averaged", "unit"]

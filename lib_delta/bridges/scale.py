@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from lib_delta.bridges.base import Crossing
 from lib_delta.bridges.identity import SameSize
-from lib_delta.bridges.protocol import Crossing
 from lib_delta.errors import SettingError
 
 Form = Literal["same_snr", "published"]

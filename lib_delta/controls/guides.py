@@ -9,11 +9,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lib_delta.controls.files import ControlFile
-from lib_delta.controls.maps import Map
+from lib_delta.controls.control_file import ControlFile
+from lib_delta.controls.control_map import Map
+from lib_delta.core.guides import Guide, Inputs
 from lib_delta.errors import SettingError
-from lib_delta.injection import Attended, Guide, Injection, Inputs
 from lib_delta.models.controlnet import ControlNet, T2IAdapter, batch_of, feature_injection
+from lib_delta.models.injection import Attended, Injection
 from lib_delta.models.ip_adapter import IPAdapter, attend, cross_attentions
 from lib_delta.models.unet import Text, UNet
 

@@ -8,13 +8,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lib_delta.hosts.webui import Host
+    from lib_delta.hosts.base import Host
 
 
 @lru_cache(maxsize=1)
 def host() -> Host:
     """Return the WebUI that is running: Forge and its relatives have packages that AUTOMATIC1111 lacks."""
     forge = any(importlib.util.find_spec(name) for name in ("modules_forge", "ldm_patched"))
-    module = importlib.import_module("lib_delta.hosts.forge" if forge else "lib_delta.hosts.a1111")
+    module = importlib.import_module("lib_delta.hosts.forge.host" if forge else "lib_delta.hosts.a1111.host")
     running: Host = module.running()
     return running

@@ -9,7 +9,7 @@ from typing import Any
 from modules import shared
 
 from lib_delta.errors import shown
-from lib_delta.options import FORMER
+from lib_delta.request.setting_choices import FORMER
 
 UNITS, MOST_UNITS = 3, 10
 _warned: set[str] = set()

@@ -14,8 +14,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_delta.fork import Conv2d
-from lib_delta.injection import Injection
+from lib_delta.models.forked_layers import Conv2d
+from lib_delta.models.injection import Injection
 from lib_delta.models.unet import Downsample, Encoder, Text, UNet, UNetConfig
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_delta import fork
-from lib_delta.fork import LayerNorm, Linear
+from lib_delta.models import forked_layers
+from lib_delta.models.forked_layers import LayerNorm, Linear
 from lib_delta.models.unet import CrossAttention, SpatialTransformer, UNet
 
 HEAD_WIDTH = 64  # of the resampler's attention
@@ -71,7 +71,7 @@ class PerceiverAttention(nn.Module):
     def forward(self, seen: Tensor, latents: Tensor) -> Tensor:
         latents = self.norm2(latents)
         k, v = self.to_kv(torch.cat((self.norm1(seen), latents), 1)).chunk(2, -1)
-        out = fork.attention(self.to_q(latents)[None], k[None], v[None], self.heads)[0]
+        out = forked_layers.attention(self.to_q(latents)[None], k[None], v[None], self.heads)[0]
         return self.to_out(out)
 
 
@@ -158,4 +158,4 @@ def cross_attentions(unet: UNet) -> Iterator[tuple[str, CrossAttention]]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Return what queries ``(N, T, C)`` find in a picture's keys and values ``(N, S, C)``."""
-    return fork.attention(q[None], k[None], v[None], heads)[0]
+    return forked_layers.attention(q[None], k[None], v[None], heads)[0]

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_delta.checkpoint import WeightFile, fill
 from lib_delta.errors import CheckpointError
+from lib_delta.files.weight_file import WeightFile
+from lib_delta.models.loading import fill
 from lib_delta.models.unpatched import Conv2d
 
 WIDTH = 64

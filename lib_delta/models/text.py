@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from lib_delta.checkpoint import WeightFile, fill, header_number
+from lib_delta.diffusion.families import Family
 from lib_delta.errors import CheckpointError, DeltaError, SettingError
-from lib_delta.families import Family
+from lib_delta.files.weight_file import WeightFile, header_number
+from lib_delta.models.loading import fill
 from lib_delta.models.unet import timestep_embedding
 from lib_delta.models.unpatched import unpatched
 

@@ -3,7 +3,7 @@
 Architecture: Rombach et al. 2022 (arXiv 2112.10752, latent diffusion), Podell et al. 2023
 (arXiv 2307.01952, SDXL).  Everything but the head rule can be read off the shapes of the weights,
 so one class serves every family and every width.  Activations carry the branch axis of
-:mod:`lib_delta.fork`.
+:mod:`lib_delta.models.forked_layers`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_delta import fork
 from lib_delta.errors import CheckpointError
-from lib_delta.fork import Conv2d, GroupNorm, LayerNorm, Linear
-from lib_delta.injection import Injection
-from lib_delta.models.merging import TokenMerging
-
-PREFIX = "model.diffusion_model."
+from lib_delta.models import forked_layers
+from lib_delta.models.forked_layers import Conv2d, GroupNorm, LayerNorm, Linear
+from lib_delta.models.injection import Injection
+from lib_delta.models.token_merging import TokenMerging
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor, rows: Tensor | None = None) -> Tensor:
         h = self.in_layers["2"](F.silu(self.in_layers["0"](x)))
         shift = self.emb_layers["1"](F.silu(emb))
-        h = h + (shift if shift.shape[1] == h.shape[1] else fork.spread(shift, rows))[..., None, None]
+        h = h + (shift if shift.shape[1] == h.shape[1] else forked_layers.spread(shift, rows))[..., None, None]
         h = self.out_layers["3"](F.silu(self.out_layers["0"](h)))
         return (x if self.skip_connection is None else self.skip_connection(x)) + h
 
@@ -223,7 +221,7 @@ class CrossAttention(nn.Module):
         q = self.to_q(x)
         to = x if keys is None else keys
         k, v = (self.to_k(to), self.to_v(to)) if text is None else text.keys_values(self)
-        h = fork.attention(q, k, v, self.heads)
+        h = forked_layers.attention(q, k, v, self.heads)
         if injection is not None:
             h = injection.beside(self, q, h, self.heads)
         return self.to_out["0"](h)
@@ -266,7 +264,7 @@ class TransformerBlock(nn.Module):
         normed = self.norm1(x)
         merging = self.merging
         attended = self.attn1(normed) if merging is None else merging.attend(self.attn1, x, normed, size)
-        x = fork.spread(attended + x, text.rows)
+        x = forked_layers.spread(attended + x, text.rows)
         x = self.attn2(self.norm2(x), text, injection) + x
         return self.ff(self.norm3(x)) + x
 
@@ -301,7 +299,7 @@ class SpatialTransformer(nn.Module):
         h = h.transpose(2, 3).unflatten(3, size).contiguous()
         if not self.linear:
             h = self.proj_out(h)
-        return h + fork.spread(x, text.rows)
+        return h + forked_layers.spread(x, text.rows)
 
 
 class Downsample(nn.Module):
@@ -369,7 +367,7 @@ class Encoder(nn.Module):
             h = injection.after(number, _run(parts, h, emb, text, injection))
             outputs.append(h)
         outputs.append(_run(self.middle_block, h, emb, text, injection))
-        return [fork.spread(output, text.rows) for output in outputs]
+        return [forked_layers.spread(output, text.rows) for output in outputs]
 
 
 class UNet(Encoder):
@@ -413,11 +411,11 @@ class UNet(Encoder):
         text = Text.of(context)
         if label is not None or injection.blocks:
             # Rows are told apart from the start.
-            x, t = fork.spread(x, text.rows), fork.spread(t[None], text.rows)[0]
+            x, t = forked_layers.spread(x, text.rows), forked_layers.spread(t[None], text.rows)[0]
         emb = self.embed(t, label, x.dtype)
         *skips, h = injection.into_decoder(self.encode(x, emb, text, injection))
         for parts in self.output_blocks:
-            h = fork.cat(h, skips.pop(), dim=2)
+            h = forked_layers.cat(h, skips.pop(), dim=2)
             h = _run(parts, h, emb, text, injection, skips[-1].shape[-2:] if skips else None)
         return self.out["2"](F.silu(self.out["0"](h)))
 

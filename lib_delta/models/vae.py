@@ -13,10 +13,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_delta import fork
 from lib_delta.errors import CheckpointError
-
-PREFIX = "first_stage_model."
+from lib_delta.models import forked_layers
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
-        h = fork.attend(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:])
+        h = forked_layers.attend(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:])
         return x + self.proj_out(h)
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
-from served import browser, serve
+
+from tests.browser.served import browser, serve
 
 expect.set_options(timeout=20_000)
 

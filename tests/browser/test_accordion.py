@@ -7,7 +7,8 @@ import urllib.error
 import urllib.request
 
 import pytest
-from served import SCREENSHOTS, missing
+
+from tests.browser.served import SCREENSHOTS, missing
 
 if missing():
     pytest.skip(missing(), allow_module_level=True)
@@ -15,10 +16,10 @@ if missing():
 import gradio
 from playwright.sync_api import expect
 
-pytest.register_assert_rewrite("tabs")
-from tabs import Tab  # noqa: E402 - its asserts are rewritten
+pytest.register_assert_rewrite("tests.browser.tabs")
+from tests.browser.tabs import Tab  # noqa: E402 - its asserts are rewritten
 
-pytest_plugins = ("tabs",)
+pytest_plugins = ("tests.browser.tabs",)
 
 DELTA = (
     "a castle, <lora:x:1>\nSteps: 20, Sampler: Euler, Seed: 1, Delta lambda: 6.5, Delta end: 0.6, Delta curve: cosine, "

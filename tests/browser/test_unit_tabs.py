@@ -5,7 +5,8 @@ import io
 import re
 
 import pytest
-from served import SCREENSHOTS, missing
+
+from tests.browser.served import SCREENSHOTS, missing
 
 if missing():
     pytest.skip(missing(), allow_module_level=True)
@@ -14,10 +15,10 @@ import gradio
 from PIL import Image, ImageDraw
 from playwright.sync_api import expect
 
-pytest.register_assert_rewrite("tabs")
-from tabs import Tab  # noqa: E402 - its asserts are rewritten
+pytest.register_assert_rewrite("tests.browser.tabs")
+from tests.browser.tabs import Tab  # noqa: E402 - its asserts are rewritten
 
-pytest_plugins = ("tabs",)
+pytest_plugins = ("tests.browser.tabs",)
 
 UNITS = "off, canny@control_v11p_sd15_canny:0.8:end=0.6:mode=control:perfect=yes:a=64"
 DELTA = f'a castle\nSteps: 20, Sampler: Euler, Seed: 1, Delta lambda: 1, Delta bridge: learned, Delta units: "{UNITS}"'

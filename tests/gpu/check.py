@@ -86,7 +86,8 @@ def _prepared(report: Report, name: str) -> tuple[object, Mapping[str, Callable]
     """Say what the machine is, and return where the checks run and which there are."""
     report.say("### Delta Sampling on a device\n\n| | |\n|---|---|")
     import torch
-    from card import described, find
+
+    from tests.gpu.card import described, find
 
     card = find(name)
     told = described(card)
@@ -99,7 +100,7 @@ def _prepared(report: Report, name: str) -> tuple[object, Mapping[str, Callable]
             report.say(f"| and then | {_cell(_first_line(error))} |")
             break
         report.say(f"| {what} | {_cell(found)} |")
-    from checks import FIFTH, HALF, SD15, Bench, checks_for
+    from tests.gpu.checks import FIFTH, HALF, SD15, Bench, checks_for
 
     if card.is_cpu:
         report.say("\nThis Python's torch found no card: what a CPU can tell is checked, at a fifth of the width.")

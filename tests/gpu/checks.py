@@ -20,21 +20,21 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from card import MB, Card, own_memory
-
-from lib_delta.adapters import keys
-from lib_delta.adapters.apply import Form, attach, detach
-from lib_delta.adapters.load import AdapterFile, read_adapter
+from lib_delta.adapters import key_names
+from lib_delta.adapters.adapter_file import AdapterFile, read_adapter
+from lib_delta.adapters.attach import Form, attach, detach
 from lib_delta.bridges import choose
-from lib_delta.compiling import compile_unet
+from lib_delta.core.conditioning import Conditioning
+from lib_delta.core.source import Source
 from lib_delta.devices import give_back, out_of_memory, release_cached
-from lib_delta.fork import Conv2d, Linear
+from lib_delta.diffusion.latent_spaces import Space
+from lib_delta.diffusion.parameterization import Parameterization
+from lib_delta.models.forked_layers import Conv2d, Linear
 from lib_delta.models.unet import UNet, UNetConfig
-from lib_delta.parameterization import Parameterization
-from lib_delta.placement import Placed, Stream, visit
-from lib_delta.sidemodel import _store
-from lib_delta.source import Conditioning, Source
-from lib_delta.spaces import Space
+from lib_delta.runtime.compiling import compile_unet
+from lib_delta.runtime.placement import Placed, Stream, visit
+from lib_delta.runtime.side_model import _store
+from tests.gpu.card import MB, Card, own_memory
 
 # What a release of Stable Diffusion 1.5 has.
 SD15 = UNetConfig(
@@ -117,7 +117,7 @@ class Bench:
         """Return a LoRA of rank 8 on all attention and convolution layers, in kohya's names."""
         generator = torch.Generator().manual_seed(SEED + 1)
         tensors = {}
-        for path, layer in keys.layers(unet).items():
+        for path, layer in key_names.layers(unet).items():
             if isinstance(layer, (Linear, Conv2d)):
                 out, inner, *kernel = layer.weight.shape
                 down, up = (RANK, inner, *kernel), (out, RANK, *[1] * len(kernel))
@@ -396,8 +396,8 @@ def generation(bench: Bench) -> Iterator[Line]:
     place = bench.card.unindexed
     sys.path[:0] = [str(ROOT / "tests" / "hosts"), *map(str, _k_diffusion())]
     try:
-        from small_files import make_files
-        from stand_in_webui import running
+        from tests.support.small_files import make_files
+        from tests.support.stand_in_webui import running
     except ImportError as error:
         yield Line(f"a generation on {place}", f"left out: {error}", None)
         return

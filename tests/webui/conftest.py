@@ -10,34 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from client import RefusedError, WebUI
 
-
-@dataclass(frozen=True)
-class Files:
-    """Names of the files that are put into the WebUI's folders."""
-
-    sd1: str = "delta-test-sd1"
-    copy: str = "delta-test-sd1-copy"
-    tuned: str = "delta-test-sd1-tuned"
-    sd2: str = "delta-test-sd2"
-    sdxl: str = "delta-test-sdxl"
-    lora: str = "delta-test-lora"
-    sdxl_lora: str = "delta-test-sdxl-lora"
-    broken_lora: str = "delta-test-broken-lora"
-    nan_lora: str = "delta-test-nan-lora"
-    unmatched_lora: str = "delta-test-unmatched-lora"
-    embedding: str = "delta-test-embedding"
-    control: str = "delta-test-control"
-
-    def delta(self, **changes: Any) -> dict[str, Any]:
-        """Return what the API takes for a delta that works: the LoRA on the checkpoint that it was made for."""
-        return {"lambda": 1.0, "base": self.sd1, "loras": self.lora, **changes}
+from tests.support.webui.client import RefusedError, WebUI, size_of_checkpoints
+from tests.support.webui.files import Files
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,16 +31,10 @@ def files() -> Files:
     folder = os.environ.get("WEBUI_DIR")
     names = Files()
     if folder:
-        from checkpoints import FULL, TINY, make_all
+        from tests.support.webui.checkpoints import FULL, TINY, make_all
 
-        make_all(Path(folder), names, FULL if _size() == "full" else TINY)
+        make_all(Path(folder), names, FULL if size_of_checkpoints() == "full" else TINY)
     return names
-
-
-def _size() -> str:
-    """Return how large the checkpoints have to be: Forge serves no others than those of released models' shapes."""
-    host = WebUI(os.environ["WEBUI_URL"].rstrip("/")).get("/delta-sampling/status")["host"]
-    return os.environ.get("WEBUI_SIZE", "tiny" if host == "AUTOMATIC1111" else "full")
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from client import RefusedError, Result, WebUI, decode, encode
-from conftest import Files
 from PIL import Image
 
-# Whole numbers of 255: two computations of the same picture may round one or two apart.
-NEAR = 2
+from tests.support.webui.client import RefusedError, Result, WebUI, decode, encode
+from tests.support.webui.files import Files
+from tests.support.webui.results import NEAR, assert_same
+
 # Its step sizes follow the estimates and magnify their rounding: changing CFG by a 100,000th moves pixels of the
 # WebUI's own picture by 17 to 39 of 255. So its picture need only be much nearer to the LoRA's than to the plain one.
 UNSTABLE = ("DPM adaptive",)
@@ -39,12 +39,6 @@ def delta(files: Files, **changes: Any) -> dict[str, Any]:
 
 def distance(a: Result, b: Result) -> float:
     return float(np.abs(a.pictures - b.pictures).mean())
-
-
-def assert_same(a: Result, b: Result) -> None:
-    assert a.pictures.shape == b.pictures.shape
-    worst = np.abs(a.pictures - b.pictures).max()
-    assert worst <= NEAR, f"pictures differ by up to {worst} of 255"
 
 
 def assert_exact(webui: WebUI, files: Files, **changes: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import time
-import urllib.error
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from client import RefusedError, Result, WebUI
-from conftest import Files
+
+from tests.support.webui.client import RefusedError, Result, WebUI
+from tests.support.webui.files import Files
+from tests.support.webui.results import refusal
 
 STEPS = 15  # of a run that is interrupted
 
@@ -43,15 +44,6 @@ def assert_unharmed(webui: WebUI, files: Files, earlier: Earlier) -> None:
     assert "Delta" not in plain.infotexts[0]
     assert np.array_equal(delta.pictures, earlier.delta)
     assert "Delta lambda: 1" in delta.infotexts[0]
-
-
-def refusal(webui: WebUI, delta: dict[str, Any], **changes: Any) -> str:
-    """Return the sentence that a generation is refused with."""
-    with pytest.raises(RefusedError) as caught:
-        webui.generate(delta, **changes)
-    cause = caught.value.__cause__
-    assert isinstance(cause, urllib.error.HTTPError) and cause.code == 500
-    return caught.value.sentence
 
 
 Case = tuple[Callable[[Files], dict[str, Any]], str]

@@ -15,17 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import formats
 import numpy as np
 import pytest
 import torch
-from checkpoints import FULL, TINY, Size, draw
-from client import Result, WebUI, decode, skip_without_infotexts
-from conftest import Files, _size
-from formats import DIALECTS, FORMATS, LORA, PREFIX, Tensors, kohya
-from test_exactness import NEAR, assert_same
-from test_failures import refusal
-from test_webui_surface import delta_keys, plot, status, texts_of
+
+from tests.support.webui import formats
+from tests.support.webui.checkpoints import FULL, TINY, Size, draw
+from tests.support.webui.client import Result, WebUI, decode, size_of_checkpoints, skip_without_infotexts
+from tests.support.webui.files import Files
+from tests.support.webui.formats import DIALECTS, FORMATS, LORA, PREFIX, Tensors, kohya
+from tests.support.webui.results import NEAR, assert_same, delta_keys, plot, refusal, status, texts_of
 
 LBW = {
     "MIDD": "1,0,0,0,1,1,1,1,1,1,1,1,0,0,0,0,0",
@@ -44,7 +43,7 @@ ORDER = {
 
 @pytest.fixture(scope="module")
 def size() -> Size:
-    return FULL if _size() == "full" else TINY
+    return FULL if size_of_checkpoints() == "full" else TINY
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from client import SCRIPT, RefusedError, Result, WebUI, encode
-from conftest import Files
 from PIL import Image
+
+from tests.support.webui.client import SCRIPT, RefusedError, Result, WebUI, encode
+from tests.support.webui.files import Files
 
 UNREAD = "this WebUI's ControlNet reads none of small size: WEBUI_SIZE=full"
 NEAR = 2  # of 255: two computations of the same picture may round one or two apart

@@ -7,30 +7,16 @@ import json
 import re
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
-from client import SCRIPT, RefusedError, WebUI, decode, skip_without_infotexts
-from conftest import Files
+
+from tests.support.webui.client import SCRIPT, RefusedError, WebUI, decode, skip_without_infotexts
+from tests.support.webui.files import Files
+from tests.support.webui.results import delta_keys, plot, plot_arguments, status, texts_of, without_hash
 
 TYPES = {"boolean": bool, "number": (int, float), "string": str, "array": list}
-
-
-def delta_keys(infotext: str) -> dict[str, str]:
-    """Return what a picture's text says of the delta."""
-    pairs = re.findall(r"(Delta [\w ]+): (\"(?:[^\"\\]|\\.)*\"|[^,]*)", infotext.splitlines()[-1])
-    # Hashes are there only where the WebUI makes them.
-    return {
-        key: json.loads(value) if value.startswith('"') else value.strip()
-        for key, value in pairs
-        if key != "Delta LoRA hashes"
-    }
-
-
-def without_hash(value: str) -> str:
-    return re.sub(r" \[\w+\]$", "", value)
 
 
 # Arguments.
@@ -127,13 +113,6 @@ def test_the_first_positional_arguments_are_enough(webui: WebUI, files: Files) -
     assert np.array_equal(webui.generate(alwayson_scripts=first).pictures, webui.generate().pictures)
 
 
-# Infotext.
-
-
-def texts_of(infotext: str) -> dict[str, str]:
-    return {key: without_hash(value) for key, value in delta_keys(infotext).items()}
-
-
 def test_the_infotext_has_what_is_not_the_default(webui: WebUI, files: Files) -> None:
     simple = texts_of(webui.generate(files.delta()).infotexts[0])
     told = {"Delta base": files.sd1, "Delta LoRAs": files.lora, "Delta bridge": "learned"}
@@ -159,44 +138,6 @@ def test_an_infotext_makes_the_same_picture_again(webui: WebUI, files: Files) ->
     again = np.asarray(decode(answer["images"][0]).convert("RGB"), int)
     assert texts_of(json.loads(answer["info"])["infotexts"][0]) == all_texts(files)
     assert np.array_equal(again, first.pictures[0])
-
-
-# XYZ plot.
-
-
-@dataclass(frozen=True)
-class Cell:
-    picture: np.ndarray
-    infotext: str
-
-
-def plot_arguments(webui: WebUI, axes: dict[str, str]) -> list[Any]:
-    """Return the XYZ plot's arguments; axes are chosen by their number in its list."""
-    scripts = webui.get("/sdapi/v1/script-info")
-    plot = next(s for s in scripts if s["name"].lower() == "x/y/z plot" and not s["is_img2img"])
-    labels = next(argument["choices"] for argument in plot["args"] if argument["label"] == "X type")
-    labels = [label if isinstance(label, str) else label[0] for label in labels]
-    chosen = [*axes.items(), ("Nothing", ""), ("Nothing", "")][:3]
-    arguments: list[Any] = []
-    for label, values in chosen:
-        assert label in labels, f"the plot has no axis {label}, only {labels}"
-        # Axes of names take a list, axes of numbers a text.
-        arguments += [labels.index(label), values, values.split(", ")]
-    # What else there is, and in which order, differs by WebUI.
-    given = {"Draw legend": False, "Include Sub Images": True}
-    return arguments + [given.get(other["label"], other["value"]) for other in plot["args"][len(arguments) :]]
-
-
-def plot(webui: WebUI, delta: dict[str, Any], axes: dict[str, str]) -> list[Cell]:
-    """Return the cells of an XYZ plot, x running fastest."""
-    script = {"script_name": "X/Y/Z plot", "script_args": plot_arguments(webui, axes)}
-    body = {**webui.defaults, **script, "alwayson_scripts": {SCRIPT: {"args": [delta]}}}
-    answer = webui.post("/sdapi/v1/txt2img", body)
-    texts = json.loads(answer["info"])["infotexts"]
-    pictures = [np.asarray(decode(image).convert("RGB"), int) for image in answer["images"]]
-    assert len(pictures) == len(texts)
-    # The grid comes first.
-    return [Cell(picture, text) for picture, text in zip(pictures[1:], texts[1:])]
 
 
 def test_a_plot_over_lambda_and_lora_weight(webui: WebUI, files: Files) -> None:
@@ -277,14 +218,6 @@ def test_after_a_plot_nothing_of_it_is_left(webui: WebUI, files: Files) -> None:
     after = webui.generate(files.delta())
     assert np.array_equal(before.pictures, after.pictures)
     assert delta_keys(before.infotexts[0]) == delta_keys(after.infotexts[0])
-
-
-# Status.
-
-
-def status(webui: WebUI) -> list[str]:
-    lines: list[str] = webui.get("/delta-sampling/status")["status"]
-    return lines
 
 
 def test_the_status_names_what_is_loaded_and_what_the_last_run_cost(webui: WebUI, files: Files) -> None:

@@ -14,14 +14,15 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
+sys.path[:0] = [str(HERE), str(ROOT)]
 
 import gradio as gr  # noqa: E402
 from fastapi import Depends, HTTPException  # noqa: E402
 from fastapi.security import HTTPBasic, HTTPBasicCredentials  # noqa: E402
 from modules import infotext_utils, script_callbacks, scripts  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
-from stand_in_host import use_stand_in_host  # noqa: E402
+
+from tests.support.stand_in_host import use_stand_in_host  # noqa: E402
 
 SIZE = 160
 CARDS = {"moxin": "<lora:moxin:0.7> moxin style", "ball": "ball"}  # a LoRA's, and another's

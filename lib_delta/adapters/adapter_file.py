@@ -1,0 +1,433 @@
+"""Adapter files: from a file's tensors to the layers that they adapt."""
+
+from __future__ import annotations
+
+import os
+from collections import ChainMap, Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lib_delta.adapters import compatibility, key_names, numbered_format
+from lib_delta.adapters.algorithms import biased, dora, full, ia3, lokr, lora, oft
+from lib_delta.adapters.algorithms.base import LayerAdapter, number
+from lib_delta.adapters.algorithms.biased import Biased
+from lib_delta.adapters.algorithms.dora import Dora
+from lib_delta.adapters.algorithms.full import Tuned
+from lib_delta.adapters.algorithms.lora import Lora
+from lib_delta.adapters.algorithms.registry import ALGORITHMS
+from lib_delta.adapters.compatibility import family_of
+from lib_delta.adapters.key_names import Place
+from lib_delta.adapters.peft_config import Trained, rank_of
+from lib_delta.diffusion.families import Family
+from lib_delta.diffusion.parameterization import Prediction
+from lib_delta.errors import AdapterError, CheckpointError
+from lib_delta.files.checkpoint import TEXT_PREFIXES, detect_family, stated_prediction, unet_prefix
+from lib_delta.files.weight_file import WeightFile
+from lib_delta.models.text import load_towers
+from lib_delta.models.unet import UNet
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """What a file adapts: layers by module path, of the UNet and of each text encoder.
+
+    ``unmatched`` are the file's keys that name no layer of the model at hand, of ``total`` in all.
+    ``embeddings`` are textual inversions that came in the file, ``(vectors, width)`` by name.
+    ``stated`` is the family that the file's header names, if it names one.
+    """
+
+    name: str
+    unet: Mapping[str, LayerAdapter]
+    text: tuple[Mapping[str, LayerAdapter], ...] = ()
+    unmatched: tuple[str, ...] = ()
+    total: int = 0
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    stated: str = ""
+
+    def algorithms(self) -> dict[str, int]:
+        """Return how many layers each algorithm adapts, the commonest first."""
+        return dict(Counter(adapter.algorithm for adapter in self._layers()).most_common())
+
+    def ranks(self) -> tuple[int, ...]:
+        """Return the ranks that occur, in order."""
+        return tuple(sorted({adapter.rank for adapter in self._layers() if adapter.rank is not None}))
+
+    def memory(self) -> int:
+        """Return the bytes of its tensors."""
+        return sum(adapter.memory() for adapter in self._layers()) + sum(t.nbytes for t in self.embeddings.values())
+
+    def _layers(self) -> Iterator[LayerAdapter]:
+        for layers in (self.unet, *self.text):
+            yield from layers.values()
+
+    def with_rank(self, rank: int | None) -> AdapterFile:
+        """Return the same with the first ``rank`` ranks of its LoRAs alone, as DyLoRAs allow; None for all."""
+        if rank is None:
+            return self
+        if not any(isinstance(adapter, Lora) for adapter in self._layers()):
+            raise AdapterError(f"{self.name} has no ranks to choose from (dyn={rank}), and a LoRA is needed for that")
+
+        def cut(layers: Mapping[str, LayerAdapter]) -> dict[str, LayerAdapter]:
+            return {path: a.truncated(rank) if isinstance(a, Lora) else a for path, a in layers.items()}
+
+        return replace(self, unet=cut(self.unet), text=tuple(map(cut, self.text)))
+
+    def report(self) -> str:
+        """Say in one sentence what it is, what matched, and count what did not."""
+        kinds, ranks = " and ".join(self.algorithms()), self.ranks()
+        if ranks:
+            kinds += f" of rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+        text = sum(map(len, self.text))
+        said = f"{self.name} ({kinds or 'nothing changed'}) adapts {len(self.unet)} layers of the UNet"
+        said += f" and {text} of the text encoder"
+        if self.embeddings:
+            said += f", and brings the embedding{'s' * (len(self.embeddings) > 1)} {', '.join(self.embeddings)}"
+        if not self.unmatched:
+            return f"{said}."
+        return f"{said}; {len(self.unmatched)} of its {self.total} keys match no layer."
+
+
+def load_adapter(
+    path: str | os.PathLike[str],
+    unet: UNet,
+    towers: Sequence[nn.Module] = (),
+    prediction: Prediction | None = None,
+) -> AdapterFile:
+    """Read an adapter for ``unet`` and its text encoders: a LoRA or its like, or a fine-tuned checkpoint.
+
+    ``prediction`` is what the base predicts, which a fine-tuned checkpoint has to share.  A checkpoint without text
+    encoders leaves the base's as they are.
+    Raises :class:`AdapterError` for a file that cannot be read, is malformed, or is of another family.
+    """
+    try:
+        with WeightFile.open(Path(path)) as file:
+            prefix = unet_prefix(file.shapes)
+            if prefix is None:
+                tensors = numbered_format.renamed(file.name, _Tensors(file), file.metadata, unet)
+                if tensors is None:
+                    compatibility.refuse_other_kinds(file.name, file.shapes)
+                trained = Trained.beside(Path(path), file.metadata)
+                return read_adapter(file.name, tensors or _Tensors(file), unet, towers, trained, file.metadata)
+            found = detect_family(file.shapes, file.name)
+            if found is not family_of(unet):
+                raise compatibility.other_family(file.name, found.label, unet)
+            _refuse_other_prediction(file, prediction)
+            text = [(tower, tuned.state_dict()) for tower, tuned in zip(towers, _tuned_towers(file, found, towers))]
+            return read_full(file.name, _Tensors(file.below(prefix)), unet, text)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from error
+
+
+def _refuse_other_prediction(file: WeightFile, needed: Prediction | None) -> None:
+    stated = stated_prediction(file)
+    if needed is not None and stated is not None and stated != needed:
+        raise AdapterError(
+            f"{file.name} predicts {stated} where the base predicts {needed}, so their difference means nothing:"
+            f" a checkpoint that predicts {needed} is needed"
+        )
+
+
+def _tuned_towers(file: WeightFile, family: Family, towers: Sequence[nn.Module]) -> Sequence[nn.Module]:
+    if not towers or not any(key.startswith(TEXT_PREFIXES) for key in file.shapes):
+        return ()
+    return load_towers(file, family, next(towers[0].parameters()).dtype)
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """A file's tensors, each read when it is asked for."""
+
+    def __init__(self, file: WeightFile) -> None:
+        self._file = file
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._file.tensor(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._file.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.shapes)
+
+    def __len__(self) -> int:
+        return len(self._file.shapes)
+
+
+def read_adapter(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    unet: UNet,
+    towers: Sequence[nn.Module] = (),
+    trained: Trained | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> AdapterFile:
+    """Make an :class:`AdapterFile` of the tensors of the file ``name``; raises as :func:`load_adapter`.
+
+    ``trained`` and ``metadata`` are what the trainer wrote beside the tensors, and in the file's header.
+    """
+    stated = compatibility.stated_family(metadata or {})
+    groups, embeddings, unread = _grouped(name, tensors)
+    compatibility.refuse_other_family(name, groups, unet)
+    names = key_names.layer_names(unet, towers)
+    unmatched = _with_whole_weights(name, groups, {key: tensors[key] for key in unread}, names)
+    found: dict[Place, LayerAdapter] = {}
+    for layer, group in groups.items():
+        place = names.get(layer)
+        if place is None:
+            unmatched += group.stored
+            continue
+        if place in found:
+            raise AdapterError(f"{name} names the layer {place.path} twice ({layer}), and one entry a layer is needed")
+        if trained is not None:
+            trained.complete(layer, group.stored[0], group.tensors)
+        module = _module(unet, towers, place)
+        unmatched += _without_more_inputs(group, module)
+        try:
+            found[place] = _layer(group.tensors, module)
+        except AdapterError as error:
+            raise AdapterError(f"{name} is malformed or for another model at {layer}: {error}") from error
+    if not found:
+        raise compatibility.nothing_matches(name, list(tensors), unet, stated, len(towers))
+    text = tuple({p.path: a for p, a in found.items() if p.tower == i} for i in range(len(towers)))
+    for key, vectors in embeddings.items():
+        _refuse_embedding(name, key, vectors, unet)
+    return AdapterFile(
+        name,
+        {p.path: a for p, a in found.items() if p.tower is None},
+        text,
+        tuple(unmatched),
+        len(tensors),
+        embeddings,
+        stated,
+    )
+
+
+@dataclass
+class Group:
+    """One layer's tensors by the names that :func:`keys.read` gives them, and the keys they are stored by."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    stored: list[str] = field(default_factory=list)
+
+
+def _grouped(name: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Group], dict[str, Tensor], list[str]]:
+    """Sort a file's tensors by layer; return them, the embeddings that came along, and the keys of other things."""
+    groups: dict[str, Group] = defaultdict(Group)
+    embeddings: dict[str, Tensor] = {}
+    unread: list[str] = []
+    for key, tensor in tensors.items():
+        if bundled := key_names.EMBEDDING.fullmatch(key):
+            # A single vector may come without the dimension that counts vectors.
+            embeddings[bundled["name"]] = tensor[None] if tensor.ndim == 1 else tensor
+            continue
+        read = key_names.read(key)
+        if read is None:
+            unread.append(key)
+            continue
+        group = groups[read.layer]
+        if read.tensor in group.tensors:
+            raise AdapterError(f"{name} holds {read.tensor} of {read.layer} twice ({key}), and one is needed")
+        group.tensors[read.tensor] = read.as_stored(tensor)
+        group.stored.append(key)
+    return dict(groups), embeddings, unread
+
+
+# Tensors that stand beside a layer's factors in files of kinds that are not served.
+_UNSERVED = {"lora_diag": " of KaSA"}
+# The base's own weights, which peft saves, with some settings, beside those in their place: they change nothing.
+_BASE_OWN = "original_module."
+
+
+def _with_whole_weights(
+    name: str, groups: dict[str, Group], unread: Mapping[str, Tensor], names: Mapping[str, Place]
+) -> list[str]:
+    """Add to ``groups`` what stands in the place of layers' own weights; return the keys that belong to no layer.
+
+    Raises :class:`AdapterError` for any other tensor of a layer: to leave it out would change the layer in another way
+    than was trained.
+    """
+    factors = any(layer in names for layer in groups)
+    left = []
+    for key, tensor in unread.items():
+        owner = key_names.owner(key, names)
+        of_peft = factors or key.startswith("base_model.model.")
+        whole = key_names.read_whole(key) if of_peft else None
+        if owner is None or not of_peft:
+            left.append(key)
+        elif owner[1].startswith(_BASE_OWN):
+            continue
+        elif whole is None or whole.layer != owner[0]:
+            unserved = _UNSERVED.get(owner[1], "")
+            raise AdapterError(
+                f"{name} holds a tensor {owner[1]}{unserved} for the layer {owner[0]} ({key}), which no algorithm"
+                " that is served reads: without it the layer would not be what was trained"
+            )
+        else:
+            group = groups.setdefault(whole.layer, Group())
+            # peft may save it by two of its names.
+            if whole.tensor in group.tensors and not torch.equal(group.tensors[whole.tensor], tensor):
+                raise AdapterError(f"{name} holds {whole.tensor} of {whole.layer} twice ({key}), and one is needed")
+            group.tensors[whole.tensor] = tensor
+            group.stored.append(key)
+    return left
+
+
+def _refuse_embedding(name: str, key: str, vectors: Tensor, unet: UNet) -> None:
+    width = unet.config.context_width
+    fits = vectors.ndim == 2 and vectors.shape[1] == width and vectors.is_floating_point()
+    if not fits or not torch.isfinite(vectors.float()).all():
+        raise AdapterError(
+            f"{name} brings an embedding {key!r} of shape {tuple(vectors.shape)} and type {vectors.dtype},"
+            f" and finite vectors of width {width} are needed"
+        )
+
+
+# What inpainting, depth and edit models add to the inputs of their first layer, behind the latent's channels.
+_MORE_INPUTS = (5, 8, 9)
+_FIRST = "input_blocks.0.0.weight"
+
+
+def _without_more_inputs(group: Group, layer: nn.Module) -> list[str]:
+    """Leave out what the first layer's tensors of an inpainting model hold for mask and picture; say what that is."""
+    own = cast(Tensor, layer.weight).shape
+    if len(own) != 4 or own[1] in _MORE_INPUTS:
+        return []
+    left_out = []
+    for name in (lora.DOWN, full.DIFF, full.NEW):
+        tensor = group.tensors.get(name)
+        if tensor is not None and tensor.ndim == 4 and tensor.shape[1] in _MORE_INPUTS and tensor.shape[1] > own[1]:
+            group.tensors[name] = tensor[:, : own[1]].contiguous()
+            stored = next((key for key in group.stored if key.endswith(name)), group.stored[0])
+            left_out.append(f"{stored} (input channels {own[1] + 1} to {tensor.shape[1]})")
+    return left_out
+
+
+# Tensors of one number, which may be a whole one.
+_NUMBERS = (lora.ALPHA, ia3.ON_INPUT, oft.PEFT_TERMS, "scale", "scalar")
+
+
+def _layer(tensors: Mapping[str, Tensor], layer: nn.Module) -> LayerAdapter:
+    for below, tensor in tensors.items():
+        # Quantised factors are whole numbers too, and no scale of theirs is known here.
+        if not tensor.is_floating_point() and below not in _NUMBERS:
+            raise AdapterError(f"{below} is stored as {tensor.dtype}, and floating-point numbers are needed")
+    tensors = _scaled(tensors)
+    if lokr.W1 in tensors and lokr.W2 in tensors:
+        # Of two whole factors alpha means nothing, and is more than fp16 holds in some files.
+        tensors = {below: tensor for below, tensor in tensors.items() if below != lora.ALPHA}
+    for below, tensor in tensors.items():
+        # Through fp32: smaller types know no such question, or lose the answer in a cast.
+        if not torch.isfinite(tensor.float()).all():
+            raise AdapterError(f"{below} holds NaN or infinity, and finite numbers are needed")
+    adapter = _matched(tensors).fit(cast(Tensor, layer.weight).shape)
+    if adapter.changes_bias and getattr(layer, "bias", None) is None:
+        raise AdapterError("it changes a bias that the model's layer does not have")
+    return adapter
+
+
+def _scaled(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Bring older tools' factors of the whole difference to one: alpha.
+
+    ``scale`` counts in the place of alpha over the rank, as AUTOMATIC1111 reads it.  ``scalar`` is a trained factor,
+    which some tools multiply by and others leave out.
+    """
+    rest = {below: tensor for below, tensor in tensors.items() if below not in ("scale", "scalar")}
+    if "scalar" in tensors and number(tensors["scalar"], "scalar") != 1:
+        raise AdapterError(
+            "it has a scalar other than 1 beside its factors, which is not served: save it with them multiplied by it"
+        )
+    if "scale" in tensors:
+        rank = rank_of(rest)
+        if rank is None:
+            raise AdapterError("it has a scale, which is served beside low-rank factors alone")
+        rest[lora.ALPHA] = torch.tensor(number(tensors["scale"], "scale") * rank, dtype=torch.float64)
+    return rest
+
+
+def _matched(tensors: Mapping[str, Tensor]) -> LayerAdapter:
+    if dora.SCALE in tensors:
+        return Dora(_matched({k: t for k, t in tensors.items() if k != dora.SCALE}), tensors[dora.SCALE])
+    for bias in biased.NAMES:
+        if bias in tensors and not tensors.keys() & {full.DIFF, full.NEW}:
+            return _with_bias({k: t for k, t in tensors.items() if k != bias}, bias, tensors[bias])
+    for algorithm in ALGORITHMS:
+        adapter = algorithm.match(tensors)
+        if adapter is not None:
+            return cast(LayerAdapter, adapter)
+    names = ", ".join(sorted(tensors))
+    raise AdapterError(f"its tensors ({names}) are of an algorithm that is not served, or incomplete")
+
+
+def _with_bias(rest: Mapping[str, Tensor], name: str, bias: Tensor) -> Biased:
+    inner = _matched(rest) if rest else None
+    scale = inner.scale if name == biased.UP_BIAS and isinstance(inner, Lora) else 1.0
+    return Biased(inner, bias, scale, replaces=name == biased.NEW_BIAS)
+
+
+def read_full(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    unet: UNet,
+    towers: Sequence[tuple[nn.Module, Mapping[str, Tensor]]] = (),
+) -> AdapterFile:
+    """Make an adaptation of a fine-tuned model: every layer in which it differs from the base.
+
+    Args:
+        name: the file, for messages.
+        tensors: the tuned UNet's weights, by their keys below ``model.diffusion_model.``.
+        unet: the base. A layer whose tuned weights, stored in the base's dtype, are bit-identical
+            to it stays shared.
+        towers: each base text encoder with its tuned weights, by the encoder's own names.
+
+    Raises :class:`AdapterError` where the tuned weights are missing, of another shape, or not finite.
+    """
+    width = next((tensors[k].shape[1] for k in tensors if k.endswith("attn2.to_k.weight")), None)
+    if width is not None and width != unet.config.context_width:
+        raise compatibility.other_family(name, compatibility.described(width), unet)
+    text = tuple(_tuned_layers(name, weights, tower) for tower, weights in towers)
+    first = Group({full.DIFF: tensors[_FIRST]}, [_FIRST]) if _FIRST in tensors else Group()
+    left_out = _without_more_inputs(first, unet.get_submodule(_FIRST.removesuffix(".weight")))
+    own = ChainMap({_FIRST: first.tensors[full.DIFF]}, tensors) if left_out else tensors  # type: ignore[arg-type]
+    return AdapterFile(name, _tuned_layers(name, own, unet), text, tuple(left_out), len(tensors))
+
+
+def _tuned_layers(name: str, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, LayerAdapter]:
+    changed: dict[str, LayerAdapter] = {}
+    for path, layer in key_names.layers(model).items():
+        differs = False
+        tuned: dict[str, Tensor] = {}
+        for key, base in layer.named_parameters(recurse=False):
+            tuned[key] = _tuned(name, tensors, f"{path}.{key}", base)
+            differs = differs or full.changed(base, tuned[key])
+        if differs:
+            changed[path] = Tuned(tuned["weight"], tuned.get("bias"))
+    return changed
+
+
+def _tuned(name: str, tensors: Mapping[str, Tensor], key: str, base: Tensor) -> Tensor:
+    if key not in tensors:
+        raise AdapterError(f"{name} has no {key}, and a full checkpoint of the base model's architecture is needed")
+    tensor = tensors[key]
+    if _without_ones(tensor) != _without_ones(base):
+        raise AdapterError(
+            f"{name} has {key} of shape {tuple(tensor.shape)}, and the base model's shape {tuple(base.shape)} is needed"
+        )
+    if not tensor.is_floating_point():
+        raise AdapterError(f"{name} has {key} of type {tensor.dtype}, and floating-point weights are needed")
+    if not torch.isfinite(tensor.to(base.dtype)).all():
+        raise AdapterError(f"{name} has NaN or infinity in {key}, and finite weights are needed")
+    return tensor.reshape(base.shape)
+
+
+def _without_ones(tensor: Tensor) -> tuple[int, ...]:
+    # A 1x1 convolution may be stored as a matrix.
+    return tuple(n for n in tensor.shape if n != 1)
+
+
+def _module(unet: UNet, towers: Sequence[nn.Module], place: Place) -> nn.Module:
+    model: nn.Module = unet if place.tower is None else towers[place.tower]
+    return model.get_submodule(place.path)

@@ -1,0 +1,1 @@
+"""The algorithms of adapters, one file each."""

@@ -1,0 +1,138 @@
+"""What every adapter algorithm offers.
+
+An algorithm is a module with ``match(tensors) -> LayerAdapter | None``: it takes the tensors that a
+file holds for one layer, by the names that :mod:`lib_delta.adapters.key_names` gives them
+(``lora_down.weight``), and returns a frozen dataclass, or None if these are another algorithm's.
+It raises :class:`AdapterError` for tensors that are its own and cannot be used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Size, Tensor
+
+from lib_delta.errors import AdapterError
+from lib_delta.models.forked_layers import ForkedLayer
+
+Own = TypeVar("Own", bound="LayerAdapter")
+
+
+class LayerAdapter(ABC):
+    """One layer's part of an adapter, independent of the weight that the user gives it.
+
+    Subclasses are frozen dataclasses whose tensors are fields.  What an adapter does is a difference
+    to the layer that it is put on, so that any number of them add up in any order.
+    """
+
+    @property
+    @abstractmethod
+    def algorithm(self) -> str:
+        """The algorithm's name, for reports."""
+
+    @property
+    def bypasses(self) -> bool:
+        """Whether the effect can be added to the layer's output, computed from small factors (:meth:`bypass`)."""
+        return False
+
+    def bypass_cost(self, shape: Size) -> float:
+        """Return what :meth:`bypass` multiplies, as a share of what the layer with weights of ``shape`` does."""
+        return sum(t.numel() for t in self._tensors().values()) / max(shape.numel(), 1)
+
+    def memory(self) -> int:
+        """Return the bytes of its tensors."""
+        found: list[Tensor] = []
+        self.map(lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+        return sum(t.nbytes for t in found)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of its factors, None where the algorithm has none."""
+        return None
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether it holds a difference for the layer's bias."""
+        return False
+
+    @abstractmethod
+    def fit(self: Own, shape: Size) -> Own:
+        """Return the adapter laid out for a weight of ``shape``; raise :class:`AdapterError` if it is not for one."""
+
+    @abstractmethod
+    def merged_difference(self, weight: Tensor) -> Tensor:
+        """Return W' - W for the layer's ``weight``: its shape and device, computed in fp32."""
+
+    def add_difference(self, total: Tensor, weight: Tensor, factor: float) -> None:
+        """Add ``factor`` times :meth:`merged_difference` to ``total``: fp32, contiguous, the weight's shape."""
+        total.add_(self.merged_difference(weight), alpha=factor)
+
+    def bias_difference(self, bias: Tensor) -> Tensor | None:
+        """Return b' - b in fp32, or None where the bias stays as it is."""
+        return None
+
+    def bypass(self, layer: ForkedLayer, x: Tensor, y: Tensor) -> Tensor:
+        """Return what is added to the layer's output ``y`` for ``x`` of shape ``(N, ...)``."""
+        raise NotImplementedError(f"{self.algorithm} has no bypass form")
+
+    def plus_bypass(self, total: Tensor, layer: ForkedLayer, x: Tensor, y: Tensor, factor: float) -> Tensor:
+        """Return ``total``, of the shape of ``y``, plus ``factor`` times :meth:`bypass`."""
+        return torch.add(total, self.bypass(layer, x, y), alpha=factor)
+
+    def map(self: Own, function: Callable[[Tensor], Tensor]) -> Own:
+        """Return the same adapter with ``function`` applied to its tensors (a move, a cast)."""
+        changed = {name: function(tensor) for name, tensor in self._tensors().items()}
+        return dataclasses.replace(self, **changed)  # type: ignore[type-var]
+
+
+class Algorithm(Protocol):
+    """A module of this package that implements one algorithm."""
+
+    def match(self, tensors: Mapping[str, Tensor]) -> Any:
+        """Return the layer adapter made of ``tensors``, or None if they are another algorithm's."""
+        ...
+
+
+def require(tensors: Mapping[str, Tensor], names: tuple[str, ...], what: str) -> None:
+    """Raise :class:`AdapterError` that names the first tensor which is missing."""
+    for name in names:
+        if name not in tensors:
+            raise AdapterError(f"{name} is missing, and {what} needs {' and '.join(names)}")
+
+
+def scale_of(tensors: Mapping[str, Tensor], rank: int) -> float:
+    """Return alpha over the rank; a missing ``alpha`` counts as the rank, and a rank of 0 gives 0."""
+    if rank == 0:
+        return 0.0
+    return number(tensors["alpha"], "alpha") / rank if "alpha" in tensors else 1.0
+
+
+def number(tensor: Tensor, name: str) -> float:
+    """Return a tensor of one finite number."""
+    if tensor.numel() != 1 or not math.isfinite(tensor.item()):
+        raise AdapterError(f"{name} has shape {tuple(tensor.shape)} or is not finite, and one finite number is needed")
+    return float(tensor.item())
+
+
+def reshaped(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    """View a tensor in a layer's number of dimensions: trainers leave out, or add, those of length 1 at the end."""
+    ones = (1,) * abs(len(shape) - tensor.ndim)
+    padded = tuple(tensor.shape) + ones if tensor.ndim < len(shape) else tuple(tensor.shape)
+    if padded != (shape + ones if tensor.ndim > len(shape) else shape):
+        raise AdapterError(f"{name} has shape {tuple(tensor.shape)} where the model's layer needs {shape}")
+    return tensor.reshape(shape)
+
+
+def matrix_or_convolution(shape: Size, algorithm: str) -> None:
+    """Raise :class:`AdapterError` for a layer whose weight is neither ``(out, in)`` nor ``(out, in, k, k)``."""
+    if len(shape) not in (2, 4):
+        raise AdapterError(f"the model's layer has weights of shape {tuple(shape)}, which {algorithm} cannot adapt")

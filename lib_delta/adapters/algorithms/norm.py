@@ -1,0 +1,18 @@
+"""Norms: differences of a normalisation layer's weight and bias, in the names of LyCORIS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lib_delta.adapters.algorithms.full import Diff
+
+WEIGHT, BIAS = "w_norm", "b_norm"
+
+
+def match(tensors: Mapping[str, Tensor]) -> Diff | None:
+    """Make a norm's difference of its tensors; None for tensors of another algorithm."""
+    if WEIGHT not in tensors or tensors.keys() - {WEIGHT, BIAS}:
+        return None
+    return Diff(tensors[WEIGHT], tensors.get(BIAS), "Norm")

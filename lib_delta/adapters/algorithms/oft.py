@@ -1,0 +1,220 @@
+"""OFT: a layer's outputs (or inputs) turned, block by block, by orthogonal matrices.
+
+Qiu et al. 2023 (arXiv 2306.07280).  The matrices come from skew-symmetric ones by Cayley's map.
+Parametrisations: kohya's sd-scripts and LyCORIS (``oft_blocks``, with ``alpha`` as the constraint of
+COFT, and ``rescale``); the first versions of LyCORIS (``oft_diag``, the matrices themselves); peft
+before 0.16 (``oft_r``) and since (``oft_R``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Size, Tensor
+
+from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution, number
+from lib_delta.errors import AdapterError
+from lib_delta.models.forked_layers import ForkedLayer, Linear
+
+BLOCKS, DIAGONAL, RESCALE, CONSTRAINT = "oft_blocks", "oft_diag", "rescale", "alpha"
+PEFT_OLD, PEFT = "oft_r", "oft_R"
+# Set by the reader where peft's configuration says so: how many terms of a series stand for the inverse.
+PEFT_TERMS = "oft_terms"
+# And, with COFT, how large each block may be.
+PEFT_LIMIT = "oft_eps"
+
+# How the entries are ordered before each factor of several (:mod:`lib_delta.adapters.algorithms.boft`).
+Butterfly = Literal["none", "lycoris", "peft"]
+
+
+@dataclass(frozen=True)
+class Oft(LayerAdapter):
+    """``W' = rescale * (M @ W)``, or ``rescale * (W @ M^T)`` where inputs are turned.
+
+    M is the product of the ``factors`` ``(m, n, b, b)``, the first applied first; each is block-diagonal
+    after its entries were put in the order of the ``butterfly``.  ``rescale`` has one number for each output.
+    """
+
+    factors: Tensor
+    rescale: Tensor | None = None
+    on_input: bool = False
+    butterfly: Butterfly = "none"
+
+    @property
+    def algorithm(self) -> str:
+        return "OFT" if self.butterfly == "none" else "BOFT"
+
+    @property
+    def bypasses(self) -> bool:
+        return not self.on_input
+
+    @property
+    def width(self) -> int:
+        """The number of entries that are turned."""
+        return self.factors.shape[1] * self.factors.shape[2]
+
+    def fit(self, shape: Size) -> Oft:
+        return self  # made for its layer by Unsolved
+
+    def turn(self, entries: Tensor) -> Tensor:
+        """Return M times ``entries`` ``(width, ...)``, or of fewer entries, as if zeros followed them."""
+        missing = self.width - len(entries)
+        if missing:
+            return self.turn(torch.cat((entries, entries.new_zeros(missing, *entries.shape[1:]))))[: len(entries)]
+        for i, blocks in enumerate(self.factors):
+            order = self._order(i, entries.device)
+            ordered = entries if order is None else entries[order]
+            turned = torch.einsum("nij,nj...->ni...", blocks, ordered.unflatten(0, blocks.shape[:2])).flatten(0, 1)
+            entries = turned if order is None else turned[order.argsort()]
+        return entries
+
+    def _order(self, i: int, device: torch.device) -> Tensor | None:
+        """Return the entries' order before factor ``i``: pairs far apart come together, ever farther."""
+        if self.butterfly == "none":
+            return None
+        half = self.factors.shape[-1] // 2
+        entries = torch.arange(self.width, device=device)
+        if self.butterfly == "lycoris":
+            return entries.view(-1, 2, 2**i * half).transpose(1, 2).flatten()
+        chunks = entries.view(-1, 2 ** (i + 1), half)
+        return torch.cat((chunks[:, 0::2], chunks[:, 1::2]), 1).flatten()
+
+    def merged_difference(self, weight: Tensor) -> Tensor:
+        exact = self.map(lambda t: t.to(weight.device).float())
+        old = weight.float()
+        new = exact.turn(old.flatten(1).T).T.view(weight.shape) if self.on_input else exact.turn(old)
+        if exact.rescale is not None:
+            new = new * exact.rescale.view(-1, *(1,) * (weight.ndim - 1))
+        return (new - old).contiguous()
+
+    def bypass(self, layer: ForkedLayer, x: Tensor, y: Tensor) -> Tensor:
+        """Turn the layer's outputs; the bias stays."""
+        channels_first = not isinstance(layer, Linear)
+        shape = (-1, 1, 1) if channels_first else (-1,)
+        old = y if layer.bias is None else y - layer.bias.view(shape)
+        side = 1 if channels_first else -1
+        new = self.turn(old.movedim(side, 0)).movedim(0, side)
+        return (new if self.rescale is None else new * self.rescale.view(shape)) - old
+
+
+@dataclass(frozen=True)
+class Unsolved:
+    """Rotations before their layer is known: a file may hold many more than any layer has, so only :meth:`fit` solves.
+
+    ``make`` returns the factors ``(m, count or 1, side, side)``; the rest is as in :class:`Oft`.
+    """
+
+    count: int
+    side: int
+    make: Callable[[], Tensor]
+    rescale: Tensor | None = None
+    on_input: bool = False
+    butterfly: Butterfly = "none"
+    padded: bool = False
+
+    def fit(self, shape: Size) -> Oft:
+        """Return the rotations for a weight of ``shape``; raise :class:`AdapterError` if they are not for one."""
+        matrix_or_convolution(shape, "an OFT")
+        wanted = shape[1:].numel() if self.on_input else shape[0]
+        # One block may be shared by all.
+        shared = self.count == 1 and self.butterfly == "none" and (self.padded or wanted % self.side == 0)
+        # The last block of some may reach beyond the layer's entries.
+        beyond = self.count * self.side - wanted
+        if not shared and beyond and not (self.padded and 0 < beyond < self.count):
+            found = f"{self.count} blocks of {self.side}"
+            raise AdapterError(f"its rotations are {found} where the model's layer needs {wanted} entries in all")
+        if self.rescale is not None and self.rescale.numel() != shape[0]:
+            raise AdapterError(f"rescale has {self.rescale.numel()} numbers where the model's layer needs {shape[0]}")
+        factors = self.make()
+        if shared:
+            factors = factors.expand(-1, math.ceil(wanted / self.side), -1, -1)
+        return Oft(factors, None if self.rescale is None else self.rescale.flatten(), self.on_input, self.butterfly)
+
+
+def match(tensors: Mapping[str, Tensor]) -> Unsolved | None:
+    """Make a layer's OFT of its tensors; a constraint of 0 or none leaves the angles free."""
+    rescale = tensors.get(RESCALE)
+    if DIAGONAL in tensors and not tensors.keys() - {DIAGONAL, RESCALE, CONSTRAINT}:
+        given = _blocks(tensors[DIAGONAL], DIAGONAL, 3)
+        return Unsolved(len(given), given.shape[-1], lambda: given.float()[None].mT, rescale)
+    if PEFT_OLD in tensors and tensors.keys() == {PEFT_OLD}:
+        data = _blocks(tensors[PEFT_OLD], PEFT_OLD, 3)
+        return Unsolved(len(data), data.shape[-1], lambda: cayley(half_skew(data))[None].mT, padded=True)
+    if PEFT in tensors and not tensors.keys() - {PEFT, PEFT_TERMS, PEFT_LIMIT}:
+        side = _triangle_side(tensors[PEFT])
+        return Unsolved(len(tensors[PEFT]), side, lambda: _peft_rotations(tensors, side)[None], on_input=True)
+    if BLOCKS not in tensors or tensors[BLOCKS].ndim != 3 or tensors.keys() - {BLOCKS, RESCALE, CONSTRAINT}:
+        return None
+    blocks = _blocks(tensors[BLOCKS], BLOCKS, 3)
+    return Unsolved(len(blocks), blocks.shape[-1], lambda: cayley(constrained(tensors))[None].mT, rescale)
+
+
+def half_skew(data: Tensor) -> Tensor:
+    """Return peft's skew-symmetric matrices ``(..., b, b)``, with the sign that :func:`cayley` takes."""
+    return 0.5 * (data.mT.float() - data.float())
+
+
+def constrained(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the skew-symmetric ``oft_blocks`` ``(..., n, b, b)``, shortened where their norm exceeds the constraint.
+
+    The constraint that files hold in ``alpha`` counts for each of the layer's outputs.
+    """
+    blocks = tensors[BLOCKS].float()
+    skew = blocks - blocks.mT
+    limit = number(tensors[CONSTRAINT], CONSTRAINT) if CONSTRAINT in tensors else 0.0
+    limit *= blocks.shape[-3] * blocks.shape[-1]
+    norm = float(skew.norm())
+    return skew * (limit / norm) if 0 < limit < norm else skew
+
+
+def cayley(skew: Tensor) -> Tensor:
+    """Return ``(I + Q) (I - Q)^-1`` for skew-symmetric Q ``(..., b, b)``: an orthogonal matrix."""
+    eye = torch.eye(skew.shape[-1], device=skew.device)
+    rotations, failed = torch.linalg.solve_ex(eye - skew, eye + skew)  # the two commute
+    # No skew-symmetric matrix fails, but where its numbers are beyond fp32's precision.
+    if failed.any() or not torch.isfinite(rotations).all():
+        raise AdapterError("its rotations cannot be computed from numbers so large")
+    return rotations
+
+
+def _triangle_side(vectors: Tensor) -> int:
+    side = (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2 if vectors.ndim == 2 else 0
+    if side < 2 or side * (side - 1) // 2 != vectors.shape[-1] or not len(vectors):
+        raise AdapterError(f"{PEFT} has shape {tuple(vectors.shape)}, and upper triangles of square blocks are needed")
+    return side
+
+
+def _peft_rotations(tensors: Mapping[str, Tensor], side: int) -> Tensor:
+    """Return the rotations ``(n, b, b)`` of the inputs from the upper triangles ``(n, b * (b - 1) / 2)``, b the side.
+
+    peft stands a series of five terms for the inverse unless told otherwise; ``oft_terms`` 0 is the
+    inverse itself, which peft takes of the matrix with the other sign.
+    """
+    vectors = tensors[PEFT].float()
+    rows, columns = torch.triu_indices(side, side, 1)
+    skew = torch.zeros(len(vectors), side, side)
+    skew[:, rows, columns] = vectors
+    skew = skew - skew.mT
+    if PEFT_LIMIT in tensors:
+        limit = number(tensors[PEFT_LIMIT], PEFT_LIMIT) / math.sqrt(len(vectors))
+        norm = torch.linalg.matrix_norm(skew, keepdim=True)
+        skew = torch.where(norm <= limit, skew, skew * (limit / norm))
+    terms = int(tensors[PEFT_TERMS].item()) if PEFT_TERMS in tensors else 5
+    if terms == 0:
+        return cayley(-skew)
+    terms = 4 if terms == 3 else terms  # as peft has it
+    total, power = torch.eye(side).repeat(len(vectors), 1, 1), skew
+    for i in range(1, terms):
+        total = total + power * (1 if i == terms - 1 and i > 1 else 2)
+        power = power @ skew
+    return total
+
+
+def _blocks(tensor: Tensor, name: str, dimensions: int) -> Tensor:
+    if tensor.ndim != dimensions or tensor.shape[-1] != tensor.shape[-2] or tensor.numel() == 0:
+        raise AdapterError(f"{name} has shape {tuple(tensor.shape)}, and square blocks are needed")
+    return tensor

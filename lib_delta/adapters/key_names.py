@@ -1,0 +1,244 @@
+"""The names that adapter files give to layers, mapped to the paths of the real modules.
+
+kohya's scripts join a module's path with underscores, which module names contain themselves
+(``to_out``, ``transformer_blocks``).  So paths are not parsed: every layer of the model at hand is
+listed under each name it can have (:func:`layer_names`), and a file's names, whatever their dialect,
+are brought to that form (:func:`read`) and looked up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lib_delta.models.forked_layers import ForkedLayer
+from lib_delta.models.unet import Downsample, ResBlock, SpatialTransformer, UNet, Upsample
+
+# Within a block the two naming schemes differ by these alone.
+_RES_BLOCK = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_OUTSIDE_BLOCKS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+
+
+class Place(NamedTuple):
+    """A layer: its module path in the UNet (``tower`` None) or in a text encoder (``tower`` 0, 1)."""
+
+    tower: int | None
+    path: str
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that hold weights, by path: the UNet's forked layers, a text encoder's leaves."""
+    if isinstance(model, UNet):
+        return {path: m for path, m in model.named_modules() if isinstance(m, ForkedLayer)}
+    return {path: m for path, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
+
+
+def diffusers_paths(unet: UNet) -> dict[str, str]:
+    """Map the path of every layer of the UNet to its path in diffusers' ``UNet2DConditionModel``."""
+    blocks = dict(_blocks(unet))
+    paths = {}
+    for path in layers(unet):
+        if path in _OUTSIDE_BLOCKS:
+            paths[path] = _OUTSIDE_BLOCKS[path]
+            continue
+        block = ".".join(path.split(".")[: 2 if path.startswith("middle_block.") else 3])
+        inside = path[len(block) + 1 :]
+        if isinstance(unet.get_submodule(block), ResBlock):
+            inside = _RES_BLOCK[inside]
+        paths[path] = f"{blocks[block]}.{'conv' if inside == 'op' else inside}"
+    return paths
+
+
+def _blocks(unet: UNet) -> Iterator[tuple[str, str]]:
+    """Yield the path of every block of the UNet with its path in diffusers' naming."""
+    level, index = 0, 0
+    for i, parts in enumerate(unet.input_blocks):
+        if i == 0:
+            continue
+        for j, part in enumerate(parts):
+            yield f"input_blocks.{i}.{j}", f"down_blocks.{level}.{_kind(part, index)}"
+        level, index = (level + 1, 0) if isinstance(parts[0], Downsample) else (level, index + 1)
+
+    counts = {"resnets": 0, "attentions": 0}
+    for j, part in enumerate(unet.middle_block):
+        kind = _kind(part, 0).split(".")[0]
+        yield f"middle_block.{j}", f"mid_block.{kind}.{counts[kind]}"
+        counts[kind] += 1
+
+    level, index = 0, 0
+    for i, parts in enumerate(unet.output_blocks):
+        for j, part in enumerate(parts):
+            yield f"output_blocks.{i}.{j}", f"up_blocks.{level}.{_kind(part, index)}"
+        level, index = (level + 1, 0) if isinstance(parts[-1], Upsample) else (level, index + 1)
+
+
+def _kind(block: nn.Module, index: int) -> str:
+    if isinstance(block, ResBlock):
+        return f"resnets.{index}"
+    if isinstance(block, SpatialTransformer):
+        return f"attentions.{index}"
+    return "downsamplers.0" if isinstance(block, Downsample) else "upsamplers.0"
+
+
+def layer_names(unet: UNet, towers: Sequence[nn.Module]) -> dict[str, Place]:
+    """List every layer under the names that :func:`read` gives: those of kohya's sd-scripts.
+
+    UNet layers have two, after the original and after diffusers' modules
+    (``lora_unet_input_blocks_1_1_proj_in``, ``lora_unet_down_blocks_0_attentions_0_proj_in``).
+    A single text encoder is ``lora_te``; SDXL's two are ``lora_te1`` and ``lora_te2``.
+    """
+    names = {}
+    for path, other in diffusers_paths(unet).items():
+        for name in (path, other):
+            names[f"lora_unet_{name.replace('.', '_')}"] = Place(None, path)
+    for tower, model in enumerate(towers):
+        prefixes = ("lora_te", "lora_te1") if len(towers) == 1 else (f"lora_te{tower + 1}",)
+        for path in layers(model):
+            for prefix in prefixes:
+                # Files name transformers' modules; ``models.text.TextEncoder`` holds these in ``transformer``.
+                names[f"{prefix}_{path.removeprefix('transformer.').replace('.', '_')}"] = Place(tower, path)
+    return names
+
+
+class Key(NamedTuple):
+    """What a file's key names: a layer and one of its tensors, both as kohya's scripts or LyCORIS call them.
+
+    ``as_stored`` turns the stored tensor into the one that has this name.
+    """
+
+    layer: str
+    tensor: str
+    as_stored: Callable[[Tensor], Tensor]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.mT if tensor.ndim == 2 else tensor
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.flatten()
+
+
+# Tensors that have one name in all dialects.
+_COMMON = (
+    r"lora_(?:up|down|mid)\.weight|alpha|dora_scale|diff|diff_b|w_norm|b_norm|weight|on_input"
+    r"|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t[12]|oft_blocks|oft_diag|rescale"
+    r"|[ab][12]\.weight|bm\.weight|(?:up|down)_list\.\d+|base_layer\.bias|boft_s|boft_R|oft_r|ia3_l|scale|scalar"
+)
+# And those that peft and diffusers name otherwise; an adapter's own name may stand inside (``lora_A.default.weight``).
+_RENAMED: tuple[tuple[str, str, Callable[[Tensor], Tensor]], ...] = (
+    (r"lora_A(?:\.\w+)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight", "lora_down.weight", _same),
+    (r"lora_B(?:\.\w+)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight", "lora_up.weight", _same),
+    (r"lora_B(?:\.\w+)?\.bias", "lora_up.bias", _same),
+    # An embedding's factors make the transposed difference: (up @ down).T = down.T @ up.T.
+    (r"lora_embedding_A(?:\.\w+)?", "lora_up.weight", _transposed),
+    (r"lora_embedding_B(?:\.\w+)?", "lora_down.weight", _transposed),
+    (r"lora_magnitude_vector(?:\.\w+)?(?:\.weight)?", "dora_scale", _flat),
+    (r"oft_R(?:\.\w+)?\.weight", "oft_R", _same),
+)
+_IN_COMMON = re.compile(rf"(?P<layer>.+?)\.(?P<tensor>{_COMMON})(?:\.default)?")
+_IN_RENAMED = tuple((re.compile(rf"(?P<layer>.+?)\.(?:{names})"), name, as_) for names, name, as_ in _RENAMED)
+# diffusers' attention processors, 2023: the layer's name ends in the tensor's.
+# And its text encoders' attention, in the same year.
+_OLD_TEXT = re.compile(r"(?P<block>.+\.self_attn)\.to_(?P<layer>q|k|v|out)_lora\.(?P<side>up|down)\.weight")
+_PROCESSOR = re.compile(r"(?P<block>.+)\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<side>up|down)\.weight")
+
+_ONE_WORD = ("lora_", "lycoris_", "oft_")
+
+# What stands before a layer's path, and what kohya's scripts put there; the first that fits counts.
+_PREFIXES = (
+    (r"lora_(?:unet|te\d?)_", None),
+    # kohya's scripts call the layers of an OFT so.
+    (r"oft_(?=unet_)", "lora_"),
+    (r"lycoris_(?=unet_|te\d?_)", "lora_"),
+    (r"lycoris_(?=text_model_)", "lora_te_"),
+    (r"lycoris_", "lora_unet_"),
+    # ComfyUI's names for a checkpoint's text encoders.
+    (r"text_encoders\.clip_l\.transformer\.", "lora_te_"),
+    (r"text_encoders\.clip_g\.transformer\.", "lora_te2_"),
+    (r"(?:base_model\.model\.)?text_encoder_(\d)\.", r"lora_te\1_"),
+    (r"(?:base_model\.model\.)?text_encoder\.(?:base_model\.model\.)?", "lora_te_"),
+    (r"(?:base_model\.model\.)?(?=text_model\.)", "lora_te_"),
+    (r"(?:base_model\.model\.)?unet\.(?:base_model\.model\.)?", "lora_unet_"),
+    (r"(?:base_model\.model\.)?(?:model\.)?(?:diffusion_model\.)?", "lora_unet_"),
+)
+
+
+def read(key: str) -> Key | None:
+    """Read a file's key in any of the dialects; None for a key that names no adapter's tensor.
+
+    Dialects: kohya (``lora_unet_..., lora_te_...``), LyCORIS (``lycoris_...``), diffusers and peft
+    (dotted paths behind ``unet.``, ``text_encoder.``, ``base_model.model.`` or nothing).
+    """
+    if found := _PROCESSOR.fullmatch(key):
+        inner = {"to_out": "to_out.0"}.get(found["layer"], found["layer"])
+        return Key(_layer_name(f"{found['block']}.{inner}"), f"lora_{found['side']}.weight", _same)
+    if found := _OLD_TEXT.fullmatch(key):
+        return Key(_layer_name(f"{found['block']}.{found['layer']}_proj"), f"lora_{found['side']}.weight", _same)
+    for pattern, name, as_stored in _IN_RENAMED:
+        if found := pattern.fullmatch(key):
+            return Key(_layer_name(found["layer"]), name, as_stored)
+    found = _IN_COMMON.fullmatch(key)
+    if found is None:
+        return None
+    # A layer's own weight, in a model's file, is no adapter's: these call layers by one word.
+    one_word = found["layer"].startswith(_ONE_WORD) and "." not in found["layer"]
+    if found["tensor"] in ("weight", "rescale", "scale", "scalar") and not one_word:
+        return None
+    return Key(_layer_name(found["layer"]), found["tensor"], _same)
+
+
+# A layer's own tensors, in peft's ``modules_to_save`` and with its ``bias="all"``.
+_WHOLE = re.compile(r"(?P<layer>.+?)(?:\.modules_to_save(?:\.\w+)?)?\.(?P<tensor>weight|bias)")
+
+
+def read_whole(key: str) -> Key | None:
+    """Read a key that names a layer's own weight or bias as what a file puts in its place; None for any other."""
+    found = _WHOLE.fullmatch(key)
+    # Beside kohya's factors ``bias`` was a rest of the weight, in early extracts.
+    if found is None or found["layer"].startswith(_ONE_WORD):
+        return None
+    return Key(_layer_name(found["layer"]), f"base_layer.{found['tensor']}", _same)
+
+
+def owner(key: str, names: Mapping[str, Place]) -> tuple[str, str] | None:
+    """Return the layer of ``names`` that a key belongs to, and what the key calls its tensor; None for no layer's."""
+    parts = key.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        layer = _layer_name(".".join(parts[:end]))
+        if layer in names:
+            return layer, ".".join(parts[end:])
+    return None
+
+
+def _layer_name(path: str) -> str:
+    for prefix, instead in _PREFIXES:
+        if found := re.match(prefix, path):
+            name = path if instead is None else found.expand(instead) + path[found.end() :]
+            return name.replace(".", "_")
+    return path
+
+
+EMBEDDING = re.compile(r"bundle_emb\.(?P<name>.+)\.(?P<part>string_to_param\.\*|emb_params|clip_l)")

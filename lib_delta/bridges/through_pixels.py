@@ -1,0 +1,122 @@
+"""States carried over as pictures: decoded by one tiny autoencoder, encoded by another."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib_delta.bridges.area_average import averaged
+from lib_delta.bridges.base import Bridge
+from lib_delta.bridges.latent_maps import wrap
+from lib_delta.bridges.learned import LearnedBridge, load, path_of
+from lib_delta.diffusion.latent_spaces import Space
+from lib_delta.errors import CheckpointError, SettingError
+from lib_delta.files.weight_file import FileState
+from lib_delta.models import taesd
+
+TINY = {Space.SD1: "taesd", Space.SDXL: "taesdxl", Space.SD3: "taesd3", Space.FLUX1: "taef1"}
+ENDINGS = (".safetensors", ".pth", ".pt")
+# A picture that has gone through a pair that belongs together agrees with itself by .89 and more, and one through a
+# pair of which one is of another space by .77 and less.
+LEAST_AGREEMENT = 0.83
+
+
+class DecodedState(nn.Module):
+    """A target's clean latent is decoded to a picture, and that encoded in the source's space, one at a time.
+
+    The picture is averaged to the size that is wanted, for pictures can be where latents cannot.
+    """
+
+    label = "TAESD bridge"
+
+    def __init__(self, decoder: nn.Module, encoder: nn.Module, channels: tuple[int, int]) -> None:
+        super().__init__()
+        self.decoder, self.encoder, self.channels = decoder, encoder, channels
+
+    def forward(self, z: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Map latents ``(N, A, H, W)`` to ``(N, B, *size)``."""
+        return torch.cat([self._encoded(latent, size or (z.shape[-2], z.shape[-1])) for latent in z.split(1)])
+
+    def _encoded(self, latent: Tensor, size: tuple[int, int]) -> Tensor:
+        picture = self.decoder(latent).clamp(0, 1)
+        if size != tuple(latent.shape[-2:]):
+            picture = averaged(picture, (taesd.FACTOR * size[0], taesd.FACTOR * size[1]))
+        encoded: Tensor = self.encoder(picture)
+        return encoded
+
+
+def decoded_bridge(
+    source: Space, target: Space, folder: Path | None, resolution: Bridge, tiled: bool = False
+) -> LearnedBridge:
+    """Return the bridge over the tiny autoencoders of a folder, whose files are read once while they stay the same.
+
+    Deltas go back by the learned map, which carries them better than pictures do.
+    Raises :class:`SettingError` where one is missing, and :class:`CheckpointError` where one is another file than its
+    name says.
+    """
+    files = tuple(FileState.of(_file(folder, *wanted)) for wanted in ((target, "decoder"), (source, "encoder")))
+    difference = load(path_of(source, target), tiled).difference
+    return LearnedBridge(_loaded(*files, source, target, tiled), difference, "taesd", resolution)
+
+
+def _file(folder: Path | None, space: Space, part: str) -> Path:
+    name = f"{TINY[space]}_{part}"
+    found = (folder / f"{name}{ending}" for ending in ENDINGS) if folder is not None else ()
+    file = next((path for path in found if path.is_file()), None)
+    if file is None:
+        place = "the folder VAE-taesd of the WebUI's models" if folder is None else folder
+        raise SettingError(
+            f"the bridge taesd needs {name} ({' or '.join(ENDINGS)}) in {place}, and there is none: download it from "
+            "github.com/madebyollin/taesd, or choose the learned bridge"
+        )
+    return file
+
+
+@lru_cache(maxsize=8)
+def _loaded(decoder: FileState, encoder: FileState, source: Space, target: Space, tiled: bool) -> DecodedState:
+    parts = _part(decoder.path, "decoder", target), _part(encoder.path, "encoder", source)
+    _check_fit(*parts, source, target, f"{decoder.path.name} and {encoder.path.name}")
+    state = DecodedState(*parts, (target.channels, source.channels))
+    if tiled:
+        wrap(state)
+    return state
+
+
+def _part(path: Path, part: str, space: Space) -> nn.Module:
+    module = taesd.load(path, part)
+    channels = taesd.latent_channels(module, part)
+    if channels != space.channels:
+        raise CheckpointError(
+            f"{path.name} is a tiny autoencoder for latents of {channels} channels, and those of {space.label} have "
+            f"{space.channels}: it is another file than its name says"
+        )
+    return module
+
+
+@torch.no_grad()
+def _check_fit(decoder: nn.Module, encoder: nn.Module, source: Space, target: Space, names: str) -> None:
+    """Raise :class:`CheckpointError` unless both are of their spaces, which shapes do not tell.
+
+    A picture is encoded, mapped to the target's space by the learned map and decoded.
+    """
+    picture = _probe()
+    mapped = load(path_of(target, source)).state(encoder(picture))
+    both = torch.cat((decoder(mapped), picture)).flatten(2)
+    agreement = float(F.cosine_similarity(*(both - both.mean(2, keepdim=True)).flatten(1).split(1)))
+    if not agreement > LEAST_AGREEMENT:
+        raise CheckpointError(
+            f"{names} do not fit together as those of {target.label} and of {source.label} do (a picture that goes "
+            f"through both agrees with itself by {agreement:.2f}): one is another file than its name says"
+        )
+
+
+def _probe(side: int = 96) -> Tensor:
+    """Return a picture ``(1, 3, side, side)`` of soft colours."""
+    down, across = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
+    waves = 5 * across + 2 * down, math.pi / 2 - 3 * across + 4 * down, 7 * (across - 0.5) ** 2 + 6 * down
+    return torch.stack([0.5 + 0.4 * wave.sin() for wave in waves])[None]

@@ -1,0 +1,196 @@
+"""Maps: the pictures that ControlNets and T2I-Adapters read, at the size that a pass asks for."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib_delta.controls.line_art import redrawn, two_levels
+from lib_delta.errors import SettingError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Size = tuple[int, int]  # height first
+ToSize = Callable[[Tensor, int, int], Tensor]
+ResizeMode = Literal["just resize", "crop and resize", "resize and fill"]
+FEW_COLOURS = 200  # up to so many a map has labels for colours (a segmentation), between which there is nothing
+LARGEST = 64_000_000  # pixels of a picture that is read
+
+
+@dataclass(frozen=True)
+class Map:
+    """One map, or one for each image: ``(count, channels, H, W)`` in [0, 1].
+
+    ``resize`` says what happens where the proportions differ.  ``hidden`` ``(count or 1, 1, H, W)`` is above a half
+    where pixels are hidden: -1, as the ControlNet for inpainting was trained to fill.  ``larger`` are the same
+    maps made for a larger pass: the ones that need the least scaling are taken.  ``frames`` are sizes that are asked
+    for, each with that of the picture which the source sees in it: where that has other proportions, it is squeezed.
+    Raises :class:`SettingError` for a mode that is not known or a map that is empty.
+    """
+
+    pictures: Tensor
+    resize: ResizeMode = "just resize"
+    hidden: Tensor | None = None
+    larger: Tensor | None = None
+    frames: Sequence[tuple[Size, Size]] = ()
+
+    def __post_init__(self) -> None:
+        if self.resize not in get_args(ResizeMode):
+            raise SettingError(
+                f"the resize mode is {self.resize!r}: one of {', '.join(get_args(ResizeMode))} is needed"
+            )
+        if self.pictures.ndim != 4 or not self.pictures.numel():
+            raise SettingError(f"the map has shape {tuple(self.pictures.shape)}, and pictures are needed")
+
+    @property
+    def count(self) -> int:
+        """How many maps there are."""
+        return len(self.pictures)
+
+    def at(self, height: int, width: int, channels: int) -> Tensor:
+        """Return the maps ``(count, channels, height, width)``; a single channel is the mean of three."""
+        made = [self.pictures] if self.larger is None else [self.pictures, self.larger]
+        pictures = min(made, key=lambda maps: _apart(maps.shape[2:], (height, width)))
+        if pictures.shape[1] != channels:
+            pictures = pictures.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+        resized = self._resized(pictures, height, width, scaled).contiguous()
+        if self.hidden is None:
+            return resized
+        return resized.masked_fill(self._resized(self.hidden, height, width, interpolated) > 0.5, -1)
+
+    def _resized(self, pictures: Tensor, height: int, width: int, to_size: ToSize) -> Tensor:
+        if self.resize == "just resize":
+            return to_size(pictures, height, width)
+        size = height, width
+        frame = min(self.frames, key=lambda known: _apart(known[0], size))[1] if self.frames else size
+        scales = [of_frame / side for of_frame, side in zip(frame, pictures.shape[2:])]
+        scale = max(scales) if self.resize == "crop and resize" else min(scales)
+        inner = [
+            max(1, round(side * scale * asked / of_frame))
+            for side, asked, of_frame in zip(pictures.shape[2:], size, frame)
+        ]
+        whole = to_size(pictures, *inner)
+        top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+        if self.resize == "crop and resize":
+            return whole[..., -top : -top + height, -left : -left + width]
+        # What lies outside continues the border, as in the WebUIs: an empty frame would be a line to follow.
+        return F.pad(whole, (left, width - inner[1] - left, top, height - inner[0] - top), mode="replicate")
+
+
+def _apart(one: Sequence[int], other: Size) -> float:
+    """Tell how far two sizes are apart, whatever their proportions."""
+    return abs(math.log(one[0] * one[1] / (other[0] * other[1])))
+
+
+def scaled(pictures: Tensor, height: int, width: int) -> Tensor:
+    """Scale maps ``(N, C, H, W)``, of which labels and lines stay what they are."""
+    if pictures.shape[2:] == (height, width):
+        return pictures
+    if _few_colours(pictures):
+        return F.interpolate(pictures, (height, width), mode="nearest")
+    pairs = zip(pictures, interpolated(pictures, height, width))
+    return torch.stack([redrawn(before, after) if two_levels(before) else after for before, after in pairs])
+
+
+def interpolated(pictures: Tensor, height: int, width: int) -> Tensor:
+    """Scale ``(N, C, H, W)``: areas averaged when smaller, bicubic when larger."""
+    if height <= pictures.shape[2] and width <= pictures.shape[3]:
+        return F.interpolate(pictures, (height, width), mode="area")
+    return F.interpolate(pictures, (height, width), mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def _few_colours(pictures: Tensor) -> bool:
+    """Tell a map of labels: some colours, more than the two of lines on a ground, none of them in between."""
+    levels = (pictures[0] * 255).round().long()
+    mixed = sum(channel * 256**i for i, channel in enumerate(levels[:3]))
+    assert isinstance(mixed, Tensor)
+    count = len(mixed.unique())
+    return levels.shape[0] >= 3 and not bool((levels[0] == levels[1]).all()) and 2 < count <= FEW_COLOURS
+
+
+def read_picture(source: Path | bytes, name: str = "", ground: float = 0.0) -> Tensor:
+    """Read a picture file, or what one holds, as ``(1, 3, H, W)`` in [0, 1].
+
+    What is transparent becomes ``ground``: black, as maps have it, or white (1), as pictures of things are seen.
+    Raises :class:`SettingError` for a file that is no picture, or is too large.
+    """
+    from PIL import Image
+
+    named = name or (source.name if isinstance(source, Path) else "a picture")
+    told = str(source) if isinstance(source, Path) else named
+    with _reading(told), Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as picture:
+        return pixels_of(picture, named, ground)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what PIL raises over a picture's content into :class:`SettingError`."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        # The message of this one shows the object that was read from, not what is wrong with it.
+        reason = "it has no format that is known" if isinstance(error, UnidentifiedImageError) else error
+        raise SettingError(f"{name} cannot be read as a picture ({reason}): a .png, .jpg or .webp is needed") from error
+
+
+def pixels_of(picture: Image, name: str, ground: float = 0.0) -> Tensor:
+    """Turn an image of PIL's into ``(1, 3, H, W)`` in [0, 1], upright; as :func:`read_picture`."""
+    if picture.width * picture.height > LARGEST:
+        raise SettingError(
+            f"{name} has {picture.width} x {picture.height} pixels, and up to {LARGEST // 10**6} million"
+            " are read: make it smaller"
+        )
+    with _reading(name):
+        array = np.asarray(_plain_mode(_upright(picture)))
+    return pixels(array, ground)
+
+
+def _upright(picture: Image) -> Image:
+    """Turn a picture as its EXIF says; one whose EXIF is broken stays as it is, as in the WebUIs."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(picture)
+    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error):
+        return picture
+
+
+def _plain_mode(picture: Image) -> Image:
+    if picture.mode.startswith(("I", "F")):
+        return picture
+    return picture.convert("RGBA" if "A" in picture.mode or "transparency" in picture.info else "RGB")
+
+
+def pixels(array: np.ndarray, ground: float = 0.0) -> Tensor:  # type: ignore[type-arg]
+    """Turn an array of pixels, ``(H, W)`` or ``(H, W, 1, 3 or 4)``, into ``(1, 3, H, W)`` in [0, 1].
+
+    8 bits, 16 bits (also in 32), and floats in [0, 1] are told apart by type and range.  What is transparent
+    becomes ``ground``.
+    """
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or not array.size:
+        raise SettingError(f"a picture has shape {array.shape}: height, width and 1, 3 or 4 channels are needed")
+    values = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    if not torch.isfinite(values).all():
+        raise SettingError("a picture has pixels that are no numbers: an ordinary picture is needed")
+    if array.dtype.kind in "iu":
+        values = values / (255.0 if array.dtype == np.uint8 or values.max() <= 255 else 65535.0)
+    values = values.clamp(0, 1)
+    if values.shape[2] == 4:
+        values = values[..., :3] * values[..., 3:] + ground * (1 - values[..., 3:])
+    return values.expand(-1, -1, 3).permute(2, 0, 1)[None].contiguous()

@@ -1,0 +1,1 @@
+"""The method: lambda times what adapting the source changes, added to what the target denoises."""

@@ -1,0 +1,74 @@
+"""The families of models: what their latents and their text look like, and how to name them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from lib_delta.diffusion.latent_spaces import Space
+
+
+@dataclass(frozen=True)
+class Traits:
+    """``context_width`` is that of the released models."""
+
+    label: str
+    space: Space
+    context_width: int
+    served: bool = True
+
+
+class Family(Enum):
+    """A family of models that share a latent space and text encoders.
+
+    Those that are not ``served`` cannot be the side model; they are known so that bridges may lead to
+    their latents, and messages name them.
+    """
+
+    SD1 = Traits("SD 1.x", Space.SD1, 768)
+    SD2 = Traits("SD 2.x", Space.SD1, 1024)
+    SDXL = Traits("SDXL", Space.SDXL, 2048)
+    SDXL_REFINER = Traits("SDXL refiner", Space.SDXL, 1280, served=False)
+    UNCLIP = Traits("SD 2.1 unCLIP", Space.SD1, 1024, served=False)
+    SD3 = Traits("SD 3", Space.SD3, 4096, served=False)
+    FLUX = Traits("Flux", Space.FLUX1, 4096, served=False)
+    CHROMA = Traits("Chroma", Space.FLUX1, 4096, served=False)
+    LUMINA2 = Traits("Lumina 2", Space.FLUX1, 2304, served=False)
+    Z_IMAGE = Traits("Z-Image", Space.FLUX1, 2560, served=False)
+    HIDREAM = Traits("HiDream", Space.FLUX1, 4096, served=False)
+    FLUX2 = Traits("Flux 2", Space.FLUX2, 7680, served=False)
+    QWEN_IMAGE = Traits("Qwen-Image", Space.WAN21, 3584, served=False)
+    WAN = Traits("Wan", Space.WAN21, 4096, served=False)
+
+    @property
+    def label(self) -> str:
+        """The name for messages."""
+        return self.value.label
+
+    @property
+    def space(self) -> Space:
+        """The latent space that its models work in."""
+        return self.value.space
+
+    @property
+    def scale_factor(self) -> float:
+        """What the autoencoder's latents are multiplied by before the denoising model sees them."""
+        return self.space.scale_factor
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return self.space.channels
+
+    @property
+    def context_width(self) -> int:
+        """Width of the encoded text in the released models (narrow test models have their own)."""
+        return self.value.context_width
+
+    @property
+    def served(self) -> bool:
+        """Whether Delta Sampling can run models of this family as the side model."""
+        return self.value.served
+
+
+SERVED = ", ".join(family.label for family in Family if family.served)

@@ -1,1 +1,0 @@
-"""Model files as they lie on disk, read without any loader that could run what is in them."""

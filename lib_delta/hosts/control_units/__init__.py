@@ -1,0 +1,1 @@
+"""Units in a generation: their models, pictures and maps."""

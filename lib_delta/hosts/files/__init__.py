@@ -1,0 +1,1 @@
+"""Files, found by the names that the WebUI has for them."""

@@ -1,0 +1,1 @@
+"""One generation in a WebUI."""

@@ -1,0 +1,1 @@
+"""Prompts, read by the WebUI's code with our text encoder."""

@@ -1,0 +1,1 @@
+"""The accordion and the other parts of the WebUI's page."""

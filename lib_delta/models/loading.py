@@ -1,0 +1,174 @@
+"""Networks with the weights of a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lib_delta.diffusion.families import SERVED, Family
+from lib_delta.diffusion.parameterization import Prediction
+from lib_delta.errors import CheckpointError
+from lib_delta.files.checkpoint import (
+    TEXT_PREFIXES,
+    VAE_PREFIX,
+    detect_family,
+    detect_prediction,
+    detect_variant,
+    detect_zero_terminal_snr,
+    missing_parts,
+    unet_prefix,
+)
+from lib_delta.files.stored_file import Shapes
+from lib_delta.files.weight_file import WeightFile, header_number
+from lib_delta.models.unet import UNet, UNetConfig
+from lib_delta.models.vae import VAE, VAEConfig
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a checkpoint is and what of it was used.
+
+    ``missing`` names the parts that the file lacks (a UNet-only file has no text encoder or
+    autoencoder); ``unexpected`` the keys that no part of a checkpoint of this family has.
+    """
+
+    family: Family
+    variant: str
+    prediction: Prediction
+    zero_terminal_snr: bool
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+# Entries that training left behind: noise schedules, averaged weights, counters, flags read above.
+_KNOWN_EXTRAS = re.compile(
+    r"model_ema\.|(alphas_cumprod(_prev)?|betas|sqrt_\w+|log_one_minus_alphas_cumprod|posterior_\w+|logvar|lvlb_weights"
+    r"|scale_factor|v_pred|ztsnr|denoiser\.sigmas|depth_model\..*|embedding_manager\..*)$"
+)
+
+
+def _unexpected_keys(shapes: Shapes, prefix: str, known: Iterable[str]) -> tuple[str, ...]:
+    known = {prefix + k for k in known}
+    if not prefix:
+        return tuple(k for k in shapes if k not in known)
+    parts = (*TEXT_PREFIXES, VAE_PREFIX)
+    return tuple(k for k in shapes if k not in known and not k.startswith(parts) and not _KNOWN_EXTRAS.match(k))
+
+
+def load_unet(
+    file: WeightFile,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    prediction: Prediction | None = None,
+) -> tuple[UNet, Report]:
+    """Build the UNet of a checkpoint (or UNet-only file) and say what the file is.
+
+    ``prediction`` overrides :func:`detect_prediction`, whose default for SD 2.x is a guess.
+    Raises :class:`CheckpointError` for files of another kind or family, and for missing weights.
+    """
+    family = detect_family(file.shapes, file.name)
+    if not family.served:
+        raise CheckpointError(
+            f"{file.name} is a model of {family.label}, which is not served: one of {SERVED} is needed"
+        )
+    prefix = unet_prefix(file.shapes) or ""
+    weights = file.below(prefix)
+    _refuse_unusable(weights)
+    config = _unet_config(weights)
+    module = build(lambda: UNet(config), weights, dtype, device)
+    report = Report(
+        family=family,
+        variant=detect_variant(file.shapes),
+        prediction=prediction or detect_prediction(file, family),
+        zero_terminal_snr=detect_zero_terminal_snr(file),
+        missing=missing_parts(file.shapes),
+        unexpected=_unexpected_keys(file.shapes, prefix, module.state_dict()),
+    )
+    return module, report
+
+
+def _unet_config(weights: WeightFile) -> UNetConfig:
+    try:
+        return UNetConfig.from_shapes(weights.shapes, header_number(weights, "delta.head_width"))
+    except CheckpointError as error:
+        raise CheckpointError(f"{weights.name} cannot be used: {error}") from error
+
+
+def load_vae(file: WeightFile, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VAE:
+    """Build the autoencoder of a checkpoint or of a file with nothing else.
+
+    Raises :class:`CheckpointError` where the file has none.
+    """
+    prefix = next((p for p in (VAE_PREFIX, "") if f"{p}encoder.conv_in.weight" in file.shapes), None)
+    if prefix is None:
+        raise CheckpointError(
+            f"{file.name} has no autoencoder: a full checkpoint or a VAE file in LDM layout is needed"
+        )
+    weights = file.below(prefix)
+    _refuse_unusable(weights)
+    try:
+        config = VAEConfig.from_shapes(weights.shapes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.name} cannot be used: {error}") from error
+    return build(lambda: VAE(config), weights, dtype, device)
+
+
+def _refuse_unusable(weights: WeightFile) -> None:
+    """Refuse weights whose stored numbers need more than a change of type, or that are empty."""
+    for key, shape in weights.shapes.items():
+        if key.endswith((".scale_weight", ".scale_input", ".absmax", ".quant_map")) or "quant_state" in key:
+            raise CheckpointError(
+                f"{weights.name} is quantised ({key}): an fp32, fp16, bf16 or plain fp8 file is needed"
+            )
+        if 0 in shape:
+            raise CheckpointError(f"{weights.name} is damaged: its weight {key} is empty, with shape {shape}")
+
+
+def build(make: Callable[[], Module], weights: WeightFile, dtype: torch.dtype, device: torch.device | str) -> Module:
+    """Make a module with a file's weights, without giving it any of its own first.
+
+    Raises :class:`CheckpointError` that names the first weight that is missing or of another shape.
+    """
+    with torch.device("meta"):
+        module = make()
+    fill(module, weights.tensors(k for k in module.state_dict() if k in weights.shapes), weights.name, dtype, device)
+    return module
+
+
+def fill(
+    module: nn.Module, tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Give a module on the meta device its weights, which are not copied where type and device fit."""
+    needed = module.state_dict()
+    missing = [k for k in needed if k not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"{name} lacks {len(missing)} of {len(needed)} weights of its {type(module).__name__}"
+            f" (the first is {missing[0]}): a complete checkpoint is needed"
+        )
+    state = {k: _fit(tensors[k], k, tuple(v.shape), name).to(device, dtype) for k, v in needed.items()}
+    module.load_state_dict(state, assign=True)
+    module.eval().requires_grad_(False)
+
+
+def _fit(tensor: Tensor, key: str, shape: tuple[int, ...], name: str) -> Tensor:
+    """Return the tensor in the shape that is needed; a 1x1 convolution may be stored as a matrix or the reverse."""
+    found = tuple(tensor.shape)
+    if found != shape and _without_ones(found) != _without_ones(shape):
+        raise CheckpointError(
+            f"{name} has weight {key} with shape {found} where {shape} is needed: the file is damaged"
+        )
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{name} has weight {key} of type {tensor.dtype}: floating-point weights are needed")
+    return torch.reshape(tensor, shape)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)

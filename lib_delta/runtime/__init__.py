@@ -1,0 +1,1 @@
+"""The side model in memory: loaded, adapted, moved between devices."""

@@ -1,0 +1,320 @@
+"""The source's models in memory: loaded when they are first needed, kept, and given back."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lib_delta.adapters.adapter_file import AdapterFile, load_adapter
+from lib_delta.adapters.attach import AdaptedTower, Form, Weight, attach, detach, text_parameters
+from lib_delta.adapters.block_weights import BlockWeights
+from lib_delta.controls.active_controls import ControlPick, Steering
+from lib_delta.devices import give_back, indexed, out_of_memory, without_autocast
+from lib_delta.diffusion.parameterization import Parameterization, Schedule
+from lib_delta.errors import CheckpointError, DeltaError
+from lib_delta.files.checkpoint import base_fault
+from lib_delta.files.weight_file import FileState, WeightFile
+from lib_delta.lru_cache import Kept
+from lib_delta.models.forked_layers import Conv2d, Linear
+from lib_delta.models.loading import load_unet
+from lib_delta.models.text import TextEncoder, load_towers
+from lib_delta.models.unet import UNet
+from lib_delta.runtime.placement import CPU, Placed, Stream, Visit, visit
+
+# How much of adapter files stays in CPU memory when others are attached, in bytes: a few LoRAs, no checkpoints.
+ADAPTERS_KEPT = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class AdapterPick:
+    """An adapter's file (a LoRA or its like, or a fine-tuned checkpoint) and how strong it is where.
+
+    ``blocks`` are block weights for the UNet (:class:`BlockWeights`, empty: 1 for all), ``text_weight`` has
+    them already; ``rank`` is how many ranks of a DyLoRA are used.
+    """
+
+    path: Path
+    weight: float = 1.0
+    text_weight: float = 1.0
+    blocks: str = ""
+    rank: int | None = None
+
+    def unet_weight(self) -> Weight:
+        """Return the weight for all of the UNet, or for each of its layers."""
+        if not self.blocks:
+            return self.weight
+        blocks = BlockWeights.parse(self.blocks)
+        return lambda path: self.weight * blocks.at(path)
+
+
+class SideModel:
+    """An SD 1.x base, its text encoder, and what is attached to it."""
+
+    # Outside of inference mode, in which Forge loads it: what is made there can be written to in that mode alone.
+    @torch.inference_mode(False)
+    def __init__(self, path: Path, dtype: torch.dtype, storage: torch.dtype | None = None) -> None:
+        """Load a checkpoint's UNet and text encoder on the CPU, in ``dtype``.
+
+        ``storage`` is a smaller type, as fp8, in which the UNet's matrices are kept; they are cast where they are used.
+        Raises :class:`CheckpointError` unless it is a whole, ordinary SD 1.x checkpoint.
+        """
+        self.name = path.name
+        if fault := base_fault(path):  # before anything of it is built
+            raise CheckpointError(fault)
+        with WeightFile.open(path) as file:
+            self.unet, self.report = load_unet(file, dtype)
+            if storage is not None:
+                _store(self.unet, storage)
+            self.tower: TextEncoder = load_towers(file, self.report.family, dtype)[0]
+        self.parameterization = Parameterization(
+            self.report.prediction, Schedule.stable_diffusion(self.report.zero_terminal_snr)
+        )
+        self.adapters: tuple[AdapterFile, ...] = ()
+        self._picks: tuple[AdapterPick, ...] = ()
+        self._form: Form = "merged"
+        self._files: Kept[tuple[FileState, int | None], AdapterFile] = Kept(AdapterFile.memory)
+        self._attached: object = None
+        self._placed: Placed | None = None
+        self._states: tuple[FileState, ...] = ()
+        # What prompts were encoded to, by all that this depends on; for hosts to use.
+        self.encoded: Kept[object, Any] = Kept(lambda _prompts: 0)
+        self.steering = Steering(self.unet)
+        # What has to be on the device to sample: the UNet, and the networks of controls, if there are any.
+        self.network: nn.Module = self.unet
+
+    @torch.inference_mode(False)
+    def steer(self, picks: Sequence[ControlPick]) -> None:
+        """Have controls (ControlNets, image prompts) in place of those there were; raises as :meth:`Steering.steer`."""
+        before = self.steering.networks
+        try:
+            with without_autocast(torch.device("cpu")):
+                self.steering.steer(picks)
+        finally:
+            networks = self.steering.networks
+            if list(map(id, networks)) != list(map(id, before)):
+                parts = {"unet": self.unet, "controls": nn.ModuleList(networks)}
+                self.network = nn.ModuleDict(parts) if networks else self.unet
+
+    @torch.inference_mode(False)
+    def adapt(self, picks: Sequence[AdapterPick], form: Form) -> None:
+        """Attach adapters in place of those there were; files that were used lately are not read again.
+
+        Raises :class:`AdapterError` for a file that cannot be used; the model is then the base alone.
+        """
+        try:
+            states = [FileState.of(pick.path) for pick in picks]
+            wanted = [(state, pick.rank) for state, pick in zip(states, picks)]
+            found = {key: self._files.get(key) for key in wanted}
+            # Large ones that are no longer needed make room before others are read.
+            self._files.shrink(ADAPTERS_KEPT, least=sum(file is not None for file in found.values()))
+            for state, rank in wanted:
+                read = found[state, rank] or self._read(state.path).with_rank(rank)
+                found[state, rank] = read
+                self._files.put((state, rank), read)
+            self.adapters = tuple(file for key in wanted if (file := found[key]) is not None)
+            self._files.shrink(ADAPTERS_KEPT, least=len(found))
+        except BaseException:
+            self._release()
+            raise
+        self._picks, self._form, self._states = tuple(picks), form, tuple(states)
+        self.activate()
+
+    def _read(self, path: Path) -> AdapterFile:
+        with without_autocast(torch.device("cpu")):
+            return load_adapter(path, self.unet, [self.tower], self.report.prediction)
+
+    # Outside of inference mode, in which hosts sample: what is made there could not be written to later.
+    @torch.inference_mode(False)
+    def activate(self, active: Sequence[bool] = ()) -> None:
+        """Have only those of the adapters count that are active; nothing is read or loaded anew.
+
+        ``active`` has a flag for each of them, in their order; those without one count.
+        """
+        wanted = self._active(active), self._form
+        if wanted == self._attached:
+            return
+        self._attached = None
+        attach(self.unet, [(file, pick.unet_weight()) for file, pick in wanted[0]], self._form)
+        self._attached = wanted
+
+    def _active(self, active: Sequence[bool]) -> list[tuple[AdapterFile, AdapterPick]]:
+        flags = itertools.chain(active, itertools.repeat(True))
+        return [(file, pick) for file, pick, on in zip(self.adapters, self._picks, flags) if on]
+
+    def _release(self) -> None:
+        self._attached, self.adapters, self._picks = None, (), ()
+        self._files.clear()
+        detach(self.unet)
+
+    @torch.inference_mode(False)
+    def place(self, device: torch.device) -> None:
+        """Have the UNet, and the networks of controls, on a device, to stay there."""
+        self.wait()
+        self.network.to(device)
+
+    @torch.inference_mode(False)
+    def visit(self, device: torch.device) -> None:
+        """Have all that on a device until :meth:`wait`; a copy stays in CPU memory.
+
+        In a visit that has not ended, what came since follows.
+        """
+        if isinstance(self._placed, Visit) and self._placed.of(self.network, device):
+            self._placed.follow()
+        else:
+            self.place(CPU)
+            self._placed = visit(self.network, device)
+
+    @torch.inference_mode(False)
+    def stream(self, device: torch.device) -> None:
+        """Have the UNet compute on a device, where each of its parts is only while it runs: slow, and smallest."""
+        self.place(CPU)
+        self._placed = Stream(self.unet, self.steering.networks, device)
+
+    def wait(self) -> None:
+        """End a visit, or a stream: all waits in CPU memory."""
+        placed, self._placed = self._placed, None
+        if placed is not None:
+            placed.come_home()
+
+    @property
+    def streams(self) -> int:
+        """The bytes of the largest part of a stream, which is on the device only while it runs; 0 where none is."""
+        return self._placed.largest if isinstance(self._placed, Stream) else 0
+
+    def elsewhere(self, device: torch.device) -> int:
+        """Return the bytes of the weights that have to be on a device to sample, and are not there."""
+        device = indexed(device)
+        weights = (*self.network.parameters(), *self.network.buffers())
+        return sum(weight.nbytes for weight in weights if weight.device != device)
+
+    @property
+    def embeddings(self) -> dict[str, torch.Tensor]:
+        """Textual inversions that came with the adapters, ``(vectors, width)`` by name."""
+        return {name: vectors for file in self.adapters for name, vectors in file.embeddings.items()}
+
+    @property
+    def embedded(self) -> tuple[FileState, ...]:
+        """The adapters' files that brought textual inversions."""
+        return tuple(state for state, file in zip(self._states, self.adapters) if file.embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet is."""
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the UNet computes in."""
+        return next(self.unet.parameters()).dtype
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the weights of UNet, merged adapters, controls and text encoder."""
+        tensors = (t for module in (self.network, self.tower) for t in (*module.parameters(), *module.buffers()))
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @contextmanager
+    def text_on(self, device: torch.device) -> Iterator[TextEncoder]:
+        """Have the base's text encoder on a device for a while."""
+        home = next(self.tower.parameters()).device
+        try:
+            yield self.tower.to(device)
+        finally:
+            self.tower.to(home)
+
+    def text_state(self, active: Sequence[bool] = ()) -> tuple[object, ...]:
+        """Return what tells the adapted text encoder from the base's: nothing, if the active adapters let it be."""
+        flags = itertools.chain(active, itertools.repeat(True))
+        adapters = zip(self.adapters, self._picks, self._states, flags)
+        changing = ((s, pick) for file, pick, s, on in adapters if on and pick.text_weight and any(file.text))
+        return tuple((state, pick.rank, pick.text_weight) for state, pick in changing)
+
+    def adapted_tower(self, active: Sequence[bool] = ()) -> TextEncoder:
+        """Return the text encoder with the active adapters, where it is now; ``active`` as in :meth:`activate`.
+
+        It is the base's own if these change nothing about it.
+        """
+        chosen = [(file, pick.text_weight) for file, pick in self._active(active)]
+        changed = text_parameters(self.tower, chosen)
+        return AdaptedTower(self.tower, changed) if changed else self.tower
+
+
+def can_be_base(path: Path) -> bool:
+    """Tell whether a checkpoint can be a base, by its header, which is read once while the file stays the same."""
+    return not base_fault(path)
+
+
+def _store(unet: UNet, storage: torch.dtype) -> None:
+    """Keep a UNet's matrices in a smaller type, but for those at its ends, which are small and matter most."""
+    for path, layer in unet.named_modules():
+        if isinstance(layer, (Linear, Conv2d)) and "block" in path and not path.startswith("input_blocks.0."):
+            layer.store(storage)
+
+
+class SideModels:
+    """The bases in memory, the most lately used ones.
+
+    ``let_go`` is told of those that are dropped, before their room is needed: what else refers to them has to end.
+    """
+
+    def __init__(self, let_go: Callable[[Sequence[SideModel]], None] = lambda _dropped: None) -> None:
+        self._let_go = let_go
+        self._models: Kept[object, SideModel] = Kept(lambda model: model.memory)
+
+    def get(
+        self,
+        path: Path,
+        dtype: torch.dtype,
+        limit: int = 1,
+        room: float = float("inf"),
+        storage: torch.dtype | None = None,
+    ) -> SideModel:
+        """Return a base, loaded if need be; those longest unused are given back.
+
+        At most ``limit`` stay, in ``room`` bytes of weights together; the one that is asked for does in any case.
+        """
+        state = FileState.of(path)
+        key = state, dtype, storage
+        model = self._models.get(key)
+        if model is None:
+            # Room first: two bases at once may be more than fits.  A file is at least about what it takes.
+            self._shrink(room - state.size, limit - 1, least=0)
+            model = SideModel(path, dtype, storage)
+            self._models.put(key, model)
+        self._shrink(room, limit)
+        return model
+
+    def clear(self) -> None:
+        """Give everything back."""
+        self._shrink(0, 0, least=0)
+
+    def _shrink(self, room: float, limit: float, least: int = 1) -> None:
+        dropped = self._models.shrink(room, limit, least)
+        if dropped:
+            self._let_go(dropped)
+            dropped.clear()
+            gc.collect()  # where anything refers back to them, Python would keep them for some thousand objects more
+            give_back()
+
+    def __iter__(self) -> Iterator[SideModel]:
+        return iter(self._models)
+
+
+def sentence(error: BaseException, doing: str) -> DeltaError:
+    """Turn whatever went wrong while ``doing`` something into an error for users."""
+    if isinstance(error, DeltaError):
+        return error
+    if out_of_memory(error):
+        return DeltaError(
+            f"out of memory while {doing}: choose low-rank factors and fp16 in Settings > Delta Sampling, "
+            "a smaller picture or batch, or the CPU as its device"
+        )
+    return DeltaError(f"{doing} failed ({type(error).__name__}: {error}): the console has the details")

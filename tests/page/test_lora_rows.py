@@ -1,0 +1,123 @@
+"""The rows below the box of the LoRAs: what they show, and what becomes of the texts when one is edited."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from lib_delta.page.lora_rows import Card, Told, edited, joined, rows, with_words
+from lib_delta.request.lora_recipe import parse_picks
+
+CARDS = {
+    "moxin": Card("moxin", 0.7, "moxin style, ink", "photo, <3d>"),
+    "alias": Card("moxin", 0.7, "moxin style, ink"),
+    "plain": Card("plain"),
+}
+
+
+def card(name: str) -> Card:
+    return CARDS.get(name, Card(name, fault=f"there is no LoRA {name!r}"))
+
+
+class Tags(HTMLParser):
+    """The elements of a piece of HTML, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[dict[str, Any]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.found.append({"tag": tag, **dict(attrs)})
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def of(self, **about: str) -> list[dict[str, Any]]:
+        return [tag for tag in self.found if all(tag.get(key) == value for key, value in about.items())]
+
+
+def shown(loras: str, prompt: str = "", negative: str = "") -> Tags:
+    return Tags(rows(Told(loras, prompt, negative), card))
+
+
+def test_each_lora_has_a_row_with_its_weight() -> None:
+    tags = shown('moxin:0.8:te=0.5, <lora:plain:1.2>, "8":-1.5, moxin:3')
+    sliders = [(tag["min"], tag["max"], tag["value"]) for tag in tags.of(type="range")]
+    assert sliders == [("0", "2", "0.8"), ("0", "2", "1.2"), ("-2", "2", "-1.5"), ("0", "3", "3")]
+    assert [tag["value"] for tag in tags.of(type="number")] == ["0.8", "1.2", "-1.5", "3"]
+    assert [tag["data-name"] for tag in tags.found if "data-name" in tag] == ["moxin", "plain", "8", "moxin"]
+
+
+def test_trigger_words_are_offered_and_a_name_that_is_not_there_is_told() -> None:
+    tags = shown("moxin, plain, moxxin")
+    assert len(tags.of(**{"data-do": "words"})) == len(tags.of(**{"data-do": "negative"})) == 1
+    assert "+ moxin style, ink" in tags.text and "\N{MINUS SIGN} photo, <3d>" in tags.text
+    assert "there is no LoRA 'moxxin'" in tags.text
+    assert "\N{CHECK MARK} moxin style, ink" in shown("moxin", "a cat, moxin style, ink").text
+
+
+def test_what_cannot_be_read_is_told_in_place_of_rows_and_names_are_no_markup() -> None:
+    assert shown("moxin:much").text == "LoRA pick 'moxin:much' has weight 'much': a number is needed"
+    assert shown("").text == ""
+    tags = shown('"<b>&\'":0.5')
+    assert not tags.of(tag="b") and next(tag for tag in tags.found if "data-name" in tag)["data-name"] == "<b>&'"
+
+
+def edit(told: Told, **about: Any) -> Told:
+    return edited(told, about, card)
+
+
+def test_a_weight_is_changed_where_it_stands_and_all_else_is_kept() -> None:
+    told = Told("moxin:0.8:te=0.5:lbw=MIDD, <lora:plain:1.2>", "a", "b")
+    after = edit(told, do="weight", index=0, name="moxin", weight=0.30000000000000004)
+    assert after == Told("moxin:0.3:te=0.5:lbw=MIDD, plain:1.2", "a", "b")
+    assert edit(after, do="weight", index=1, name="plain", weight=1).loras == "moxin:0.3:te=0.5:lbw=MIDD, plain"
+    assert edit(told, do="drop", index=0, name="moxin").loras == "plain:1.2"
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"do": "weight", "index": 1, "name": "moxin", "weight": 1},
+        {"do": "weight", "index": 7, "name": "moxin", "weight": 1},
+        {"do": "weight", "index": 0, "name": "moxin", "weight": float("nan")},
+        {"do": "weight", "index": 0, "name": "moxin", "weight": None},
+        {"do": "weight", "index": 0, "name": "moxin"},
+        {"do": "drop", "index": None, "name": "moxin"},
+        {"do": "card", "text": "a cat"},
+        {"do": "card"},
+        {"do": "dance"},
+        {},
+    ],
+)
+def test_an_edit_that_fits_nothing_changes_nothing(about: dict[str, Any]) -> None:
+    told = Told("moxin:0.8, plain:1", "a", "b")
+    assert edited(told, about, card) == told
+
+
+def test_words_join_a_prompt_once_and_an_empty_one_still_means_the_main_one() -> None:
+    told = edit(Told("moxin"), do="words", name="moxin")
+    assert told.prompt == "{prompt}, moxin style, ink" and told.negative_prompt == ""
+    assert edit(told, do="words", name="moxin") == told
+    assert edit(Told("moxin", "", "grey,"), do="negative", name="moxin").negative_prompt == "grey, photo, <3d>"
+    assert with_words("a cat, ", "ink") == "a cat, ink"
+
+
+def test_a_card_adds_its_lora_and_a_second_click_takes_it_out() -> None:
+    clicked = {"do": "card", "text": "<lora:alias:0.7> moxin style, ink"}
+    told = edit(Told("plain:0.5"), **clicked)
+    assert told == Told("plain:0.5, moxin:0.7"), "under the name in the list, and the prompt is the user's"
+    assert edit(Told(), do="card", text="<lora:alias:>").loras == "moxin:0.7", "without a weight it is the card's own"
+    told = edit(Told("plain:0.5, moxin:0.2:te=0"), **clicked)
+    assert told == Told("plain:0.5")
+    assert edit(Told("plain:"), **clicked).loras == "plain:, moxin:0.7", "half written: the user goes on from there"
+
+
+def test_a_joined_name_is_read_back() -> None:
+    for name in ("my, ink", "8", 'the "one"'):
+        (pick,) = parse_picks(joined("", name, 0.6))
+        assert (pick.name, pick.weight) == (name, 0.6)
