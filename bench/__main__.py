@@ -22,18 +22,18 @@ from bench import bridges, operations, storage
 from bench.models import Layout, diffusers_unet, random_control, random_lora, random_unet, sd15, sdxl
 from bench.timing import Case, keep_memory, ratios, rounds
 from lib_delta.adapters.adapter_file import AdapterFile
-from lib_delta.adapters.attach import Form, attach
-from lib_delta.controls.control_map import Map
+from lib_delta.adapters.attach import AdapterForm, attach
+from lib_delta.controls.control_map import ControlMap
 from lib_delta.controls.guides import ControlNetGuide
-from lib_delta.core.guides import Inputs
+from lib_delta.core.guides import GuideInputs
 from lib_delta.diffusion.families import Family
-from lib_delta.models.unet import CrossAttention, Text, UNet
+from lib_delta.models.unet import CrossAttention, TextContext, UNet
 
 # Of the steps of a run, how many the side model is asked in.
 SHARES = {"exact": 1.0, "balanced": 0.5, "fast": 0.25}
 WIDTHS = {"tiny": 64, "small": 128, "full": 320}
 LAYERS = {"all layers": "", "attention": "attn", "decoder": "output_blocks"}
-FORMS: tuple[Form, ...] = ("merged", "bypass", "automatic")
+FORMS: tuple[AdapterForm, ...] = ("merged", "bypass", "automatic")
 BRIDGED = (Family.SDXL, Family.SD3, Family.FLUX)
 PLAIN, PUBLISHED, FOUR = "plain pass (diffusers)", "two more networks (the published way)", "one pass of four rows"
 RESULTS = Path(__file__).with_name("results")
@@ -50,13 +50,13 @@ class Passes:
         width = layout.ours.context_width
         rows = torch.tensor([0, 0], device=device)
         # Cond and uncond of one picture; what is kept from step to step is kept here.
-        self.text = Text(make(1, 2, 77, width), rows, {})
-        self.other_text = Text(torch.cat((self.text.context, make(1, 2, 77, width))), rows, {})
+        self.text = TextContext(make(1, 2, 77, width), rows, {})
+        self.other_text = TextContext(torch.cat((self.text.context, make(1, 2, 77, width))), rows, {})
         self.control = random_control(layout, device, dtype)
-        self.guide = ControlNetGuide(self.control, Map(torch.rand(1, 3, 8 * size, 8 * size)))
+        self.guide = ControlNetGuide(self.control, ControlMap(torch.rand(1, 3, 8 * size, 8 * size)))
 
     @torch.no_grad()
-    def adapted(self, adapters: Sequence[tuple[AdapterFile, float]] = (), form: Form = "merged") -> None:
+    def adapted(self, adapters: Sequence[tuple[AdapterFile, float]] = (), form: AdapterForm = "merged") -> None:
         """Have these adapters attached, and know the prompts' keys and values, as in all steps but the first."""
         attach(self.unet, adapters, form)
         for layer in self.unet.modules():
@@ -65,7 +65,7 @@ class Passes:
                 self.other_text.keys_values(layer)
 
     @torch.no_grad()
-    def ours(self, text: Text | None = None) -> None:
+    def ours(self, text: TextContext | None = None) -> None:
         """Evaluate our UNet, with whatever is attached."""
         self.unet(self.x, self.t, text or self.text)
 
@@ -75,7 +75,7 @@ class Passes:
         rows = self.text.rows
         assert rows is not None
         uncond = torch.arange(len(rows), device=rows.device) == 1
-        inputs = Inputs(self.x[0, rows], self.t[rows], self.text.adapted, None, rows, uncond)
+        inputs = GuideInputs(self.x[0, rows], self.t[rows], self.text.adapted, None, rows, uncond)
         self.unet(self.x, self.t, self.text, None, self.guide(inputs))
 
     @torch.no_grad()

@@ -15,13 +15,13 @@ from torch import Tensor
 from bench.models import random_lora
 from bench.timing import seconds
 from lib_delta.adapters.adapter_file import AdapterFile
-from lib_delta.adapters.attach import Bypass, Form, attach, detach
+from lib_delta.adapters.attach import AdapterForm, Bypass, attach, detach
 from lib_delta.files.checkpoint import UNET_PREFIX
 from lib_delta.files.weight_file import WeightFile
 from lib_delta.models.loading import load_unet
 from lib_delta.models.unet import UNet
 
-FORMS: tuple[Form, ...] = ("merged", "bypass")
+FORMS: tuple[AdapterForm, ...] = ("merged", "bypass")
 
 
 def _bytes(unet: UNet) -> int:

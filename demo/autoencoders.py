@@ -57,7 +57,7 @@ def tiny(folder: Path) -> dict[Space, Autoencoder]:
 
 def tiny_part(folder: Path, space: Space, part: str) -> nn.Sequential:
     """Read the "encoder" or the "decoder" of a tiny autoencoder, in single precision."""
-    return taesd.load(_file(folder, TINY[space], part), part)
+    return taesd.load_taesd(_file(folder, TINY[space], part), part)
 
 
 def _tiny(folder: Path, space: Space) -> Autoencoder:

@@ -25,7 +25,7 @@ from torch import Tensor
 from demo.autoencoders import Autoencoder
 from demo.train import bridges as stage
 from lib_delta.bridges import Bridge, LearnedBridge, ResolutionBridge, ScaleBridge
-from lib_delta.bridges.learned import load, path_of
+from lib_delta.bridges.learned import load_bridge, weights_path
 from lib_delta.diffusion.latent_spaces import Space
 
 SIDE = 192
@@ -199,7 +199,7 @@ def figures(latents: Latents, bridge: Callable[[Space, Space], LearnedBridge]) -
 
 def shipped(source: Space, target: Space) -> LearnedBridge:
     """Return the bridge of an ordered pair that the extension comes with."""
-    return load(path_of(source, target))
+    return load_bridge(weights_path(source, target))
 
 
 def strip(latents: Latents, start: Space, end: Space, bridge: Bridge) -> Image.Image:

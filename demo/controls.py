@@ -36,7 +36,7 @@ from demo.pipeline import (
     with_delta,
 )
 from lib_delta.controls.control_file import load_control
-from lib_delta.controls.control_map import Map, read_picture
+from lib_delta.controls.control_map import ControlMap, read_picture
 from lib_delta.controls.guides import follow, prompt_by
 from lib_delta.controls.image_encoder import image_tokens, load_image_encoder
 from lib_delta.core.guides import Guide
@@ -78,7 +78,7 @@ class Maps:
     pictures: Tensor
 
     def guide(self, base: Model) -> Guide:
-        return follow(load_control(self.model, base.unet), base.unet, Map(self.pictures), mode="control")
+        return follow(load_control(self.model, base.unet), base.unet, ControlMap(self.pictures), mode="control")
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from demo.samplers import run_levels, sample
 from lib_delta.adapters.adapter_file import load_adapter
-from lib_delta.adapters.attach import AdaptedTower, Form, attach, text_parameters
-from lib_delta.bridges import Bridge, choose
+from lib_delta.adapters.attach import AdaptedTextEncoder, AdapterForm, adapted_text_parameters, attach
+from lib_delta.bridges import Bridge, choose_bridge
 from lib_delta.controls.control_file import load_control
-from lib_delta.controls.control_map import Map, read_picture
+from lib_delta.controls.control_map import ControlMap, read_picture
 from lib_delta.controls.guides import Mode, follow, prompt_by
 from lib_delta.controls.image_encoder import image_tokens, load_image_encoder
 from lib_delta.core.conditioning import Conditioning
@@ -175,7 +175,7 @@ class Control:
 
     def guide(self, base: Model) -> Guide:
         """Load both, for a base's UNet."""
-        picture = Map(read_picture(self.picture), "crop and resize")
+        picture = ControlMap(read_picture(self.picture), "crop and resize")
         return follow(load_control(self.model, base.unet), base.unet, picture, self.weight, self.mode)
 
 
@@ -207,7 +207,11 @@ class AdaptedModel:
     """A base with its adapters attached: the method's source."""
 
     def __init__(
-        self, base: Model, adapters: Sequence[Adapter], form: Form = "automatic", controls: Sequence[Steering] = ()
+        self,
+        base: Model,
+        adapters: Sequence[Adapter],
+        form: AdapterForm = "automatic",
+        controls: Sequence[Steering] = (),
     ) -> None:
         self.base = base
         self._guides = [control.guide(base) for control in controls]
@@ -215,7 +219,9 @@ class AdaptedModel:
         self.files = [load_adapter(adapter.path, base.unet, towers) for adapter in adapters]
         weighted = list(zip(self.files, (adapter.weight for adapter in adapters)))
         attach(base.unet, weighted, form)
-        adapted_towers = [AdaptedTower(tower, text_parameters(tower, weighted, i)) for i, tower in enumerate(towers)]
+        adapted_towers = [
+            AdaptedTextEncoder(tower, adapted_text_parameters(tower, weighted, i)) for i, tower in enumerate(towers)
+        ]
         self._conditioner = Conditioner(base.family, adapted_towers, base.conditioner.tokenizer)
 
     def source(self, batch: Batch, settings: Settings) -> Source:
@@ -250,7 +256,7 @@ def with_delta(
         known = base.parameterization.schedule.sigma_max
         # A target of zero terminal SNR starts at more noise than an ordinary base was trained on.
         limit = known if model.parameterization.schedule.sigma_max > known else None
-        bridge = choose(base.family, model.family, limit)
+        bridge = choose_bridge(base.family, model.family, limit)
     levels = run_levels(settings.sampler, settings.steps, model.parameterization.schedule)
     cfg = settings.cfg if settings.source_cfg is None else settings.source_cfg
     return DeltaDenoiser(target, DeltaGuidance(strength, bridge, source), levels, cfg)

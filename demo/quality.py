@@ -17,17 +17,17 @@ from torch import Tensor
 
 from demo.embedded import MODELS
 from demo.pipeline import AdaptedModel, Adapter, Alone, Batch, Place, Settings, decode, draw, load_model, with_delta
-from lib_delta.core.delta_reuse import PLANS, Hold, Plan
+from lib_delta.core.delta_reuse import REUSE_PLANS, DeltaReuse, ReusePlan
 from lib_delta.core.strength import Strength
 
 TRIED = {
-    **PLANS,
-    "every 2nd, held": Plan(2),
-    "every 3rd, linear": Plan(3, linear=True),
-    "every 3rd, held": Plan(3),
-    "every 4th, linear": Plan(4, linear=True),
-    "moved by 20 %": Plan(moved=0.2),
-    "moved by 30 %": Plan(moved=0.3),
+    **REUSE_PLANS,
+    "every 2nd, held": ReusePlan(2),
+    "every 3rd, linear": ReusePlan(3, linear=True),
+    "every 3rd, held": ReusePlan(3),
+    "every 4th, linear": ReusePlan(4, linear=True),
+    "moved by 20 %": ReusePlan(moved=0.2),
+    "moved by 30 %": ReusePlan(moved=0.3),
 }
 
 
@@ -44,19 +44,19 @@ class Studio:
         self.source = adapted.source(self.batch, settings)
         self.alone = Alone(self.target, self.batch, settings)
 
-    def pictures(self, strength: float, plan: Plan) -> tuple[Tensor, int]:
+    def pictures(self, strength: float, plan: ReusePlan) -> tuple[Tensor, int]:
         """Return pictures ``(N, pixels)`` and how often the source was asked."""
         before = self.source.evaluations
         denoiser = with_delta(self.alone, self.target, self.source, self.base, Strength(strength), self.settings)
-        denoiser.guidance = replace(denoiser.guidance, hold=Hold(plan))
+        denoiser.guidance = replace(denoiser.guidance, reuse=DeltaReuse(plan))
         latents = draw(denoiser, self.target, self.batch, self.settings, self.place.device)
         return decode(self.target, latents).flatten(1), self.source.evaluations - before
 
 
 def measure(studio: Studio, strength: float, less: float) -> dict[str, dict[str, float]]:
     """Return cost, effect and distance of every plan."""
-    plain, _ = studio.pictures(0.0, Plan())
-    exact, every = studio.pictures(strength, Plan())
+    plain, _ = studio.pictures(0.0, ReusePlan())
+    exact, every = studio.pictures(strength, ReusePlan())
     change = exact - plain
 
     def figures(pictures: Tensor, evaluations: int) -> dict[str, float]:
@@ -66,7 +66,7 @@ def measure(studio: Studio, strength: float, less: float) -> dict[str, dict[str,
         return dict(zip(("cost", "effect", "distance"), (round(value, 3) for value in found)))
 
     rows = {name: figures(*studio.pictures(strength, plan)) for name, plan in TRIED.items()}
-    rows[f"lambda {less:g} for {strength:g}"] = figures(*studio.pictures(less, Plan()))
+    rows[f"lambda {less:g} for {strength:g}"] = figures(*studio.pictures(less, ReusePlan()))
     return rows
 
 

@@ -39,7 +39,7 @@ from demo.pipeline import (
     with_delta,
 )
 from demo.samplers import prepare, run_levels
-from lib_delta.adapters.attach import Form
+from lib_delta.adapters.attach import AdapterForm
 from lib_delta.core.source import Source
 from lib_delta.core.strength import Strength
 from lib_delta.diffusion.parameterization import Prediction
@@ -65,7 +65,7 @@ class OwnFiles:
     target: Path
     base: Path
     adapters: Sequence[Adapter]
-    form: Form = "automatic"
+    form: AdapterForm = "automatic"
     prediction: Prediction | None = None
     tokenizer: Path | None = None
     controls: Sequence[Steering] = ()

@@ -28,12 +28,12 @@ from lib_delta.bridges import (
 )
 from lib_delta.bridges.identity import SameSize
 from lib_delta.bridges.latent_maps import DifferenceMap
-from lib_delta.bridges.learned import LearnedBridge, load, with_channels
+from lib_delta.bridges.learned import LearnedBridge, load_bridge, with_channels
 from lib_delta.diffusion.parameterization import Parameterization, Prediction, Schedule
 from lib_delta.errors import CheckpointError
 from lib_delta.files.checkpoint import UNET_PREFIX, VAE_PREFIX
 from lib_delta.files.weight_file import WeightFile
-from lib_delta.models.loading import fill, load_vae
+from lib_delta.models.loading import load_vae, load_weights
 from lib_delta.models.unet import UNet
 
 # "as it is": the base sees the target's latents; "decoded": one autoencoder decodes, the other encodes; "decoded
@@ -85,7 +85,7 @@ def load_target(path: Path, target: Model) -> Model:
         channels = weights["out.2.weight"].shape[0]
         with torch.device("meta"):
             network = UNet(replace(target.unet.config, in_channels=channels, out_channels=channels))
-        fill(network, weights, path.name, torch.float32, "cpu")
+        load_weights(network, weights, path.name, torch.float32, "cpu")
         own = any(key.startswith(VAE_PREFIX) for key in file.shapes)
         prediction = cast(Prediction, file.metadata[PREDICTION])
         return replace(
@@ -134,7 +134,7 @@ def load_maps(path: Path, base: Model, target: Model) -> LearnedBridge:
     assert base.vae is not None and target.vae is not None
     with WeightFile.open(path) as file:
         _check(file, {SOURCE_VAE: base.vae, TARGET_VAE: target.vae}, "other autoencoders than are here", path.stem)
-    return load(path)
+    return load_bridge(path)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ function deltaSamplingCurve(tab, drawn) {
 
 // Answers to quick changes can arrive in another order: what is not drawn of the latest values is asked for again.
 // `shown` gives these, null while somebody chooses; `follow` is told of everything that arrives.
-function deltaSamplingFresh(drawing, redraw, shown, follow) {
+function deltaSamplingKeepInSync(drawing, redraw, shown, follow) {
     if (!drawing || !redraw) return;
     let waiting, asked;
     const check = () => {
@@ -119,7 +119,7 @@ function deltaSamplingDrawing(tab) {
         return choosing ? null : JSON.stringify(deltaSamplingShown(tab));
     };
     const [drawing, redraw] = ["drawing", "redraw"].map((item) => deltaSamplingElement(tab, item));
-    deltaSamplingFresh(drawing, redraw, latest, (drawn) => deltaSamplingCurve(tab, drawn));
+    deltaSamplingKeepInSync(drawing, redraw, latest, (drawn) => deltaSamplingCurve(tab, drawn));
 }
 
 // What is done with a row or a card goes to Python, which knows how the list of LoRAs is written.
@@ -157,7 +157,7 @@ function deltaSamplingRows(tab) {
     });
     const latest = () => JSON.stringify(deltaSamplingElement(tab, "loras").querySelector("textarea, input").value);
     const redraw = deltaSamplingElement(tab, "redraw_picked");
-    deltaSamplingFresh(rows, redraw, latest, (drawn) => deltaSamplingNote(tab, drawn));
+    deltaSamplingKeepInSync(rows, redraw, latest, (drawn) => deltaSamplingShowToast(tab, drawn));
     // Who moves a slider by keys goes on with the row that has taken its place.
     new MutationObserver(() => {
         if (focused && document.activeElement === document.body) rows.querySelector(focused)?.focus();
@@ -170,7 +170,7 @@ function deltaSamplingRows(tab) {
 // The list is out of sight while cards are clicked, so what it has become then is said for a moment.
 const deltaSamplingClicked = {};
 
-function deltaSamplingNote(tab, drawn) {
+function deltaSamplingShowToast(tab, drawn) {
     const before = deltaSamplingClicked[tab];
     if (before === undefined || drawn === before) return;
     delete deltaSamplingClicked[tab];
@@ -213,7 +213,7 @@ function deltaSamplingStatus(tab) {
 }
 
 // The WebUI explains every "None" on the page as that of its own list of scripts; here it means something else.
-function deltaSamplingOwnTips(tab) {
+function deltaSamplingClearForeignTooltips(tab) {
     const settings = deltaSamplingElement(tab, "settings");
     if (!settings) return;
     new MutationObserver((changes) => {
@@ -225,7 +225,7 @@ function deltaSamplingOwnTips(tab) {
 
 onUiLoaded(() => {
     for (const tab of ["txt2img", "img2img"]) {
-        deltaSamplingOwnTips(tab);
+        deltaSamplingClearForeignTooltips(tab);
         deltaSamplingTooltips(tab);
         deltaSamplingSlider(tab);
         deltaSamplingDrawing(tab);

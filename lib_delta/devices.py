@@ -12,7 +12,7 @@ import torch
 
 # CUDA and ROCm, MPS, DirectML, XPU, the CPU and their libraries each have words of their own.  cuBLAS and cuDNN that
 # find no room for what they set up say that they could not start, or that they know no way to compute.
-_SHORT = re.compile(
+_OUT_OF_MEMORY = re.compile(
     r"(out of|not enough|insufficient|(cannot|can't|could not|failed to) allocate) ((gpu|video|device|host) )*memory"
     r"|could not allocate tensor|allocation on device|failed to allocate private mtlbuffer|invalid buffer size"
     r"|alloc_?failed|allocation_fail(ed|ure)|out_?of_?((device|host)_?)?(memory|resources)|error_?memory_?allocation"
@@ -29,7 +29,7 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM or getattr(error, "winerror", None) == _PAGING_FILE_TOO_SMALL
-    return isinstance(error, RuntimeError) and bool(_SHORT.search(str(error)))
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def indexed(device: torch.device) -> torch.device:
@@ -61,7 +61,7 @@ def free_memory(device: torch.device) -> int | None:
     return None if limit is None else max(0, limit() - torch.mps.current_allocated_memory())
 
 
-def release_cached(device: torch.device) -> None:
+def empty_cache(device: torch.device) -> None:
     """Have a device's allocator give back what it keeps for later, so that pieces of it can be joined."""
     release = getattr(getattr(torch, device.type, None), "empty_cache", None)
     if release is not None:
@@ -78,7 +78,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
         return nullcontext()
 
 
-def give_back() -> bool:
+def trim_heap() -> bool:
     """Have the C library give back what it keeps of freed memory, 1.6 GB after an SD 1.x base; True if it did.
 
     Only glibc keeps so much, and only it can be asked.

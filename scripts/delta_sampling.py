@@ -21,7 +21,7 @@ from lib_delta.hosts.ui.unit_box import UnitBox
 from lib_delta.hosts.ui.unit_box import unfold as unfold_units
 from lib_delta.hosts.ui.widgets import refresh_button
 from lib_delta.hosts.ui.xyz_axes import add_axes
-from lib_delta.page.lambda_curve import drawing
+from lib_delta.page.lambda_curve import draw_lambda
 from lib_delta.request.request import (
     BETWEEN,
     BRIDGES,
@@ -107,7 +107,7 @@ class DeltaSampling(scripts.Script):
         presets.connect(w, prompts, units)
         drawn = [w[name] for name in CURVE_FIELDS]
         for event in (*(widget.change for widget in drawn), redraw.click):
-            event(drawing, inputs=drawn, outputs=[picture], queue=False, show_progress="hidden")
+            event(draw_lambda, inputs=drawn, outputs=[picture], queue=False, show_progress="hidden")
         for event in (refresh.click, w["enabled"].change):
             event(status_html, inputs=[], outputs=[status], queue=False, show_progress="hidden")
         pasted = [*((w[name], function) for name, function in RESTORE.items()), *units.infotext_fields]
@@ -146,7 +146,7 @@ class DeltaSampling(scripts.Script):
             with gr.Column(min_width=240):
                 values = [getattr(default, name) for name in CURVE_FIELDS]
                 picture = gr.HTML(
-                    drawing(*values), elem_id=self.elem_id("drawing"), elem_classes=["delta-sampling-drawing"]
+                    draw_lambda(*values), elem_id=self.elem_id("drawing"), elem_classes=["delta-sampling-drawing"]
                 )
                 # The script of the page clicks this when an answer that came late has left an older drawing.
                 redraw = gr.Button(

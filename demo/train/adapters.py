@@ -19,7 +19,7 @@ from torch import Size, Tensor, nn
 
 from lib_delta.adapters.algorithms import ia3, loha, lokr, lora, oft
 from lib_delta.models.forked_layers import Conv2d, Linear
-from lib_delta.models.unet import Encoder
+from lib_delta.models.unet import UNetEncoder
 
 LORA_RANK = 8
 LOHA_RANK = 4  # as many numbers as a LoRA of rank 8 has
@@ -44,7 +44,7 @@ class Kind:
 class Adapter(nn.Module):
     """One adapter for every linear and convolution weight of a UNet, or of the half that ControlNets copy."""
 
-    def __init__(self, unet: Encoder, kind: Kind) -> None:
+    def __init__(self, unet: UNetEncoder, kind: Kind) -> None:
         super().__init__()
         self.kind = kind
         self.names: list[tuple[str, str]] = []  # of layer and tensor
@@ -56,7 +56,7 @@ class Adapter(nn.Module):
                 self.names.append((path, name))
                 self.tensors.append(nn.Parameter(tensor, requires_grad=tensor.ndim > 0))
 
-    def merged(self, unet: Encoder) -> Tensors:
+    def merged(self, unet: UNetEncoder) -> Tensors:
         """Return the adapted weights by parameter name; gradients reach the adapter's tensors."""
         out = {}
         # Small products, and OFT's inverses, which bfloat16 has no solver for.
@@ -101,10 +101,10 @@ def hadamard(rank: int) -> Kind:
     def start(shape: Size) -> Tensors:
         inputs = shape[1:].numel()
         return {
-            loha.W1_A: 0.1 * torch.randn(shape[0], rank),
-            loha.W1_B: torch.randn(rank, inputs),
-            loha.W2_A: torch.zeros(shape[0], rank),
-            loha.W2_B: torch.randn(rank, inputs),
+            loha.HADA_W1_A: 0.1 * torch.randn(shape[0], rank),
+            loha.HADA_W1_B: torch.randn(rank, inputs),
+            loha.HADA_W2_A: torch.zeros(shape[0], rank),
+            loha.HADA_W2_B: torch.randn(rank, inputs),
             "alpha": torch.tensor(float(rank)),
         }
 
@@ -116,7 +116,7 @@ def kronecker(factor: int) -> Kind:
 
     def start(shape: Size) -> Tensors:
         right = (shape[0] // factor, shape[1] // factor, *shape[2:])
-        return {lokr.W1: _uniform(factor, factor), lokr.W2: torch.zeros(right)}
+        return {lokr.LOKR_W1: _uniform(factor, factor), lokr.LOKR_W2: torch.zeros(right)}
 
     return Kind(lokr.match, start, _metadata("lycoris.kohya", 1, algo="lokr", factor=factor, full_matrix=True))
 
@@ -126,7 +126,7 @@ def multiplied() -> Kind:
 
     def start(shape: Size) -> Tensors:
         change = torch.zeros(shape[0], 1, *(1,) * len(shape[2:]))
-        return {ia3.WEIGHT: change, ia3.ON_INPUT: torch.tensor(0.0)}
+        return {ia3.IA3_WEIGHT: change, ia3.ON_INPUT: torch.tensor(0.0)}
 
     return Kind(ia3.match, start, _metadata("lycoris.kohya", 1, algo="ia3"))
 
@@ -137,7 +137,7 @@ def rotated(block: int) -> Kind:
     def start(shape: Size) -> Tensors:
         side = min(block, shape[0])
         return {
-            oft.BLOCKS: torch.zeros(shape[0] // side, side, side),
+            oft.OFT_BLOCKS: torch.zeros(shape[0] // side, side, side),
             oft.RESCALE: torch.ones(shape[0], *(1,) * len(shape[1:])),
         }
 

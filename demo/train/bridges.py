@@ -24,7 +24,7 @@ from demo.train.bridges_pictures import blurred as blur
 from demo.train.bridges_stitch import Layers, Seam, seen_through, stitched, tuned, until_seam
 from demo.train.common import Run
 from demo.train.data import Emoji
-from lib_delta.bridges.learned import WEIGHTS, LearnedBridge, path_of
+from lib_delta.bridges.learned import WEIGHTS, LearnedBridge, weights_path
 from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.errors import DeltaError
 from lib_delta.models import taesd
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace, load: Callable[[], Emoji]) -> None:
         else:
             fitted = bench.fit(target, latents)
         about = {"source": source.key, "target": target.key, "pictures": str(options.pictures)}
-        save(fitted, options.out / path_of(source, target).name, about)
+        save(fitted, options.out / weights_path(source, target).name, about)
         print(f"{source.key} and {target.key}: written")
 
 

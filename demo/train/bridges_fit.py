@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib_delta.bridges.int8_weights import pack
-from lib_delta.bridges.latent_maps import DifferenceMap, Filter, FilteredState, followed
+from lib_delta.bridges.latent_maps import DifferenceMap, Filter, FilteredState, regress_on_state
 from lib_delta.bridges.learned import LearnedBridge
 
 RIDGE = 1e-4  # of the mean variance, so that channels that hardly vary stay small
@@ -71,7 +71,7 @@ def detailed(linear: DifferenceMap, source: Tensor, target: Tensor) -> Differenc
         for s, t in zip(source.split(100), target.split(100)):
             before, change = t[:, 0].float(), t[:, 1].float() - t[:, 0]
             carried = linear.filter(s[:, 1].float() - s[:, 0])
-            yield torch.cat((carried, followed(carried, before)), 1), change
+            yield torch.cat((carried, regress_on_state(carried, before)), 1), change
 
     channels_out, channels_in, width, _ = linear.filter.weight.shape
     fitted = DifferenceMap(channels_in, channels_out, width, detailed=True)
@@ -96,7 +96,7 @@ def with_half(state: FilteredState, target: Tensor, halves: Tensor, width: int =
 
 
 def save(bridge: LearnedBridge, path: Path, about: dict[str, str]) -> None:
-    """Write a bridge's maps for :func:`lib_delta.bridges.learned.load`: large weights of states in 8 bits."""
+    """Write a bridge's maps for :func:`lib_delta.bridges.learned.load_bridge`: large weights of states in 8 bits."""
     state, difference = (
         {f"{name}.{key}": value for key, value in module.state_dict().items()}
         for name, module in (("state", bridge.state), ("difference", bridge.difference))

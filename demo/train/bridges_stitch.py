@@ -23,8 +23,8 @@ BARELY_SEEN = 0.002  # squared error of a picture in 0..1: about what the source
 class Layers:
     """How many blocks of the decoder and of the encoder are kept, and how wide the filters between them are."""
 
-    reading: int = taesd.BLOCKS
-    writing: int = taesd.BLOCKS
+    reading: int = taesd.BLOCKS_PER_SIZE
+    writing: int = taesd.BLOCKS_PER_SIZE
     width: int = 3
     half: int = 4
 
@@ -42,7 +42,7 @@ class Seam(NamedTuple):
 
 def until_seam(encoder: nn.Sequential) -> nn.Sequential:
     """Return the layers of an encoder up to those that work at the latents' size alone."""
-    return encoder[: len(encoder) - 1 - taesd.BLOCKS]
+    return encoder[: len(encoder) - 1 - taesd.BLOCKS_PER_SIZE]
 
 
 @torch.no_grad()

@@ -26,8 +26,8 @@ from lib_delta.adapters.algorithms import lora
 from lib_delta.controls.image_encoder import DEVIATION, MEAN
 from lib_delta.models.controlnet import ControlNet
 from lib_delta.models.injection import Injection
-from lib_delta.models.ip_adapter import IPAdapter, TokenProjection, attend, cross_attentions
-from lib_delta.models.unet import Encoder, UNet
+from lib_delta.models.ip_adapter import IPAdapter, TokenProjection, attend_to_image, cross_attentions
+from lib_delta.models.unet import UNet, UNetEncoder
 
 HINTS = (3, 8, 8, 16, 16, 32)  # channels of the convolutions that read a map; the UNet's own follow
 RANK = 32
@@ -85,7 +85,7 @@ class EdgeControl(nn.Module):
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
-        encoder = Encoder(unet.config)
+        encoder = UNetEncoder(unet.config)
         shared = encoder.state_dict()
         encoder.load_state_dict({key: value for key, value in unet.state_dict().items() if key in shared})
         self.encoder = encoder.requires_grad_(False)
@@ -129,9 +129,9 @@ def train_edges(name: str, lesson: Lesson, folder: Path, run: Run) -> EdgeContro
 
         def predict(noisy: Tensor, t: Tensor) -> Tensor:
             residuals = model(noisy, t, context, maps)
-            return unet(noisy[None], t, context[None], None, Injection(decoder=dict(enumerate(residuals)), alone=True))[
-                0
-            ]
+            return unet(
+                noisy[None], t, context[None], None, Injection(decoder=dict(enumerate(residuals)), single_branch=True)
+            )[0]
 
         return noise_loss(predict, x0, "eps", generator)
 
@@ -180,7 +180,7 @@ def train_image_prompt(name: str, lesson: Lesson, folder: Path, run: Run) -> Pic
         def predict(noisy: Tensor, t: Tensor) -> Tensor:
             pairs = zip(cross_attentions(unet), model(references, kept))
             attended = {layer: _seen(k, v) for (_, layer), (k, v) in pairs}
-            injection = Injection(attended=attended, alone=True)  # type: ignore[arg-type]
+            injection = Injection(extra_attention=attended, single_branch=True)  # type: ignore[arg-type]
             return unet(noisy[None], t, contexts[number][None], None, injection)[0]
 
         return noise_loss(predict, x0, "eps", generator, IN_NOISE)
@@ -189,7 +189,7 @@ def train_image_prompt(name: str, lesson: Lesson, folder: Path, run: Run) -> Pic
 
 
 def _seen(k: Tensor, v: Tensor):  # type: ignore[no-untyped-def]
-    return lambda q, heads: attend(q, k, v, heads)
+    return lambda q, heads: attend_to_image(q, k, v, heads)
 
 
 def turned(pictures: Tensor, generator: torch.Generator) -> Tensor:

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from lib_delta.adapters import compatibility, key_names, numbered_format
 from lib_delta.adapters.algorithms import biased, dora, full, ia3, lokr, lora, oft
-from lib_delta.adapters.algorithms.base import LayerAdapter, number
+from lib_delta.adapters.algorithms.base import LayerAdapter, finite_scalar
 from lib_delta.adapters.algorithms.biased import Biased
 from lib_delta.adapters.algorithms.dora import Dora
-from lib_delta.adapters.algorithms.full import Tuned
+from lib_delta.adapters.algorithms.full import FineTunedLayer
 from lib_delta.adapters.algorithms.lora import Lora
 from lib_delta.adapters.algorithms.registry import ALGORITHMS
-from lib_delta.adapters.compatibility import family_of
-from lib_delta.adapters.key_names import Place
-from lib_delta.adapters.peft_config import Trained, rank_of
+from lib_delta.adapters.compatibility import unet_family
+from lib_delta.adapters.key_names import LayerPath
+from lib_delta.adapters.peft_config import PeftConfig, rank_of
 from lib_delta.diffusion.families import Family
 from lib_delta.diffusion.parameterization import Prediction
 from lib_delta.errors import AdapterError, CheckpointError
@@ -110,15 +110,17 @@ def load_adapter(
             if prefix is None:
                 tensors = numbered_format.renamed(file.name, _Tensors(file), file.metadata, unet)
                 if tensors is None:
-                    compatibility.refuse_other_kinds(file.name, file.shapes)
-                trained = Trained.beside(Path(path), file.metadata)
+                    compatibility.refuse_unsupported_kinds(file.name, file.shapes)
+                trained = PeftConfig.beside(Path(path), file.metadata)
                 return read_adapter(file.name, tensors or _Tensors(file), unet, towers, trained, file.metadata)
             found = detect_family(file.shapes, file.name)
-            if found is not family_of(unet):
-                raise compatibility.other_family(file.name, found.label, unet)
+            if found is not unet_family(unet):
+                raise compatibility.other_family_error(file.name, found.label, unet)
             _refuse_other_prediction(file, prediction)
-            text = [(tower, tuned.state_dict()) for tower, tuned in zip(towers, _tuned_towers(file, found, towers))]
-            return read_full(file.name, _Tensors(file.below(prefix)), unet, text)
+            text = [
+                (tower, tuned.state_dict()) for tower, tuned in zip(towers, _fine_tuned_towers(file, found, towers))
+            ]
+            return read_fine_tuned(file.name, _Tensors(file.below(prefix)), unet, text)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
 
@@ -132,7 +134,7 @@ def _refuse_other_prediction(file: WeightFile, needed: Prediction | None) -> Non
         )
 
 
-def _tuned_towers(file: WeightFile, family: Family, towers: Sequence[nn.Module]) -> Sequence[nn.Module]:
+def _fine_tuned_towers(file: WeightFile, family: Family, towers: Sequence[nn.Module]) -> Sequence[nn.Module]:
     if not towers or not any(key.startswith(TEXT_PREFIXES) for key in file.shapes):
         return ()
     return load_towers(file, family, next(towers[0].parameters()).dtype)
@@ -162,7 +164,7 @@ def read_adapter(
     tensors: Mapping[str, Tensor],
     unet: UNet,
     towers: Sequence[nn.Module] = (),
-    trained: Trained | None = None,
+    trained: PeftConfig | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> AdapterFile:
     """Make an :class:`AdapterFile` of the tensors of the file ``name``; raises as :func:`load_adapter`.
@@ -170,11 +172,11 @@ def read_adapter(
     ``trained`` and ``metadata`` are what the trainer wrote beside the tensors, and in the file's header.
     """
     stated = compatibility.stated_family(metadata or {})
-    groups, embeddings, unread = _grouped(name, tensors)
+    groups, embeddings, unread = _group_by_layer(name, tensors)
     compatibility.refuse_other_family(name, groups, unet)
     names = key_names.layer_names(unet, towers)
     unmatched = _with_whole_weights(name, groups, {key: tensors[key] for key in unread}, names)
-    found: dict[Place, LayerAdapter] = {}
+    found: dict[LayerPath, LayerAdapter] = {}
     for layer, group in groups.items():
         place = names.get(layer)
         if place is None:
@@ -187,11 +189,11 @@ def read_adapter(
         module = _module(unet, towers, place)
         unmatched += _without_more_inputs(group, module)
         try:
-            found[place] = _layer(group.tensors, module)
+            found[place] = _layer_adapter(group.tensors, module)
         except AdapterError as error:
             raise AdapterError(f"{name} is malformed or for another model at {layer}: {error}") from error
     if not found:
-        raise compatibility.nothing_matches(name, list(tensors), unet, stated, len(towers))
+        raise compatibility.no_match_error(name, list(tensors), unet, stated, len(towers))
     text = tuple({p.path: a for p, a in found.items() if p.tower == i} for i in range(len(towers)))
     for key, vectors in embeddings.items():
         _refuse_embedding(name, key, vectors, unet)
@@ -207,16 +209,18 @@ def read_adapter(
 
 
 @dataclass
-class Group:
+class LayerTensors:
     """One layer's tensors by the names that :func:`keys.read` gives them, and the keys they are stored by."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     stored: list[str] = field(default_factory=list)
 
 
-def _grouped(name: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Group], dict[str, Tensor], list[str]]:
+def _group_by_layer(
+    name: str, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, LayerTensors], dict[str, Tensor], list[str]]:
     """Sort a file's tensors by layer; return them, the embeddings that came along, and the keys of other things."""
-    groups: dict[str, Group] = defaultdict(Group)
+    groups: dict[str, LayerTensors] = defaultdict(LayerTensors)
     embeddings: dict[str, Tensor] = {}
     unread: list[str] = []
     for key, tensor in tensors.items():
@@ -224,7 +228,7 @@ def _grouped(name: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Group]
             # A single vector may come without the dimension that counts vectors.
             embeddings[bundled["name"]] = tensor[None] if tensor.ndim == 1 else tensor
             continue
-        read = key_names.read(key)
+        read = key_names.parse_key(key)
         if read is None:
             unread.append(key)
             continue
@@ -243,7 +247,7 @@ _BASE_OWN = "original_module."
 
 
 def _with_whole_weights(
-    name: str, groups: dict[str, Group], unread: Mapping[str, Tensor], names: Mapping[str, Place]
+    name: str, groups: dict[str, LayerTensors], unread: Mapping[str, Tensor], names: Mapping[str, LayerPath]
 ) -> list[str]:
     """Add to ``groups`` what stands in the place of layers' own weights; return the keys that belong to no layer.
 
@@ -267,7 +271,7 @@ def _with_whole_weights(
                 " that is served reads: without it the layer would not be what was trained"
             )
         else:
-            group = groups.setdefault(whole.layer, Group())
+            group = groups.setdefault(whole.layer, LayerTensors())
             # peft may save it by two of its names.
             if whole.tensor in group.tensors and not torch.equal(group.tensors[whole.tensor], tensor):
                 raise AdapterError(f"{name} holds {whole.tensor} of {whole.layer} twice ({key}), and one is needed")
@@ -291,7 +295,7 @@ _MORE_INPUTS = (5, 8, 9)
 _FIRST = "input_blocks.0.0.weight"
 
 
-def _without_more_inputs(group: Group, layer: nn.Module) -> list[str]:
+def _without_more_inputs(group: LayerTensors, layer: nn.Module) -> list[str]:
     """Leave out what the first layer's tensors of an inpainting model hold for mask and picture; say what that is."""
     own = cast(Tensor, layer.weight).shape
     if len(own) != 4 or own[1] in _MORE_INPUTS:
@@ -310,13 +314,13 @@ def _without_more_inputs(group: Group, layer: nn.Module) -> list[str]:
 _NUMBERS = (lora.ALPHA, ia3.ON_INPUT, oft.PEFT_TERMS, "scale", "scalar")
 
 
-def _layer(tensors: Mapping[str, Tensor], layer: nn.Module) -> LayerAdapter:
+def _layer_adapter(tensors: Mapping[str, Tensor], layer: nn.Module) -> LayerAdapter:
     for below, tensor in tensors.items():
         # Quantised factors are whole numbers too, and no scale of theirs is known here.
         if not tensor.is_floating_point() and below not in _NUMBERS:
             raise AdapterError(f"{below} is stored as {tensor.dtype}, and floating-point numbers are needed")
     tensors = _scaled(tensors)
-    if lokr.W1 in tensors and lokr.W2 in tensors:
+    if lokr.LOKR_W1 in tensors and lokr.LOKR_W2 in tensors:
         # Of two whole factors alpha means nothing, and is more than fp16 holds in some files.
         tensors = {below: tensor for below, tensor in tensors.items() if below != lora.ALPHA}
     for below, tensor in tensors.items():
@@ -336,7 +340,7 @@ def _scaled(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     which some tools multiply by and others leave out.
     """
     rest = {below: tensor for below, tensor in tensors.items() if below not in ("scale", "scalar")}
-    if "scalar" in tensors and number(tensors["scalar"], "scalar") != 1:
+    if "scalar" in tensors and finite_scalar(tensors["scalar"], "scalar") != 1:
         raise AdapterError(
             "it has a scalar other than 1 beside its factors, which is not served: save it with them multiplied by it"
         )
@@ -344,14 +348,14 @@ def _scaled(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         rank = rank_of(rest)
         if rank is None:
             raise AdapterError("it has a scale, which is served beside low-rank factors alone")
-        rest[lora.ALPHA] = torch.tensor(number(tensors["scale"], "scale") * rank, dtype=torch.float64)
+        rest[lora.ALPHA] = torch.tensor(finite_scalar(tensors["scale"], "scale") * rank, dtype=torch.float64)
     return rest
 
 
 def _matched(tensors: Mapping[str, Tensor]) -> LayerAdapter:
-    if dora.SCALE in tensors:
-        return Dora(_matched({k: t for k, t in tensors.items() if k != dora.SCALE}), tensors[dora.SCALE])
-    for bias in biased.NAMES:
+    if dora.DORA_SCALE in tensors:
+        return Dora(_matched({k: t for k, t in tensors.items() if k != dora.DORA_SCALE}), tensors[dora.DORA_SCALE])
+    for bias in biased.BIAS_NAMES:
         if bias in tensors and not tensors.keys() & {full.DIFF, full.NEW}:
             return _with_bias({k: t for k, t in tensors.items() if k != bias}, bias, tensors[bias])
     for algorithm in ALGORITHMS:
@@ -368,7 +372,7 @@ def _with_bias(rest: Mapping[str, Tensor], name: str, bias: Tensor) -> Biased:
     return Biased(inner, bias, scale, replaces=name == biased.NEW_BIAS)
 
 
-def read_full(
+def read_fine_tuned(
     name: str,
     tensors: Mapping[str, Tensor],
     unet: UNet,
@@ -387,32 +391,32 @@ def read_full(
     """
     width = next((tensors[k].shape[1] for k in tensors if k.endswith("attn2.to_k.weight")), None)
     if width is not None and width != unet.config.context_width:
-        raise compatibility.other_family(name, compatibility.described(width), unet)
-    text = tuple(_tuned_layers(name, weights, tower) for tower, weights in towers)
-    first = Group({full.DIFF: tensors[_FIRST]}, [_FIRST]) if _FIRST in tensors else Group()
+        raise compatibility.other_family_error(name, compatibility.family_label(width), unet)
+    text = tuple(_fine_tuned_layers(name, weights, tower) for tower, weights in towers)
+    first = LayerTensors({full.DIFF: tensors[_FIRST]}, [_FIRST]) if _FIRST in tensors else LayerTensors()
     left_out = _without_more_inputs(first, unet.get_submodule(_FIRST.removesuffix(".weight")))
     own = ChainMap({_FIRST: first.tensors[full.DIFF]}, tensors) if left_out else tensors  # type: ignore[arg-type]
-    return AdapterFile(name, _tuned_layers(name, own, unet), text, tuple(left_out), len(tensors))
+    return AdapterFile(name, _fine_tuned_layers(name, own, unet), text, tuple(left_out), len(tensors))
 
 
-def _tuned_layers(name: str, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, LayerAdapter]:
+def _fine_tuned_layers(name: str, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, LayerAdapter]:
     changed: dict[str, LayerAdapter] = {}
-    for path, layer in key_names.layers(model).items():
+    for path, layer in key_names.named_layers(model).items():
         differs = False
         tuned: dict[str, Tensor] = {}
         for key, base in layer.named_parameters(recurse=False):
-            tuned[key] = _tuned(name, tensors, f"{path}.{key}", base)
-            differs = differs or full.changed(base, tuned[key])
+            tuned[key] = _fine_tuned_layer(name, tensors, f"{path}.{key}", base)
+            differs = differs or full.differs(base, tuned[key])
         if differs:
-            changed[path] = Tuned(tuned["weight"], tuned.get("bias"))
+            changed[path] = FineTunedLayer(tuned["weight"], tuned.get("bias"))
     return changed
 
 
-def _tuned(name: str, tensors: Mapping[str, Tensor], key: str, base: Tensor) -> Tensor:
+def _fine_tuned_layer(name: str, tensors: Mapping[str, Tensor], key: str, base: Tensor) -> Tensor:
     if key not in tensors:
         raise AdapterError(f"{name} has no {key}, and a full checkpoint of the base model's architecture is needed")
     tensor = tensors[key]
-    if _without_ones(tensor) != _without_ones(base):
+    if _squeezed(tensor) != _squeezed(base):
         raise AdapterError(
             f"{name} has {key} of shape {tuple(tensor.shape)}, and the base model's shape {tuple(base.shape)} is needed"
         )
@@ -423,11 +427,11 @@ def _tuned(name: str, tensors: Mapping[str, Tensor], key: str, base: Tensor) -> 
     return tensor.reshape(base.shape)
 
 
-def _without_ones(tensor: Tensor) -> tuple[int, ...]:
+def _squeezed(tensor: Tensor) -> tuple[int, ...]:
     # A 1x1 convolution may be stored as a matrix.
     return tuple(n for n in tensor.shape if n != 1)
 
 
-def _module(unet: UNet, towers: Sequence[nn.Module], place: Place) -> nn.Module:
+def _module(unet: UNet, towers: Sequence[nn.Module], place: LayerPath) -> nn.Module:
     model: nn.Module = unet if place.tower is None else towers[place.tower]
     return model.get_submodule(place.path)

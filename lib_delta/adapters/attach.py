@@ -18,23 +18,23 @@ from torch.func import functional_call
 from lib_delta.adapters import key_names
 from lib_delta.adapters.adapter_file import AdapterFile
 from lib_delta.adapters.algorithms.base import LayerAdapter
-from lib_delta.adapters.algorithms.full import Tuned
+from lib_delta.adapters.algorithms.full import FineTunedLayer
 from lib_delta.devices import fetches, without_autocast
 from lib_delta.errors import SettingError
 from lib_delta.models.forked_layers import Adaptation, ForkedLayer
 from lib_delta.models.text import TextEncoder
 from lib_delta.models.unet import UNet
 
-Form = Literal["automatic", "merged", "bypass"]
+AdapterForm = Literal["automatic", "merged", "bypass"]
 # Factors that multiply more than this share of what their layer does are slower than a second weight (measured in fp32
 # on a CPU: at .33 faster by 4 %, at .67 slower by 8 %).
-DEAREST_FACTORS = 0.5
+MAX_FACTOR_COST = 0.5
 Weighted = tuple[LayerAdapter, float]
 # One number for a whole adapter, or one for each layer, by its path.
 Weight = float | Callable[[str], float]
 
 
-class MadeOf:
+class MergeOrigin:
     """Which adapters, each with its weight, were put on a layer; it keeps none of them in memory."""
 
     def __init__(self, parts: Sequence[Weighted]) -> None:
@@ -54,7 +54,7 @@ class Merged(nn.Module, Adaptation):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, made_of: MadeOf) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, made_of: MergeOrigin) -> None:
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
@@ -67,7 +67,7 @@ class Merged(nn.Module, Adaptation):
 class Bypass(nn.Module, Adaptation):
     """The low-rank factors themselves, added to the layer's output (the smallest form)."""
 
-    def __init__(self, adapters: Sequence[Weighted], made_of: MadeOf) -> None:
+    def __init__(self, adapters: Sequence[Weighted], made_of: MergeOrigin) -> None:
         super().__init__()
         self.adapters, self.made_of = tuple(adapters), made_of
 
@@ -101,7 +101,7 @@ class Bypass(nn.Module, Adaptation):
         return tuple((adapter.map(fn), weight) for adapter, weight in self.adapters)
 
 
-def attach(unet: UNet, adapters: Sequence[tuple[AdapterFile, Weight]], form: Form = "merged") -> None:
+def attach(unet: UNet, adapters: Sequence[tuple[AdapterFile, Weight]], form: AdapterForm = "merged") -> None:
     """Give the UNet's layers a second branch: the sum of the adapters, each times its weight.
 
     What was attached before is replaced, and its memory is used again; layers that stay adapted as they
@@ -111,11 +111,11 @@ def attach(unet: UNet, adapters: Sequence[tuple[AdapterFile, Weight]], form: For
     others adapt what it has made.
     Raises :class:`SettingError` for a weight that is not finite or an unknown form, with nothing attached.
     """
-    if form not in get_args(Form):
-        raise SettingError(f"form is {form!r}, and one of {', '.join(get_args(Form))} is needed")
+    if form not in get_args(AdapterForm):
+        raise SettingError(f"form is {form!r}, and one of {', '.join(get_args(AdapterForm))} is needed")
     try:
         weighted = _by_layer([(adapter.name, adapter.unet, weight) for adapter, weight in adapters])
-        for path, layer in key_names.layers(unet).items():
+        for path, layer in key_names.named_layers(unet).items():
             before, parts = layer.adaptation, weighted.get(path)
             layer.adaptation = None  # type: ignore[assignment]
             if parts:
@@ -127,11 +127,11 @@ def attach(unet: UNet, adapters: Sequence[tuple[AdapterFile, Weight]], form: For
 
 def detach(unet: UNet) -> None:
     """Make every layer of the UNet shared again."""
-    for layer in key_names.layers(unet).values():
+    for layer in key_names.named_layers(unet).values():
         layer.adaptation = None  # type: ignore[assignment]
 
 
-def text_parameters(
+def adapted_text_parameters(
     tower: nn.Module, adapters: Sequence[tuple[AdapterFile, Weight]], index: int = 0
 ) -> dict[str, Tensor]:
     """Return the adapted parameters of a text encoder, by name; only those that change.
@@ -152,7 +152,7 @@ def text_parameters(
     return parameters
 
 
-class AdaptedTower(TextEncoder):
+class AdaptedTextEncoder(TextEncoder):
     """A text encoder seen with other values for some of its parameters; the encoder itself is left alone."""
 
     def __init__(self, tower: TextEncoder, parameters: Mapping[str, Tensor]) -> None:
@@ -177,22 +177,22 @@ def _by_layer(adapters: Sequence[tuple[str, Mapping[str, LayerAdapter], Weight]]
     return layers
 
 
-def _adaptation(layer: ForkedLayer, parts: Sequence[Weighted], form: Form, before: object) -> Merged | Bypass:
+def _adaptation(layer: ForkedLayer, parts: Sequence[Weighted], form: AdapterForm, before: object) -> Merged | Bypass:
     kind = Bypass if _as_factors(parts, form, layer.weight.shape) else Merged
     if isinstance(before, kind) and before.made_of.same(parts):
         return before
-    made_of = MadeOf(parts)
+    made_of = MergeOrigin(parts)
     if kind is Merged:
         return Merged(*_merge(layer, parts, before.weight if isinstance(before, Merged) else None), made_of)
     place = layer.weight.device, layer.dtype
     return Bypass([(adapter.map(lambda t: t.to(*place)), weight) for adapter, weight in parts], made_of)
 
 
-def _as_factors(parts: Sequence[Weighted], form: Form, shape: torch.Size) -> bool:
+def _as_factors(parts: Sequence[Weighted], form: AdapterForm, shape: torch.Size) -> bool:
     """Tell whether a layer's adapters are kept as the factors that they are."""
     if form == "merged" or not all(adapter.bypasses for adapter, _ in parts):
         return False
-    return form == "bypass" or sum(adapter.bypass_cost(shape) for adapter, _ in parts) <= DEAREST_FACTORS
+    return form == "bypass" or sum(adapter.bypass_cost(shape) for adapter, _ in parts) <= MAX_FACTOR_COST
 
 
 def _reusable(memory: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
@@ -214,16 +214,16 @@ def _merge(layer: Any, parts: Sequence[Weighted], into: Tensor | None = None) ->
 
 def _summed(layer: Any, weight: Tensor, parts: Sequence[Weighted], into: Tensor | None) -> tuple[Tensor, Tensor | None]:
     # A weight that is stored in fp8 would lose the difference, if the sum were.
-    dtype = getattr(layer, "computes", None) or weight.dtype
+    dtype = getattr(layer, "compute_dtype", None) or weight.dtype
     if into is None or not _reusable(into, weight, dtype):
         into = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     total = into.copy_(weight) if weight.dtype == torch.float32 else weight.to(torch.float32, copy=True).contiguous()
     own: Tensor | None = getattr(layer, "bias", None)
     bias: Tensor | None = None
     origin, own_bias = weight, own
-    tuned = [part for part in parts if isinstance(part[0], Tuned)]
-    for adapter, factor in (*tuned, *(part for part in parts if not isinstance(part[0], Tuned))):
-        if tuned and origin is weight and not isinstance(adapter, Tuned):
+    tuned = [part for part in parts if isinstance(part[0], FineTunedLayer)]
+    for adapter, factor in (*tuned, *(part for part in parts if not isinstance(part[0], FineTunedLayer))):
+        if tuned and origin is weight and not isinstance(adapter, FineTunedLayer):
             origin, own_bias = total.clone(), own if bias is None else bias
         adapter.add_difference(total, origin, factor)
         difference = None if own_bias is None else adapter.bias_difference(own_bias)

@@ -35,8 +35,8 @@ PRESETS: Mapping[str, str] = {
     "OUTALL": "1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1",
     "ALL0.5": "0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5",
 }
-_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.")
-_SHORT = {"input_blocks": "IN", "output_blocks": "OUT"}
+_BLOCK_PATH = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.")
+_SHORT_NAME = {"input_blocks": "IN", "output_blocks": "OUT"}
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class BlockWeights:
 
     def at(self, path: str) -> float:
         """Return the number for a layer of the UNet, by its module path."""
-        found = _BLOCK.match(path)
+        found = _BLOCK_PATH.match(path)
         if found is None:
             return 1.0
-        block = "M00" if found[1] == "middle_block" else f"{_SHORT[found[1]]}{int(found[2]):02}"
+        block = "M00" if found[1] == "middle_block" else f"{_SHORT_NAME[found[1]]}{int(found[2]):02}"
         return dict(self.values).get(block, 1.0)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lib_delta.diffusion.families import Family
 from lib_delta.errors import AdapterError
-from lib_delta.files.file_kinds import Shapes, other_kind
+from lib_delta.files.file_kinds import unsupported_kind
+from lib_delta.files.stored_file import Shapes
 from lib_delta.models.unet import UNet
 
 # Layers that no UNet of SD 1.x or 2.x has, by the names that ``keys.read`` gives.
@@ -32,7 +33,7 @@ _STATED: tuple[tuple[str, str], ...] = (
     (r"sd3|stable-diffusion-v?3", Family.SD3.label),
     (r"flux", Family.FLUX.label),
 )
-_OTHER_FILES: tuple[tuple[str, str], ...] = (
+_NOT_ADAPTERS: tuple[tuple[str, str], ...] = (
     (r"lora_controlnet$", "a Control-LoRA, which follows a picture"),
     (r"(control_model|input_hint_block|controlnet_cond_embedding|controlnet_\w+_blocks)\.", "a ControlNet"),
     (r"(emb_params|clip_[lg]|string_to_param.*)$", "a textual inversion embedding (use it in the prompt)"),
@@ -51,10 +52,10 @@ class HasTensors(Protocol):
     tensors: dict[str, Tensor]
 
 
-def refuse_other_kinds(name: str, shapes: Shapes) -> None:
+def refuse_unsupported_kinds(name: str, shapes: Shapes) -> None:
     """Raise :class:`AdapterError` for a file that is something else than an adapter of weights."""
-    named = (what for pattern, what in _OTHER_FILES if any(re.match(pattern, key) for key in shapes))
-    what = next(named, "") or other_kind(shapes)
+    named = (what for pattern, what in _NOT_ADAPTERS if any(re.match(pattern, key) for key in shapes))
+    what = next(named, "") or unsupported_kind(shapes)
     if not what and shapes and all(re.fullmatch(r"<[^>]*>", key) for key in shapes):
         what = "a textual inversion embedding (use it in the prompt)"
     if what:
@@ -63,7 +64,7 @@ def refuse_other_kinds(name: str, shapes: Shapes) -> None:
         raise AdapterError(f"{name} holds no weights: a LoRA, a LyCORIS file or a fine-tuned checkpoint is needed")
 
 
-def family_of(unet: UNet) -> Family:
+def unet_family(unet: UNet) -> Family:
     """Tell a UNet's family by its layout, whatever its width."""
     if unet.config.label_width:
         return Family.SDXL
@@ -83,14 +84,14 @@ def stated_family(metadata: Mapping[str, str]) -> str:
 
 def refuse_other_family(name: str, groups: Mapping[str, HasTensors], unet: UNet) -> None:
     """Compare what the file's names and cross-attention say about its model with the model at hand."""
-    own = family_of(unet)
+    own = unet_family(unet)
     for layer in groups:
         label = next((label for pattern, label in _OTHER_LAYERS if re.match(pattern, layer)), own.label)
         if label != own.label:
-            raise other_family(name, label, unet)
+            raise other_family_error(name, label, unet)
     for width in _context_widths(groups):
         if width != unet.config.context_width:
-            raise other_family(name, described(width), unet)
+            raise other_family_error(name, family_label(width), unet)
 
 
 def _context_widths(groups: Mapping[str, HasTensors]) -> list[int]:
@@ -113,33 +114,33 @@ def _inputs(tensors: Mapping[str, Tensor]) -> int | None:
     return left[1] * right[1] if left and right else None
 
 
-def described(context_width: int) -> str:
+def family_label(context_width: int) -> str:
     """Name the family of models that look at text so wide."""
     label = next((f.label for f in Family if f.context_width == context_width), "another model")
     return f"{label} (text {context_width} wide)"
 
 
-def other_family(name: str, found: str, unet: UNet) -> AdapterError:
+def other_family_error(name: str, found: str, unet: UNet) -> AdapterError:
     """Say that a file is made for another family than the model at hand."""
-    needed = f"{family_of(unet).label} (text {unet.config.context_width} wide)"
+    needed = f"{unet_family(unet).label} (text {unet.config.context_width} wide)"
     return AdapterError(f"{name} is made for {found}, and one for the base model, {needed}, is needed")
 
 
-def nothing_matches(name: str, stored: Sequence[str], unet: UNet, stated: str, towers: int) -> AdapterError:
+def no_match_error(name: str, stored: Sequence[str], unet: UNet, stated: str, towers: int) -> AdapterError:
     """Say that no key of a file names a layer."""
     if stored and not towers and all(key.startswith(_TEXT_KEYS) for key in stored):
         return AdapterError(
             f"{name} adapts the text encoder alone, and the base has none: a base with its text encoder is needed"
         )
-    if stated and stated != family_of(unet).label:
-        return other_family(name, f"{stated}, as its header says", unet)
+    if stated and stated != unet_family(unet).label:
+        return other_family_error(name, f"{stated}, as its header says", unet)
     if any(re.match(r"(unet\.)?(down|up)_blocks\.\d+\.\w+\.\d+\.\S+\.(weight|bias)$", key) for key in stored):
         return AdapterError(
-            f"{name} holds whole weights by diffusers' names: a LoRA or LyCORIS file for {family_of(unet).label} is"
+            f"{name} holds whole weights by diffusers' names: a LoRA or LyCORIS file for {unet_family(unet).label} is"
             " needed, or a checkpoint, which diffusers' convert_diffusers_to_original_*.py makes of a UNet"
         )
     sample = stored[0] if stored else "it is empty"
     return AdapterError(
         f"none of the {len(stored)} keys of {name} ({sample}) names a layer of the base model: "
-        f"a LoRA or LyCORIS file for {family_of(unet).label} is needed"
+        f"a LoRA or LyCORIS file for {unet_family(unet).label} is needed"
     )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lib_delta.adapters.adapter_file import load_adapter
-from lib_delta.adapters.compatibility import family_of
+from lib_delta.adapters.compatibility import unet_family
 from lib_delta.files.checkpoint import detect_family, unet_prefix
 from lib_delta.files.weight_file import WeightFile
 from lib_delta.models.loading import load_unet
@@ -70,7 +70,7 @@ def coverage(path: Path, reference: Reference) -> dict[str, object]:
     report: dict[str, object] = {
         "algorithm": adapter.algorithms(),
         "rank": list(adapter.ranks()) or "none",
-        "made for": family_of(reference.unet).label + (f" (header: {adapter.stated})" if adapter.stated else ""),
+        "made for": unet_family(reference.unet).label + (f" (header: {adapter.stated})" if adapter.stated else ""),
         "layers": f"{len(adapter.unet)} of the UNet, {sum(map(len, adapter.text))} of the text encoder",
         "keys": f"{matched} of {adapter.total} match",
     }

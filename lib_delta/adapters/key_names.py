@@ -3,7 +3,7 @@
 kohya's scripts join a module's path with underscores, which module names contain themselves
 (``to_out``, ``transformer_blocks``).  So paths are not parsed: every layer of the model at hand is
 listed under each name it can have (:func:`layer_names`), and a file's names, whatever their dialect,
-are brought to that form (:func:`read`) and looked up.
+are brought to that form (:func:`parse_key`) and looked up.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _OUTSIDE_BLOCKS = {
 }
 
 
-class Place(NamedTuple):
+class LayerPath(NamedTuple):
     """A layer: its module path in the UNet (``tower`` None) or in a text encoder (``tower`` 0, 1)."""
 
     tower: int | None
     path: str
 
 
-def layers(model: nn.Module) -> dict[str, nn.Module]:
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that hold weights, by path: the UNet's forked layers, a text encoder's leaves."""
     if isinstance(model, UNet):
         return {path: m for path, m in model.named_modules() if isinstance(m, ForkedLayer)}
@@ -53,9 +53,9 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def diffusers_paths(unet: UNet) -> dict[str, str]:
     """Map the path of every layer of the UNet to its path in diffusers' ``UNet2DConditionModel``."""
-    blocks = dict(_blocks(unet))
+    blocks = dict(_block_paths(unet))
     paths = {}
-    for path in layers(unet):
+    for path in named_layers(unet):
         if path in _OUTSIDE_BLOCKS:
             paths[path] = _OUTSIDE_BLOCKS[path]
             continue
@@ -67,30 +67,30 @@ def diffusers_paths(unet: UNet) -> dict[str, str]:
     return paths
 
 
-def _blocks(unet: UNet) -> Iterator[tuple[str, str]]:
+def _block_paths(unet: UNet) -> Iterator[tuple[str, str]]:
     """Yield the path of every block of the UNet with its path in diffusers' naming."""
     level, index = 0, 0
     for i, parts in enumerate(unet.input_blocks):
         if i == 0:
             continue
         for j, part in enumerate(parts):
-            yield f"input_blocks.{i}.{j}", f"down_blocks.{level}.{_kind(part, index)}"
+            yield f"input_blocks.{i}.{j}", f"down_blocks.{level}.{_block_kind(part, index)}"
         level, index = (level + 1, 0) if isinstance(parts[0], Downsample) else (level, index + 1)
 
     counts = {"resnets": 0, "attentions": 0}
     for j, part in enumerate(unet.middle_block):
-        kind = _kind(part, 0).split(".")[0]
+        kind = _block_kind(part, 0).split(".")[0]
         yield f"middle_block.{j}", f"mid_block.{kind}.{counts[kind]}"
         counts[kind] += 1
 
     level, index = 0, 0
     for i, parts in enumerate(unet.output_blocks):
         for j, part in enumerate(parts):
-            yield f"output_blocks.{i}.{j}", f"up_blocks.{level}.{_kind(part, index)}"
+            yield f"output_blocks.{i}.{j}", f"up_blocks.{level}.{_block_kind(part, index)}"
         level, index = (level + 1, 0) if isinstance(parts[-1], Upsample) else (level, index + 1)
 
 
-def _kind(block: nn.Module, index: int) -> str:
+def _block_kind(block: nn.Module, index: int) -> str:
     if isinstance(block, ResBlock):
         return f"resnets.{index}"
     if isinstance(block, SpatialTransformer):
@@ -98,8 +98,8 @@ def _kind(block: nn.Module, index: int) -> str:
     return "downsamplers.0" if isinstance(block, Downsample) else "upsamplers.0"
 
 
-def layer_names(unet: UNet, towers: Sequence[nn.Module]) -> dict[str, Place]:
-    """List every layer under the names that :func:`read` gives: those of kohya's sd-scripts.
+def layer_names(unet: UNet, towers: Sequence[nn.Module]) -> dict[str, LayerPath]:
+    """List every layer under the names that :func:`parse_key` gives: those of kohya's sd-scripts.
 
     UNet layers have two, after the original and after diffusers' modules
     (``lora_unet_input_blocks_1_1_proj_in``, ``lora_unet_down_blocks_0_attentions_0_proj_in``).
@@ -108,17 +108,17 @@ def layer_names(unet: UNet, towers: Sequence[nn.Module]) -> dict[str, Place]:
     names = {}
     for path, other in diffusers_paths(unet).items():
         for name in (path, other):
-            names[f"lora_unet_{name.replace('.', '_')}"] = Place(None, path)
+            names[f"lora_unet_{name.replace('.', '_')}"] = LayerPath(None, path)
     for tower, model in enumerate(towers):
         prefixes = ("lora_te", "lora_te1") if len(towers) == 1 else (f"lora_te{tower + 1}",)
-        for path in layers(model):
+        for path in named_layers(model):
             for prefix in prefixes:
                 # Files name transformers' modules; ``models.text.TextEncoder`` holds these in ``transformer``.
-                names[f"{prefix}_{path.removeprefix('transformer.').replace('.', '_')}"] = Place(tower, path)
+                names[f"{prefix}_{path.removeprefix('transformer.').replace('.', '_')}"] = LayerPath(tower, path)
     return names
 
 
-class Key(NamedTuple):
+class TensorKey(NamedTuple):
     """What a file's key names: a layer and one of its tensors, both as kohya's scripts or LyCORIS call them.
 
     ``as_stored`` turns the stored tensor into the one that has this name.
@@ -129,7 +129,7 @@ class Key(NamedTuple):
     as_stored: Callable[[Tensor], Tensor]
 
 
-def _same(tensor: Tensor) -> Tensor:
+def _unchanged_tensor(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -149,14 +149,18 @@ _COMMON = (
 )
 # And those that peft and diffusers name otherwise; an adapter's own name may stand inside (``lora_A.default.weight``).
 _RENAMED: tuple[tuple[str, str, Callable[[Tensor], Tensor]], ...] = (
-    (r"lora_A(?:\.\w+)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight", "lora_down.weight", _same),
-    (r"lora_B(?:\.\w+)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight", "lora_up.weight", _same),
-    (r"lora_B(?:\.\w+)?\.bias", "lora_up.bias", _same),
+    (
+        r"lora_A(?:\.\w+)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight",
+        "lora_down.weight",
+        _unchanged_tensor,
+    ),
+    (r"lora_B(?:\.\w+)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight", "lora_up.weight", _unchanged_tensor),
+    (r"lora_B(?:\.\w+)?\.bias", "lora_up.bias", _unchanged_tensor),
     # An embedding's factors make the transposed difference: (up @ down).T = down.T @ up.T.
     (r"lora_embedding_A(?:\.\w+)?", "lora_up.weight", _transposed),
     (r"lora_embedding_B(?:\.\w+)?", "lora_down.weight", _transposed),
     (r"lora_magnitude_vector(?:\.\w+)?(?:\.weight)?", "dora_scale", _flat),
-    (r"oft_R(?:\.\w+)?\.weight", "oft_R", _same),
+    (r"oft_R(?:\.\w+)?\.weight", "oft_R", _unchanged_tensor),
 )
 _IN_COMMON = re.compile(rf"(?P<layer>.+?)\.(?P<tensor>{_COMMON})(?:\.default)?")
 _IN_RENAMED = tuple((re.compile(rf"(?P<layer>.+?)\.(?:{names})"), name, as_) for names, name, as_ in _RENAMED)
@@ -186,7 +190,7 @@ _PREFIXES = (
 )
 
 
-def read(key: str) -> Key | None:
+def parse_key(key: str) -> TensorKey | None:
     """Read a file's key in any of the dialects; None for a key that names no adapter's tensor.
 
     Dialects: kohya (``lora_unet_..., lora_te_...``), LyCORIS (``lycoris_...``), diffusers and peft
@@ -194,12 +198,14 @@ def read(key: str) -> Key | None:
     """
     if found := _PROCESSOR.fullmatch(key):
         inner = {"to_out": "to_out.0"}.get(found["layer"], found["layer"])
-        return Key(_layer_name(f"{found['block']}.{inner}"), f"lora_{found['side']}.weight", _same)
+        return TensorKey(_layer_name(f"{found['block']}.{inner}"), f"lora_{found['side']}.weight", _unchanged_tensor)
     if found := _OLD_TEXT.fullmatch(key):
-        return Key(_layer_name(f"{found['block']}.{found['layer']}_proj"), f"lora_{found['side']}.weight", _same)
+        return TensorKey(
+            _layer_name(f"{found['block']}.{found['layer']}_proj"), f"lora_{found['side']}.weight", _unchanged_tensor
+        )
     for pattern, name, as_stored in _IN_RENAMED:
         if found := pattern.fullmatch(key):
-            return Key(_layer_name(found["layer"]), name, as_stored)
+            return TensorKey(_layer_name(found["layer"]), name, as_stored)
     found = _IN_COMMON.fullmatch(key)
     if found is None:
         return None
@@ -207,23 +213,23 @@ def read(key: str) -> Key | None:
     one_word = found["layer"].startswith(_ONE_WORD) and "." not in found["layer"]
     if found["tensor"] in ("weight", "rescale", "scale", "scalar") and not one_word:
         return None
-    return Key(_layer_name(found["layer"]), found["tensor"], _same)
+    return TensorKey(_layer_name(found["layer"]), found["tensor"], _unchanged_tensor)
 
 
 # A layer's own tensors, in peft's ``modules_to_save`` and with its ``bias="all"``.
 _WHOLE = re.compile(r"(?P<layer>.+?)(?:\.modules_to_save(?:\.\w+)?)?\.(?P<tensor>weight|bias)")
 
 
-def read_whole(key: str) -> Key | None:
+def read_whole(key: str) -> TensorKey | None:
     """Read a key that names a layer's own weight or bias as what a file puts in its place; None for any other."""
     found = _WHOLE.fullmatch(key)
     # Beside kohya's factors ``bias`` was a rest of the weight, in early extracts.
     if found is None or found["layer"].startswith(_ONE_WORD):
         return None
-    return Key(_layer_name(found["layer"]), f"base_layer.{found['tensor']}", _same)
+    return TensorKey(_layer_name(found["layer"]), f"base_layer.{found['tensor']}", _unchanged_tensor)
 
 
-def owner(key: str, names: Mapping[str, Place]) -> tuple[str, str] | None:
+def owner(key: str, names: Mapping[str, LayerPath]) -> tuple[str, str] | None:
     """Return the layer of ``names`` that a key belongs to, and what the key calls its tensor; None for no layer's."""
     parts = key.split(".")
     for end in range(len(parts) - 1, 0, -1):

@@ -19,7 +19,7 @@ _KEY = re.compile(r"(?P<part>unet|text_encoder):(?P<number>\d+):(?P<side>up|down
 _ATTENTION = tuple(f"to_{name}" for name in ("q", "k", "v", "out.0"))
 _RESNET = ("conv1", "time_emb_proj", "conv2", "conv_shortcut")
 # transformers registers a CLIP layer's projections so.
-_TEXT = ("k_proj", "v_proj", "q_proj", "out_proj")
+_TEXT_LAYER = ("k_proj", "v_proj", "q_proj", "out_proj")
 _GATED = "ff.net.0.proj"
 
 
@@ -40,7 +40,7 @@ def renamed(
     for key, tensor in tensors.items():
         if key in numbered:
             found = numbered[key]
-            layer = _layer(found["part"], int(found["number"]), paths)
+            layer = _layer_path(found["part"], int(found["number"]), paths)
             result[f"{layer}.lora.{found['side']}.weight"] = tensor
         elif tensor.ndim == 1:
             result[f"bundle_emb.{key}.emb_params"] = tensor
@@ -84,8 +84,8 @@ def _unet_layers(unet: UNet, gated_last: bool, with_resnets: bool) -> list[str]:
     return layers
 
 
-def _layer(part: str, number: int, unet_layers: list[str]) -> str:
+def _layer_path(part: str, number: int, unet_layers: list[str]) -> str:
     if part == "unet":
         return f"unet.{unet_layers[number]}" if number < len(unet_layers) else f"unet.layer_{number}"
-    layer, projection = divmod(number, len(_TEXT))
-    return f"text_encoder.text_model.encoder.layers.{layer}.self_attn.{_TEXT[projection]}"
+    layer, projection = divmod(number, len(_TEXT_LAYER))
+    return f"text_encoder.text_model.encoder.layers.{layer}.self_attn.{_TEXT_LAYER[projection]}"

@@ -32,13 +32,13 @@ _LARGEST_ALPHA, _MOST_TERMS = 1e12, 100  # far above what anybody trains with
 
 
 @dataclass(frozen=True)
-class Trained:
+class PeftConfig:
     """peft's configuration of the parts of a model, by the prefix of their layers' names (empty: of all)."""
 
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def beside(cls, path: Path, metadata: Mapping[str, str]) -> Trained:
+    def beside(cls, path: Path, metadata: Mapping[str, str]) -> PeftConfig:
         """Read what belongs to an adapter's file.
 
         Raises :class:`CheckpointError` for JSON that cannot be read, and :class:`AdapterError` for what peft's
@@ -63,12 +63,12 @@ class Trained:
             return
         path = _module_path(stored)
         _refuse_changed_base(config, tensors)
-        if oft.PEFT in tensors:
+        if oft.OFT_R in tensors:
             tensors[oft.PEFT_TERMS] = torch.tensor(_terms(config))
             if config.get("coft") is True:
                 tensors[oft.PEFT_LIMIT] = torch.tensor(_limit(config), dtype=torch.float64)
         endings = config.get("feedforward_modules")
-        if ia3.PEFT in tensors and isinstance(endings, list):
+        if ia3.IA3_L in tensors and isinstance(endings, list):
             on_input = any(path.endswith(str(ending)) for ending in endings)
             tensors[ia3.ON_INPUT] = torch.tensor(float(on_input))
         rank = rank_of(tensors)
@@ -105,8 +105,8 @@ def _terms(config: Mapping[str, Any]) -> int:
 
 def _scale_whole_factors(tensors: dict[str, Tensor], alpha: float, rank: Any) -> None:
     """Scale a LoKr of two whole factors, whose rank the tensors do not tell, as peft does."""
-    if lokr.W1 in tensors and lokr.W2 in tensors and isinstance(rank, int) and rank > 0:
-        tensors[lokr.W1] = tensors[lokr.W1].float() * (alpha / rank)
+    if lokr.LOKR_W1 in tensors and lokr.LOKR_W2 in tensors and isinstance(rank, int) and rank > 0:
+        tensors[lokr.LOKR_W1] = tensors[lokr.LOKR_W1].float() * (alpha / rank)
 
 
 def _by_pattern(patterns: Any, path: str, default: Any) -> Any:

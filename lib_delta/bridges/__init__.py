@@ -6,7 +6,15 @@ no second state is carried along and every sampler of the target works as it is.
 """
 
 from lib_delta.bridges.base import Bridge, Crossing
-from lib_delta.bridges.choose import FORMS, Form, Size, bridged, choose, described, status
+from lib_delta.bridges.choose import (
+    BRIDGE_FORMS,
+    BridgeForm,
+    SideSize,
+    bridge_status,
+    choose_bridge,
+    describe_bridge,
+    reachable_spaces,
+)
 from lib_delta.bridges.composed import Composed
 from lib_delta.bridges.identity import IdentityBridge
 from lib_delta.bridges.learned import LearnedBridge
@@ -15,20 +23,20 @@ from lib_delta.bridges.resolution import Noise, ResolutionBridge
 from lib_delta.bridges.scale import ScaleBridge
 
 __all__ = [
-    "FORMS",
+    "BRIDGE_FORMS",
     "Bridge",
+    "BridgeForm",
     "Composed",
     "Crossing",
-    "Form",
     "IdentityBridge",
     "LearnedBridge",
     "Noise",
     "NoiseLimitBridge",
     "ResolutionBridge",
     "ScaleBridge",
-    "Size",
-    "bridged",
-    "choose",
-    "described",
-    "status",
+    "SideSize",
+    "bridge_status",
+    "choose_bridge",
+    "describe_bridge",
+    "reachable_spaces",
 ]

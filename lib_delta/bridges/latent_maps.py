@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib_delta.bridges.area_average import averaged
+from lib_delta.files.stored_file import Shapes
 from lib_delta.models import taesd
 from lib_delta.models.unpatched import Conv2d
 
-Shapes = Mapping[str, tuple[int, ...]]
 REGRESSION_RIDGE = 0.01  # of latents, whose variance is about 1
 
 
 class Filter(nn.Module):
     """A linear filter over a latent's surroundings: ``(N, A, H, W)`` to ``(N, B, H, W)``.
 
-    Beyond its edges a latent is continued by them, or by what lies at the other one (:func:`wrap`).  With a ``stride``
-    of 2 what comes out is half as large along each side.
+    Beyond its edges a latent is continued by them, or by what lies at the other one (:func:`set_circular`).  With a
+    ``stride`` of 2 what comes out is half as large along each side.
     """
 
     edges = "replicate"
@@ -37,7 +36,7 @@ class Filter(nn.Module):
         return F.conv2d(F.pad(z, [reach] * 4, mode=self.edges), self.weight, self.bias, self.stride)
 
 
-def wrap(module: nn.Module) -> None:
+def set_circular(module: nn.Module) -> None:
     """Have the convolutions of a map see beyond an edge what lies at the other one, for pictures that can be tiled."""
     for layer in module.modules():
         if isinstance(layer, Filter):
@@ -143,8 +142,8 @@ class StitchedState(StateMap):
     def __init__(self, channels_in: int, channels_out: int, reading: int, writing: int, width: int, half: int) -> None:
         super().__init__()
         self.reading = taesd.first_of_decoder(channels_in, reading)
-        self.middle = Filter(taesd.WIDTH + channels_in, taesd.WIDTH, width, bias=True)
-        self.halving = Filter(taesd.WIDTH + channels_in, taesd.WIDTH, half, bias=True, stride=2)
+        self.middle = Filter(taesd.CHANNELS + channels_in, taesd.CHANNELS, width, bias=True)
+        self.halving = Filter(taesd.CHANNELS + channels_in, taesd.CHANNELS, half, bias=True, stride=2)
         self.writing = taesd.last_of_encoder(channels_out, writing)
 
     @classmethod
@@ -161,7 +160,7 @@ class StitchedState(StateMap):
     @property
     def channels(self) -> tuple[int, int]:
         last = self.writing[-1]
-        return self.middle.weight.shape[1] - taesd.WIDTH, last.weight.shape[0]
+        return self.middle.weight.shape[1] - taesd.CHANNELS, last.weight.shape[0]
 
     def known(self, z: Tensor) -> Tensor:
         """Return what the filters are given of a latent: what the decoder's layers read in it, and itself."""
@@ -186,8 +185,8 @@ class DifferenceMap(nn.Module):
     """A difference of source latents ``(N, A, H, W)`` as one of the target's ``(N, B, H, W)``.
 
     A filter without offset, and, where there is one, a second that is given besides what the change has in common
-    with the target's latent (:func:`followed`), whose detail the source's latent lacks.  Both are linear, so that
-    a delta may be of any size, and nothing stays exactly nothing.
+    with the target's latent (:func:`regress_on_state`), whose detail the source's latent lacks.  Both are linear, so
+    that a delta may be of any size, and nothing stays exactly nothing.
     """
 
     def __init__(self, channels_in: int, channels_out: int, width: int = 5, detailed: bool = False) -> None:
@@ -206,11 +205,11 @@ class DifferenceMap(nn.Module):
         carried: Tensor = self.filter(difference)
         if self.detail is None:
             return carried
-        detailed: Tensor = self.detail(torch.cat((carried, followed(carried, target, self.filter.edges)), 1))
+        detailed: Tensor = self.detail(torch.cat((carried, regress_on_state(carried, target, self.filter.edges)), 1))
         return detailed
 
 
-def followed(change: Tensor, state: Tensor, edges: str = "replicate") -> Tensor:
+def regress_on_state(change: Tensor, state: Tensor, edges: str = "replicate") -> Tensor:
     """Return the part of a change ``(N, B, H, W)`` that follows the state ``(N, B, H, W)``, with the state's detail.
 
     It is the change's regression, one for each image, on the state and on its average over 3x3 points: where an
@@ -223,10 +222,10 @@ def followed(change: Tensor, state: Tensor, edges: str = "replicate") -> Tensor:
     gram = known.transpose(1, 2) @ known / known.shape[1]
     moment = known.transpose(1, 2) @ (wanted - mean) / known.shape[1]
     ridged = gram + REGRESSION_RIDGE * torch.eye(gram.shape[-1], device=gram.device)
-    return (known @ solved(ridged, moment) + mean).transpose(1, 2).reshape(change.shape)
+    return (known @ solve_positive_definite(ridged, moment) + mean).transpose(1, 2).reshape(change.shape)
 
 
-def solved(matrix: Tensor, right: Tensor) -> Tensor:
+def solve_positive_definite(matrix: Tensor, right: Tensor) -> Tensor:
     """Return ``(N, n, m)`` that positive definite matrices ``(N, n, n)`` map to ``right`` ``(N, n, m)``.
 
     By Gauss-Jordan elimination, which needs no pivots here: not every device has a solver, and those that have one

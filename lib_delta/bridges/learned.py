@@ -14,19 +14,20 @@ from torch import Tensor, nn
 from lib_delta.bridges.base import Bridge, Crossing
 from lib_delta.bridges.identity import IdentityBridge
 from lib_delta.bridges.int8_weights import unpacked
-from lib_delta.bridges.latent_maps import DifferenceMap, Shapes, state_map, wrap
+from lib_delta.bridges.latent_maps import DifferenceMap, set_circular, state_map
 from lib_delta.devices import without_autocast
 from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.errors import CheckpointError, SettingError
+from lib_delta.files.stored_file import Shapes
 from lib_delta.files.weight_file import WeightFile
-from lib_delta.models.loading import fill
+from lib_delta.models.loading import load_weights
 
 WEIGHTS = Path(__file__).with_name("weights")
 SAME_SIZE = IdentityBridge()
-Map = TypeVar("Map", bound=nn.Module)
+MapT = TypeVar("MapT", bound=nn.Module)
 
 
-class State(Protocol):
+class StateMapping(Protocol):
     """A module of torch that maps a target's clean latents ``(N, A, H, W)`` to the source's ``(N, B, h, w)``."""
 
     label: str
@@ -38,7 +39,7 @@ class State(Protocol):
 
     def __call__(self, z: Tensor, size: tuple[int, int] | None = None) -> Tensor: ...
 
-    def to(self, device: torch.device) -> State: ...
+    def to(self, device: torch.device) -> StateMapping: ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class LearnedBridge:
     latent, where that is known.  Both compute in float32, whatever autocast a host runs under.
     """
 
-    state: State
+    state: StateMapping
     difference: DifferenceMap
     name: str = "learned"
     resolution: Bridge = SAME_SIZE
@@ -103,31 +104,31 @@ def with_channels(noise: Tensor, channels: int) -> Tensor:
     return torch.cat(moved, 1)[:, :channels]
 
 
-def path_of(source: Space, target: Space) -> Path:
+def weights_path(source: Space, target: Space) -> Path:
     """Return where the maps of an ordered pair of spaces are."""
     return WEIGHTS / f"{source.key}-{target.key}.safetensors"
 
 
 @cache
-def load(path: Path, tiled: bool = False) -> LearnedBridge:
+def load_bridge(path: Path, tiled: bool = False) -> LearnedBridge:
     """Read a bridge's file; while the process lives, it is read once for pictures that can be ``tiled``, and once else.
 
     Raises :class:`CheckpointError` if the file is damaged or of another kind.
     """
     with WeightFile.open(path) as file:
-        state = _filled(state_map, file.below("state."), path.name)
-        difference = _filled(DifferenceMap.from_shapes, file.below("difference."), path.name)
+        state = _loaded_map(state_map, file.below("state."), path.name)
+        difference = _loaded_map(DifferenceMap.from_shapes, file.below("difference."), path.name)
     if tiled:
-        wrap(state)
-        wrap(difference)
+        set_circular(state)
+        set_circular(difference)
     return LearnedBridge(state, difference, path.stem)
 
 
-def _filled(map_of: Callable[[Shapes], Map], file: WeightFile, name: str) -> Map:
+def _loaded_map(map_of: Callable[[Shapes], MapT], file: WeightFile, name: str) -> MapT:
     try:
         with torch.device("meta"):
             module = map_of(file.shapes)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{name} holds no bridge (no usable entry {error})") from error
-    fill(module, unpacked(file), name, torch.float32, "cpu")
+    load_weights(module, unpacked(file), name, torch.float32, "cpu")
     return module

@@ -14,7 +14,7 @@ from lib_delta.bridges.base import Crossing
 from lib_delta.errors import SettingError
 
 Noise = Literal["averaged", "unit"]
-STEP = 8  # a UNet halves its latents three times
+SIDE_MULTIPLE = 8  # a UNet halves its latents three times
 NEAR = 0.1
 
 
@@ -54,7 +54,9 @@ class ResolutionBridge:
             return height // 2, width // 2
         shrink = self.side / math.sqrt(height * width)
         # An elongated picture must not get longer along one side.
-        across = [max(STEP, round(length * shrink / STEP) * STEP) for length in (height, width)]
+        across = [
+            max(SIDE_MULTIPLE, round(length * shrink / SIDE_MULTIPLE) * SIDE_MULTIPLE) for length in (height, width)
+        ]
         return min(height, across[0]), min(width, across[1])
 
     def to_source(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor, Crossing]:

@@ -11,7 +11,7 @@ from lib_delta.bridges.base import Crossing
 from lib_delta.bridges.identity import SameSize
 from lib_delta.errors import SettingError
 
-Form = Literal["same_snr", "published"]
+ScaleForm = Literal["same_snr", "published"]
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class ScaleBridge(SameSize):
     """
 
     k: float
-    form: Form = "same_snr"
+    form: ScaleForm = "same_snr"
 
     def __post_init__(self) -> None:
         if not self.k > 0:
             raise SettingError(f"scale bridge: k must be above 0, not {self.k}")
-        if self.form not in get_args(Form):
-            raise SettingError(f"scale bridge: form must be one of {', '.join(get_args(Form))}, not {self.form!r}")
+        if self.form not in get_args(ScaleForm):
+            raise SettingError(f"scale bridge: form must be one of {', '.join(get_args(ScaleForm))}, not {self.form!r}")
 
     @property
     def label(self) -> str:

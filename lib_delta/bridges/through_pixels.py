@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 from lib_delta.bridges.area_average import averaged
 from lib_delta.bridges.base import Bridge
-from lib_delta.bridges.latent_maps import wrap
-from lib_delta.bridges.learned import LearnedBridge, load, path_of
+from lib_delta.bridges.latent_maps import set_circular
+from lib_delta.bridges.learned import LearnedBridge, load_bridge, weights_path
 from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.errors import CheckpointError, SettingError
 from lib_delta.files.weight_file import FileState
 from lib_delta.models import taesd
 
 TINY = {Space.SD1: "taesd", Space.SDXL: "taesdxl", Space.SD3: "taesd3", Space.FLUX1: "taef1"}
-ENDINGS = (".safetensors", ".pth", ".pt")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
 # A picture that has gone through a pair that belongs together agrees with itself by .89 and more, and one through a
 # pair of which one is of another space by .77 and less.
-LEAST_AGREEMENT = 0.83
+MIN_AGREEMENT = 0.83
 
 
-class DecodedState(nn.Module):
+class ThroughPixels(nn.Module):
     """A target's clean latent is decoded to a picture, and that encoded in the source's space, one at a time.
 
     The picture is averaged to the size that is wanted, for pictures can be where latents cannot.
@@ -50,7 +50,7 @@ class DecodedState(nn.Module):
         return encoded
 
 
-def decoded_bridge(
+def taesd_bridge(
     source: Space, target: Space, folder: Path | None, resolution: Bridge, tiled: bool = False
 ) -> LearnedBridge:
     """Return the bridge over the tiny autoencoders of a folder, whose files are read once while they stay the same.
@@ -59,36 +59,36 @@ def decoded_bridge(
     Raises :class:`SettingError` where one is missing, and :class:`CheckpointError` where one is another file than its
     name says.
     """
-    files = tuple(FileState.of(_file(folder, *wanted)) for wanted in ((target, "decoder"), (source, "encoder")))
-    difference = load(path_of(source, target), tiled).difference
+    files = tuple(FileState.of(_taesd_file(folder, *wanted)) for wanted in ((target, "decoder"), (source, "encoder")))
+    difference = load_bridge(weights_path(source, target), tiled).difference
     return LearnedBridge(_loaded(*files, source, target, tiled), difference, "taesd", resolution)
 
 
-def _file(folder: Path | None, space: Space, part: str) -> Path:
+def _taesd_file(folder: Path | None, space: Space, part: str) -> Path:
     name = f"{TINY[space]}_{part}"
-    found = (folder / f"{name}{ending}" for ending in ENDINGS) if folder is not None else ()
+    found = (folder / f"{name}{ending}" for ending in WEIGHT_SUFFIXES) if folder is not None else ()
     file = next((path for path in found if path.is_file()), None)
     if file is None:
         place = "the folder VAE-taesd of the WebUI's models" if folder is None else folder
         raise SettingError(
-            f"the bridge taesd needs {name} ({' or '.join(ENDINGS)}) in {place}, and there is none: download it from "
-            "github.com/madebyollin/taesd, or choose the learned bridge"
+            f"the bridge taesd needs {name} ({' or '.join(WEIGHT_SUFFIXES)}) in {place}, and there is none: download "
+            "it from github.com/madebyollin/taesd, or choose the learned bridge"
         )
     return file
 
 
 @lru_cache(maxsize=8)
-def _loaded(decoder: FileState, encoder: FileState, source: Space, target: Space, tiled: bool) -> DecodedState:
+def _loaded(decoder: FileState, encoder: FileState, source: Space, target: Space, tiled: bool) -> ThroughPixels:
     parts = _part(decoder.path, "decoder", target), _part(encoder.path, "encoder", source)
     _check_fit(*parts, source, target, f"{decoder.path.name} and {encoder.path.name}")
-    state = DecodedState(*parts, (target.channels, source.channels))
+    state = ThroughPixels(*parts, (target.channels, source.channels))
     if tiled:
-        wrap(state)
+        set_circular(state)
     return state
 
 
 def _part(path: Path, part: str, space: Space) -> nn.Module:
-    module = taesd.load(path, part)
+    module = taesd.load_taesd(path, part)
     channels = taesd.latent_channels(module, part)
     if channels != space.channels:
         raise CheckpointError(
@@ -105,10 +105,10 @@ def _check_fit(decoder: nn.Module, encoder: nn.Module, source: Space, target: Sp
     A picture is encoded, mapped to the target's space by the learned map and decoded.
     """
     picture = _probe()
-    mapped = load(path_of(target, source)).state(encoder(picture))
+    mapped = load_bridge(weights_path(target, source)).state(encoder(picture))
     both = torch.cat((decoder(mapped), picture)).flatten(2)
     agreement = float(F.cosine_similarity(*(both - both.mean(2, keepdim=True)).flatten(1).split(1)))
-    if not agreement > LEAST_AGREEMENT:
+    if not agreement > MIN_AGREEMENT:
         raise CheckpointError(
             f"{names} do not fit together as those of {target.label} and of {source.label} do (a picture that goes "
             f"through both agrees with itself by {agreement:.2f}): one is another file than its name says"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lib_delta.controls.control_file import ControlFile, load_control
-from lib_delta.controls.control_map import Map, ResizeMode, Size
+from lib_delta.controls.control_map import ControlMap, MapSize, ResizeMode
 from lib_delta.controls.guides import Mode, WeightType, follow, prompt_by
 from lib_delta.controls.image_encoder import choose_encoder, image_tokens, load_image_encoder
-from lib_delta.core.guides import Timed
+from lib_delta.core.guides import TimedGuide
 from lib_delta.errors import SettingError
 from lib_delta.files.weight_file import FileState
 from lib_delta.models.ip_adapter import IPAdapter
@@ -33,7 +33,7 @@ class ControlPick:
     pictures to prompt with, of any size.  ``mode`` and ``resize`` are of maps, ``weight_type`` is of image prompts,
     as are ``encoders``: files of image encoders, of which the one that fits is taken.  ``mask`` ``(1, 1, H, W)`` is
     where img2img paints (1): what the ControlNet for inpainting is not shown, and others are.  ``larger`` are the maps
-    made anew for a larger pass, where they were, and ``frames`` is as in :class:`Map`.
+    made anew for a larger pass, where they were, and ``frames`` is as in :class:`ControlMap`.
     """
 
     path: Path
@@ -47,15 +47,15 @@ class ControlPick:
     encoders: Sequence[Path] = ()
     mask: Tensor | None = None
     larger: Sequence[Tensor] = ()
-    frames: Sequence[tuple[Size, Size]] = ()
+    frames: Sequence[tuple[MapSize, MapSize]] = ()
 
 
-class Steering:
+class ActiveControls:
     """What steers a UNet besides its weights.  Files and tokens that stay are not read or made again."""
 
     def __init__(self, unet: UNet) -> None:
         self.unet = unet
-        self.guides: tuple[Timed, ...] = ()
+        self.guides: tuple[TimedGuide, ...] = ()
         self._files: dict[FileState, ControlFile] = {}
         self._tokens: dict[Look, Tokens] = {}
 
@@ -69,7 +69,7 @@ class Steering:
         """The networks that are to be where the UNet is."""
         return [file.model for file in self._files.values()]
 
-    def steer(self, picks: Sequence[ControlPick]) -> None:
+    def set_picks(self, picks: Sequence[ControlPick]) -> None:
         """Have these controls in place of those there were.
 
         Raises :class:`AdapterError` or :class:`CheckpointError` for a file that cannot be used, and
@@ -91,15 +91,15 @@ class Steering:
             raise
         self.guides = tuple(guides)
 
-    def _guide(self, file: ControlFile, pick: ControlPick, seen: tuple[Look, Tokens] | None) -> Timed:
+    def _guide(self, file: ControlFile, pick: ControlPick, seen: tuple[Look, Tokens] | None) -> TimedGuide:
         if seen is not None:
             guide = prompt_by(file, self.unet, seen[1], pick.weight, pick.weight_type)
         else:
             hidden = pick.mask if file.fills else None
-            larger = _together(file, pick.larger) if pick.larger else None
-            picture = Map(_together(file, pick.pictures), pick.resize, hidden, larger, pick.frames)
+            larger = _combined(file, pick.larger) if pick.larger else None
+            picture = ControlMap(_combined(file, pick.pictures), pick.resize, hidden, larger, pick.frames)
             guide = follow(file, self.unet, picture, pick.weight, pick.mode)
-        return Timed(guide, pick.start, pick.end)
+        return TimedGuide(guide, pick.start, pick.end)
 
     def _seen(self, state: FileState, pick: ControlPick) -> tuple[Look, Tokens] | None:
         """Return an image prompt's tokens and what they are known by; None for what reads maps."""
@@ -114,7 +114,7 @@ class Steering:
         return key, tokens
 
 
-def _together(file: ControlFile, pictures: Sequence[Tensor]) -> Tensor:
+def _combined(file: ControlFile, pictures: Sequence[Tensor]) -> Tensor:
     if not pictures:
         raise SettingError(f"{file.name} has no map to follow: a picture is needed")
     sizes = {tuple(picture.shape[1:]) for picture in pictures}

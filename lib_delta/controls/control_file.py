@@ -35,10 +35,10 @@ from lib_delta.models.ip_adapter import (
     TokenProjection,
     cross_attentions,
 )
-from lib_delta.models.loading import fill
+from lib_delta.models.loading import load_weights
 from lib_delta.models.unet import UNet
 
-Module = TypeVar("Module", bound=nn.Module)
+ControlT = TypeVar("ControlT", bound=nn.Module)
 IMAGE_PROMPTS = ("ip_adapter.", "image_proj.")  # how an IP-Adapter's keys start
 NEEDED = "a ControlNet, T2I-Adapter or IP-Adapter is needed"
 POOLING = "global_average_pooling"  # in the .yaml of a release
@@ -89,7 +89,7 @@ def load_control(
     place = (dtype or like.dtype, device or like.device)
     try:
         with WeightFile.open(path) as file:
-            kind, read = _kind(file)
+            kind, read = _detect_kind(file)
             words = sidecar_config.words_of(sidecar_config.known_as(path))
             # "inpaint_depth_hand" mends hands by a map of depth, of which nothing is hidden.
             fills = bool(words & {"inpaint", "inpainting"}) and "depth" not in words
@@ -118,10 +118,10 @@ def prompts_with_pictures(path: Path) -> bool:
         return False  # what is wrong with it is said when it is loaded
 
 
-Read = Callable[[WeightFile, UNet, torch.dtype, "torch.device | str"], Any]
+ControlLoader = Callable[[WeightFile, UNet, torch.dtype, "torch.device | str"], Any]
 
 
-def _kind(file: WeightFile) -> tuple[str, Read]:
+def _detect_kind(file: WeightFile) -> tuple[str, ControlLoader]:
     """Tell what a file is and how it is read."""
     shapes = file.shapes
     for pattern, what in _REFUSED:
@@ -245,7 +245,7 @@ def _refuse_other_family(name: str, shapes: Shapes, unet: UNet) -> None:
     """Compare the width of the text, and whether there is a label, with the base's."""
     width = next((s[1] for k, s in shapes.items() if k.endswith("attn2.to_k.weight") and len(s) == 2), None)
     if width is not None and width != unet.config.context_width:
-        raise compatibility.other_family(name, compatibility.described(width), unet)
+        raise compatibility.other_family_error(name, compatibility.family_label(width), unet)
     first = shapes.get("input_blocks.0.0.weight")
     if first is not None and tuple(first[:2]) != (unet.config.model_channels, unet.config.in_channels):
         raise AdapterError(
@@ -313,7 +313,7 @@ def _ip_adapter(file: WeightFile, unet: UNet, dtype: torch.dtype, device: torch.
     layers = [module for _, module in cross_attentions(unet)]
     width = next((s[1] for k, s in shapes.items() if k.endswith("to_k_ip.weight") and len(s) == 2), None)
     if width is not None and width != unet.config.context_width:
-        raise compatibility.other_family(file.name, compatibility.described(width), unet)
+        raise compatibility.other_family_error(file.name, compatibility.family_label(width), unet)
     found = sum(key.endswith("to_k_ip.weight") for key in shapes)
     if found != len(layers):
         raise AdapterError(
@@ -364,12 +364,12 @@ def _projection(shapes: Shapes, context_width: int) -> tuple[Callable[[], Projec
 
 def _made(
     name: str,
-    make: Callable[[], Module],
+    make: Callable[[], ControlT],
     known: Mapping[str, object],
     stored: Callable[[str], Tensor],
     dtype: torch.dtype,
     device: torch.device | str,
-) -> Module:
+) -> ControlT:
     """Make a module of the tensors that ``stored`` gives for its keys."""
     with torch.device("meta"):
         module = make()
@@ -377,5 +377,5 @@ def _made(
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor.float()).all():
             raise AdapterError(f"{name} holds NaN or infinity in {key}, and finite numbers are needed")
-    fill(module, tensors, name, dtype, device)
+    load_weights(module, tensors, name, dtype, device)
     return module

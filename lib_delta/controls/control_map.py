@@ -22,15 +22,15 @@ from lib_delta.errors import SettingError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Size = tuple[int, int]  # height first
+MapSize = tuple[int, int]  # height first
 ToSize = Callable[[Tensor, int, int], Tensor]
 ResizeMode = Literal["just resize", "crop and resize", "resize and fill"]
 FEW_COLOURS = 200  # up to so many a map has labels for colours (a segmentation), between which there is nothing
-LARGEST = 64_000_000  # pixels of a picture that is read
+MAX_PIXELS = 64_000_000  # pixels of a picture that is read
 
 
 @dataclass(frozen=True)
-class Map:
+class ControlMap:
     """One map, or one for each image: ``(count, channels, H, W)`` in [0, 1].
 
     ``resize`` says what happens where the proportions differ.  ``hidden`` ``(count or 1, 1, H, W)`` is above a half
@@ -44,7 +44,7 @@ class Map:
     resize: ResizeMode = "just resize"
     hidden: Tensor | None = None
     larger: Tensor | None = None
-    frames: Sequence[tuple[Size, Size]] = ()
+    frames: Sequence[tuple[MapSize, MapSize]] = ()
 
     def __post_init__(self) -> None:
         if self.resize not in get_args(ResizeMode):
@@ -89,7 +89,7 @@ class Map:
         return F.pad(whole, (left, width - inner[1] - left, top, height - inner[0] - top), mode="replicate")
 
 
-def _apart(one: Sequence[int], other: Size) -> float:
+def _apart(one: Sequence[int], other: MapSize) -> float:
     """Tell how far two sizes are apart, whatever their proportions."""
     return abs(math.log(one[0] * one[1] / (other[0] * other[1])))
 
@@ -149,9 +149,9 @@ def _reading(name: str) -> Iterator[None]:
 
 def pixels_of(picture: Image, name: str, ground: float = 0.0) -> Tensor:
     """Turn an image of PIL's into ``(1, 3, H, W)`` in [0, 1], upright; as :func:`read_picture`."""
-    if picture.width * picture.height > LARGEST:
+    if picture.width * picture.height > MAX_PIXELS:
         raise SettingError(
-            f"{name} has {picture.width} x {picture.height} pixels, and up to {LARGEST // 10**6} million"
+            f"{name} has {picture.width} x {picture.height} pixels, and up to {MAX_PIXELS // 10**6} million"
             " are read: make it smaller"
         )
     with _reading(name):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from lib_delta.controls.control_file import ControlFile
-from lib_delta.controls.control_map import Map
-from lib_delta.core.guides import Guide, Inputs
+from lib_delta.controls.control_map import ControlMap
+from lib_delta.core.guides import Guide, GuideInputs
 from lib_delta.errors import SettingError
 from lib_delta.models.controlnet import ControlNet, T2IAdapter, batch_of, feature_injection
-from lib_delta.models.injection import Attended, Injection
-from lib_delta.models.ip_adapter import IPAdapter, attend, cross_attentions
-from lib_delta.models.unet import Text, UNet
+from lib_delta.models.injection import ExtraAttention, Injection
+from lib_delta.models.ip_adapter import IPAdapter, attend_to_image, cross_attentions
+from lib_delta.models.unet import TextContext, UNet
 
 # Which counts more, as Mikubill's extension calls it: "prompt" and "control" weaken what steers the shallow layers,
 # and "control" leaves the negative prompt's estimate alone, so that guidance strengthens the control.
@@ -46,20 +46,20 @@ class ControlNetGuide:
     """
 
     model: ControlNet
-    map: Map
+    map: ControlMap
     weight: float = 1.0
     mode: Mode = "balanced"
     pooled: bool = False
     _hints: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    _told: tuple[Tensor, Text] | None = None
+    _told: tuple[Tensor, TextContext] | None = None
 
     def __post_init__(self) -> None:
         _refuse_unknown(self.mode, get_args(Mode), "control mode")
 
-    def __call__(self, inputs: Inputs) -> Injection:
+    def __call__(self, inputs: GuideInputs) -> Injection:
         if not self.weight:
             return Injection()
-        rows = inputs.prompted if self.mode == "control" or self.pooled else None
+        rows = inputs.prompt_rows if self.mode == "control" or self.pooled else None
         hint = self._hint(inputs)[of_rows(inputs.images, rows) % self.map.count]
         label = None if inputs.label is None else of_rows(inputs.label, rows)
         x, t = of_rows(inputs.x, rows), of_rows(inputs.t, rows)
@@ -69,10 +69,10 @@ class ControlNetGuide:
         weighted = [weight * residual for weight, residual in zip(self.weights(len(residuals)), residuals)]
         return Injection(decoder=dict(enumerate(batch_of(weighted, rows, len(inputs.x)))))
 
-    def _text(self, inputs: Inputs, rows: Tensor | None) -> Text:
+    def _text(self, inputs: GuideInputs, rows: Tensor | None) -> TextContext:
         """Return what the network is told, whose keys and values are the same while the prompts are."""
         if self._told is None or self._told[0] is not inputs.context:
-            self._told = inputs.context, Text(of_rows(inputs.context, rows)[None], known={})
+            self._told = inputs.context, TextContext(of_rows(inputs.context, rows)[None], known={})
         return self._told[1]
 
     def weights(self, count: int) -> list[float]:
@@ -80,7 +80,7 @@ class ControlNetGuide:
         softened = 1.0 if self.mode == "balanced" else SOFTENED
         return [self.weight * softened ** (count - 1 - i) for i in range(count)]
 
-    def _hint(self, inputs: Inputs) -> Tensor:
+    def _hint(self, inputs: GuideInputs) -> Tensor:
         """Return the map's features ``(count, C, h, w)``, which are the same at every step."""
         height, width = inputs.x.shape[-2:]
         if (height, width) not in self._hints:
@@ -99,7 +99,7 @@ class FeatureGuide:
 
     model: T2IAdapter
     unet: UNet
-    map: Map
+    map: ControlMap
     weight: float = 1.0
     mode: Mode = "balanced"
     factor: int = 8  # pixels along a latent's side
@@ -108,15 +108,15 @@ class FeatureGuide:
     def __post_init__(self) -> None:
         _refuse_unknown(self.mode, get_args(Mode), "control mode")
 
-    def __call__(self, inputs: Inputs) -> Injection:
+    def __call__(self, inputs: GuideInputs) -> Injection:
         if not self.weight:
             return Injection()
-        rows = inputs.prompted if self.mode == "control" else None
+        rows = inputs.prompt_rows if self.mode == "control" else None
         which = of_rows(inputs.images, rows) % self.map.count
         weighted = [self.weight * feature[which] for feature in self._seen(inputs)]
         return feature_injection(self.unet, batch_of(weighted, rows, len(inputs.x)))
 
-    def _seen(self, inputs: Inputs) -> list[Tensor]:
+    def _seen(self, inputs: GuideInputs) -> list[Tensor]:
         size = (inputs.x.shape[-2], inputs.x.shape[-1])
         if size not in self._features:
             unit = self.model.config.unshuffled
@@ -145,7 +145,7 @@ class ImageGuide:
     def __post_init__(self) -> None:
         _refuse_unknown(self.weight_type, get_args(WeightType), "weight type")
 
-    def __call__(self, inputs: Inputs) -> Injection:
+    def __call__(self, inputs: GuideInputs) -> Injection:
         if not self.weight:
             return Injection()
         if not self._seen:
@@ -156,7 +156,7 @@ class ImageGuide:
             module: _attended(k[row], v[row], self.weight * share(self.weight_type, i, len(layers), place))
             for i, ((place, module), (k, v)) in enumerate(zip(layers, self._seen, strict=True))
         }
-        return Injection(attended=attended)  # type: ignore[arg-type]
+        return Injection(extra_attention=attended)  # type: ignore[arg-type]
 
 
 def of_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
@@ -169,7 +169,7 @@ def _refuse_unknown(value: str, known: Sequence[str], what: str) -> None:
         raise SettingError(f"the {what} is {value!r}: one of {', '.join(known)} is needed")
 
 
-def follow(file: ControlFile, unet: UNet, picture: Map, weight: float = 1.0, mode: Mode = "balanced") -> Guide:
+def follow(file: ControlFile, unet: UNet, picture: ControlMap, weight: float = 1.0, mode: Mode = "balanced") -> Guide:
     """Return the guide by which a ControlNet's or T2I-Adapter's file follows a map.
 
     Raises :class:`SettingError` for an IP-Adapter, which follows none.
@@ -197,8 +197,8 @@ def prompt_by(
     return ImageGuide(file.model, unet, tokens, weight, weight_type)
 
 
-def _attended(k: Tensor, v: Tensor, weight: float) -> Attended:
-    return lambda q, heads: weight * attend(q, k, v, heads)
+def _attended(k: Tensor, v: Tensor, weight: float) -> ExtraAttention:
+    return lambda q, heads: weight * attend_to_image(q, k, v, heads)
 
 
 def share(weight_type: WeightType, number: int, count: int, place: str) -> float:

@@ -19,7 +19,7 @@ from lib_delta.errors import AdapterError, CheckpointError, SettingError
 from lib_delta.files.stored_file import Shapes
 from lib_delta.files.weight_file import FileState, WeightFile, header_number
 from lib_delta.models.ip_adapter import IPAdapter
-from lib_delta.models.loading import fill
+from lib_delta.models.loading import load_weights
 from lib_delta.models.unpatched import unpatched
 
 # Of CLIP's training pictures, by channel.
@@ -73,7 +73,7 @@ class ImageEncoder(nn.Module):
         file = self._file
         assert file is not None
         tensors = {key: file.tensor(whole) for key in part.state_dict() if (whole := f"{name}.{key}") in file.shapes}
-        fill(part, tensors, file.name, torch.float32, "cpu")
+        load_weights(part, tensors, file.name, torch.float32, "cpu")
 
 
 def _forget(none: dict[str, Tensor], part: nn.Module, *_: object) -> None:
@@ -133,7 +133,7 @@ def choose_encoder(file: ControlFile, candidates: Sequence[Path]) -> Path:
     projection = file.model.image_proj
     wanted = "hidden_size" if projection.of_patches else "projection_dim"
     for path in candidates:
-        found = _described(FileState.of(path))
+        found = _encoder_info(FileState.of(path))
         if found is not None and found[wanted] == projection.seen_width:
             return path
     raise SettingError(
@@ -143,7 +143,7 @@ def choose_encoder(file: ControlFile, candidates: Sequence[Path]) -> Path:
 
 
 @lru_cache(maxsize=1024)
-def _described(state: FileState) -> dict[str, Any] | None:
+def _encoder_info(state: FileState) -> dict[str, Any] | None:
     """Describe an image encoder; None for whatever else lies in its folder."""
     try:
         with WeightFile.open(state.path) as file:

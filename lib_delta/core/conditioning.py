@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lib_delta.core.deltas import Weights
+from lib_delta.core.deltas import PromptWeights
 from lib_delta.models.forked_layers import expand
-from lib_delta.models.unet import Text
+from lib_delta.models.unet import TextContext
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Conditioning:
     uncond: Tensor
     cond_label: Tensor | None = None
     uncond_label: Tensor | None = None
-    weights: Weights | None = None
+    weights: PromptWeights | None = None
 
     def __post_init__(self) -> None:
         if (self.cond_label is None) != (self.uncond_label is None):
@@ -37,14 +37,14 @@ class Conditioning:
 
 
 # Prompts may change during the run (prompt editing): what a model is told at the step of that number.
-Prompts = Callable[[int], Conditioning]
+PromptSchedule = Callable[[int], Conditioning]
 
 
 @dataclass(frozen=True)
 class PlacedConditioning:
     """What base and adapted are told in a pass, on its device: nothing is moved there from step to step."""
 
-    text: Text
+    text: TextContext
     label: Tensor | None
     rows: Tensor
     images: Tensor
@@ -57,8 +57,8 @@ class JoinedConditioning:
     """What base and adapted are told, with the branch axis: contexts ``(R, rows, T, C)``, labels ``(R, rows, L)``.
 
     Row m of cond belongs to image ``images[m]``, whose first row is ``first[image]``.  ``weights``
-    ``(R or 1, M)`` is None where each image has one prompt of weight 1; ``stated`` are those that base and adapted
-    have in common, None where they have not.
+    ``(R or 1, M)`` is None where each image has one prompt of weight 1; ``shared_weights`` are those that base and
+    adapted have in common, None where they have not.
     """
 
     contexts: tuple[Tensor, Tensor]
@@ -66,55 +66,57 @@ class JoinedConditioning:
     images: Tensor
     first: Tensor
     weights: Tensor | None
-    stated: Weights | None
-    placed: dict[tuple[torch.device, torch.dtype, bool], PlacedConditioning] = field(default_factory=dict)
+    shared_weights: PromptWeights | None
+    by_device: dict[tuple[torch.device, torch.dtype, bool], PlacedConditioning] = field(default_factory=dict)
 
     def on(self, device: torch.device, dtype: torch.dtype, with_uncond: bool) -> PlacedConditioning:
         """Return what the rows of a pass are told: cond, then uncond if it is asked for."""
         key = device, dtype, with_uncond
-        if key not in self.placed:
+        if key not in self.by_device:
             context, label = self._model_rows(with_uncond)
             images = self.images.to(device)
             rows = torch.cat((images, torch.arange(len(self.first), device=device))) if with_uncond else images
             shared = rows if len(rows) > len(self.first) else None
-            self.placed[key] = PlacedConditioning(
-                Text(context.to(device, dtype), shared, {}),
+            self.by_device[key] = PlacedConditioning(
+                TextContext(context.to(device, dtype), shared, {}),
                 None if label is None else label.to(device, dtype),
                 rows,
                 images,
                 self.first.to(device),
                 None if self.weights is None else self.weights.to(device),
             )
-        return self.placed[key]
+        return self.by_device[key]
 
     def _model_rows(self, with_uncond: bool) -> tuple[Tensor, Tensor | None]:
         if not with_uncond:
             return self.contexts[0], None if self.labels is None else self.labels[0]
         label = None if self.labels is None else torch.cat(expand(*self.labels), 1)
-        return torch.cat(expand(*_same_length(self.contexts)), 1), label
+        return torch.cat(expand(*_repeat_to_same_length(self.contexts)), 1), label
 
 
-def as_prompts(told: Conditioning | Prompts) -> Prompts:
-    return (lambda step: told) if isinstance(told, Conditioning) else told
+def as_prompts(conditionings: Conditioning | PromptSchedule) -> PromptSchedule:
+    return (lambda step: conditionings) if isinstance(conditionings, Conditioning) else conditionings
 
 
-def join(told: list[Conditioning], batch: int) -> JoinedConditioning:
-    told = _same_parts([_for_batch(c, batch) for c in told])
-    parts = told[0].weights or ((1.0,),) * batch
+def join_branches(conditionings: list[Conditioning], batch: int) -> JoinedConditioning:
+    conditionings = _equal_part_counts([_expand_to_batch(c, batch) for c in conditionings])
+    parts = conditionings[0].weights or ((1.0,),) * batch
     counts = torch.tensor([len(p) for p in parts])
-    weights = [torch.tensor([w for p in c.weights for w in p]) for c in told if c.weights]
-    labels = [(c.cond_label, c.uncond_label) for c in told if c.cond_label is not None and c.uncond_label is not None]
+    weights = [torch.tensor([w for p in c.weights for w in p]) for c in conditionings if c.weights]
+    labels = [
+        (c.cond_label, c.uncond_label) for c in conditionings if c.cond_label is not None and c.uncond_label is not None
+    ]
     return JoinedConditioning(
-        (_join_branches([c.cond for c in told]), _join_branches([c.uncond for c in told])),
-        (_join_branches([c for c, _ in labels]), _join_branches([u for _, u in labels])) if labels else None,
+        (_stack_branches([c.cond for c in conditionings]), _stack_branches([c.uncond for c in conditionings])),
+        (_stack_branches([c for c, _ in labels]), _stack_branches([u for _, u in labels])) if labels else None,
         torch.arange(batch).repeat_interleave(counts),
         counts.cumsum(0) - counts,
         torch.stack(weights) if weights else None,
-        told[0].weights if all(c.weights == told[0].weights for c in told) else None,
+        conditionings[0].weights if all(c.weights == conditionings[0].weights for c in conditionings) else None,
     )
 
 
-def _for_batch(told: Conditioning, batch: int) -> Conditioning:
+def _expand_to_batch(conditionings: Conditioning, batch: int) -> Conditioning:
     """Give each of ``batch`` images its rows."""
 
     def each(tensor: Tensor) -> Tensor:
@@ -123,23 +125,25 @@ def _for_batch(told: Conditioning, batch: int) -> Conditioning:
     def each_label(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else each(tensor)
 
-    uncond, uncond_label = each(told.uncond), each_label(told.uncond_label)
-    if told.weights is None:
-        return Conditioning(each(told.cond), uncond, each_label(told.cond_label), uncond_label)
-    trivial = all(parts == (1.0,) for parts in told.weights)
-    return replace(told, uncond=uncond, uncond_label=uncond_label, weights=None if trivial else told.weights)
+    uncond, uncond_label = each(conditionings.uncond), each_label(conditionings.uncond_label)
+    if conditionings.weights is None:
+        return Conditioning(each(conditionings.cond), uncond, each_label(conditionings.cond_label), uncond_label)
+    trivial = all(parts == (1.0,) for parts in conditionings.weights)
+    return replace(
+        conditionings, uncond=uncond, uncond_label=uncond_label, weights=None if trivial else conditionings.weights
+    )
 
 
-def _same_parts(told: list[Conditioning]) -> list[Conditioning]:
+def _equal_part_counts(conditionings: list[Conditioning]) -> list[Conditioning]:
     """Give every image as many rows of cond in base and adapted: rows of weight 0 fill up."""
-    if all(c.weights is None for c in told):
-        return told
-    stated = [c.weights or ((1.0,),) * len(c.cond) for c in told]
+    if all(c.weights is None for c in conditionings):
+        return conditionings
+    stated = [c.weights or ((1.0,),) * len(c.cond) for c in conditionings]
     counts = [max(map(len, parts)) for parts in zip(*stated)]
-    return [_fill_up(c, weights, counts) for c, weights in zip(told, stated)]
+    return [_pad_parts(c, weights, counts) for c, weights in zip(conditionings, stated)]
 
 
-def _fill_up(told: Conditioning, weights: Weights, counts: list[int]) -> Conditioning:
+def _pad_parts(conditionings: Conditioning, weights: PromptWeights, counts: list[int]) -> Conditioning:
     rows: list[int] = []
     filled: list[tuple[float, ...]] = []
     start = 0
@@ -148,20 +152,20 @@ def _fill_up(told: Conditioning, weights: Weights, counts: list[int]) -> Conditi
         rows += [*range(start, start + len(parts)), *[start] * missing]
         filled.append(parts + (0.0,) * missing)
         start += len(parts)
-    label = None if told.cond_label is None else told.cond_label[rows]
-    return replace(told, cond=told.cond[rows], cond_label=label, weights=tuple(filled))
+    label = None if conditionings.cond_label is None else conditionings.cond_label[rows]
+    return replace(conditionings, cond=conditionings.cond[rows], cond_label=label, weights=tuple(filled))
 
 
-def _join_branches(told: list[Tensor]) -> Tensor:
+def _stack_branches(conditionings: list[Tensor]) -> Tensor:
     """Give contexts ``(N, T, C)`` or labels ``(N, L)`` the branch axis: one branch if they are all equal."""
-    if all(t is told[0] or torch.equal(t, told[0]) for t in told):
-        return told[0][None]
-    if told[0].ndim == 3:
-        told = list(_same_length(told))
-    return torch.stack(told)
+    if all(t is conditionings[0] or torch.equal(t, conditionings[0]) for t in conditionings):
+        return conditionings[0][None]
+    if conditionings[0].ndim == 3:
+        conditionings = list(_repeat_to_same_length(conditionings))
+    return torch.stack(conditionings)
 
 
-def _same_length(contexts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _repeat_to_same_length(contexts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Repeat contexts ``(..., T, C)`` to one length; attention over a repeated context is unchanged."""
     length = math.lcm(*(c.shape[-2] for c in contexts))
     return tuple(torch.cat([c] * (length // c.shape[-2]), -2) for c in contexts)

@@ -18,18 +18,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lib_delta.core.deltas import Deltas, each, of_images
+from lib_delta.core.deltas import Deltas, map_changes, select_images
 from lib_delta.diffusion.parameterization import per_image
 from lib_delta.errors import SettingError
 
 Quality = Literal["exact", "balanced", "fast"]
 # Beyond its last noise level by more than this, a sampler has gone back, and what was held is of another time.
-BACK = 1.1
-ROUNDING = 1e-4
+RESTART_RATIO = 1.1
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReusePlan:
     """How often the source is asked.
 
     ``every``: how many of the run's noise levels one evaluation serves (1: each call is evaluated).  ``linear``:
@@ -53,105 +53,107 @@ class Plan:
         return self.every == 1 and self.moved is None
 
 
-def plan_of(quality: str, every: float = 0.0, between: str = "automatic", moved: float = 0.0) -> Plan:
+def reuse_plan(quality: str, every: float = 0.0, between: str = "automatic", moved: float = 0.0) -> ReusePlan:
     """Return the plan of a quality, with its details in the place of what it says of them: 0 and automatic leave it."""
-    plan = PLANS[quality]
+    plan = REUSE_PLANS[quality]
     linear = plan.linear if between == "automatic" else between == "linear"
-    return Plan(every or plan.every, linear, moved or None)
+    return ReusePlan(every or plan.every, linear, moved or None)
 
 
-PLANS: dict[str, Plan] = {"exact": Plan(), "balanced": Plan(2, linear=True), "fast": Plan(4)}
+REUSE_PLANS: dict[str, ReusePlan] = {"exact": ReusePlan(), "balanced": ReusePlan(2, linear=True), "fast": ReusePlan(4)}
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepState:
     """Where a run is.
 
     ``sigma`` ``(N,)`` is the source's noise level, ``denoised`` the target's estimate.  ``progress`` (0 to 1) and
     ``levels``, the number of the run's noise levels, say which of them this is; where ``levels`` is 0, as it is not
-    known, every call is evaluated.  ``told`` are the things that a delta is of: others force an evaluation.
+    known, every call is evaluated.  ``inputs`` are the things that a delta is of: others force an evaluation.
     """
 
     sigma: Tensor
     denoised: Tensor
     progress: float
     levels: int
-    told: tuple[object, ...]
+    inputs: tuple[object, ...]
 
-    def cell(self, every: float) -> int:
+    def interval(self, every: float) -> int:
         """Return which of the run's parts, of ``every`` levels each, this is in."""
-        return math.floor(self.progress * (self.levels - 1) / every + ROUNDING)
+        return math.floor(self.progress * (self.levels - 1) / every + TOLERANCE)
 
 
 @dataclass(frozen=True)
-class _Kept:
-    moment: Moment
+class _Evaluation:
+    state: StepState
     # Those of v.
     changes: Deltas
 
 
-class Hold:
+class DeltaReuse:
     """What is known of the delta in one pass of a generation."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ReusePlan) -> None:
         self.plan = plan
-        self._kept: list[_Kept] = []
+        self._evaluations: list[_Evaluation] = []
 
-    def deltas(self, evaluate: Callable[[], Deltas], moment: Moment) -> Deltas:
+    def deltas(self, evaluate: Callable[[], Deltas], state: StepState) -> Deltas:
         """Return the source's deltas: those of ``evaluate()`` where the plan asks for it, or what is held of them."""
-        if self.plan.exact or not moment.levels:
+        if self.plan.exact or not state.levels:
             return evaluate()
-        if self._stale(moment):
+        if self._needs_evaluation(state):
             deltas = evaluate()
-            self._keep(deltas, moment)
+            self._remember(deltas, state)
             return deltas
-        return self._now(self._share(moment), moment)
+        return self._predicted(self._extrapolation(state), state)
 
-    def _stale(self, moment: Moment) -> bool:
-        if not self._kept:
+    def _needs_evaluation(self, state: StepState) -> bool:
+        if not self._evaluations:
             return True
-        last = self._kept[-1].moment
-        if not _same(last, moment):
+        last = self._evaluations[-1].state
+        if not _same_inputs(last, state):
             return True
         if self.plan.moved is not None:
-            moved = (moment.denoised - last.denoised).norm() > self.plan.moved * last.denoised.norm()
-            back = moment.sigma.max() > BACK * last.sigma.max()
+            moved = (state.denoised - last.denoised).norm() > self.plan.moved * last.denoised.norm()
+            back = state.sigma.max() > RESTART_RATIO * last.sigma.max()
             return bool(moved | back.to(moved.device))
-        return moment.cell(self.plan.every) != last.cell(self.plan.every)
+        return state.interval(self.plan.every) != last.interval(self.plan.every)
 
-    def _keep(self, deltas: Deltas, moment: Moment) -> None:
-        changes = each(lambda images, delta: delta / _scale(of_images(moment.sigma, images), delta), deltas)
+    def _remember(self, deltas: Deltas, state: StepState) -> None:
+        changes = map_changes(lambda images, delta: delta / _v_scale(select_images(state.sigma, images), delta), deltas)
         # Of what came before, only what leads here: of the same things, and at more noise.
-        before = [k for k in self._kept[-1:] if _same(k.moment, moment) and k.moment.progress < moment.progress]
-        self._kept = [*before, _Kept(moment, changes)]
+        before = [
+            k for k in self._evaluations[-1:] if _same_inputs(k.state, state) and k.state.progress < state.progress
+        ]
+        self._evaluations = [*before, _Evaluation(state, changes)]
 
-    def _share(self, moment: Moment) -> Tensor | None:
+    def _extrapolation(self, state: StepState) -> Tensor | None:
         """Return how far beyond the last evaluation this is, in ways from the one before it to it, ``(N, 1, 1, 1)``."""
-        if not self.plan.linear or len(self._kept) < 2:
+        if not self.plan.linear or len(self._evaluations) < 2:
             return None
-        before, last = (kept.moment.sigma.log() for kept in self._kept)
-        way, beyond = before - last, last - moment.sigma.log()
+        before, last = (evaluation.state.sigma.log() for evaluation in self._evaluations)
+        way, beyond = before - last, last - state.sigma.log()
         # No further than from there to here, and not backwards.
-        share = torch.where(way > ROUNDING, beyond / way.clamp(min=ROUNDING), 0.0).clamp(0, 1)
-        return per_image(share, self._kept[-1].changes.guided)
+        factor = torch.where(way > TOLERANCE, beyond / way.clamp(min=TOLERANCE), 0.0).clamp(0, 1)
+        return per_image(factor, self._evaluations[-1].changes.guided)
 
-    def _now(self, share: Tensor | None, moment: Moment) -> Deltas:
+    def _predicted(self, factor: Tensor | None, state: StepState) -> Deltas:
         def now(images: Tensor | None, change: Tensor, before: Tensor) -> Tensor:
-            if share is not None:
-                change = change + of_images(share, images) * (change - before)
-            return change * _scale(of_images(moment.sigma, images), change)
+            if factor is not None:
+                change = change + select_images(factor, images) * (change - before)
+            return change * _v_scale(select_images(state.sigma, images), change)
 
-        return each(now, self._kept[-1].changes, self._kept[0].changes)
+        return map_changes(now, self._evaluations[-1].changes, self._evaluations[0].changes)
 
 
-def _same(a: Moment, b: Moment) -> bool:
+def _same_inputs(a: StepState, b: StepState) -> bool:
     """Tell whether deltas of two moments are of the same things."""
-    return len(a.told) == len(b.told) and all(
-        x is y or (isinstance(x, (bool, int, float, tuple)) and x == y) for x, y in zip(a.told, b.told)
+    return len(a.inputs) == len(b.inputs) and all(
+        x is y or (isinstance(x, (bool, int, float, tuple)) and x == y) for x, y in zip(a.inputs, b.inputs)
     )
 
 
-def _scale(sigma: Tensor, like: Tensor) -> Tensor:
+def _v_scale(sigma: Tensor, like: Tensor) -> Tensor:
     """Return what a change of v comes to in the estimate, but for the sign, which is the same at all levels."""
     s = per_image(sigma, like)
     return s / (s**2 + 1) ** 0.5

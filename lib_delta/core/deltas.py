@@ -9,11 +9,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 # For each image, the weights of its prompts joined by AND.
-Weights = tuple[tuple[float, ...], ...]
+PromptWeights = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
-class Parts:
+class PromptParts:
     """What is changed in the estimate of each prompt joined by AND, guided as if it were its image's only one.
 
     ``change`` is ``(M, C, H, W)``, image after image; ``weights`` say how the parts are joined, ``images`` ``(M,)``
@@ -22,7 +22,7 @@ class Parts:
     """
 
     change: Tensor
-    weights: Weights
+    weights: PromptWeights
     images: Tensor
 
 
@@ -35,10 +35,10 @@ class Deltas(NamedTuple):
 
     guided: Tensor
     uncond: Tensor
-    parts: Parts | None = None
+    parts: PromptParts | None = None
 
 
-def each(function: Callable[..., Tensor], *deltas: Deltas) -> Deltas:
+def map_changes(function: Callable[..., Tensor], *deltas: Deltas) -> Deltas:
     """Make deltas of what ``function(images, *changes)`` makes of each kind of change in those given.
 
     ``images`` are the numbers ``(M,)`` of the changes' images, or None where image after image has one.  All that
@@ -54,12 +54,12 @@ def each(function: Callable[..., Tensor], *deltas: Deltas) -> Deltas:
     return Deltas(guided, uncond, replace(parts[-1], change=change))
 
 
-def changes_of(deltas: Deltas) -> list[Tensor]:
+def distinct_changes(deltas: Deltas) -> list[Tensor]:
     """Return the changes that are not the same object, the guided estimate's first."""
     different = [deltas.guided] if deltas.uncond is deltas.guided else [deltas.guided, deltas.uncond]
     return different if deltas.parts is None else [*different, deltas.parts.change]
 
 
-def of_images(tensor: Tensor, images: Tensor | None) -> Tensor:
+def select_images(tensor: Tensor, images: Tensor | None) -> Tensor:
     """Give each change what its image has of ``(N, ...)``."""
     return tensor if images is None else tensor[images.to(tensor.device)]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from lib_delta.core.delta_reuse import Hold, Moment
-from lib_delta.core.deltas import Deltas, each
+from lib_delta.core.delta_reuse import DeltaReuse, StepState
+from lib_delta.core.deltas import Deltas, map_changes
 from lib_delta.core.progress import Progress
 from lib_delta.core.strength import Strength
 from lib_delta.diffusion.families import Family
@@ -46,7 +46,7 @@ class DenoiseStep:
 class DeltaSource(Protocol):
     """Base and adapted model, as :class:`lib_delta.core.source.Source` brings them."""
 
-    def during(self, progress: float) -> DeltaSource:
+    def at_progress(self, progress: float) -> DeltaSource:
         """Return what of it counts at a point of the run (0 to 1): the same object for as long as it is the same."""
         ...
 
@@ -56,7 +56,7 @@ class DeltaSource(Protocol):
         """Return ``D_adapted(x, sigma) - D_base(x, sigma)``, in float32 on the device of ``x``."""
         ...
 
-    def told(self, step: int) -> tuple[object, ...]:
+    def conditioning_at(self, step: int) -> tuple[object, ...]:
         """Return what the two models are told at a step: the same objects for as long as it is the same."""
         ...
 
@@ -65,7 +65,7 @@ class DeltaSource(Protocol):
 class DeltaGuidance:
     """Add what adapting the source changes to what the target denoises.
 
-    ``hold`` is what is known of the delta in this pass of a generation, where the source is not to be asked in
+    ``reuse`` is what is known of the delta in this pass of a generation, where the source is not to be asked in
     every step; it is the pass's own.  Where changes are not ``checked``, those that are no numbers are the caller's
     to find: to look at them is to wait for the device.
     """
@@ -73,7 +73,7 @@ class DeltaGuidance:
     strength: Strength
     bridge: Bridge
     source: DeltaSource
-    hold: Hold | None = None
+    reuse: DeltaReuse | None = None
     checked: bool = True
 
     def __call__(self, step: DenoiseStep) -> Tensor:
@@ -95,29 +95,29 @@ class DeltaGuidance:
         x, sigma, crossing = self.bridge.to_source(step.x, step.sigma, step.denoised)
 
         def to_target(images: Tensor | None, delta: Tensor) -> Tensor:
-            place = crossing if images is None else crossing.of(images)
-            return strength * self.bridge.delta_to_target(delta, place).float()
+            image_crossing = crossing if images is None else crossing.of(images)
+            return strength * self.bridge.delta_to_target(delta, image_crossing).float()
 
-        changes = each(to_target, self._deltas(x, sigma, step))
+        changes = map_changes(to_target, self._deltas(x, sigma, step))
         if self.checked and not torch.isfinite(changes.guided).all():
-            raise not_finite(step.step, float(step.sigma.max()))
+            raise not_finite_error(step.step, float(step.sigma.max()))
         return changes
 
     def _deltas(self, x: Tensor, sigma: Tensor, step: DenoiseStep) -> Deltas:
-        how = step.cfg_scale, step.uncond_skipped, step.uncond_zero
-        source = self.source.during(step.progress)
+        guidance_flags = step.cfg_scale, step.uncond_skipped, step.uncond_zero
+        source = self.source.at_progress(step.progress)
 
         def evaluate() -> Deltas:
-            scale, skipped, zero = how
+            scale, skipped, zero = guidance_flags
             return source.deltas(x, sigma, scale, step.step, skipped, zero)
 
-        if self.hold is None:
+        if self.reuse is None:
             return evaluate()
-        told = (source, *source.told(step.step), how, tuple(x.shape))
-        return self.hold.deltas(evaluate, Moment(sigma, step.denoised, step.progress, step.levels, told))
+        inputs = (source, *source.conditioning_at(step.step), guidance_flags, tuple(x.shape))
+        return self.reuse.deltas(evaluate, StepState(sigma, step.denoised, step.progress, step.levels, inputs))
 
 
-def not_finite(step: int, sigma: float) -> NotFiniteError:
+def not_finite_error(step: int, sigma: float) -> NotFiniteError:
     """Return the error that says where a delta was not a number."""
     return NotFiniteError(f"the side model's delta is not a number at step {step + 1} (sigma {sigma:.4g})")
 
@@ -147,7 +147,7 @@ class DeltaDenoiser:
         return self.guidance(step)
 
 
-LEAST_CFG = 3.0  # of those that the method was shown with
+MIN_SIDE_CFG = 3.0  # of those that the method was shown with
 
 
 def side_cfg(main: float, base: Family, target: Family, asked: float | None = None) -> float:
@@ -159,4 +159,4 @@ def side_cfg(main: float, base: Family, target: Family, asked: float | None = No
     """
     if asked is not None:
         return asked
-    return main if base is target else max(main, LEAST_CFG)
+    return main if base is target else max(main, MIN_SIDE_CFG)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lib_delta.core.strength import ROUNDING
+from lib_delta.core.strength import PROGRESS_TOLERANCE
 from lib_delta.errors import SettingError
 from lib_delta.models.injection import Injection
 
 
 @dataclass(frozen=True)
-class Inputs:
+class GuideInputs:
     """What the adapted model is given in one evaluation: N rows, the prompts' and then the negative prompts'.
 
     ``x`` ``(N, C, h, w)`` scaled as the UNet's input, ``t`` ``(N,)``, ``context`` ``(N, T, W)``, ``label``
@@ -31,17 +31,17 @@ class Inputs:
     prompts: Tensor | None = None
 
     @property
-    def prompted(self) -> Tensor:
+    def prompt_rows(self) -> Tensor:
         """The numbers ``(K,)`` of the prompts' rows."""
         return (~self.uncond).nonzero()[:, 0] if self.prompts is None else self.prompts
 
 
 # An adaptation that is not weights.
-Guide = Callable[[Inputs], Injection]
+Guide = Callable[[GuideInputs], Injection]
 
 
 @dataclass(frozen=True, eq=False)
-class Timed:
+class TimedGuide:
     """A guide that counts in a share of the run: from ``start`` to ``end``, 0 the first step and 1 the last.
 
     Raises :class:`SettingError` for a share that is none.
@@ -58,12 +58,12 @@ class Timed:
                 "two shares of the run from 0 to 1 are needed, the earlier first"
             )
 
-    def __call__(self, inputs: Inputs) -> Injection:
+    def __call__(self, inputs: GuideInputs) -> Injection:
         return self.guide(inputs)
 
 
-def counts(guide: Guide, progress: float) -> bool:
-    """Tell whether a guide counts at a point of the run; one that is not :class:`Timed` always does."""
-    if not isinstance(guide, Timed):
+def is_active(guide: Guide, progress: float) -> bool:
+    """Tell whether a guide counts at a point of the run; one that is not :class:`TimedGuide` always does."""
+    if not isinstance(guide, TimedGuide):
         return True
-    return guide.start - ROUNDING <= progress <= guide.end + ROUNDING
+    return guide.start - PROGRESS_TOLERANCE <= progress <= guide.end + PROGRESS_TOLERANCE

@@ -42,7 +42,7 @@ class HeatMap:
         return mean
 
 
-def coloured(sizes: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.uint8]:
+def colour_map(sizes: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.uint8]:
     """Return sizes ``(H, W)`` as a picture ``(height, width, 3)``, the largest of them the brightest."""
     smooth = interpolate(torch.from_numpy(sizes)[None, None], (height, width), mode="bilinear")[0, 0].numpy()
     share = smooth / max(float(smooth.max()), 1e-12)

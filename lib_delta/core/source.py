@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lib_delta.core.conditioning import Conditioning, JoinedConditioning, Prompts, as_prompts, join
-from lib_delta.core.deltas import Deltas, Parts, Weights
-from lib_delta.core.guides import Guide, Inputs, counts
-from lib_delta.devices import out_of_memory, release_cached, without_autocast
+from lib_delta.core.conditioning import Conditioning, JoinedConditioning, PromptSchedule, as_prompts, join_branches
+from lib_delta.core.deltas import Deltas, PromptParts, PromptWeights
+from lib_delta.core.guides import Guide, GuideInputs, is_active
+from lib_delta.devices import empty_cache, out_of_memory, without_autocast
 from lib_delta.diffusion.parameterization import Parameterization
-from lib_delta.models.forked_layers import alone, expand, forks
+from lib_delta.models.forked_layers import expand, is_adapted, single_branch
 from lib_delta.models.injection import Injection
-from lib_delta.models.unet import Text, UNet
+from lib_delta.models.unet import TextContext, UNet
 
 # Prompts may alternate from step to step: of so many at a time is known what layers make of them.
-MOST_PROMPTS = 4
+MAX_CACHED_PROMPTS = 4
 
 
 class Source:
@@ -35,8 +35,8 @@ class Source:
         self,
         unet: UNet,
         parameterization: Parameterization,
-        base: Conditioning | Prompts,
-        adapted: Conditioning | Prompts | None = None,
+        base: Conditioning | PromptSchedule,
+        adapted: Conditioning | PromptSchedule | None = None,
         quantize: bool = False,
         guides: Sequence[Guide] = (),
     ) -> None:
@@ -51,28 +51,28 @@ class Source:
         self.quantize = quantize
         self.guides = tuple(guides)
         self._evaluations = 0
-        self._parts = 1
+        self._split = 1
         # The source without those of its guides that do not count, by which do.
-        self._during: dict[tuple[bool, ...], Source] = {}
-        self._told = [as_prompts(base)] if adapted is None else [as_prompts(base), as_prompts(adapted)]
+        self._at_progress: dict[tuple[bool, ...], Source] = {}
+        self._schedules = [as_prompts(base)] if adapted is None else [as_prompts(base), as_prompts(adapted)]
         self._joined: OrderedDict[tuple[int, ...], tuple[tuple[Conditioning, ...], JoinedConditioning]] = OrderedDict()
 
     @property
     def evaluations(self) -> int:
         """The passes through the UNet so far."""
-        return self._evaluations + sum(part.evaluations for part in self._during.values())
+        return self._evaluations + sum(part.evaluations for part in self._at_progress.values())
 
-    def during(self, progress: float) -> Source:
+    def at_progress(self, progress: float) -> Source:
         """Return the source with those of its guides that count at a point of the run; always the same object."""
-        flags = tuple(counts(guide, progress) for guide in self.guides)
+        flags = tuple(is_active(guide, progress) for guide in self.guides)
         if all(flags):
             return self
-        if flags not in self._during:
+        if flags not in self._at_progress:
             part = copy(self)
             part.guides = tuple(itertools.compress(self.guides, flags))
-            part._evaluations, part._during = 0, {}
-            self._during[flags] = part
-        return self._during[flags]
+            part._evaluations, part._at_progress = 0, {}
+            self._at_progress[flags] = part
+        return self._at_progress[flags]
 
     def delta(self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int = 0, uncond_skipped: bool = False) -> Tensor:
         """Return ``D_adapted(x, sigma) - D_base(x, sigma)``, each after classifier-free guidance.
@@ -115,7 +115,7 @@ class Source:
         if estimates.parts is None or estimates.weights is None or estimates.images is None:
             return Deltas(delta, uncond)
         images = estimates.images.to(x.device)
-        return Deltas(delta, uncond, Parts(_difference(estimates.parts, x), estimates.weights, images))
+        return Deltas(delta, uncond, PromptParts(_difference(estimates.parts, x), estimates.weights, images))
 
     @torch.no_grad()
     def denoised(
@@ -135,30 +135,32 @@ class Source:
     ) -> _Estimates:
         weight = self.unet.time_embed["0"].weight
         x, sigma = x.to(weight.device, torch.float32), sigma.to(weight.device, torch.float32)
-        joined = self._at(step, len(x))
+        joined = self._joined_at(step, len(x))
         with_uncond = not uncond_skipped and (cfg_scale != 1 or joined.weights is not None)
-        told = joined.on(weight.device, weight.dtype, with_uncond)
+        conditioning = joined.on(weight.device, weight.dtype, with_uncond)
         model_x, t = self.parameterization.model_input(x, sigma, self.quantize)
-        numbers = torch.arange(len(told.rows), device=weight.device)
-        prompts, of_uncond = numbers[: len(told.images)], numbers >= len(told.images)
-        batch = _Batch(model_x.to(weight.dtype), t, told.text, told.label, told.rows, of_uncond, prompts)
-        output = self._evaluated(batch)
-        denoised = self.parameterization.denoised(output.float(), x[told.rows], sigma[told.rows])
-        cond, uncond = denoised[:, : len(told.images)], denoised[:, len(told.images) :]
-        if told.weights is None and not with_uncond:
+        numbers = torch.arange(len(conditioning.rows), device=weight.device)
+        prompts, of_uncond = numbers[: len(conditioning.images)], numbers >= len(conditioning.images)
+        batch = _Batch(
+            model_x.to(weight.dtype), t, conditioning.text, conditioning.label, conditioning.rows, of_uncond, prompts
+        )
+        output = self._evaluate_in_memory(batch)
+        denoised = self.parameterization.denoised(output.float(), x[conditioning.rows], sigma[conditioning.rows])
+        cond, uncond = denoised[:, : len(conditioning.images)], denoised[:, len(conditioning.images) :]
+        if conditioning.weights is None and not with_uncond:
             return _Estimates(cond, cond)
         if not with_uncond:
-            uncond = torch.zeros_like(x)[None] if uncond_zero else cond[:, told.first]
+            uncond = torch.zeros_like(x)[None] if uncond_zero else cond[:, conditioning.first]
             cfg_scale = 1.0
-        if told.weights is None:
+        if conditioning.weights is None:
             return _Estimates(uncond + cfg_scale * (cond - uncond), uncond)
-        guided = _compose(cond, uncond, cfg_scale * told.weights, told.images)
-        if joined.stated is None:
+        guided = _compose(cond, uncond, cfg_scale * conditioning.weights, conditioning.images)
+        if joined.shared_weights is None:
             return _Estimates(guided, uncond)
-        own = uncond[:, told.images]
-        return _Estimates(guided, uncond, own + cfg_scale * (cond - own), joined.stated, told.images)
+        own = uncond[:, conditioning.images]
+        return _Estimates(guided, uncond, own + cfg_scale * (cond - own), joined.shared_weights, conditioning.images)
 
-    def _evaluated(self, batch: _Batch) -> Tensor:
+    def _evaluate_in_memory(self, batch: _Batch) -> Tensor:
         """Return the UNet's output ``(R, rows, C, H, W)``, in as many parts as memory asks for; that is remembered.
 
         First base and adapted go apart, then cond and uncond, then images.
@@ -166,22 +168,22 @@ class Source:
         while True:
             try:
                 with without_autocast(batch.x.device):
-                    return self._in_parts(batch)
+                    return self._evaluate_split(batch)
             except Exception as error:
                 most = batch.rows * len(self._branches(batch))
-                if not out_of_memory(error) or self._parts >= most:
+                if not out_of_memory(error) or self._split >= most:
                     raise
             # Only out here has the error let go of what the failed pass had computed.
-            self._parts = min(2 * self._parts, most)
-            release_cached(batch.x.device)
+            self._split = min(2 * self._split, most)
+            empty_cache(batch.x.device)
 
-    def _in_parts(self, batch: _Batch) -> Tensor:
-        if self._parts == 1:
+    def _evaluate_split(self, batch: _Batch) -> Tensor:
+        if self._split == 1:
             output = batch.evaluate(self.unet, self.guides, None)
             self._evaluations += 1
             return output
         branches = self._branches(batch)
-        pieces = batch.split(min(batch.rows, self._parts // len(branches)))
+        pieces = batch.split(min(batch.rows, self._split // len(branches)))
         output = torch.cat(
             [torch.cat([piece.evaluate(self.unet, self.guides, b) for piece in pieces], 1) for b in branches]
         )
@@ -189,24 +191,24 @@ class Source:
         return output
 
     def _may_differ(self) -> bool:
-        return len(self._told) > 1 or bool(self.guides) or forks(self.unet)
+        return len(self._schedules) > 1 or bool(self.guides) or is_adapted(self.unet)
 
     def _branches(self, batch: _Batch) -> tuple[int | None, ...]:
-        return (0, 1) if batch.forks or self.guides or forks(self.unet) else (None,)
+        return (0, 1) if batch.forks or self.guides or is_adapted(self.unet) else (None,)
 
-    def told(self, step: int) -> tuple[Conditioning, ...]:
+    def conditioning_at(self, step: int) -> tuple[Conditioning, ...]:
         """Return what base and, where it is told something of its own, the adapted model are told at a step."""
-        return tuple(prompts(step) for prompts in self._told)
+        return tuple(prompts(step) for prompts in self._schedules)
 
-    def _at(self, step: int, batch: int) -> JoinedConditioning:
+    def _joined_at(self, step: int, batch: int) -> JoinedConditioning:
         """Join what the models are told at a step; while it stays the same, it is joined once."""
-        told = self.told(step)
-        key = (batch, *map(id, told))
+        conditioning = self.conditioning_at(step)
+        key = (batch, *map(id, conditioning))
         if key not in self._joined:
             # What is told is kept with it, or another's id may be the same.
-            self._joined[key] = told, join(list(told), batch)
+            self._joined[key] = conditioning, join_branches(list(conditioning), batch)
         self._joined.move_to_end(key)
-        while len(self._joined) > MOST_PROMPTS:
+        while len(self._joined) > MAX_CACHED_PROMPTS:
             self._joined.popitem(last=False)
         return self._joined[key][1]
 
@@ -221,7 +223,7 @@ class _Batch:
 
     x: Tensor
     t: Tensor
-    text: Text
+    text: TextContext
     label: Tensor | None
     images: Tensor
     uncond: Tensor
@@ -242,10 +244,10 @@ class _Batch:
         rows = self.text.rows
         x, t = (self.x, self.t) if rows is None else (self.x[rows], self.t[rows])
         labels = [None] * count if self.label is None else self.label.tensor_split(count, 1)
-        contexts = map(Text, self.text.context.tensor_split(count, 1))
+        contexts = map(TextContext, self.text.context.tensor_split(count, 1))
         plain = zip(*(tensor.tensor_split(count) for tensor in (x, t, self.images, self.uncond)))
-        told = zip(contexts, labels)
-        return [_Batch(x, t, *own, images, uncond) for (x, t, images, uncond), own in zip(plain, told)]
+        conditioning = zip(contexts, labels)
+        return [_Batch(x, t, *own, images, uncond) for (x, t, images, uncond), own in zip(plain, conditioning)]
 
     def evaluate(self, unet: UNet, guides: Sequence[Guide], branch: int | None) -> Tensor:
         """Return the UNet's output ``(R, M, C, H, W)``, of both branches or of one of them alone."""
@@ -253,9 +255,9 @@ class _Batch:
             return unet(self.x[None], self.t, self.text, self.label, self._injection(guides))
         context = self.text.context[min(branch, len(self.text.context) - 1)][None]
         label = None if self.label is None else self.label[min(branch, len(self.label) - 1)][None]
-        injection = replace(self._injection(guides), alone=True) if branch else Injection()
-        with alone(unet, branch):
-            return unet(self.x[None], self.t, Text(context), label, injection)
+        injection = replace(self._injection(guides), single_branch=True) if branch else Injection()
+        with single_branch(unet, branch):
+            return unet(self.x[None], self.t, TextContext(context), label, injection)
 
     def _injection(self, guides: Sequence[Guide]) -> Injection:
         """Ask the guides what they add to the adapted model."""
@@ -264,7 +266,7 @@ class _Batch:
         rows = self.text.rows
         x, t = (self.x, self.t) if rows is None else (self.x[rows], self.t[rows])
         label = None if self.label is None else self.label[-1]
-        inputs = Inputs(x, t, self.text.adapted, label, self.images, self.uncond, self.prompts)
+        inputs = GuideInputs(x, t, self.text.adapted, label, self.images, self.uncond, self.prompts)
         return sum((guide(inputs) for guide in guides), Injection())
 
 
@@ -278,7 +280,7 @@ class _Estimates:
     guided: Tensor
     uncond: Tensor
     parts: Tensor | None = None
-    weights: Weights | None = None
+    weights: PromptWeights | None = None
     images: Tensor | None = None
 
 

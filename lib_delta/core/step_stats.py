@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Figures:
+class StepStats:
     """A step's number, noise level and seconds, and its delta's size as a share of the estimate's, and its kind."""
 
     step: int
@@ -23,13 +23,13 @@ class Figures:
     seconds: float
 
 
-class Noted:
+class PendingStats:
     """Figures of steps that are still on the device."""
 
     def __init__(self) -> None:
         self._steps: list[tuple[int, Tensor, Callable[[], float]]] = []
 
-    def note(
+    def add(
         self, step: int, sigma: Tensor, denoised: Tensor, changes: list[Tensor], taken: Callable[[], float]
     ) -> Tensor:
         """Note a step; returns whether all changes are finite, ``()``, on their device.
@@ -43,7 +43,7 @@ class Noted:
         self._steps.append((step, torch.stack([value.float() for value in values]), taken))
         return finite
 
-    def read(self, *values: Tensor) -> tuple[list[float], list[Figures]]:
+    def take(self, *values: Tensor) -> tuple[list[float], list[StepStats]]:
         """Return numbers ``()`` of the device, and the figures noted since the last time, in one transfer."""
         steps, self._steps = self._steps, []
         rows = [*(value.float().reshape(1) for value in values), *(row for _, row, _ in steps)]
@@ -53,7 +53,7 @@ class Noted:
         figures = []
         for i, (step, _, taken) in enumerate(steps):
             sigma, size, finite, nonzero = numbers[len(values) + 4 * i :][:4]
-            figures.append(Figures(step, sigma, size, bool(finite), not nonzero, taken()))
+            figures.append(StepStats(step, sigma, size, bool(finite), not nonzero, taken()))
         return numbers[: len(values)], figures
 
 

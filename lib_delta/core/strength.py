@@ -11,12 +11,12 @@ from lib_delta.errors import SettingError, shown
 Curve = Literal["constant", "linear", "cosine", "sigmoid"]
 
 CURVES: tuple[str, ...] = get_args(Curve)
-MAXIMUM = 10.0
+MAX_LAMBDA = 10.0
 SIGMOID_STEEPNESS = 10.0
 # As the accordion and the API call them.
-NAMES = {"value": "lambda", "first": "curve start", "last": "curve end"}
+FIELD_LABELS = {"value": "lambda", "first": "curve start", "last": "curve end"}
 # Progress is a quotient: a step that lies on a limit of the range must not fall out of it by rounding.
-ROUNDING = 1e-6
+PROGRESS_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Strength:
     last: float = 1.0
 
     def __post_init__(self) -> None:
-        limits = {"value": MAXIMUM, "start": 1.0, "end": 1.0, "first": 1.0, "last": 1.0}
+        limits = {"value": MAX_LAMBDA, "start": 1.0, "end": 1.0, "first": 1.0, "last": 1.0}
         for name, maximum in limits.items():
             given = getattr(self, name)
             # Written so that nan, which compares false with everything, is refused as well.
             if not 0 <= given <= maximum:
-                raise SettingError(f"{NAMES.get(name, name)} must be between 0 and {maximum:g}, not {given}")
+                raise SettingError(f"{FIELD_LABELS.get(name, name)} must be between 0 and {maximum:g}, not {given}")
         if self.start > self.end:
             raise SettingError(f"start ({self.start}) must not come after end ({self.end})")
         if self.curve not in get_args(Curve):
@@ -50,7 +50,7 @@ class Strength:
 
     def at(self, progress: float) -> float:
         """Return lambda at ``progress`` (0 the first step, 1 the last)."""
-        if not self.start - ROUNDING <= progress <= self.end + ROUNDING:
+        if not self.start - PROGRESS_TOLERANCE <= progress <= self.end + PROGRESS_TOLERANCE:
             return 0.0
         if self.curve == "constant":
             return self.value

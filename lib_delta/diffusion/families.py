@@ -9,7 +9,7 @@ from lib_delta.diffusion.latent_spaces import Space
 
 
 @dataclass(frozen=True)
-class Traits:
+class FamilyTraits:
     """``context_width`` is that of the released models."""
 
     label: str
@@ -25,20 +25,20 @@ class Family(Enum):
     their latents, and messages name them.
     """
 
-    SD1 = Traits("SD 1.x", Space.SD1, 768)
-    SD2 = Traits("SD 2.x", Space.SD1, 1024)
-    SDXL = Traits("SDXL", Space.SDXL, 2048)
-    SDXL_REFINER = Traits("SDXL refiner", Space.SDXL, 1280, served=False)
-    UNCLIP = Traits("SD 2.1 unCLIP", Space.SD1, 1024, served=False)
-    SD3 = Traits("SD 3", Space.SD3, 4096, served=False)
-    FLUX = Traits("Flux", Space.FLUX1, 4096, served=False)
-    CHROMA = Traits("Chroma", Space.FLUX1, 4096, served=False)
-    LUMINA2 = Traits("Lumina 2", Space.FLUX1, 2304, served=False)
-    Z_IMAGE = Traits("Z-Image", Space.FLUX1, 2560, served=False)
-    HIDREAM = Traits("HiDream", Space.FLUX1, 4096, served=False)
-    FLUX2 = Traits("Flux 2", Space.FLUX2, 7680, served=False)
-    QWEN_IMAGE = Traits("Qwen-Image", Space.WAN21, 3584, served=False)
-    WAN = Traits("Wan", Space.WAN21, 4096, served=False)
+    SD1 = FamilyTraits("SD 1.x", Space.SD1, 768)
+    SD2 = FamilyTraits("SD 2.x", Space.SD1, 1024)
+    SDXL = FamilyTraits("SDXL", Space.SDXL, 2048)
+    SDXL_REFINER = FamilyTraits("SDXL refiner", Space.SDXL, 1280, served=False)
+    UNCLIP = FamilyTraits("SD 2.1 unCLIP", Space.SD1, 1024, served=False)
+    SD3 = FamilyTraits("SD 3", Space.SD3, 4096, served=False)
+    FLUX = FamilyTraits("Flux", Space.FLUX1, 4096, served=False)
+    CHROMA = FamilyTraits("Chroma", Space.FLUX1, 4096, served=False)
+    LUMINA2 = FamilyTraits("Lumina 2", Space.FLUX1, 2304, served=False)
+    Z_IMAGE = FamilyTraits("Z-Image", Space.FLUX1, 2560, served=False)
+    HIDREAM = FamilyTraits("HiDream", Space.FLUX1, 4096, served=False)
+    FLUX2 = FamilyTraits("Flux 2", Space.FLUX2, 7680, served=False)
+    QWEN_IMAGE = FamilyTraits("Qwen-Image", Space.WAN21, 3584, served=False)
+    WAN = FamilyTraits("Wan", Space.WAN21, 4096, served=False)
 
     @property
     def label(self) -> str:

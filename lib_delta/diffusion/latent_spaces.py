@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-PIXELS = 8  # of a picture, along one side, to a pixel of a latent, in all of them
+LATENT_STRIDE = 8  # of a picture, along one side, to a pixel of a latent, in all of them
 
 
 @dataclass(frozen=True)
-class Traits:
+class SpaceTraits:
     """A denoising model sees ``scale_factor * (latent - shift)`` of what the autoencoder gives."""
 
     key: str
@@ -25,12 +25,12 @@ class Space(Enum):
     The last two are known by name only, so that a message can say what no bridge leads to.
     """
 
-    SD1 = Traits("sd1", "SD 1.x/2.x", 4, 0.18215)
-    SDXL = Traits("sdxl", "SDXL", 4, 0.13025)
-    SD3 = Traits("sd3", "SD 3", 16, 1.5305, 0.0609)
-    FLUX1 = Traits("flux1", "FLUX.1", 16, 0.3611, 0.1159)
-    FLUX2 = Traits("flux2", "FLUX.2", 128, 1.0)
-    WAN21 = Traits("wan21", "Wan 2.1", 16, 1.0)
+    SD1 = SpaceTraits("sd1", "SD 1.x/2.x", 4, 0.18215)
+    SDXL = SpaceTraits("sdxl", "SDXL", 4, 0.13025)
+    SD3 = SpaceTraits("sd3", "SD 3", 16, 1.5305, 0.0609)
+    FLUX1 = SpaceTraits("flux1", "FLUX.1", 16, 0.3611, 0.1159)
+    FLUX2 = SpaceTraits("flux2", "FLUX.2", 128, 1.0)
+    WAN21 = SpaceTraits("wan21", "Wan 2.1", 16, 1.0)
 
     @property
     def key(self) -> str:

@@ -15,7 +15,7 @@ from typing import cast
 from lib_delta.diffusion.families import SERVED, Family
 from lib_delta.diffusion.parameterization import Prediction
 from lib_delta.errors import CheckpointError, shown
-from lib_delta.files.file_kinds import other_kind
+from lib_delta.files.file_kinds import unsupported_kind
 from lib_delta.files.sidecar_config import ModelConfig
 from lib_delta.files.stored_file import Shapes
 from lib_delta.files.weight_file import FileState, WeightFile
@@ -27,7 +27,7 @@ VAE_PREFIX = "first_stage_model."
 UNET_PREFIXES = (UNET_PREFIX, "diffusion_model.", "")
 TEXT_PREFIXES = ("cond_stage_model.", "conditioner.embedders.")
 
-_OTHER_FILES: tuple[tuple[str, str], ...] = (
+_NOT_CHECKPOINTS: tuple[tuple[str, str], ...] = (
     (r"lora_(unet|te\d?|transformer)_|.*\.(lora_(down|up|A|B)|hada_w1_[ab]|lokr_w[12])", "a LoRA, not a checkpoint"),
     (r"control_model\.|input_hint_block\.|controlnet_cond_embedding\.|controlnet_", "a ControlNet, not a checkpoint"),
     (r"emb_params$|string_to_param|clip_[lg]$", "a textual inversion embedding, not a checkpoint"),
@@ -65,7 +65,7 @@ def detect_family(shapes: Shapes, name: str = "the file") -> Family:
         return Family.FLUX
     prefix = unet_prefix(shapes)
     if prefix is None or any(k.startswith(("control_model.", "input_hint_block.")) for k in shapes):
-        raise CheckpointError(f"{name} is {_other_file(shapes)} (needed: a checkpoint of {SERVED})")
+        raise CheckpointError(f"{name} is {_kind_of_file(shapes)} (needed: a checkpoint of {SERVED})")
     projection = next((v for k, v in shapes.items() if k.startswith(prefix) and k.endswith(".proj_in.weight")), ())
     if f"{prefix}label_emb.0.0.weight" not in shapes:
         return Family.SD2 if len(projection) == 2 else Family.SD1
@@ -84,10 +84,10 @@ def _labelled_family(shapes: Shapes, prefix: str) -> Family:
     return Family.SDXL
 
 
-def _other_file(shapes: Shapes) -> str:
-    if kind := other_kind(shapes):
+def _kind_of_file(shapes: Shapes) -> str:
+    if kind := unsupported_kind(shapes):
         return f"{kind}, not a checkpoint"
-    for pattern, what in _OTHER_FILES:
+    for pattern, what in _NOT_CHECKPOINTS:
         if any(re.match(pattern, key) for key in shapes):
             return what
     return "not a Stable Diffusion checkpoint" if shapes else "a file without any weights"
@@ -159,7 +159,7 @@ def missing_parts(shapes: Shapes) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Description:
+class CheckpointInfo:
     """What the header of a checkpoint tells of it, with nothing built; ``missing`` as in :class:`Report`."""
 
     name: str
@@ -169,7 +169,7 @@ class Description:
     missing: tuple[str, ...]
 
     @property
-    def unfit(self) -> str:
+    def why_not_base(self) -> str:
         """Why it cannot be the base of the side model, in a sentence; empty where it can."""
         if self.family is not Family.SD1:
             label = self.family.label
@@ -181,35 +181,35 @@ class Description:
         return ""
 
 
-def describe(path: str | Path) -> Description:
+def describe(path: str | Path) -> CheckpointInfo:
     """Say what a checkpoint is, from its header alone: milliseconds, and remembered until the file changes.
 
     For lists of files, and to refuse before anything is built: ``describe(path).unfit`` is why a checkpoint cannot be
     the base, empty where it can.  Raises :class:`CheckpointError` for what is no checkpoint or cannot be read; see
-    :func:`base_fault` for one sentence in every case.
+    :func:`why_not_base` for one sentence in every case.
     """
-    described = _described(FileState.of(Path(path)))
+    described = _info_or_fault(FileState.of(Path(path)))
     if isinstance(described, str):
         raise CheckpointError(described)
     return described
 
 
-def base_fault(path: str | Path) -> str:
+def why_not_base(path: str | Path) -> str:
     """Return why a file cannot be the base of the side model, in a sentence; empty where it can.  Never raises."""
     try:
-        return describe(path).unfit
+        return describe(path).why_not_base
     except CheckpointError as error:
         return str(error)
 
 
 @functools.lru_cache(maxsize=4096)
-def _described(state: FileState) -> Description | str:
+def _info_or_fault(state: FileState) -> CheckpointInfo | str:
     """Return the description, or the sentence that says why there is none: both are worth remembering."""
     try:
         with WeightFile.open(state.path) as file:
             family = detect_family(file.shapes, file.name)
             has_unet = unet_prefix(file.shapes) is not None
-            return Description(
+            return CheckpointInfo(
                 name=file.name,
                 family=family,
                 variant=detect_variant(file.shapes) if has_unet else "standard",

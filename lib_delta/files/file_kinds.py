@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 from lib_delta.errors import shortened
-
-Shapes = Mapping[str, tuple[int, ...]]
+from lib_delta.files.stored_file import Shapes
 
 # What peft calls an adapter (``peft_type``) that is not served, its name as its authors write it, and how its
 # tensors' names start.
@@ -42,7 +40,7 @@ _OF_PEFT: tuple[tuple[str, str, str], ...] = (
     ("VERA", "a VeRA", "vera_"),
     ("WAVEFT", "a WaveFT", "waveft_"),
 )
-_KINDS: tuple[tuple[str, str], ...] = (
+_UNSUPPORTED: tuple[tuple[str, str], ...] = (
     (r".*\.(q_layer|p_layer|lambda_layer)(\.|$)", "a T-LoRA, whose rank changes from step to step: it is not served"),
     (r"lllite_", "a ControlNet-LLLite, which is not served"),
     (r"\d+\.[01]\.linear\.\d+\.", "a hypernetwork"),
@@ -61,9 +59,9 @@ def of_peft(stated: str) -> str:
     return f"{name} file of peft, which is not served"
 
 
-def other_kind(shapes: Shapes) -> str:
+def unsupported_kind(shapes: Shapes) -> str:
     """Name what a file is that is neither a checkpoint nor an adapter; empty where it is of no kind known here."""
-    for pattern, what in _KINDS:
+    for pattern, what in _UNSUPPORTED:
         if any(re.match(pattern, key) for key in shapes):
             return what
     for stated, _, start in _OF_PEFT:

@@ -21,7 +21,7 @@ from lib_delta.files.zip_records import Span
 
 _LARGEST_HEADER = 100_000_000  # bytes, as the format has it
 _MOST_TENSORS = 2**16
-_TYPES = {
+_DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -109,7 +109,7 @@ def _entry(found: Mapping[str, Any]) -> _Entry:
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 2**62 for n in numbers):
             raise _HeaderError("a tensor has a shape or a place that is no list of whole numbers")
-    dtype = getattr(torch, _TYPES.get(str(found["dtype"]), ""), None)
+    dtype = getattr(torch, _DTYPES.get(str(found["dtype"]), ""), None)
     if not isinstance(dtype, torch.dtype):
         raise _HeaderError(f"it has numbers of a type {str(found['dtype'])[:20]!r}, which is not known")
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * itemsize(dtype):

@@ -220,10 +220,10 @@ def _named_tensors(described: Any) -> dict[str, StoredTensor]:
     for name in _WRAPPERS:
         if isinstance(described, dict) and isinstance(described.get(name), dict):
             described = described[name]
-    return dict(_below("", described, 0, set()))
+    return dict(_walk("", described, 0, set()))
 
 
-def _below(name: str, described: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, StoredTensor]]:
+def _walk(name: str, described: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, StoredTensor]]:
     if isinstance(described, StoredTensor):
         yield name, described
     # Each once: a list that is in a list many times over, and that in another, has no end.
@@ -232,4 +232,4 @@ def _below(name: str, described: Any, depth: int, seen: set[int]) -> Iterator[tu
     seen.add(id(described))
     for key, value in described.items() if isinstance(described, dict) else enumerate(described):
         if isinstance(key, (str, int)):
-            yield from _below(f"{name}.{key}" if name else str(key), value, depth + 1, seen)
+            yield from _walk(f"{name}.{key}" if name else str(key), value, depth + 1, seen)

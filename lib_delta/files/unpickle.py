@@ -66,7 +66,7 @@ class _Call:
     function: Callable[..., Any]
 
 
-def _number(value: object) -> int:
+def _plain_number(value: object) -> int:
     if type(value) is not int or not 0 <= value < 2**62:
         raise PickleError("a size is no whole number")
     return value
@@ -75,13 +75,13 @@ def _number(value: object) -> int:
 def _numbers(values: object) -> tuple[int, ...]:
     if not isinstance(values, tuple) or len(values) > 16:
         raise PickleError("a shape is no tuple of sizes")
-    return tuple(map(_number, values))
+    return tuple(map(_plain_number, values))
 
 
 def _tensor(storage: object, offset: object, shape: object, strides: object, *_: object) -> StoredTensor:
     if not isinstance(storage, Storage) or storage.dtype is None:
         raise PickleError("a tensor has no storage")
-    return StoredTensor(storage, storage.dtype, _number(offset), _numbers(shape), _numbers(strides))
+    return StoredTensor(storage, storage.dtype, _plain_number(offset), _numbers(shape), _numbers(strides))
 
 
 def _tensor_of_type(
@@ -90,7 +90,7 @@ def _tensor_of_type(
     """Describe a tensor of a newer type, whose storage is untyped."""
     if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
         raise PickleError("a tensor has no storage")
-    return StoredTensor(storage, dtype, _number(offset), _numbers(shape), _numbers(strides))
+    return StoredTensor(storage, dtype, _plain_number(offset), _numbers(shape), _numbers(strides))
 
 
 def _with_attributes(make: object, kind: object, arguments: object, state: object) -> object:
@@ -100,7 +100,7 @@ def _with_attributes(make: object, kind: object, arguments: object, state: objec
     return make.function(*arguments)
 
 
-def _same(value: object, *_: object) -> object:
+def _unchanged(value: object, *_: object) -> object:
     return value
 
 
@@ -131,13 +131,13 @@ _STORAGES = {
     "Byte": "uint8",
     "Bool": "bool",
 }
-_TYPES = (*_STORAGES.values(), "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-_NAMES: dict[str, object] = {
+_UNTYPED_DTYPES = (*_STORAGES.values(), "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+_ALLOWED_NAMES: dict[str, object] = {
     "torch._utils._rebuild_tensor": _Call(_tensor),
     "torch._utils._rebuild_tensor_v2": _Call(_tensor),
     "torch._utils._rebuild_tensor_v3": _Call(_tensor_of_type),
-    "torch._utils._rebuild_parameter": _Call(_same),
-    "torch._utils._rebuild_parameter_with_state": _Call(_same),
+    "torch._utils._rebuild_parameter": _Call(_unchanged),
+    "torch._utils._rebuild_parameter_with_state": _Call(_unchanged),
     "torch._tensor._rebuild_from_type_v2": _Call(_with_attributes),
     "torch._utils._rebuild_sparse_tensor": _Call(_not_plain),
     "torch._utils._rebuild_sparse_csr_tensor": _Call(_not_plain),
@@ -145,13 +145,13 @@ _NAMES: dict[str, object] = {
     "torch._utils._rebuild_meta_tensor_no_storage": _Call(_not_plain),
     "torch.Tensor": _TENSOR_CLASS,
     "torch.nn.parameter.Parameter": _TENSOR_CLASS,
-    "torch.Size": _Call(_same),
+    "torch.Size": _Call(_unchanged),
     "collections.OrderedDict": _Call(_dictionary),
     **{f"torch.{name}Storage": _StorageType(getattr(torch, dtype)) for name, dtype in _STORAGES.items()},
     **{f"torch.cuda.{name}Storage": _StorageType(getattr(torch, dtype)) for name, dtype in _STORAGES.items()},
     **{f"torch.storage.{name}": _StorageType(None) for name in ("UntypedStorage", "_UntypedStorage")},
     "torch.UntypedStorage": _StorageType(None),
-    **{f"torch.{name}": getattr(torch, name) for name in _TYPES if hasattr(torch, name)},
+    **{f"torch.{name}": getattr(torch, name) for name in _UNTYPED_DTYPES if hasattr(torch, name)},
     # What the training runs of Stable Diffusion 1.x and of textual inversion left in their files.
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": _Call(_ignored),
     "torch.nn.modules.container.ParameterDict": _Call(_ignored),
@@ -233,9 +233,9 @@ def _global(machine: _Machine) -> None:
     if not all(line.endswith(b"\n") for line in lines):
         raise PickleError("a name is cut off")
     name = b".".join(line[:-1] for line in lines).decode("ascii", "backslashreplace")
-    if name not in _NAMES:
+    if name not in _ALLOWED_NAMES:
         raise ForbiddenError(name if name.isprintable() else ascii(name))
-    machine.stack.append(_NAMES[name])
+    machine.stack.append(_ALLOWED_NAMES[name])
 
 
 def _reduce(machine: _Machine) -> None:
@@ -278,7 +278,7 @@ def _persistent(machine: _Machine) -> None:
     described = machine.stack.pop()
     if not isinstance(described, tuple) or len(described) not in (5, 6) or described[0] != "storage":
         raise ForbiddenError("a reference to something that is no storage")
-    kind, key, length = described[1], described[2], _number(described[4])
+    kind, key, length = described[1], described[2], _plain_number(described[4])
     if not isinstance(kind, _StorageType) or not isinstance(key, str):
         raise PickleError("a storage is described wrongly")
     whole = machine.storages.setdefault(key, Storage(key, kind.dtype, length))
@@ -290,7 +290,7 @@ def _persistent(machine: _Machine) -> None:
 def _view(whole: Storage, view: object) -> Storage:
     if not isinstance(view, tuple) or len(view) != 3:
         raise PickleError("a part of a storage is described wrongly")
-    start, length = _number(view[1]), _number(view[2])
+    start, length = _plain_number(view[1]), _plain_number(view[2])
     if start + length > whole.length:
         raise PickleError("a part of a storage is larger than it")
     return Storage(whole.key, whole.dtype, length, start)

@@ -22,7 +22,7 @@ from lib_delta.files.torch_reader import TorchFileReader
 # ``DataParallel`` puts it before every key.
 _WRAPPER = "module."
 # One thread copies out of the page cache at a fraction of what memory can do, and more than four gain little.
-READERS = min(4, os.cpu_count() or 1)
+READ_THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class FileState:
         return cls(path, found.st_mtime_ns, found.st_size, sidecar_config.sidecar_state(path))
 
 
-class Reader(Protocol):
+class TensorReader(Protocol):
     """The tensors of an open file."""
 
     metadata: Mapping[str, str]
@@ -58,7 +58,7 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
-def _open(path: Path) -> Reader:
+def _open(path: Path) -> TensorReader:
     """Choose the reader by the file's content, for names are often wrong."""
     try:
         with path.open("rb") as stream:
@@ -69,10 +69,10 @@ def _open(path: Path) -> Reader:
         return SafetensorsReader(path)
     if start.startswith((zip_records.START, b"\x80")):
         return TorchFileReader(path)
-    raise CheckpointError(f"{path.name} {_what_it_is(start)}: a model file (.safetensors, .ckpt or .pt) is needed")
+    raise CheckpointError(f"{path.name} {_describe_start(start)}: a model file (.safetensors, .ckpt or .pt) is needed")
 
 
-def _what_it_is(start: bytes) -> str:
+def _describe_start(start: bytes) -> str:
     if not start:
         return "is empty"
     if start.startswith(b"GGUF"):
@@ -91,7 +91,7 @@ class WeightFile:
     Raises :class:`CheckpointError` for files that are unreadable, damaged or of another format.
     """
 
-    def __init__(self, reader: Reader, path: Path, prefix: str = "") -> None:
+    def __init__(self, reader: TensorReader, path: Path, prefix: str = "") -> None:
         self._reader, self.path, self.prefix = reader, path, prefix
         # A name that all models of diffusers have would tell nobody which one is meant.
         self.name = (
@@ -133,7 +133,7 @@ class WeightFile:
     def tensors(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Return several tensors as they are stored, read by several threads."""
         keys = tuple(keys)
-        with ThreadPoolExecutor(READERS) as readers:
+        with ThreadPoolExecutor(READ_THREADS) as readers:
             return dict(zip(keys, readers.map(self.tensor, keys)))
 
     def below(self, prefix: str) -> WeightFile:

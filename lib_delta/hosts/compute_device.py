@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 ACTIVATION_BYTES = 32 * 1024
 
 
-def wanted_place(device: torch.device, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
+def side_device(device: torch.device, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
     """Return where the side model computes, as tensors there call it, and in which type: by the settings, or as the
     WebUI does.
     """

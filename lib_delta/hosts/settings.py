@@ -9,7 +9,7 @@ from typing import Any
 from modules import shared
 
 from lib_delta.errors import shown
-from lib_delta.request.setting_choices import FORMER
+from lib_delta.request.setting_choices import RENAMED_CHOICES
 
 UNITS, MOST_UNITS = 3, 10
 _warned: set[str] = set()
@@ -23,24 +23,24 @@ def option(name: str, default: Any) -> Any:
 def one_of(name: str, choices: tuple[str, ...]) -> str:
     """Return a setting that has to be one of the choices, the first of which is the default."""
     value = option(name, choices[0])
-    value = FORMER.get(value, value) if isinstance(value, str) else value
+    value = RENAMED_CHOICES.get(value, value) if isinstance(value, str) else value
     if value in choices:
         return str(value)
     warn_once(f"the setting {name!r} is {shown(value)}, which is not offered: {choices[0]!r} is taken for it")
     return choices[0]
 
 
-def bases_kept() -> int:
+def max_cached_bases() -> int:
     """Return how many base models are kept in memory."""
-    return int(_number("cache", 1, "a whole number"))
+    return int(_stored_number("cache", 1, "a whole number"))
 
 
-def room_for_bases() -> float:
+def base_cache_bytes() -> float:
     """Return how many bytes the base models that are kept may take together."""
-    return _number("cache_size", 8.0, "a number of GB") * 2**30
+    return _stored_number("cache_size", 8.0, "a number of GB") * 2**30
 
 
-def _number(name: str, default: float, needed: str) -> float:
+def _stored_number(name: str, default: float, needed: str) -> float:
     value = option(name, default)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf"):
         return float(value)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lib_delta.models.forked_layers import Conv2d
 from lib_delta.models.injection import Injection
-from lib_delta.models.unet import Downsample, Encoder, Text, UNet, UNetConfig
+from lib_delta.models.unet import Downsample, TextContext, UNet, UNetConfig, UNetEncoder
 
 
-class ControlNet(Encoder):
+class ControlNet(UNetEncoder):
     """A ControlNet for a UNet of the given configuration.
 
     ``hint_widths`` are the channels before, between and after the convolutions that read the map; in the
@@ -50,20 +50,20 @@ class ControlNet(Encoder):
         return h[0]
 
     def forward(
-        self, x: Tensor, t: Tensor, context: Tensor | Text, hint: Tensor, label: Tensor | None = None
+        self, x: Tensor, t: Tensor, context: Tensor | TextContext, hint: Tensor, label: Tensor | None = None
     ) -> list[Tensor]:
         """Return what to add to each input block's output, and last to the middle block's.
 
         Args:
             x: latents ``(N, C, h, w)``, scaled as the UNet's input.
             t: timesteps ``(N,)``.
-            context: encoded text ``(N, T, context_width)``, or a :class:`Text` of one branch and N rows.
+            context: encoded text ``(N, T, context_width)``, or a :class:`TextContext` of one branch and N rows.
             hint: the map's features (:meth:`hint`).
             label: pooled text and size embedding ``(N, label_width)``, for SDXL.
         """
         emb = self.embed(t, None if label is None else label[None], x.dtype)
-        text = context if isinstance(context, Text) else Text(context[None])
-        outputs = self.encode(x[None], emb, text, Injection({0: hint}, alone=True))
+        text = context if isinstance(context, TextContext) else TextContext(context[None])
+        outputs = self.encode(x[None], emb, text, Injection({0: hint}, single_branch=True))
         zero_convs = [*(parts[0] for parts in self.zero_convs), self.middle_block_out[0]]
         return [convolution(output)[0] for convolution, output in zip(zero_convs, outputs)]
 

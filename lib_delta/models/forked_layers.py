@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lib_delta.devices import free_memory
 
 # How much the scores of one call of attention may take where they are held whole: enough to keep a device busy.
-SCORE_BYTES = 512 * 2**20
+MAX_SCORE_BYTES = 512 * 2**20
 
 
 class Adaptation(Protocol):
@@ -47,8 +47,8 @@ class ForkedLayer(nn.Module):
         super().__init__()
         self.adaptation: Adaptation | None = None
         # The type that the layer computes in, where its weight is stored in a smaller one (:meth:`store`).
-        self.computes: torch.dtype | None = None
-        # The one branch that is evaluated, where the two are evaluated one after the other (:func:`alone`).
+        self.compute_dtype: torch.dtype | None = None
+        # The one branch that is evaluated, where the two are evaluated one after the other (:func:`single_branch`).
         self.branch: int | None = None
 
     def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -58,20 +58,20 @@ class ForkedLayer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that the layer computes in."""
-        return self.computes or self.weight.dtype
+        return self.compute_dtype or self.weight.dtype
 
-    def store(self, dtype: torch.dtype) -> None:
+    def store_as(self, dtype: torch.dtype) -> None:
         """Keep the weight in a smaller type, as fp8; it is cast whenever it is used."""
-        self.computes = self.dtype
+        self.compute_dtype = self.dtype
         self.weight = nn.Parameter(self.weight.to(dtype), requires_grad=False)
 
-    def own_weight(self) -> Tensor:
+    def base_weight(self) -> Tensor:
         """Return the base model's weight in the type that the layer computes in."""
-        return self.weight if self.computes is None else self.weight.to(self.computes)
+        return self.weight if self.compute_dtype is None else self.weight.to(self.compute_dtype)
 
     def base(self, x: Tensor) -> Tensor:
         """Compute the base model's layer for ``x`` of shape ``(N, ...)``."""
-        return self.apply_weights(x, self.own_weight(), self.bias)
+        return self.apply_weights(x, self.base_weight(), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(R, N, ...)`` to ``(R', N, ...)``; ``R'`` is 2 where the layer is adapted and no branch is alone."""
@@ -137,7 +137,7 @@ class LayerNorm(ForkedLayer):
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
-def tile(model: nn.Module, circular: bool) -> None:
+def set_tiling(model: nn.Module, circular: bool) -> None:
     """Have a model's convolutions go on at the other edge of a picture, or end at its own."""
     for layer in model.modules():
         if isinstance(layer, Conv2d):
@@ -145,7 +145,7 @@ def tile(model: nn.Module, circular: bool) -> None:
 
 
 @contextmanager
-def alone(model: nn.Module, branch: int) -> Iterator[None]:
+def single_branch(model: nn.Module, branch: int) -> Iterator[None]:
     """Have a model's layers evaluate one branch only, on activations of ``R = 1``."""
     layers = [layer for layer in model.modules() if isinstance(layer, ForkedLayer)]
     try:
@@ -157,7 +157,7 @@ def alone(model: nn.Module, branch: int) -> Iterator[None]:
             layer.branch = None
 
 
-def forks(model: nn.Module) -> bool:
+def is_adapted(model: nn.Module) -> bool:
     """Tell whether any layer of a model is adapted."""
     return any(isinstance(layer, ForkedLayer) and layer.adaptation is not None for layer in model.modules())
 
@@ -173,7 +173,7 @@ def cat(*tensors: Tensor, dim: int) -> Tensor:
     return torch.cat(expand(*tensors), dim)
 
 
-def spread(x: Tensor, rows: Tensor | None) -> Tensor:
+def expand_rows(x: Tensor, rows: Tensor | None) -> Tensor:
     """Give ``(R, N, ...)`` a row of its own for each of ``rows`` ``(M,)``, numbers of images, if it has not yet."""
     return x if rows is None or x.shape[1] == len(rows) else x.index_select(1, rows)
 
@@ -197,13 +197,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Where torch has no fused kernel (Apple's and Intel's devices, DirectML, older ROCm) it holds a number for each pair
     of query and key, 17 GB at 128x128 latents in fp16; there, the queries are taken in slices.
     """
-    slices = 1 if _fused(q, k, v) else _slices(q, k)
+    slices = 1 if _has_fused_attention(q, k, v) else _slices(q, k)
     if slices == 1:
         return F.scaled_dot_product_attention(q, k, v)
     return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.chunk(slices, 2)], 2)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def _has_fused_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Tell whether torch would take a kernel that never holds all scores."""
     try:
         return torch._fused_sdp_choice(q, k, v) != 0
@@ -213,8 +213,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _slices(q: Tensor, k: Tensor) -> int:
     scores = 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()  # before softmax and after it
-    if scores <= SCORE_BYTES // 8:
+    if scores <= MAX_SCORE_BYTES // 8:
         return 1
     free = free_memory(q.device)
-    room = SCORE_BYTES if free is None else min(SCORE_BYTES, free // 2)
+    room = MAX_SCORE_BYTES if free is None else min(MAX_SCORE_BYTES, free // 2)
     return min(q.shape[2], -(-scores // max(room, 1)))

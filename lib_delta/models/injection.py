@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lib_delta.models.forked_layers import add_to_adapted
 
-Place = TypeVar("Place")
-What = TypeVar("What")
+Position = TypeVar("Position")
+Addition = TypeVar("Addition")
 # From queries ``(N, T, C)`` and the number of heads to what is added to the attention's outcome.
-Attended = Callable[[Tensor, int], Tensor]
+ExtraAttention = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,16 @@ class Injection:
 
     ``blocks`` are added to the output of the input blocks of these numbers, ``decoder`` only to what the
     decoder is given of them; there the middle block's output has the number after the last of them.
-    ``attended`` is what cross-attentions see besides the text.  ``alone`` says that the adapted branch is
-    the only one there is (:func:`lib_delta.models.forked_layers.alone`).
+    ``extra_attention`` is what cross-attentions see besides the text.  ``single_branch`` says that the adapted branch
+    is the only one there is (:func:`lib_delta.models.forked_layers.single_branch`).
     """
 
     blocks: Mapping[int, Tensor] = field(default_factory=dict)
     decoder: Mapping[int, Tensor] = field(default_factory=dict)
-    attended: Mapping[nn.Module, Attended] = field(default_factory=dict)
-    alone: bool = False
+    extra_attention: Mapping[nn.Module, ExtraAttention] = field(default_factory=dict)
+    single_branch: bool = False
 
-    def after(self, number: int, h: Tensor) -> Tensor:
+    def after_block(self, number: int, h: Tensor) -> Tensor:
         """Add to the output ``(R, N, C, h, w)`` of an input block."""
         return self._added(h, self.blocks[number]) if number in self.blocks else h
 
@@ -45,27 +45,29 @@ class Injection:
         """Add to the outputs of all input blocks and of the middle block."""
         return [self._added(h, self.decoder[i]) if i in self.decoder else h for i, h in enumerate(outputs)]
 
-    def beside(self, attention: nn.Module, q: Tensor, h: Tensor, heads: int) -> Tensor:
+    def beside_text(self, attention: nn.Module, q: Tensor, h: Tensor, heads: int) -> Tensor:
         """Add what queries ``(R, N, T, C)`` of a cross-attention find besides the text to what they found in it."""
-        seen = self.attended.get(attention)
+        seen = self.extra_attention.get(attention)
         return h if seen is None else self._added(h, seen(q[-1], heads))
 
     def _added(self, h: Tensor, added: Tensor) -> Tensor:
-        return h + added if self.alone else add_to_adapted(h, added)
+        return h + added if self.single_branch else add_to_adapted(h, added)
 
     def __add__(self, other: Injection) -> Injection:
         """Return both together."""
         return Injection(
-            _together(self.blocks, other.blocks, torch.add),
-            _together(self.decoder, other.decoder, torch.add),
-            _together(self.attended, other.attended, _both),
-            self.alone or other.alone,
+            _merged(self.blocks, other.blocks, torch.add),
+            _merged(self.decoder, other.decoder, torch.add),
+            _merged(self.extra_attention, other.extra_attention, _sum_attention),
+            self.single_branch or other.single_branch,
         )
 
 
-def _together(a: Mapping[Place, What], b: Mapping[Place, What], both: Callable[..., Any]) -> dict[Place, What]:
+def _merged(
+    a: Mapping[Position, Addition], b: Mapping[Position, Addition], both: Callable[..., Any]
+) -> dict[Position, Addition]:
     return {**a, **b, **{place: both(a[place], b[place]) for place in a if place in b}}
 
 
-def _both(first: Attended, second: Attended) -> Attended:
+def _sum_attention(first: ExtraAttention, second: ExtraAttention) -> ExtraAttention:
     return lambda q, heads: first(q, heads) + second(q, heads)

@@ -156,6 +156,6 @@ def cross_attentions(unet: UNet) -> Iterator[tuple[str, CrossAttention]]:
                     yield place, block.attn2
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+def attend_to_image(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Return what queries ``(N, T, C)`` find in a picture's keys and values ``(N, S, C)``."""
     return forked_layers.attention(q[None], k[None], v[None], heads)[0]

@@ -28,11 +28,11 @@ from lib_delta.files.weight_file import WeightFile, header_number
 from lib_delta.models.unet import UNet, UNetConfig
 from lib_delta.models.vae import VAE, VAEConfig
 
-Module = TypeVar("Module", bound=nn.Module)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckpointReport:
     """What a checkpoint is and what of it was used.
 
     ``missing`` names the parts that the file lacks (a UNet-only file has no text encoder or
@@ -67,7 +67,7 @@ def load_unet(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     prediction: Prediction | None = None,
-) -> tuple[UNet, Report]:
+) -> tuple[UNet, CheckpointReport]:
     """Build the UNet of a checkpoint (or UNet-only file) and say what the file is.
 
     ``prediction`` overrides :func:`detect_prediction`, whose default for SD 2.x is a guess.
@@ -82,8 +82,8 @@ def load_unet(
     weights = file.below(prefix)
     _refuse_unusable(weights)
     config = _unet_config(weights)
-    module = build(lambda: UNet(config), weights, dtype, device)
-    report = Report(
+    module = build_module(lambda: UNet(config), weights, dtype, device)
+    report = CheckpointReport(
         family=family,
         variant=detect_variant(file.shapes),
         prediction=prediction or detect_prediction(file, family),
@@ -117,7 +117,7 @@ def load_vae(file: WeightFile, dtype: torch.dtype = torch.float32, device: torch
         config = VAEConfig.from_shapes(weights.shapes)
     except CheckpointError as error:
         raise CheckpointError(f"{file.name} cannot be used: {error}") from error
-    return build(lambda: VAE(config), weights, dtype, device)
+    return build_module(lambda: VAE(config), weights, dtype, device)
 
 
 def _refuse_unusable(weights: WeightFile) -> None:
@@ -131,18 +131,22 @@ def _refuse_unusable(weights: WeightFile) -> None:
             raise CheckpointError(f"{weights.name} is damaged: its weight {key} is empty, with shape {shape}")
 
 
-def build(make: Callable[[], Module], weights: WeightFile, dtype: torch.dtype, device: torch.device | str) -> Module:
+def build_module(
+    make: Callable[[], ModuleT], weights: WeightFile, dtype: torch.dtype, device: torch.device | str
+) -> ModuleT:
     """Make a module with a file's weights, without giving it any of its own first.
 
     Raises :class:`CheckpointError` that names the first weight that is missing or of another shape.
     """
     with torch.device("meta"):
         module = make()
-    fill(module, weights.tensors(k for k in module.state_dict() if k in weights.shapes), weights.name, dtype, device)
+    load_weights(
+        module, weights.tensors(k for k in module.state_dict() if k in weights.shapes), weights.name, dtype, device
+    )
     return module
 
 
-def fill(
+def load_weights(
     module: nn.Module, tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, device: torch.device | str
 ) -> None:
     """Give a module on the meta device its weights, which are not copied where type and device fit."""
@@ -153,12 +157,12 @@ def fill(
             f"{name} lacks {len(missing)} of {len(needed)} weights of its {type(module).__name__}"
             f" (the first is {missing[0]}): a complete checkpoint is needed"
         )
-    state = {k: _fit(tensors[k], k, tuple(v.shape), name).to(device, dtype) for k, v in needed.items()}
+    state = {k: _in_shape(tensors[k], k, tuple(v.shape), name).to(device, dtype) for k, v in needed.items()}
     module.load_state_dict(state, assign=True)
     module.eval().requires_grad_(False)
 
 
-def _fit(tensor: Tensor, key: str, shape: tuple[int, ...], name: str) -> Tensor:
+def _in_shape(tensor: Tensor, key: str, shape: tuple[int, ...], name: str) -> Tensor:
     """Return the tensor in the shape that is needed; a 1x1 convolution may be stored as a matrix or the reverse."""
     found = tuple(tensor.shape)
     if found != shape and _without_ones(found) != _without_ones(shape):

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lib_delta.errors import CheckpointError
 from lib_delta.files.weight_file import WeightFile
-from lib_delta.models.loading import fill
+from lib_delta.models.loading import load_weights
 from lib_delta.models.unpatched import Conv2d
 
-WIDTH = 64
-BLOCKS = 3  # at every size but the picture's own
+CHANNELS = 64
+BLOCKS_PER_SIZE = 3  # at every size but the picture's own
 FACTOR = 8  # picture pixels per latent pixel, along one side
 PARTS = ("encoder", "decoder")
 
@@ -52,32 +52,32 @@ def _convolution(channels: int, stride: int = 1) -> Conv2d:
 
 def encoder(latent_channels: int) -> nn.Sequential:
     """Return pictures ``(N, 3, H, W)`` in 0..1 to latents ``(N, C, H/8, W/8)``, in the scale denoising models see."""
-    layers: list[nn.Module] = [Conv2d(3, WIDTH, 3, padding=1), Block(WIDTH)]
-    for blocks in (BLOCKS, BLOCKS, 0):
-        layers += [_convolution(WIDTH, stride=2), *(Block(WIDTH) for _ in range(blocks))]
+    layers: list[nn.Module] = [Conv2d(3, CHANNELS, 3, padding=1), Block(CHANNELS)]
+    for blocks in (BLOCKS_PER_SIZE, BLOCKS_PER_SIZE, 0):
+        layers += [_convolution(CHANNELS, stride=2), *(Block(CHANNELS) for _ in range(blocks))]
     return nn.Sequential(*layers, *last_of_encoder(latent_channels))
 
 
 def decoder(latent_channels: int) -> nn.Sequential:
     """Return latents ``(N, C, H/8, W/8)``, in the scale denoising models see, to pictures ``(N, 3, H, W)`` in 0..1."""
     layers: list[nn.Module] = [*first_of_decoder(latent_channels)]
-    for blocks in (BLOCKS, BLOCKS, 1):
-        layers += [nn.Upsample(scale_factor=2), _convolution(WIDTH), *(Block(WIDTH) for _ in range(blocks))]
-    return nn.Sequential(*layers, Conv2d(WIDTH, 3, 3, padding=1))
+    for blocks in (BLOCKS_PER_SIZE, BLOCKS_PER_SIZE, 1):
+        layers += [nn.Upsample(scale_factor=2), _convolution(CHANNELS), *(Block(CHANNELS) for _ in range(blocks))]
+    return nn.Sequential(*layers, Conv2d(CHANNELS, 3, 3, padding=1))
 
 
-def first_of_decoder(latent_channels: int, blocks: int = BLOCKS) -> nn.Sequential:
+def first_of_decoder(latent_channels: int, blocks: int = BLOCKS_PER_SIZE) -> nn.Sequential:
     """Return the layers of a decoder that work at the latents' size, or the first of them."""
-    start = SoftClamp(), Conv2d(latent_channels, WIDTH, 3, padding=1), nn.ReLU()
-    return nn.Sequential(*start, *(Block(WIDTH) for _ in range(blocks)))
+    start = SoftClamp(), Conv2d(latent_channels, CHANNELS, 3, padding=1), nn.ReLU()
+    return nn.Sequential(*start, *(Block(CHANNELS) for _ in range(blocks)))
 
 
-def last_of_encoder(latent_channels: int, blocks: int = BLOCKS) -> nn.Sequential:
+def last_of_encoder(latent_channels: int, blocks: int = BLOCKS_PER_SIZE) -> nn.Sequential:
     """Return the layers of an encoder that work at the latents' size, or the last of them."""
-    return nn.Sequential(*(Block(WIDTH) for _ in range(blocks)), Conv2d(WIDTH, latent_channels, 3, padding=1))
+    return nn.Sequential(*(Block(CHANNELS) for _ in range(blocks)), Conv2d(CHANNELS, latent_channels, 3, padding=1))
 
 
-def load(path: Path, part: str) -> nn.Sequential:
+def load_taesd(path: Path, part: str) -> nn.Sequential:
     """Read one file; ``part`` is "encoder" or "decoder".
 
     Raises :class:`CheckpointError` if the file is not that part of a tiny autoencoder.
@@ -88,7 +88,7 @@ def load(path: Path, part: str) -> nn.Sequential:
             raise CheckpointError(f"{path.name} is not the {part} of a tiny autoencoder (TAESD)")
         with torch.device("meta"):
             module = encoder(channels) if part == "encoder" else decoder(channels)
-        fill(module, {key: file.tensor(key) for key in file.shapes}, path.name, torch.float32, "cpu")
+        load_weights(module, {key: file.tensor(key) for key in file.shapes}, path.name, torch.float32, "cpu")
     return module
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lib_delta.diffusion.families import Family
 from lib_delta.errors import CheckpointError, DeltaError, SettingError
 from lib_delta.files.weight_file import WeightFile, header_number
-from lib_delta.models.loading import fill
+from lib_delta.models.loading import load_weights
 from lib_delta.models.unet import timestep_embedding
 from lib_delta.models.unpatched import unpatched
 
@@ -177,7 +177,7 @@ def _tower(
     renamed = {
         f"transformer.{'' if k.startswith('text_projection') else 'text_model.'}{k}": v for k, v in weights.items()
     }
-    fill(tower, renamed, file.name, dtype, device)
+    load_weights(tower, renamed, file.name, dtype, device)
     return tower
 
 
@@ -311,7 +311,7 @@ def _byte_letters() -> list[str]:
 
 
 @dataclass(frozen=True)
-class Conditioning:
+class TextConditioning:
     """Encoded prompts: ``context`` ``(N, T, C)``, and for SDXL the ``pooled`` text ``(N, P)``."""
 
     context: Tensor
@@ -347,7 +347,7 @@ class Conditioner:
         return cls(family, load_towers(file, family, dtype, device), tokenizer)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], clip_skip: int = 1) -> Conditioning:
+    def __call__(self, prompts: Sequence[str], clip_skip: int = 1) -> TextConditioning:
         """Encode N prompts.
 
         ``clip_skip`` counts layers from the last, 1, and is SD 1.x's: SD 2.x and XL were trained on
@@ -356,7 +356,7 @@ class Conditioner:
         layer = clip_skip if self.family is Family.SD1 else 2
         encoded = [self._encode(tower, prompts, layer) for tower in self.towers]
         pooled = next((p for _, p in encoded if p is not None), None)
-        return Conditioning(torch.cat([hidden for hidden, _ in encoded], -1), pooled)
+        return TextConditioning(torch.cat([hidden for hidden, _ in encoded], -1), pooled)
 
     def _encode(self, tower: TextEncoder, prompts: Sequence[str], layer: int) -> tuple[Tensor, Tensor | None]:
         chunks = self.chunks(prompts, tower)

@@ -24,7 +24,7 @@ def first_of_cell(_attention: nn.Module, _pixels: int, cells: tuple[int, int], d
     return torch.zeros(cells, dtype=torch.long, device=device)
 
 
-class Drawn:
+class RandomChoice:
     """Chooses at random, for an attention the same however often it is asked."""
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -32,7 +32,7 @@ class Drawn:
         self._drawn: dict[tuple[nn.Module, tuple[int, int]], Tensor] = {}
 
     @classmethod
-    def as_next_on(cls, device: torch.device) -> Drawn:
+    def as_next_on(cls, device: torch.device) -> RandomChoice:
         """Draw what torch's own generator for a device is about to give, which stays as it is."""
         cuda = device.type == "cuda"
         generator = torch.Generator(device if cuda else "cpu")
@@ -73,7 +73,7 @@ class TokenMerging:
         x, normed = forked_layers.expand(x, normed)
         chosen = self.choice(attention, self.stride**2, cells, x.device)
         count = min(height * width - chosen.numel(), int(height * width * self.ratio))
-        alike = _Alike.of(normed if self.queries else x, *_in_map(chosen, size, self.stride), count)
+        alike = _TokenPairs.of(normed if self.queries else x, *_in_map(chosen, size, self.stride), count)
         return alike.spread(attention(alike.merged(normed), keys=normed if self.queries else None))
 
 
@@ -91,7 +91,7 @@ def _in_map(chosen: Tensor, size: torch.Size, stride: int) -> tuple[Tensor, Tens
 
 
 @dataclass(frozen=True)
-class _Alike:
+class _TokenPairs:
     """Which pixels are merged into which; numbers of pixels ``(R, N, count, 1)``.
 
     ``kept`` and ``merging`` are no destinations; ``into`` has for each that is merging the place of its destination
@@ -104,7 +104,7 @@ class _Alike:
     destinations: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, source: Tensor, target: Tensor, count: int) -> _Alike:
+    def of(cls, x: Tensor, source: Tensor, target: Tensor, count: int) -> _TokenPairs:
         """Compare pixels ``(R, N, T, C)`` of these numbers by their cosines; ``count`` of ``source`` are merged."""
         x = x / x.norm(dim=-1, keepdim=True)
         most, into = (x[:, :, source] @ x[:, :, target].transpose(-1, -2)).max(-1)
@@ -119,17 +119,17 @@ class _Alike:
 
     def merged(self, x: Tensor) -> Tensor:
         """Return what is kept of ``(R, N, T, C)``, and the means of destinations and what is merged into them."""
-        source = _taken(x, self.merging)
-        means = _taken(x, self.destinations).scatter_reduce(2, self.into.expand(source.shape), source, "mean")
-        return torch.cat((_taken(x, self.kept), means), 2)
+        source = _gather(x, self.merging)
+        means = _gather(x, self.destinations).scatter_reduce(2, self.into.expand(source.shape), source, "mean")
+        return torch.cat((_gather(x, self.kept), means), 2)
 
     def spread(self, x: Tensor) -> Tensor:
         """Give each of the T pixels what became of it, or of what it was merged into."""
         kept, merged = x.split((self.kept.shape[2], self.destinations.shape[2]), 2)
         pixels = torch.cat((self.kept, self.merging, self.destinations), 2)
-        values = torch.cat((kept, _taken(merged, self.into), merged), 2)
+        values = torch.cat((kept, _gather(merged, self.into), merged), 2)
         return torch.empty_like(values).scatter_(2, pixels.expand(values.shape), values)
 
 
-def _taken(x: Tensor, pixels: Tensor) -> Tensor:
+def _gather(x: Tensor, pixels: Tensor) -> Tensor:
     return x.gather(2, pixels.expand(*x.shape[:2], -1, x.shape[-1]))

@@ -125,7 +125,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Text:
+class TextContext:
     """What the rows of a pass are told.
 
     ``context`` is the encoded text ``(R, M, T, C)``.  Rows that share an image, as cond and uncond do, are one until
@@ -143,15 +143,15 @@ class Text:
         return self.context[-1]
 
     @classmethod
-    def of(cls, context: Tensor | Text) -> Text:
+    def of(cls, context: Tensor | TextContext) -> TextContext:
         """Return a context as it is or as one whose rows are the pass's own."""
-        return context if isinstance(context, Text) else cls(context)
+        return context if isinstance(context, TextContext) else cls(context)
 
     def keys_values(self, layer: CrossAttention) -> tuple[Tensor, Tensor]:
         """Return what a layer makes of the context, ``(R, M, T, C)`` each."""
         found = None if self.known is None else self.known.get(layer)
         if found is None or not found.current(layer):
-            made_with = tuple(map(_recognise, _makers(layer)))
+            made_with = tuple(map(_identity, _weight_sources(layer)))
             found = _KeysValues(layer.to_k(self.context), layer.to_v(self.context), made_with)
             if self.known is not None:
                 self.known[layer] = found
@@ -168,15 +168,15 @@ class _KeysValues:
 
     def current(self, layer: CrossAttention) -> bool:
         """Tell whether the layer still has those weights, in the same place."""
-        same = all(made_with(now) for made_with, now in zip(self.made_with, _makers(layer)))
+        same = all(made_with(now) for made_with, now in zip(self.made_with, _weight_sources(layer)))
         return same and (self.keys.device, self.keys.dtype) == (layer.to_k.weight.device, layer.to_k.weight.dtype)
 
 
-def _makers(layer: CrossAttention) -> tuple[object, ...]:
+def _weight_sources(layer: CrossAttention) -> tuple[object, ...]:
     return layer.to_k.weight, layer.to_v.weight, layer.to_k.adaptation, layer.to_v.adaptation
 
 
-def _recognise(thing: object) -> Callable[[object], bool]:
+def _identity(thing: object) -> Callable[[object], bool]:
     """Return what tells a thing from others, without keeping it."""
     if thing is None:
         return lambda other: other is None
@@ -198,7 +198,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor, rows: Tensor | None = None) -> Tensor:
         h = self.in_layers["2"](F.silu(self.in_layers["0"](x)))
         shift = self.emb_layers["1"](F.silu(emb))
-        h = h + (shift if shift.shape[1] == h.shape[1] else forked_layers.spread(shift, rows))[..., None, None]
+        h = h + (shift if shift.shape[1] == h.shape[1] else forked_layers.expand_rows(shift, rows))[..., None, None]
         h = self.out_layers["3"](F.silu(self.out_layers["0"](h)))
         return (x if self.skip_connection is None else self.skip_connection(x)) + h
 
@@ -215,7 +215,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.ModuleDict({"0": Linear(width, width)})
 
     def forward(
-        self, x: Tensor, text: Text | None = None, injection: Injection | None = None, keys: Tensor | None = None
+        self, x: Tensor, text: TextContext | None = None, injection: Injection | None = None, keys: Tensor | None = None
     ) -> Tensor:
         """Attend to a text, or where there is none to ``keys``, which are x itself unless given."""
         q = self.to_q(x)
@@ -223,7 +223,7 @@ class CrossAttention(nn.Module):
         k, v = (self.to_k(to), self.to_v(to)) if text is None else text.keys_values(self)
         h = forked_layers.attention(q, k, v, self.heads)
         if injection is not None:
-            h = injection.beside(self, q, h, self.heads)
+            h = injection.beside_text(self, q, h, self.heads)
         return self.to_out["0"](h)
 
 
@@ -259,12 +259,12 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = LayerNorm(width), LayerNorm(width), LayerNorm(width)
         self.merging: TokenMerging | None = None
 
-    def forward(self, x: Tensor, text: Text, injection: Injection, size: torch.Size) -> Tensor:
+    def forward(self, x: Tensor, text: TextContext, injection: Injection, size: torch.Size) -> Tensor:
         """Evaluate the block for pixels ``(R, N, T, C)`` of feature maps of a ``size``."""
         normed = self.norm1(x)
         merging = self.merging
         attended = self.attn1(normed) if merging is None else merging.attend(self.attn1, x, normed, size)
-        x = forked_layers.spread(attended + x, text.rows)
+        x = forked_layers.expand_rows(attended + x, text.rows)
         x = self.attn2(self.norm2(x), text, injection) + x
         return self.ff(self.norm3(x)) + x
 
@@ -283,7 +283,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, text: Text, injection: Injection) -> Tensor:
+    def forward(self, x: Tensor, text: TextContext, injection: Injection) -> Tensor:
         size = x.shape[-2:]
         h = self.norm(x)
         if not self.linear:
@@ -299,7 +299,7 @@ class SpatialTransformer(nn.Module):
         h = h.transpose(2, 3).unflatten(3, size).contiguous()
         if not self.linear:
             h = self.proj_out(h)
-        return h + forked_layers.spread(x, text.rows)
+        return h + forked_layers.expand_rows(x, text.rows)
 
 
 class Downsample(nn.Module):
@@ -323,7 +323,7 @@ class Upsample(nn.Module):
         return self.conv(enlarged.unflatten(0, x.shape[:2]))
 
 
-class Encoder(nn.Module):
+class UNetEncoder(nn.Module):
     """The half of the UNet that ControlNets are copies of: embeddings, encoder and middle block."""
 
     def __init__(self, config: UNetConfig) -> None:
@@ -358,19 +358,19 @@ class Encoder(nn.Module):
             raise ValueError("this UNet (SDXL) needs a label embedding: pooled text and image size")
         return emb + _mlp(self.label_emb[0], label)
 
-    def encode(self, x: Tensor, emb: Tensor, context: Tensor | Text, injection: Injection) -> list[Tensor]:
+    def encode(self, x: Tensor, emb: Tensor, context: Tensor | TextContext, injection: Injection) -> list[Tensor]:
         """Return the outputs of every input block and of the middle block."""
-        text = Text.of(context)
+        text = TextContext.of(context)
         outputs: list[Tensor] = []
         h = x
         for number, parts in enumerate(self.input_blocks):
-            h = injection.after(number, _run(parts, h, emb, text, injection))
+            h = injection.after_block(number, _run_block(parts, h, emb, text, injection))
             outputs.append(h)
-        outputs.append(_run(self.middle_block, h, emb, text, injection))
-        return [forked_layers.spread(output, text.rows) for output in outputs]
+        outputs.append(_run_block(self.middle_block, h, emb, text, injection))
+        return [forked_layers.expand_rows(output, text.rows) for output in outputs]
 
 
-class UNet(Encoder):
+class UNet(UNetEncoder):
     """Predicts noise, velocity or flow from a noisy latent, its timestep and the text."""
 
     def __init__(self, config: UNetConfig) -> None:
@@ -392,7 +392,7 @@ class UNet(Encoder):
         self,
         x: Tensor,
         t: Tensor,
-        context: Tensor | Text,
+        context: Tensor | TextContext,
         label: Tensor | None = None,
         injection: Injection = Injection(),  # noqa: B008 (it is frozen)
     ) -> Tensor:
@@ -401,22 +401,22 @@ class UNet(Encoder):
         Args:
             x: latents ``(R, N, C, H, W)``, scaled as the model expects its input; any H, W.
             t: continuous timesteps ``(N,)``, 0 to 999.
-            context: encoded text ``(R, N, T, context_width)``, or a :class:`Text` of M rows for the N images.
+            context: encoded text ``(R, N, T, context_width)``, or a :class:`TextContext` of M rows for the N images.
             label: pooled text and size embedding ``(R, N or M, label_width)``, for SDXL.
             injection: what the adapted model gets besides, of a ControlNet or an image prompt.
 
         Returns:
             The prediction ``(R', N or M, C, H, W)``; ``R'`` is 1 if nothing told the branches apart.
         """
-        text = Text.of(context)
+        text = TextContext.of(context)
         if label is not None or injection.blocks:
             # Rows are told apart from the start.
-            x, t = forked_layers.spread(x, text.rows), forked_layers.spread(t[None], text.rows)[0]
+            x, t = forked_layers.expand_rows(x, text.rows), forked_layers.expand_rows(t[None], text.rows)[0]
         emb = self.embed(t, label, x.dtype)
         *skips, h = injection.into_decoder(self.encode(x, emb, text, injection))
         for parts in self.output_blocks:
             h = forked_layers.cat(h, skips.pop(), dim=2)
-            h = _run(parts, h, emb, text, injection, skips[-1].shape[-2:] if skips else None)
+            h = _run_block(parts, h, emb, text, injection, skips[-1].shape[-2:] if skips else None)
         return self.out["2"](F.silu(self.out["0"](h)))
 
 
@@ -439,8 +439,13 @@ def _block(in_channels: int, out_channels: int, depth: int, config: UNetConfig) 
     return nn.ModuleList(parts)
 
 
-def _run(
-    parts: nn.ModuleList, h: Tensor, emb: Tensor, text: Text, injection: Injection, size: torch.Size | None = None
+def _run_block(
+    parts: nn.ModuleList,
+    h: Tensor,
+    emb: Tensor,
+    text: TextContext,
+    injection: Injection,
+    size: torch.Size | None = None,
 ) -> Tensor:
     """Evaluate one block; ``size`` is what an upsampling part enlarges to."""
     for part in parts:

@@ -103,7 +103,7 @@ class Resample(nn.Module):
         return self.conv(x)
 
 
-def _middle(channels: int) -> nn.ModuleDict:
+def _middle_block(channels: int) -> nn.ModuleDict:
     return nn.ModuleDict(
         {
             "block_1": ResnetBlock(channels, channels),
@@ -113,13 +113,13 @@ def _middle(channels: int) -> nn.ModuleDict:
     )
 
 
-def _run(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+def _run_layers(parts: nn.ModuleDict, x: Tensor) -> Tensor:
     for part in parts.values():
         x = part(x)
     return x
 
 
-class Encoder(nn.Module):
+class VAEEncoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         channels = config.levels[0]
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
             if i < len(config.levels) - 1:
                 level["downsample"] = Resample(width, down=True)
             self.down.append(level)
-        self.mid = _middle(channels)
+        self.mid = _middle_block(channels)
         self.norm_out = _norm(channels)
         self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
 
@@ -144,15 +144,15 @@ class Encoder(nn.Module):
                 x = block(x)
             if "downsample" in level:
                 x = level["downsample"](x)
-        return self.conv_out(F.silu(self.norm_out(_run(self.mid, x))))
+        return self.conv_out(F.silu(self.norm_out(_run_layers(self.mid, x))))
 
 
-class Decoder(nn.Module):
+class VAEDecoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         channels = config.levels[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
-        self.mid = _middle(channels)
+        self.mid = _middle_block(channels)
         levels: list[nn.Module] = []
         for i, width in reversed(list(enumerate(config.levels))):
             level = nn.ModuleDict({"block": nn.ModuleList()})
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, config.picture_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = _run(self.mid, self.conv_in(z))
+        x = _run_layers(self.mid, self.conv_in(z))
         for level in reversed(self.up):
             for block in level["block"]:
                 x = block(x)
@@ -186,7 +186,7 @@ class VAE(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = VAEEncoder(config), VAEDecoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 

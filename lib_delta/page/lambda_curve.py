@@ -6,16 +6,16 @@ import json
 from html import escape
 from typing import Any
 
-from lib_delta.core.strength import MAXIMUM, Strength
+from lib_delta.core.strength import MAX_LAMBDA, Strength
 from lib_delta.errors import SettingError
 
 WIDTH, HEIGHT = 240, 110
 LEFT, RIGHT, TOP, BOTTOM = 24, 234, 8, 90  # where the axes are
 SAMPLES = 60
-SCALES = (1, 2, 5, MAXIMUM)  # what the vertical axis may end at
+SCALES = (1, 2, 5, MAX_LAMBDA)  # what the vertical axis may end at
 
 
-def drawing(
+def draw_lambda(
     value: float | None,
     start: float | None,
     end: float | None,
@@ -70,7 +70,7 @@ def _limited(value: Any, start: Any, end: Any, curve: Any, first: Any, last: Any
     if None in (value, start, end, first, last):
         raise SettingError("a number is missing")
     start, end, first, last = (min(max(share, 0.0), 1.0) for share in (start, end, first, last))
-    return Strength(min(max(value, 0.0), MAXIMUM), start, end, curve, first, last)
+    return Strength(min(max(value, 0.0), MAX_LAMBDA), start, end, curve, first, last)
 
 
 def _samples(strength: Strength) -> list[float]:

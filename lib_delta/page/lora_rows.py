@@ -18,11 +18,11 @@ from lib_delta.errors import SettingError
 from lib_delta.request.lora_recipe import Pick, format_picks, parse_picks, quoted, written
 from lib_delta.request.request import MAIN_PROMPT
 
-STEP = 0.05
+WEIGHT_STEP = 0.05
 
 
 @dataclass(frozen=True)
-class Card:
+class LoraCard:
     """What the WebUI knows of a LoRA: the name by which it is listed, and what the user has noted on its card.
 
     ``words`` are its trigger words, ``negative`` what belongs into the negative prompt beside it.  ``fault`` is the
@@ -36,11 +36,11 @@ class Card:
     fault: str = ""
 
 
-Cards = Callable[[str], Card]
+CardOf = Callable[[str], LoraCard]
 
 
 @dataclass(frozen=True)
-class Told:
+class BoxTexts:
     """The texts that edits change: the box of the LoRAs, and the side model's two prompts."""
 
     loras: str = ""
@@ -48,32 +48,32 @@ class Told:
     negative_prompt: str = ""
 
 
-def rows(told: Told, cards: Cards) -> str:
+def render_rows(texts: BoxTexts, cards: CardOf) -> str:
     """Return the rows as HTML, or the sentence that says why the box cannot be read.
 
     ``data-drawn`` has the texts that are shown, for the page to see whether its latest are.
     """
     try:
-        picks = enumerate(parse_picks(told.loras))
-        inside = "".join(_row(index, pick, cards(pick.name), told) for index, pick in picks)
+        picks = enumerate(parse_picks(texts.loras))
+        inside = "".join(_render_row(index, pick, cards(pick.name), texts) for index, pick in picks)
     except SettingError as error:
         inside = f'<p class="delta-sampling-wrong">{escape(str(error))}</p>'
-    return f'<div data-drawn="{escape(json.dumps(told.loras))}">{inside}</div>'
+    return f'<div data-drawn="{escape(json.dumps(texts.loras))}">{inside}</div>'
 
 
-def edited(told: Told, edit: Mapping[str, Any], cards: Cards) -> Told:
+def apply_edit(texts: BoxTexts, edit: Mapping[str, Any], cards: CardOf) -> BoxTexts:
     """Return the texts after an edit: ``do`` is what (one of :data:`EDITS`), and the rest with what.
 
     An edit of a LoRA that is no longer where it was changes nothing, as does one that cannot be read.
     """
     change = EDITS.get(str(edit.get("do")))
     try:
-        return told if change is None else change(told, edit, cards)
+        return texts if change is None else change(texts, edit, cards)
     except (SettingError, LookupError, TypeError, ValueError):
-        return told
+        return texts
 
 
-def joined(loras: str, name: str, weight: float) -> str:
+def add_lora(loras: str, name: str, weight: float) -> str:
     """Return a recipe with one more LoRA at its end, unless it has that already."""
     if name in _names(loras):
         return loras
@@ -95,48 +95,48 @@ def _names(loras: str) -> list[str]:
         return []
 
 
-def _picks(told: Told, edit: Mapping[str, Any]) -> tuple[list[Pick], int]:
+def _picks(texts: BoxTexts, edit: Mapping[str, Any]) -> tuple[list[Pick], int]:
     """Return the picks, and the place of the one that is edited; raises LookupError if another is there by now."""
-    picks, index = list(parse_picks(told.loras)), int(edit["index"])
+    picks, index = list(parse_picks(texts.loras)), int(edit["index"])
     if picks[index].name != edit["name"]:
         raise LookupError(index)
     return picks, index
 
 
-def _weigh(told: Told, edit: Mapping[str, Any], _: Cards) -> Told:
-    picks, index = _picks(told, edit)
+def _weigh(texts: BoxTexts, edit: Mapping[str, Any], _: CardOf) -> BoxTexts:
+    picks, index = _picks(texts, edit)
     weight = round(float(edit["weight"]), 4)
     if not math.isfinite(weight):
-        return told
+        return texts
     picks[index] = replace(picks[index], weight=weight)
-    return replace(told, loras=format_picks(picks))
+    return replace(texts, loras=format_picks(picks))
 
 
-def _drop(told: Told, edit: Mapping[str, Any], _: Cards) -> Told:
-    picks, index = _picks(told, edit)
-    return replace(told, loras=format_picks(picks[:index] + picks[index + 1 :]))
+def _drop(texts: BoxTexts, edit: Mapping[str, Any], _: CardOf) -> BoxTexts:
+    picks, index = _picks(texts, edit)
+    return replace(texts, loras=format_picks(picks[:index] + picks[index + 1 :]))
 
 
-def _words(told: Told, edit: Mapping[str, Any], cards: Cards) -> Told:
-    return replace(told, prompt=with_words(told.prompt, cards(edit["name"]).words))
+def _words(texts: BoxTexts, edit: Mapping[str, Any], cards: CardOf) -> BoxTexts:
+    return replace(texts, prompt=with_words(texts.prompt, cards(edit["name"]).words))
 
 
-def _negative(told: Told, edit: Mapping[str, Any], cards: Cards) -> Told:
-    return replace(told, negative_prompt=with_words(told.negative_prompt, cards(edit["name"]).negative))
+def _negative(texts: BoxTexts, edit: Mapping[str, Any], cards: CardOf) -> BoxTexts:
+    return replace(texts, negative_prompt=with_words(texts.negative_prompt, cards(edit["name"]).negative))
 
 
-def _card(told: Told, edit: Mapping[str, Any], cards: Cards) -> Told:
+def _card(texts: BoxTexts, edit: Mapping[str, Any], cards: CardOf) -> BoxTexts:
     """Add the LoRA of a card that was clicked, or take it away again, as the WebUI does in its own prompt."""
     found = re.search(r"<(?:lora|lyco):([^:<>]+):([^:<>]*)", edit["text"])
     if found is None:
-        return told
+        return texts
     card = cards(found[1].strip())
-    if card.name in _names(told.loras):
-        return replace(told, loras=format_picks([pick for pick in parse_picks(told.loras) if pick.name != card.name]))
-    return replace(told, loras=joined(told.loras, card.name, float(found[2] or card.weight)))
+    if card.name in _names(texts.loras):
+        return replace(texts, loras=format_picks([pick for pick in parse_picks(texts.loras) if pick.name != card.name]))
+    return replace(texts, loras=add_lora(texts.loras, card.name, float(found[2] or card.weight)))
 
 
-EDITS: Mapping[str, Callable[[Told, Mapping[str, Any], Cards], Told]] = {
+EDITS: Mapping[str, Callable[[BoxTexts, Mapping[str, Any], CardOf], BoxTexts]] = {
     "weight": _weigh,
     "drop": _drop,
     "words": _words,
@@ -145,14 +145,16 @@ EDITS: Mapping[str, Callable[[Told, Mapping[str, Any], Cards], Told]] = {
 }
 
 
-def _row(index: int, pick: Pick, card: Card, told: Told) -> str:
+def _render_row(index: int, pick: Pick, card: LoraCard, texts: BoxTexts) -> str:
     name, weight = escape(pick.name), written(pick.weight)
     low, high = min(0, math.floor(pick.weight)), max(2, math.ceil(pick.weight))
-    number = f'step="{STEP}" value="{weight}"'
+    number = f'step="{WEIGHT_STEP}" value="{weight}"'
     offers = "".join(
         [
-            _offer("words", card.words, told.prompt, "These trigger words join the side model's prompt"),
-            _offer("negative", card.negative, told.negative_prompt, "These join the side model's negative prompt"),
+            _render_offer("words", card.words, texts.prompt, "These trigger words join the side model's prompt"),
+            _render_offer(
+                "negative", card.negative, texts.negative_prompt, "These join the side model's negative prompt"
+            ),
         ]
     )
     return "".join(
@@ -169,7 +171,7 @@ def _row(index: int, pick: Pick, card: Card, told: Told) -> str:
     )
 
 
-def _offer(what: str, words: str, prompt: str, title: str) -> str:
+def _render_offer(what: str, words: str, prompt: str, title: str) -> str:
     if not words:
         return ""
     sign = "\N{CHECK MARK}" if words in prompt else ("\N{MINUS SIGN}" if what == "negative" else "+")

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from lib_delta.core.strength import ROUNDING
+from lib_delta.core.strength import PROGRESS_TOLERANCE
 from lib_delta.errors import SettingError, shortened, shown
 from lib_delta.request.lora_recipe import read_number, split, unquoted, written
 
@@ -26,11 +26,11 @@ WEIGHT_TYPES = (
     *("linear", "ease in", "ease out", "ease in-out", "reverse in-out"),
     *("weak input", "weak middle", "weak output", "strong middle"),
 )
-LARGEST_WEIGHT = 2
+MAX_UNIT_WEIGHT = 2
 LARGEST_RESOLUTION = 4096
-OWN = -1  # as in ControlNet's API, what the preprocessor has of its own
+PREPROCESSOR_DEFAULT = -1  # as in ControlNet's API, what the preprocessor has of its own
 OFF = "off"  # the recipe of a unit that is off and stands before another
-OPTIONS = "start=share, end=share, mode=, resize=, perfect=yes, res=pixels, a=, b=, type="
+RECIPE_OPTIONS = "start=share, end=share, mode=, resize=, perfect=yes, res=pixels, a=, b=, type="
 # How ControlNet's API calls and writes things, in its order where it takes numbers.
 _KEYS = {
     "module": "preprocessor",
@@ -80,9 +80,9 @@ class Unit:
     mode: str = MODES[0]
     resize: str = RESIZES[1]
     pixel_perfect: bool = False
-    resolution: int = OWN
-    threshold_a: float = OWN
-    threshold_b: float = OWN
+    resolution: int = PREPROCESSOR_DEFAULT
+    threshold_a: float = PREPROCESSOR_DEFAULT
+    threshold_b: float = PREPROCESSOR_DEFAULT
     weight_type: str = WEIGHT_TYPES[0]
     images: Any = field(default=(), compare=False, repr=False)
 
@@ -93,13 +93,13 @@ class Unit:
         return [picture for part in listed for picture in part if picture is not None]
 
     @property
-    def counts(self) -> bool:
+    def has_effect(self) -> bool:
         """Whether it adds anything at some point of the run."""
         return self.enabled and self.weight != 0
 
-    def active(self, progress: float) -> bool:
+    def is_active(self, progress: float) -> bool:
         """Tell whether it counts at a point of the run."""
-        return self.counts and self.start - ROUNDING <= progress <= self.end + ROUNDING
+        return self.has_effect and self.start - PROGRESS_TOLERANCE <= progress <= self.end + PROGRESS_TOLERANCE
 
     def check(self, number: int) -> None:
         """Raise :class:`SettingError` for a value that is not allowed, in a unit that is on; counted from 1."""
@@ -121,7 +121,7 @@ class Unit:
             return OFF
         options = [(key, getattr(self, name)) for key, name in _OPTIONS.items()]
         defaults = {f.name: f.default for f in fields(self)}
-        stated = [f"{key}={_option(value)}" for key, value in options if value != defaults[_OPTIONS[key]]]
+        stated = [f"{key}={_written_option(value)}" for key, value in options if value != defaults[_OPTIONS[key]]]
         weight = [written(self.weight)] if self.weight != 1 or stated else []
         made_by = f"{_name(self.preprocessor)}@" if self.preprocessor else ""
         return ":".join([made_by + _name(self.model), *weight, *stated])
@@ -140,36 +140,36 @@ _OPTIONS = {
 }
 
 
-def _number(low: float, high: float = math.inf, own: bool = False) -> tuple[str, Any]:
+def _number_rule(low: float, high: float = math.inf, own: bool = False) -> tuple[str, Any]:
     def good(value: Any) -> bool:
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return number and (low <= value <= high or (own and value == OWN))
+        return number and (low <= value <= high or (own and value == PREPROCESSOR_DEFAULT))
 
     needed = f"a number from {low:g} to {high:g}" if high < math.inf else f"a number from {low:g} on"
-    return f"{needed}, or {OWN} for its own," if own else needed, good
+    return f"{needed}, or {PREPROCESSOR_DEFAULT} for its own," if own else needed, good
 
 
 def _one_of(choices: Sequence[str]) -> tuple[str, Any]:
     return f"one of {', '.join(choices)}", lambda value: value in choices
 
 
-_TEXT = "a name", lambda value: isinstance(value, str)
+_NAME_RULE = "a name", lambda value: isinstance(value, str)
 _ALLOWED: dict[str, tuple[str, Any]] = {
-    "model": _TEXT,
-    "preprocessor": _TEXT,
-    "weight": _number(0, LARGEST_WEIGHT),
-    "start": _number(0, 1),
-    "end": _number(0, 1),
+    "model": _NAME_RULE,
+    "preprocessor": _NAME_RULE,
+    "weight": _number_rule(0, MAX_UNIT_WEIGHT),
+    "start": _number_rule(0, 1),
+    "end": _number_rule(0, 1),
     "mode": _one_of(MODES),
     "resize": _one_of(RESIZES),
     "pixel_perfect": ("true or false", lambda value: isinstance(value, bool)),
-    "resolution": _number(64, LARGEST_RESOLUTION, own=True),
-    "threshold_a": _number(0, own=True),
-    "threshold_b": _number(0, own=True),
+    "resolution": _number_rule(64, LARGEST_RESOLUTION, own=True),
+    "threshold_a": _number_rule(0, own=True),
+    "threshold_b": _number_rule(0, own=True),
     "weight_type": _one_of(WEIGHT_TYPES),
 }
-FIELDS = tuple(f.name for f in fields(Unit))
-WRITTEN = tuple(name for name in FIELDS if name not in ("image", "images"))  # what a recipe can tell
+UNIT_FIELDS = tuple(f.name for f in fields(Unit))
+RECIPE_FIELDS = tuple(name for name in UNIT_FIELDS if name not in ("image", "images"))  # what a recipe can tell
 
 
 def format_units(units: Sequence[Unit]) -> str:
@@ -204,13 +204,13 @@ def parse_unit(text: str) -> Unit:
         if name is None or name in values:
             raise SettingError(
                 f"unit {shown(text)} cannot be read at {shown(part)}: "
-                f"preprocessor@MODEL:weight is needed, and {OPTIONS}"
+                f"preprocessor@MODEL:weight is needed, and {RECIPE_OPTIONS}"
             )
-        values[name] = _typed(name, value.strip(), text)
+        values[name] = _option_value(name, value.strip(), text)
     return Unit(enabled=True, model=model, preprocessor=made_by[0] if made_by else "", **values)
 
 
-def _typed(name: str, value: str, text: str) -> Any:
+def _option_value(name: str, value: str, text: str) -> Any:
     if name in ("mode", "resize", "weight_type"):
         choices = _ALLOWED[name]
         if not choices[1](value):
@@ -224,7 +224,7 @@ def _typed(name: str, value: str, text: str) -> Any:
     return int(number) if name == "resolution" and number == int(number) else number
 
 
-def _option(value: Any) -> str:
+def _written_option(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return written(value) if isinstance(value, (int, float)) else str(value)
@@ -256,15 +256,15 @@ def read_unit(given: Any, number: int) -> Unit:
         name = _KEYS.get(key, key)
         if key in ("recipe", *_WITHOUT_MEANING) or (key == "mask" and value is None):
             continue
-        if name not in FIELDS:
-            near = difflib.get_close_matches(str(key), (*FIELDS, *_KEYS), 1)
-            hint = f": is {near[0]!r} meant?" if near else f", only {', '.join(FIELDS)}"
+        if name not in UNIT_FIELDS:
+            near = difflib.get_close_matches(str(key), (*UNIT_FIELDS, *_KEYS), 1)
+            hint = f": is {near[0]!r} meant?" if near else f", only {', '.join(UNIT_FIELDS)}"
             raise SettingError(f"Delta Sampling's unit {number} has no {shown(key)}{hint}")
         values[name] = value
-    return replace(written_out, **{name: plain(name, value) for name, value in values.items()})
+    return replace(written_out, **{name: plain_value(name, value) for name, value in values.items()})
 
 
-def plain(name: str, value: Any) -> Any:
+def plain_value(name: str, value: Any) -> Any:
     """Turn what widgets and JSON give for a field into its own type, where nothing is lost."""
     if name in ("model", "preprocessor"):
         return "" if value is None or (isinstance(value, str) and value.lower() == "none") else value

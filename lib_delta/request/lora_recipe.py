@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from lib_delta.adapters.block_weights import BlockWeights
 from lib_delta.errors import SettingError, shortened, shown
 
-OPTIONS = "te=weight, lbw=blocks, start=share, end=share, dyn=rank"
+PICK_OPTIONS = "te=weight, lbw=blocks, start=share, end=share, dyn=rank"
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
 _WEBUI_TAG = re.compile(r"<(?:lora|lyco):([^<>]+)>")
 _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
@@ -107,13 +107,13 @@ def parse_pick(parts: Sequence[str]) -> Pick:
         field = {"": "weight", "unet": "weight", "te": "text", "lbw": "blocks", "dyn": "rank"}.get(key, key)
         if field not in ("weight", "text", "blocks", "start", "end", "rank") or field in values:
             raise SettingError(
-                f"LoRA pick {shown(text)} cannot be read at {shown(part)}: NAME:weight is needed, and {OPTIONS}"
+                f"LoRA pick {shown(text)} cannot be read at {shown(part)}: NAME:weight is needed, and {PICK_OPTIONS}"
             )
         values[field] = value.strip()
-    return Pick(name, **_typed(values, text))  # type: ignore[arg-type]
+    return Pick(name, **_pick_values(values, text))  # type: ignore[arg-type]
 
 
-def _typed(values: Mapping[str, str], text: str) -> dict[str, float | int | str]:
+def _pick_values(values: Mapping[str, str], text: str) -> dict[str, float | int | str]:
     typed: dict[str, float | int | str] = {}
     for field, value in values.items():
         if field == "blocks":

@@ -37,20 +37,20 @@ class Passes:
 
     def active(self, progress: float, hires: bool) -> Active:
         """Tell which of :meth:`picks` count at a point of a pass."""
-        return self._placed(self.of(hires).active(progress) if self._of_pass(hires) else (), hires)
+        return self._positioned(self.of(hires).active(progress) if self._of_pass(hires) else (), hires)
 
     def stages(self, hires: bool) -> set[Active]:
         """Return the sets of LoRAs that count together at some point of a pass."""
         stages = self.of(hires).stages() if self._of_pass(hires) else {()}
-        return {self._placed(stage, hires) for stage in stages}
+        return {self._positioned(stage, hires) for stage in stages}
 
-    def _placed(self, active: Active, hires: bool) -> Active:
+    def _positioned(self, active: Active, hires: bool) -> Active:
         if self._same:
             return active
         before, after = len(self._of_pass(False)), len(self._of_pass(True))
         return (False,) * before + active if hires else active + (False,) * after
 
-    def claimed(self, accordion: Request) -> Request:
+    def as_infotext(self, accordion: Request) -> Request:
         """Return what a picture says: pasted, with the tags in its prompts, it asks for the same again."""
         if self.first == self.hires:
             return self.first

@@ -52,7 +52,7 @@ class Presets:
         if name in ("", NONE):
             raise SettingError("a preset needs a name: write one into the box, and save again")
         named = {f.metadata["key"]: getattr(request, f.name) for f in SAVED}
-        units = {"units": format_units(request.units)} if request.steered else {}
+        units = {"units": format_units(request.units)} if request.has_units else {}
         self._write({**self._read(), name: named | units})
         return name
 

@@ -15,11 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from lib_delta.core.strength import CURVES, MAXIMUM, ROUNDING, Strength
+from lib_delta.core.strength import CURVES, MAX_LAMBDA, PROGRESS_TOLERANCE, Strength
 from lib_delta.errors import SettingError, shortened, shown
-from lib_delta.request.control_unit import FIELDS as UNIT_FIELDS
-from lib_delta.request.control_unit import Unit, format_units, parse_units, read_unit
-from lib_delta.request.control_unit import plain as plain_of_unit
+from lib_delta.request.control_unit import UNIT_FIELDS, Unit, format_units, parse_units, read_unit
+from lib_delta.request.control_unit import plain_value as plain_of_unit
 from lib_delta.request.lora_recipe import (
     Pick,
     format_picks,
@@ -31,8 +30,8 @@ from lib_delta.request.lora_recipe import (
 )
 
 HIRES_PASSES = ("both", "first pass", "hires pass")
-SIZES = ("automatic", "picture")
-OFFERED_SIZES = (*SIZES, "512", "640", "768")  # other numbers of pixels can be typed
+SIDE_SIZES = ("automatic", "picture")
+OFFERED_SIZES = (*SIDE_SIZES, "512", "640", "768")  # other numbers of pixels can be typed
 # The forms of lib_delta.bridges; pictures of versions that knew no other were made with the last.
 BRIDGES = ("learned", "taesd", "published", "same_snr")
 # The plans of lib_delta.core.delta_reuse, which needs torch.
@@ -62,7 +61,7 @@ class Request:
 
     enabled: bool = _setting(False, "enabled", "", "whether the delta is added")
     strength: float = _setting(
-        1.0, "lambda", "Delta lambda", "how strongly the delta is added", minimum=0, maximum=MAXIMUM
+        1.0, "lambda", "Delta lambda", "how strongly the delta is added", minimum=0, maximum=MAX_LAMBDA
     )
     start: float = _setting(0.0, "start", "Delta start", "where in the run it starts", minimum=0, maximum=1)
     end: float = _setting(1.0, "end", "Delta end", "where in the run it ends", minimum=0, maximum=1)
@@ -173,7 +172,9 @@ class Request:
 
     def active(self, progress: float) -> Active:
         """Tell which of the LoRAs picked count at a point of the run."""
-        return tuple(pick.start - ROUNDING <= progress <= pick.end + ROUNDING for pick in self.picks())
+        return tuple(
+            pick.start - PROGRESS_TOLERANCE <= progress <= pick.end + PROGRESS_TOLERANCE for pick in self.picks()
+        )
 
     def stages(self) -> set[Active]:
         """Return the sets of LoRAs that count together at some point of the run."""
@@ -182,23 +183,23 @@ class Request:
         return {self.active(progress) for progress in (*ends, *between)}
 
     @property
-    def always(self) -> bool:
+    def always_differs(self) -> bool:
         """Whether base and adapted model differ even where no LoRA counts, and no unit."""
         return bool(self.adapted or self.adapted_prompt)
 
     @property
-    def steered(self) -> bool:
+    def has_units(self) -> bool:
         """Whether any unit counts at some point of the run."""
-        return any(unit.counts for unit in self.units)
+        return any(unit.has_effect for unit in self.units)
 
-    def adds(self, progress: float) -> bool:
+    def differs_at(self, progress: float) -> bool:
         """Tell whether base and adapted model differ at a point of the run."""
-        return self.always or any(self.active(progress)) or any(unit.active(progress) for unit in self.units)
+        return self.always_differs or any(self.active(progress)) or any(unit.is_active(progress) for unit in self.units)
 
     @property
     def side_size(self) -> Literal["automatic", "picture"] | int:
         """The size of the side model, as bridges take it."""
-        return self.size if self.size in SIZES else int(self.size)  # type: ignore[return-value]
+        return self.size if self.size in SIDE_SIZES else int(self.size)  # type: ignore[return-value]
 
     def in_pass(self, hires: bool) -> bool:
         """Tell whether the delta is wanted in the first or in the hires pass."""
@@ -219,18 +220,18 @@ class Request:
                 f"Delta Sampling takes {len(SETTINGS)} arguments, and {len(UNIT_FIELDS)} more for each unit:"
                 f" {len(arguments)} were given"
             )
-        given = {f.name: _plain(f.metadata, f.type, value) for f, value in zip(SETTINGS, arguments)}
-        return cls(**given | {"units": _units_of(arguments[len(SETTINGS) :])} | changes)
+        given = {f.name: _plain_value(f.metadata, f.type, value) for f, value in zip(SETTINGS, arguments)}
+        return cls(**given | {"units": _units_from_widgets(arguments[len(SETTINGS) :])} | changes)
 
     @classmethod
     def from_named(cls, named: Mapping[str, Any], **changes: Any) -> Request:
         """Read named keys; a dictionary without "enabled" means that it is."""
         by_key = {f.metadata["key"]: f for f in SETTINGS}
         given: dict[str, Any] = {"enabled": True}
-        given |= {f.name: _plain(f.metadata, f.type, named[key]) for key, f in by_key.items() if key in named}
+        given |= {f.name: _plain_value(f.metadata, f.type, named[key]) for key, f in by_key.items() if key in named}
         request = cls(**given | changes)
         if request.wanted and "units" in named and "units" not in changes:
-            request = replace(request, units=_units_named(named["units"]))
+            request = replace(request, units=_units_from_api(named["units"]))
         unknown = next((key for key in named if key not in (*by_key, "units")), None)
         if unknown is not None and request.wanted:
             near = difflib.get_close_matches(str(unknown), (*by_key, "units"), 1)
@@ -260,7 +261,7 @@ class Request:
             loras=format_picks([*before, *(pick for pick, _ in read)]),
         )
 
-    def overruled(self, other: Request) -> str:
+    def overridden_by(self, other: Request) -> str:
         """Say what ``other``, which came of this by a prompt's tags, has another value of; empty for nothing."""
         weights = {pick.name: pick.weight for pick in self.picks()} if self.wanted else {}
         said = [f"lambda {other.strength:g} (here {self.strength:g})"] if other.strength != self.strength else []
@@ -282,9 +283,9 @@ class Request:
         values: dict[str, str] = {}
         for f in SETTINGS:
             value, label = getattr(self, f.name), f.metadata["infotext"]
-            if label and (value != f.default or f.name in ALWAYS_TOLD):
+            if label and (value != f.default or f.name in ALWAYS_WRITTEN):
                 values[label] = written(value) if f.type == "float" else value
-        if self.steered:
+        if self.has_units:
             values[_label("units")] = format_units(self.units)
         for label in (_label("base"), _label("adapted")):
             name = values.get(label, "")
@@ -293,7 +294,7 @@ class Request:
         values = {label: _escaped(value) for label, value in values.items()}
         lora_hashes = [f"{pick.name}: {hashes[pick.name]}" for pick in self.picks() if pick.name in hashes]
         if lora_hashes:
-            values[HASHES] = ", ".join(lora_hashes)
+            values[LORA_HASHES] = ", ".join(lora_hashes)
         return values
 
 
@@ -301,10 +302,10 @@ class Request:
 SETTINGS = tuple(f for f in fields(Request) if f.name != "units")
 CHECKPOINT_FIELDS = ("base", "adapted")
 LIMITS = {f.name: (f.metadata["minimum"], f.metadata["maximum"]) for f in SETTINGS if "minimum" in f.metadata}
-HASHES = "Delta LoRA hashes"
-SKIPPED = "Delta not applied"
+LORA_HASHES = "Delta LoRA hashes"
+NOT_APPLIED = "Delta not applied"
 # The bridge too, for its default was another in pictures that are silent about it.
-ALWAYS_TOLD = ("strength", "bridge")
+ALWAYS_WRITTEN = ("strength", "bridge")
 
 
 def _escaped(text: str) -> str:
@@ -342,7 +343,7 @@ def from_infotext(values: Mapping[str, str], name: str) -> Any:
     if text is None:
         return BRIDGES[-1] if name == "bridge" else setting.default
     if name == "units":
-        return _units_read(text)
+        return _units_from_infotext(text)
     if setting.type == "float":
         try:
             number = float(text)
@@ -363,13 +364,13 @@ def _read_tag(tag: Sequence[str]) -> tuple[Pick, float | None]:
     return pick, read_number(plain[0], f"{written_tag} has lambda") if plain else None
 
 
-def _plain(about: Mapping[str, Any], kind: Any, value: Any) -> Any:
+def _plain_value(about: Mapping[str, Any], kind: Any, value: Any) -> Any:
     """Turn what widgets and JSON give into a field's own type, where nothing is lost."""
     if kind == "str":
         if value is None or (value == NONE and about["key"] in ("base", "adapted", "loras")):
             return ""
         if about["key"] == "loras" and isinstance(value, list) and all(isinstance(v, str) for v in value):
-            return _joined(value)
+            return _joined_picks(value)
         if about["key"] == "size" and isinstance(value, int) and not isinstance(value, bool):
             return str(value)
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
@@ -377,7 +378,7 @@ def _plain(about: Mapping[str, Any], kind: Any, value: Any) -> Any:
     return value
 
 
-def _units_of(values: Sequence[Any]) -> tuple[Unit, ...]:
+def _units_from_widgets(values: Sequence[Any]) -> tuple[Unit, ...]:
     """Read the units' widgets, one unit's after another's; those after the last that is on are left out."""
     size = len(UNIT_FIELDS)
     rows = [values[i : i + size] for i in range(0, len(values), size)]
@@ -387,7 +388,7 @@ def _units_of(values: Sequence[Any]) -> tuple[Unit, ...]:
     return tuple(units)
 
 
-def _units_named(given: Any) -> tuple[Unit, ...]:
+def _units_from_api(given: Any) -> tuple[Unit, ...]:
     """Read what an API call has for units: a line of recipes, or a list of recipes and dictionaries."""
     if isinstance(given, str):
         return parse_units(given)
@@ -396,14 +397,14 @@ def _units_named(given: Any) -> tuple[Unit, ...]:
     return tuple(read_unit(unit, i + 1) for i, unit in enumerate(given))
 
 
-def _units_read(text: str) -> tuple[Unit, ...]:
+def _units_from_infotext(text: str) -> tuple[Unit, ...]:
     try:
         return parse_units(text)
     except SettingError:  # of a text that somebody has changed
         return ()
 
 
-def _joined(picks: Sequence[str]) -> str:
+def _joined_picks(picks: Sequence[str]) -> str:
     try:
         return format_picks([parse_single(text) for text in picks])
     except SettingError:
@@ -420,7 +421,7 @@ def _check(about: Mapping[str, Any], kind: Any, value: Any) -> None:
         needed = f"a number from {about['minimum']:g} to {about['maximum']:g}"
     if "sizes" in about:
         low, high = about["sizes"]
-        needed = f"{', '.join(SIZES)} or a whole number of pixels from {low} to {high}"
+        needed = f"{', '.join(SIDE_SIZES)} or a whole number of pixels from {low} to {high}"
     if "choices" in about:
         needed = "one of " + ", ".join(about["choices"])
     types: dict[str, tuple[type, ...]] = {"bool": (bool,), "float": (int, float), "str": (str,)}
@@ -429,7 +430,7 @@ def _check(about: Mapping[str, Any], kind: Any, value: Any) -> None:
     if good and "minimum" in about:
         good = about["minimum"] <= value <= about["maximum"]
     if good and "sizes" in about:
-        good = value in SIZES or (value.isdecimal() and about["sizes"][0] <= int(value) <= about["sizes"][1])
+        good = value in SIDE_SIZES or (value.isdecimal() and about["sizes"][0] <= int(value) <= about["sizes"][1])
     if good and "choices" in about:
         good = value in about["choices"]
     if not good:

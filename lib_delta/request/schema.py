@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from lib_delta.request.control_unit import LARGEST_WEIGHT, MODES, RESIZES, WEIGHT_TYPES, Unit
+from lib_delta.request.control_unit import MAX_UNIT_WEIGHT, MODES, RESIZES, WEIGHT_TYPES, Unit
 from lib_delta.request.request import SETTINGS, Request
 
 
@@ -53,7 +53,7 @@ def unit_schema() -> dict[str, Any]:
     properties["image"]["description"] = "base64 or a path on this machine; absent: img2img's own picture"
     properties["images"] = {"type": "array", "items": {"type": "string"}, "default": []}
     properties["images"]["description"] = "more of them: an image prompt's are seen together, maps go by image"
-    properties["weight"] |= {"minimum": 0, "maximum": LARGEST_WEIGHT}
+    properties["weight"] |= {"minimum": 0, "maximum": MAX_UNIT_WEIGHT}
     for name in ("start", "end"):
         properties[name] |= {"minimum": 0, "maximum": 1}
     properties["recipe"] = {"type": "string", "description": "preprocessor@MODEL:weight, with options", "default": ""}

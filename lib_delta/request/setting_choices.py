@@ -8,7 +8,7 @@ FP8 = "fp8 weights"
 PRECISIONS = ("Automatic", "fp16", "bf16", "fp32", FP8)
 WHOLE, STREAMED = "whole", "block by block"
 PLACEMENTS = (WHOLE, STREAMED)
-FORMS = ("automatic", "merged", "low-rank factors")
+ADAPTER_FORMS = ("automatic", "merged", "low-rank factors")
 ON_ERROR = (STOP, "go on without")
 # Values as versions before had them, which settings files still hold, for what they are now.
-FORMER = {"merged (faster)": "automatic", "low-rank factors (less memory)": "low-rank factors"}
+RENAMED_CHOICES = {"merged (faster)": "automatic", "low-rank factors (less memory)": "low-rank factors"}

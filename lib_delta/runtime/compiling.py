@@ -20,8 +20,8 @@ class Compiled:
     At the first fault that is not the function's own, it is the plain one for good, and ``told`` hears why.
     """
 
-    def __init__(self, plain: Callable[..., Any], told: Callable[[str], None], backend: Backend) -> None:
-        self._plain, self._told = plain, told
+    def __init__(self, plain: Callable[..., Any], warn: Callable[[str], None], backend: Backend) -> None:
+        self._plain, self._told = plain, warn
         self._compiled: Callable[..., Any] | None = None
         try:
             self._compiled = torch.compile(plain, dynamic=False, backend=backend)
@@ -44,10 +44,10 @@ class Compiled:
         return self._plain(*arguments, **named)
 
 
-def compile_unet(unet: UNet, wanted: bool, told: Callable[[str], None], backend: Backend = "inductor") -> None:
+def compile_unet(unet: UNet, wanted: bool, warn: Callable[[str], None], backend: Backend = "inductor") -> None:
     """Have a UNet compiled from now on, or no longer."""
     compiled = vars(unet).get("forward")
     if wanted and compiled is None:
-        setattr(unet, "forward", Compiled(unet.forward, told, backend))  # noqa: B010 (mypy knows it for a method)
+        setattr(unet, "forward", Compiled(unet.forward, warn, backend))  # noqa: B010 (mypy knows it for a method)
     elif not wanted and compiled is not None:
         delattr(unet, "forward")

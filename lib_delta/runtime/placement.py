@@ -22,10 +22,10 @@ CPU = torch.device("cpu")
 Holder = dict[str, Any]
 
 
-class Placed(Protocol):
+class Restorable(Protocol):
     """What has weights on a device for a while."""
 
-    def come_home(self) -> None:
+    def restore(self) -> None:
         """Have them where they were."""
         ...
 
@@ -35,42 +35,42 @@ class Visit:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._module, self._device = module, indexed(device)
-        self._home: list[tuple[Holder, str, Any]] = []
+        self._originals: list[tuple[Holder, str, Any]] = []
 
-    def go(self) -> None:
+    def enter(self) -> None:
         """Have copies on the device; what is there already stays."""
-        self.come_home()
-        self.follow()
+        self.restore()
+        self.sync()
 
-    def follow(self) -> None:
+    def sync(self) -> None:
         """Have copies of what came since as well; what is no part of the module any more is let go of."""
         bypasses = [part for part in self._module.modules() if isinstance(part, Bypass)]
         tensors = list(_tensors(self._module))
         holders = {id(holder) for holder, _, _ in tensors} | {id(vars(part)) for part in bypasses}
-        self._home = [entry for entry in self._home if id(entry[0]) in holders]
-        left = {id(holder) for holder, _, _ in self._home}
+        self._originals = [entry for entry in self._originals if id(entry[0]) in holders]
+        left = {id(holder) for holder, _, _ in self._originals}
         for holder, name, tensor in tensors:
             if tensor.device != self._device:
                 home = holder[name] = _like(tensor, pinned(tensor.detach(), self._device))
-                self._leave(holder, name, _like(home, home.to(self._device, non_blocking=fetches(self._device))))
+                self._swap(holder, name, _like(home, home.to(self._device, non_blocking=fetches(self._device))))
         for part in bypasses:
             if id(vars(part)) not in left:
-                self._leave(vars(part), "adapters", part.on(self._device))
+                self._swap(vars(part), "adapters", part.on(self._device))
 
-    def of(self, module: nn.Module, device: torch.device) -> bool:
+    def is_for(self, module: nn.Module, device: torch.device) -> bool:
         """Tell whether it is this module's visit to this device."""
         return module is self._module and self._device == indexed(device)
 
-    def _leave(self, holder: Holder, name: str, copy: Any) -> None:
-        self._home.append((holder, name, holder[name]))
+    def _swap(self, holder: Holder, name: str, copy: Any) -> None:
+        self._originals.append((holder, name, holder[name]))
         holder[name] = copy
 
-    def come_home(self) -> None:
+    def restore(self) -> None:
         """Have the weights where they were, and those with them that were made on the device meanwhile."""
-        if not self._home:
+        if not self._originals:
             return
-        while self._home:
-            holder, name, tensor = self._home.pop()
+        while self._originals:
+            holder, name, tensor = self._originals.pop()
             holder[name] = tensor
         for holder, name, tensor in _tensors(self._module):
             if tensor.device == self._device:
@@ -80,10 +80,10 @@ class Visit:
                 part.adapters = part.on(CPU)
 
 
-def visit(module: nn.Module, device: torch.device) -> Visit:
+def copy_to_device(module: nn.Module, device: torch.device) -> Visit:
     """Have all of a module on a device, until it is told to come home."""
     visiting = Visit(module, device)
-    visiting.go()
+    visiting.enter()
     return visiting
 
 
@@ -100,24 +100,24 @@ class Stream:
         self._visits = [Visit(module, device) for module in (*there, *parts)]
         self._hooks = []
         for visit in self._visits[: len(there)]:
-            visit.go()
+            visit.enter()
         for part, visit in zip(parts, self._visits[len(there) :]):
             self._hooks += [
-                part.register_forward_pre_hook(lambda *_, visit=visit: visit.go()),
-                part.register_forward_hook(lambda *_, visit=visit: visit.come_home()),
+                part.register_forward_pre_hook(lambda *_, visit=visit: visit.enter()),
+                part.register_forward_hook(lambda *_, visit=visit: visit.restore()),
             ]
 
     @property
-    def largest(self) -> int:
+    def largest_part(self) -> int:
         """The bytes of the largest of the parts, which are on the device one at a time."""
         return max(sum(tensor.nbytes for _, _, tensor in _tensors(part)) for part in self._parts)
 
-    def come_home(self) -> None:
+    def restore(self) -> None:
         """Have all weights at home, and let them stay there."""
         for hook in self._hooks:
             hook.remove()
         for visit in self._visits:
-            visit.come_home()
+            visit.restore()
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[Holder, str, Tensor]]:

@@ -14,23 +14,23 @@ import torch
 from torch import nn
 
 from lib_delta.adapters.adapter_file import AdapterFile, load_adapter
-from lib_delta.adapters.attach import AdaptedTower, Form, Weight, attach, detach, text_parameters
+from lib_delta.adapters.attach import AdaptedTextEncoder, AdapterForm, Weight, adapted_text_parameters, attach, detach
 from lib_delta.adapters.block_weights import BlockWeights
-from lib_delta.controls.active_controls import ControlPick, Steering
-from lib_delta.devices import give_back, indexed, out_of_memory, without_autocast
+from lib_delta.controls.active_controls import ActiveControls, ControlPick
+from lib_delta.devices import indexed, out_of_memory, trim_heap, without_autocast
 from lib_delta.diffusion.parameterization import Parameterization, Schedule
 from lib_delta.errors import CheckpointError, DeltaError
-from lib_delta.files.checkpoint import base_fault
+from lib_delta.files.checkpoint import why_not_base
 from lib_delta.files.weight_file import FileState, WeightFile
-from lib_delta.lru_cache import Kept
+from lib_delta.lru_cache import LRUCache
 from lib_delta.models.forked_layers import Conv2d, Linear
 from lib_delta.models.loading import load_unet
 from lib_delta.models.text import TextEncoder, load_towers
 from lib_delta.models.unet import UNet
-from lib_delta.runtime.placement import CPU, Placed, Stream, Visit, visit
+from lib_delta.runtime.placement import CPU, Restorable, Stream, Visit, copy_to_device
 
 # How much of adapter files stays in CPU memory when others are attached, in bytes: a few LoRAs, no checkpoints.
-ADAPTERS_KEPT = 512 * 2**20
+ADAPTER_CACHE_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -67,44 +67,45 @@ class SideModel:
         Raises :class:`CheckpointError` unless it is a whole, ordinary SD 1.x checkpoint.
         """
         self.name = path.name
-        if fault := base_fault(path):  # before anything of it is built
+        if fault := why_not_base(path):  # before anything of it is built
             raise CheckpointError(fault)
         with WeightFile.open(path) as file:
             self.unet, self.report = load_unet(file, dtype)
             if storage is not None:
-                _store(self.unet, storage)
+                _store_as(self.unet, storage)
             self.tower: TextEncoder = load_towers(file, self.report.family, dtype)[0]
         self.parameterization = Parameterization(
             self.report.prediction, Schedule.stable_diffusion(self.report.zero_terminal_snr)
         )
         self.adapters: tuple[AdapterFile, ...] = ()
         self._picks: tuple[AdapterPick, ...] = ()
-        self._form: Form = "merged"
-        self._files: Kept[tuple[FileState, int | None], AdapterFile] = Kept(AdapterFile.memory)
+        self._form: AdapterForm = "merged"
+        self._files: LRUCache[tuple[FileState, int | None], AdapterFile] = LRUCache(AdapterFile.memory)
         self._attached: object = None
-        self._placed: Placed | None = None
+        self._copy: Restorable | None = None
         self._states: tuple[FileState, ...] = ()
         # What prompts were encoded to, by all that this depends on; for hosts to use.
-        self.encoded: Kept[object, Any] = Kept(lambda _prompts: 0)
-        self.steering = Steering(self.unet)
+        self.prompt_cache: LRUCache[object, Any] = LRUCache(lambda _prompts: 0)
+        self.controls = ActiveControls(self.unet)
         # What has to be on the device to sample: the UNet, and the networks of controls, if there are any.
         self.network: nn.Module = self.unet
 
     @torch.inference_mode(False)
-    def steer(self, picks: Sequence[ControlPick]) -> None:
-        """Have controls (ControlNets, image prompts) in place of those there were; raises as :meth:`Steering.steer`."""
-        before = self.steering.networks
+    def set_controls(self, picks: Sequence[ControlPick]) -> None:
+        """Have controls (ControlNets, image prompts) in place of those there were; raises as
+        :meth:`ActiveControls.set_picks`."""
+        before = self.controls.networks
         try:
             with without_autocast(torch.device("cpu")):
-                self.steering.steer(picks)
+                self.controls.set_picks(picks)
         finally:
-            networks = self.steering.networks
+            networks = self.controls.networks
             if list(map(id, networks)) != list(map(id, before)):
                 parts = {"unet": self.unet, "controls": nn.ModuleList(networks)}
                 self.network = nn.ModuleDict(parts) if networks else self.unet
 
     @torch.inference_mode(False)
-    def adapt(self, picks: Sequence[AdapterPick], form: Form) -> None:
+    def adapt(self, picks: Sequence[AdapterPick], form: AdapterForm) -> None:
         """Attach adapters in place of those there were; files that were used lately are not read again.
 
         Raises :class:`AdapterError` for a file that cannot be used; the model is then the base alone.
@@ -114,13 +115,13 @@ class SideModel:
             wanted = [(state, pick.rank) for state, pick in zip(states, picks)]
             found = {key: self._files.get(key) for key in wanted}
             # Large ones that are no longer needed make room before others are read.
-            self._files.shrink(ADAPTERS_KEPT, least=sum(file is not None for file in found.values()))
+            self._files.evict(ADAPTER_CACHE_BYTES, least=sum(file is not None for file in found.values()))
             for state, rank in wanted:
                 read = found[state, rank] or self._read(state.path).with_rank(rank)
                 found[state, rank] = read
                 self._files.put((state, rank), read)
             self.adapters = tuple(file for key in wanted if (file := found[key]) is not None)
-            self._files.shrink(ADAPTERS_KEPT, least=len(found))
+            self._files.evict(ADAPTER_CACHE_BYTES, least=len(found))
         except BaseException:
             self._release()
             raise
@@ -155,39 +156,39 @@ class SideModel:
         detach(self.unet)
 
     @torch.inference_mode(False)
-    def place(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         """Have the UNet, and the networks of controls, on a device, to stay there."""
-        self.wait()
+        self.offload()
         self.network.to(device)
 
     @torch.inference_mode(False)
-    def visit(self, device: torch.device) -> None:
+    def copy_to(self, device: torch.device) -> None:
         """Have all that on a device until :meth:`wait`; a copy stays in CPU memory.
 
         In a visit that has not ended, what came since follows.
         """
-        if isinstance(self._placed, Visit) and self._placed.of(self.network, device):
-            self._placed.follow()
+        if isinstance(self._copy, Visit) and self._copy.is_for(self.network, device):
+            self._copy.sync()
         else:
-            self.place(CPU)
-            self._placed = visit(self.network, device)
+            self.move_to(CPU)
+            self._copy = copy_to_device(self.network, device)
 
     @torch.inference_mode(False)
-    def stream(self, device: torch.device) -> None:
+    def stream_to(self, device: torch.device) -> None:
         """Have the UNet compute on a device, where each of its parts is only while it runs: slow, and smallest."""
-        self.place(CPU)
-        self._placed = Stream(self.unet, self.steering.networks, device)
+        self.move_to(CPU)
+        self._copy = Stream(self.unet, self.controls.networks, device)
 
-    def wait(self) -> None:
+    def offload(self) -> None:
         """End a visit, or a stream: all waits in CPU memory."""
-        placed, self._placed = self._placed, None
+        placed, self._copy = self._copy, None
         if placed is not None:
-            placed.come_home()
+            placed.restore()
 
     @property
-    def streams(self) -> int:
+    def streamed_bytes(self) -> int:
         """The bytes of the largest part of a stream, which is on the device only while it runs; 0 where none is."""
-        return self._placed.largest if isinstance(self._placed, Stream) else 0
+        return self._copy.largest_part if isinstance(self._copy, Stream) else 0
 
     def elsewhere(self, device: torch.device) -> int:
         """Return the bytes of the weights that have to be on a device to sample, and are not there."""
@@ -201,7 +202,7 @@ class SideModel:
         return {name: vectors for file in self.adapters for name, vectors in file.embeddings.items()}
 
     @property
-    def embedded(self) -> tuple[FileState, ...]:
+    def embedding_files(self) -> tuple[FileState, ...]:
         """The adapters' files that brought textual inversions."""
         return tuple(state for state, file in zip(self._states, self.adapters) if file.embeddings)
 
@@ -243,20 +244,20 @@ class SideModel:
         It is the base's own if these change nothing about it.
         """
         chosen = [(file, pick.text_weight) for file, pick in self._active(active)]
-        changed = text_parameters(self.tower, chosen)
-        return AdaptedTower(self.tower, changed) if changed else self.tower
+        changed = adapted_text_parameters(self.tower, chosen)
+        return AdaptedTextEncoder(self.tower, changed) if changed else self.tower
 
 
 def can_be_base(path: Path) -> bool:
     """Tell whether a checkpoint can be a base, by its header, which is read once while the file stays the same."""
-    return not base_fault(path)
+    return not why_not_base(path)
 
 
-def _store(unet: UNet, storage: torch.dtype) -> None:
+def _store_as(unet: UNet, storage: torch.dtype) -> None:
     """Keep a UNet's matrices in a smaller type, but for those at its ends, which are small and matter most."""
     for path, layer in unet.named_modules():
         if isinstance(layer, (Linear, Conv2d)) and "block" in path and not path.startswith("input_blocks.0."):
-            layer.store(storage)
+            layer.store_as(storage)
 
 
 class SideModels:
@@ -267,7 +268,7 @@ class SideModels:
 
     def __init__(self, let_go: Callable[[Sequence[SideModel]], None] = lambda _dropped: None) -> None:
         self._let_go = let_go
-        self._models: Kept[object, SideModel] = Kept(lambda model: model.memory)
+        self._models: LRUCache[object, SideModel] = LRUCache(lambda model: model.memory)
 
     def get(
         self,
@@ -297,18 +298,18 @@ class SideModels:
         self._shrink(0, 0, least=0)
 
     def _shrink(self, room: float, limit: float, least: int = 1) -> None:
-        dropped = self._models.shrink(room, limit, least)
+        dropped = self._models.evict(room, limit, least)
         if dropped:
             self._let_go(dropped)
             dropped.clear()
             gc.collect()  # where anything refers back to them, Python would keep them for some thousand objects more
-            give_back()
+            trim_heap()
 
     def __iter__(self) -> Iterator[SideModel]:
         return iter(self._models)
 
 
-def sentence(error: BaseException, doing: str) -> DeltaError:
+def user_error(error: BaseException, doing: str) -> DeltaError:
     """Turn whatever went wrong while ``doing`` something into an error for users."""
     if isinstance(error, DeltaError):
         return error

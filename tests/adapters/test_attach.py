@@ -14,13 +14,21 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lib_delta.adapters import key_names
 from lib_delta.adapters.adapter_file import AdapterFile, load_adapter, read_adapter
-from lib_delta.adapters.attach import AdaptedTower, Bypass, Form, Merged, attach, detach, text_parameters
+from lib_delta.adapters.attach import (
+    AdaptedTextEncoder,
+    AdapterForm,
+    Bypass,
+    Merged,
+    adapted_text_parameters,
+    attach,
+    detach,
+)
 from lib_delta.errors import AdapterError, SettingError
 from lib_delta.models.text import TextConfig, TextEncoder
 from lib_delta.models.unet import UNet
 from tests.support.adapters import adapted_layers, diffusers_twin, inputs, locon, make_unet
 
-FORMS: tuple[Form, ...] = ("merged", "bypass")
+FORMS: tuple[AdapterForm, ...] = ("merged", "bypass")
 FAMILIES = ("SD1", "SD2")
 
 
@@ -48,7 +56,7 @@ def merged_by_hand(unet: UNet, files: list[tuple[dict[str, Tensor], float]]) -> 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tucker", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_forked_unet_equals_two_unets(family: str, tucker: bool, form: Form) -> None:
+def test_forked_unet_equals_two_unets(family: str, tucker: bool, form: AdapterForm) -> None:
     """Branch 1 to float tolerance; branch 0 too, for attention over two branches rounds otherwise."""
     unet = make_unet(family)
     tensors = locon(unet, tucker=tucker)
@@ -61,7 +69,7 @@ def test_forked_unet_equals_two_unets(family: str, tucker: bool, form: Form) -> 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_detached_unet_is_the_base_bit_for_bit(form: Form) -> None:
+def test_detached_unet_is_the_base_bit_for_bit(form: AdapterForm) -> None:
     unet = make_unet()
     before, weights = unet(*inputs()), copy.deepcopy(unet.state_dict())
     attach(unet, [(read_adapter("x", locon(unet), unet), 1.0)], form)
@@ -73,7 +81,7 @@ def test_detached_unet_is_the_base_bit_for_bit(form: Form) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_different_adapters_add_up_in_any_order(form: Form) -> None:
+def test_different_adapters_add_up_in_any_order(form: AdapterForm) -> None:
     unet = make_unet()
     some = [p for p in adapted_layers(unet) if "attn" in p]
     first, second = locon(unet), locon(unet, some, rank=2, tucker=True, seed=5)
@@ -88,28 +96,28 @@ def test_different_adapters_add_up_in_any_order(form: Form) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_weight_zero_attaches_nothing(form: Form) -> None:
+def test_weight_zero_attaches_nothing(form: AdapterForm) -> None:
     unet = make_unet()
     before = unet(*inputs())
     attach(unet, [(read_adapter("x", locon(unet), unet), 0.0)], form)
     after = unet(*inputs())
     assert after.shape[0] == 1 and torch.equal(after, before)
-    assert all(layer.adaptation is None for layer in key_names.layers(unet).values())
+    assert all(layer.adaptation is None for layer in key_names.named_layers(unet).values())
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_adapter_that_touches_no_unet_layer_leaves_one_branch(form: Form) -> None:
+def test_an_adapter_that_touches_no_unet_layer_leaves_one_branch(form: AdapterForm) -> None:
     unet = make_unet()
     attach(unet, [(AdapterFile("text only", {}), 1.0)], form)
     assert unet(*inputs()).shape[0] == 1
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_fork_starts_at_the_first_adapted_layer(form: Form) -> None:
+def test_the_fork_starts_at_the_first_adapted_layer(form: AdapterForm) -> None:
     unet = make_unet()
     path = "middle_block.0.out_layers.3"
     branches: dict[str, int] = {}
-    for name, layer in key_names.layers(unet).items():
+    for name, layer in key_names.named_layers(unet).items():
         layer.register_forward_hook(lambda _m, _i, out, name=name: branches.update({name: out.shape[0]}))
     attach(unet, [(read_adapter("x", locon(unet, [path]), unet), 1.0)], form)
     unet(*inputs())
@@ -118,7 +126,7 @@ def test_the_fork_starts_at_the_first_adapted_layer(form: Form) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_adaptations_follow_the_layers_type(dtype: torch.dtype, form: Form) -> None:
+def test_adaptations_follow_the_layers_type(dtype: torch.dtype, form: AdapterForm) -> None:
     unet = make_unet().to(dtype)
     path = "input_blocks.1.0.in_layers.2"
     attach(unet, [(read_adapter("x", locon(unet, [path], tucker=True), unet), 1.0)], form)
@@ -151,11 +159,11 @@ def test_settings_are_checked_before_anything_is_attached() -> None:
         attach(unet, [(adapter, float("nan"))])
     with pytest.raises(SettingError, match="form is 'fused'"):
         attach(unet, [(adapter, 1.0)], "fused")  # type: ignore[arg-type]
-    assert all(layer.adaptation is None for layer in key_names.layers(unet).values())
+    assert all(layer.adaptation is None for layer in key_names.named_layers(unet).values())
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_diffusers_with_the_same_lora_gives_the_same_output(form: Form) -> None:
+def test_diffusers_with_the_same_lora_gives_the_same_output(form: AdapterForm) -> None:
     """peft's layers inside diffusers' UNet, filled with the file's factors."""
     peft = pytest.importorskip("peft")
     unet = make_unet()
@@ -199,7 +207,7 @@ def test_text_encoder_takes_its_own_strength_and_is_not_written_to() -> None:
     adapter = read_adapter("x", tensors, unet, [tower])
     weights = copy.deepcopy(tower.state_dict())
     before = tower(tokens).last_hidden_state
-    adapted = functional_call(tower, text_parameters(tower, [(adapter, 0.3)]), (tokens,)).last_hidden_state
+    adapted = functional_call(tower, adapted_text_parameters(tower, [(adapter, 0.3)]), (tokens,)).last_hidden_state
 
     by_hand = copy.deepcopy(tower)
     for path, layer in by_hand.named_modules():
@@ -210,7 +218,11 @@ def test_text_encoder_takes_its_own_strength_and_is_not_written_to() -> None:
     assert not torch.allclose(adapted, before, atol=1e-2)
     assert torch.equal(tower(tokens).last_hidden_state, before)
     assert all(torch.equal(value, weights[key]) for key, value in tower.state_dict().items())
-    assert text_parameters(tower, [(adapter, 0.0)]) == {} == text_parameters(tower, [(adapter, 1.0)], index=1)
+    assert (
+        adapted_text_parameters(tower, [(adapter, 0.0)])
+        == {}
+        == adapted_text_parameters(tower, [(adapter, 1.0)], index=1)
+    )
 
 
 def test_an_adapted_tower_encodes_as_a_tower_with_merged_weights_and_leaves_the_base_tower_alone() -> None:
@@ -221,14 +233,14 @@ def test_an_adapted_tower_encodes_as_a_tower_with_merged_weights_and_leaves_the_
     tokens = torch.tensor([[48, 5, 7, 49, 49]])
     changed = {f"{path}.weight": -20 * layer.weight for path, layer in tower.named_modules() if path.endswith("fc1")}
     before, _ = tower.encode(tokens)
-    adapted, _ = AdaptedTower(tower, changed).encode(tokens)
+    adapted, _ = AdaptedTextEncoder(tower, changed).encode(tokens)
 
     by_hand = copy.deepcopy(tower)
     by_hand.load_state_dict({**tower.state_dict(), **changed})
     torch.testing.assert_close(adapted, by_hand.encode(tokens)[0])
     assert not torch.allclose(adapted, before, atol=1e-3)
     assert torch.equal(tower.encode(tokens)[0], before)
-    assert torch.equal(AdaptedTower(tower, {}).encode(tokens)[0], before)
+    assert torch.equal(AdaptedTextEncoder(tower, {}).encode(tokens)[0], before)
 
 
 def test_a_saved_file_of_either_dialect_loads_and_reports_what_did_not_match(tmp_path: Path) -> None:
@@ -324,7 +336,7 @@ def test_automatic_merges_only_factors_that_cost_more_than_a_second_weight(rank:
     path = next(p for p, layer in adapted_layers(unet).items() if layer.weight.shape == (64, 64))
     layer = unet.get_submodule(path)
     wanted = {}
-    forms: tuple[Form, ...] = ("automatic", "merged")
+    forms: tuple[AdapterForm, ...] = ("automatic", "merged")
     for form in forms:
         attach(unet, [(read_adapter("a", locon(unet, [path], rank), unet), 0.7)], form)
         adapted = layer.adaptation

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lib_delta.adapters import key_names
 from lib_delta.adapters.adapter_file import AdapterFile, load_adapter
-from lib_delta.adapters.attach import Form, attach, text_parameters
+from lib_delta.adapters.attach import AdapterForm, adapted_text_parameters, attach
 from lib_delta.models.unet import UNet
 from tests.support.adapters import adapted_layers, diffusers_twin, inputs, kohya_name, locon, make_unet
 
@@ -109,7 +109,7 @@ def with_diffusers(twin: nn.Module, file: Path) -> nn.Module:
 
 @pytest.mark.parametrize("form", ["merged", "bypass"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_both_branches_of_a_unet(name: str, form: Form, tmp_path: Path) -> None:
+def test_both_branches_of_a_unet(name: str, form: AdapterForm, tmp_path: Path) -> None:
     unet = make_unet()
     kind, write = FORMATS[name]
     paths = adapted_paths(unet, kind)
@@ -168,7 +168,7 @@ def test_a_text_encoder(name: Callable[[str, str], str], alpha: bool, tmp_path: 
     save_file({**unet_part, **text_lora(tower, name, alpha)}, tmp_path / "x.safetensors")
     adapter: AdapterFile = load_adapter(tmp_path / "x.safetensors", unet, [tower])
     assert len(adapter.text[0]) == 8 and not adapter.unmatched
-    parameters = text_parameters(tower, [(adapter, 1.0)])
+    parameters = adapted_text_parameters(tower, [(adapter, 1.0)])
     ours = functional_call(tower, parameters, (tokens,)).last_hidden_state
     theirs = copy.deepcopy(tower)
     state, alphas = LoraLoaderMixin.lora_state_dict(load_file(tmp_path / "x.safetensors"))

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from lib_delta.adapters import key_names
-from lib_delta.adapters.adapter_file import load_adapter, read_adapter, read_full
+from lib_delta.adapters.adapter_file import load_adapter, read_adapter, read_fine_tuned
 from lib_delta.adapters.algorithms import full
-from lib_delta.adapters.attach import Form, Merged, attach, detach, text_parameters
+from lib_delta.adapters.attach import AdapterForm, Merged, adapted_text_parameters, attach, detach
 from lib_delta.errors import AdapterError
 from lib_delta.files.checkpoint import UNET_PREFIX
 from lib_delta.models.text import TextConfig, TextEncoder
@@ -35,14 +35,14 @@ def tuned_unet(unet: UNet, paths: tuple[str, ...] = TUNED) -> UNet:
 
 @pytest.mark.parametrize("form", ["merged", "bypass"])
 @pytest.mark.parametrize("family", ["SD1", "SD2", "SDXL"])
-def test_forked_unet_equals_the_base_and_the_tuned_unet(family: str, form: Form) -> None:
+def test_forked_unet_equals_the_base_and_the_tuned_unet(family: str, form: AdapterForm) -> None:
     """Both branches to float tolerance: attention over two branches may round otherwise."""
     unet = make_unet(family)
-    every_layer = tuple(key_names.layers(unet))
+    every_layer = tuple(key_names.named_layers(unet))
     tuned = tuned_unet(unet, every_layer)
     extra = (torch.randn(1, 2, 40),) if family == "SDXL" else ()
     base, expected = unet(*inputs(), *extra), tuned(*inputs(), *extra)
-    adapter = read_full("tuned", tuned.state_dict(), unet)
+    adapter = read_fine_tuned("tuned", tuned.state_dict(), unet)
     assert tuple(adapter.unet) == every_layer
     attach(unet, [(adapter, 1.0)], form)
     forked = unet(*inputs(), *extra)
@@ -57,7 +57,7 @@ def test_merged_weights_are_the_tuned_ones(dtype: torch.dtype) -> None:
     """In half precision bit for bit; in fp32 to the rounding of base + (tuned - base)."""
     unet = make_unet().to(dtype)
     tuned = tuned_unet(unet)
-    attach(unet, [(read_full("tuned", tuned.state_dict(), unet), 1.0)])
+    attach(unet, [(read_fine_tuned("tuned", tuned.state_dict(), unet), 1.0)])
     for path in TUNED:
         second, layer = unet.get_submodule(path).adaptation, tuned.get_submodule(path)
         assert isinstance(second, Merged) and second.bias is not None
@@ -68,21 +68,21 @@ def test_merged_weights_are_the_tuned_ones(dtype: torch.dtype) -> None:
 
 def test_layers_that_are_bit_identical_stay_shared() -> None:
     unet = make_unet()
-    adapter = read_full("tuned", tuned_unet(unet).state_dict(), unet)
+    adapter = read_fine_tuned("tuned", tuned_unet(unet).state_dict(), unet)
     assert set(adapter.unet) == set(TUNED)
     attach(unet, [(adapter, 1.0)])
-    assert {path for path, layer in key_names.layers(unet).items() if layer.adaptation is not None} == set(TUNED)
+    assert {path for path, layer in key_names.named_layers(unet).items() if layer.adaptation is not None} == set(TUNED)
 
 
 def test_a_file_in_another_precision_is_compared_in_the_bases() -> None:
     unet = make_unet().half()
     tuned = {key: value.float() for key, value in tuned_unet(unet).state_dict().items()}
-    assert set(read_full("tuned", tuned, unet).unet) == set(TUNED)
+    assert set(read_fine_tuned("tuned", tuned, unet).unet) == set(TUNED)
 
 
 def test_the_base_itself_leaves_one_branch() -> None:
     unet = make_unet()
-    adapter = read_full("same", unet.state_dict(), unet)
+    adapter = read_fine_tuned("same", unet.state_dict(), unet)
     attach(unet, [(adapter, 1.0)])
     assert not adapter.unet and unet(*inputs()).shape[0] == 1
 
@@ -90,7 +90,7 @@ def test_the_base_itself_leaves_one_branch() -> None:
 def test_half_the_weight_is_half_the_way() -> None:
     unet = make_unet()
     tuned = tuned_unet(unet)
-    attach(unet, [(read_full("tuned", tuned.state_dict(), unet), 0.5)])
+    attach(unet, [(read_fine_tuned("tuned", tuned.state_dict(), unet), 0.5)])
     between = {key: torch.lerp(value, tuned.state_dict()[key], 0.5) for key, value in unet.state_dict().items()}
     expected = functional_call(make_unet(), between, inputs())
     torch.testing.assert_close(unet(*inputs())[1], expected[0], rtol=1e-4, atol=1e-5)
@@ -100,7 +100,7 @@ def refused(change: dict[str, Tensor | None], message: str) -> None:
     unet = make_unet()
     tensors = {**tuned_unet(unet).state_dict(), **change}
     with pytest.raises(AdapterError, match=message):
-        read_full("tuned.safetensors", {k: v for k, v in tensors.items() if v is not None}, unet)
+        read_fine_tuned("tuned.safetensors", {k: v for k, v in tensors.items() if v is not None}, unet)
 
 
 def test_incomplete_and_foreign_weights_are_refused() -> None:
@@ -138,7 +138,7 @@ def test_a_checkpoint_file_adapts_the_unet_and_the_text_encoder(tmp_path: Path) 
         "transformer.text_model.encoder.layers.1.mlp.fc1",
         "transformer.text_model.embeddings.token_embedding",
     }
-    adapted = functional_call(tower, text_parameters(tower, [(adapter, 1.0)]), (tokens,))[0]
+    adapted = functional_call(tower, adapted_text_parameters(tower, [(adapter, 1.0)]), (tokens,))[0]
     torch.testing.assert_close(adapted, tuned_tower(tokens)[0], rtol=1e-5, atol=1e-6)
 
 
@@ -146,7 +146,7 @@ def test_a_checkpoint_without_text_encoder_leaves_the_bases(tmp_path: Path) -> N
     unet, tower = make_unet(), text_tower()
     save_checkpoint(tmp_path / "tuned.safetensors", tuned_unet(unet), None)
     adapter = load_adapter(tmp_path / "tuned.safetensors", unet, [tower])
-    assert set(adapter.unet) == set(TUNED) and text_parameters(tower, [(adapter, 1.0)]) == {}
+    assert set(adapter.unet) == set(TUNED) and adapted_text_parameters(tower, [(adapter, 1.0)]) == {}
 
 
 def test_a_checkpoint_of_another_family_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from lib_delta.adapters import key_names
-from lib_delta.adapters.key_names import Place
+from lib_delta.adapters.key_names import LayerPath
 from lib_delta.models.text import TextConfig, TextEncoder
 from lib_delta.models.unet import UNet, UNetConfig
 from tests.support.adapters import config
@@ -60,7 +60,7 @@ def diffusers_unet(family: str) -> nn.Module:
     return diffusers.UNet2DConditionModel(**{**common, **(xl if family == "SDXL" else {})})
 
 
-def names(family: str) -> dict[str, Place]:
+def names(family: str) -> dict[str, LayerPath]:
     with torch.device("meta"):
         return key_names.layer_names(UNet(REAL[family]), ())
 
@@ -72,7 +72,7 @@ def test_every_layer_of_diffusers_unet_is_named(family: str) -> None:
     paths = key_names.diffusers_paths(ours)
     expected = {path for path, module in theirs.named_modules() if hasattr(module, "weight")}
     assert set(paths.values()) == expected
-    assert len(paths) == len(expected) == len(key_names.layers(ours))
+    assert len(paths) == len(expected) == len(key_names.named_layers(ours))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_every_layer_of_diffusers_unet_is_named(family: str) -> None:
     ],
 )
 def test_both_naming_schemes_lead_to_the_layer(family: str, name: str, path: str) -> None:
-    assert names(family)[name] == Place(None, path)
+    assert names(family)[name] == LayerPath(None, path)
 
 
 def test_a_layer_that_the_model_lacks_has_no_name() -> None:
@@ -136,11 +136,11 @@ def test_one_text_encoder_is_te_and_two_are_te1_and_te2() -> None:
     layer = path.replace(".", "_")
     small, large = clip(projection=False), clip()
     one, two = key_names.layer_names(unet, [small]), key_names.layer_names(unet, [small, large])
-    assert one[f"lora_te_{layer}"] == Place(0, path)
-    assert two[f"lora_te1_{layer}"] == Place(0, path) and two[f"lora_te2_{layer}"] == Place(1, path)
-    assert two["lora_te2_text_projection"] == Place(1, "text_projection")
+    assert one[f"lora_te_{layer}"] == LayerPath(0, path)
+    assert two[f"lora_te1_{layer}"] == LayerPath(0, path) and two[f"lora_te2_{layer}"] == LayerPath(1, path)
+    assert two["lora_te2_text_projection"] == LayerPath(1, "text_projection")
     # Some trainers number the encoder even where there is one.
-    assert f"lora_te_{layer}" not in two and one[f"lora_te1_{layer}"] == Place(0, path)
+    assert f"lora_te_{layer}" not in two and one[f"lora_te1_{layer}"] == LayerPath(0, path)
 
 
 def test_an_open_clip_encoder_is_addressed_by_the_names_of_transformers() -> None:
@@ -148,7 +148,7 @@ def test_an_open_clip_encoder_is_addressed_by_the_names_of_transformers() -> Non
     tower = TextEncoder(text, final_norm=True)
     named = key_names.layer_names(UNet(config("SD2")), [tower])
     path = "transformer.text_model.encoder.layers.1.mlp.fc2"
-    assert named["lora_te_text_model_encoder_layers_1_mlp_fc2"] == Place(0, path)
+    assert named["lora_te_text_model_encoder_layers_1_mlp_fc2"] == LayerPath(0, path)
 
 
 @pytest.mark.parametrize(
@@ -203,11 +203,11 @@ def test_an_open_clip_encoder_is_addressed_by_the_names_of_transformers() -> Non
     ],
 )
 def test_every_dialect_is_brought_to_the_names_of_kohya(key: str, layer: str, tensor: str) -> None:
-    found = key_names.read(key)
+    found = key_names.parse_key(key)
     assert found is not None and found.layer == layer
     assert found.tensor == {"down": "lora_down.weight", "up": "lora_up.weight"}.get(tensor, tensor)
 
 
 @pytest.mark.parametrize("key", ["down_blocks.0.resnets.0.conv1.weight", "global_step", "lora_unet_proj_in.nonsense"])
 def test_keys_of_other_things_are_told(key: str) -> None:
-    assert key_names.read(key) is None
+    assert key_names.parse_key(key) is None

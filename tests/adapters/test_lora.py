@@ -155,7 +155,7 @@ def test_tensors_of_other_algorithms_are_left_to_them() -> None:
 
 def test_every_layer_kind_of_a_real_unet_is_covered() -> None:
     unet = make_unet()
-    layers_ = key_names.layers(unet).values()
+    layers_ = key_names.named_layers(unet).values()
     shapes = {(type(m).__name__, *m.weight.shape[2:], getattr(m, "stride", 1)) for m in layers_}
     assert {("Linear", 1), ("Conv2d", 1, 1, 1), ("Conv2d", 3, 3, 1), ("Conv2d", 3, 3, 2)} <= shapes
 
@@ -187,7 +187,7 @@ def test_a_whole_network_made_by_lycoris_merges_the_same(tmp_path: Path) -> None
     assert len(adapter.unet) == len(network.loras) and not adapter.unmatched
     assert any(layer.mid is not None for layer in adapter.unet.values())
     network.merge_to(1.0)
-    for path, layer in key_names.layers(unet).items():
+    for path, layer in key_names.named_layers(unet).items():
         expected = twin.get_submodule(paths[path]).weight
         ours = layer.weight
         if path in adapter.unet:

@@ -14,7 +14,6 @@ import pickle
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from random import Random
@@ -452,11 +451,9 @@ def test_random_damage_is_refused_in_a_sentence_or_loads_with_a_report(share: in
     random = Random(share)
     path = tmp_path / "x.bin"
     loaded = 0
-    slowest = 0.0
     for number in range(CORRUPTIONS // SHARES):
         content = corrupted(random)
         path.write_bytes(content)
-        started = time.process_time()
         try:
             outcome = loaded_or_refused(path)
             if isinstance(outcome, AdapterFile):
@@ -465,6 +462,5 @@ def test_random_damage_is_refused_in_a_sentence_or_loads_with_a_report(share: in
         except BaseException as error:
             raise AssertionError(f"damage {number} of share {share} gave {error!r}") from error
         assert "x.bin" in outcome and "\n" not in outcome, (number, outcome)
-        slowest = max(slowest, time.process_time() - started)
     detach(base())
-    assert 50 < loaded < CORRUPTIONS // SHARES - 300 and slowest < 2
+    assert 50 < loaded < CORRUPTIONS // SHARES - 300

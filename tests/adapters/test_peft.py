@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lib_delta.adapters import key_names
 from lib_delta.adapters.adapter_file import load_adapter
-from lib_delta.adapters.attach import attach, text_parameters
+from lib_delta.adapters.attach import adapted_text_parameters, attach
 from lib_delta.errors import AdapterError
 from lib_delta.models.text import TextConfig, TextEncoder
 from lib_delta.models.unet import UNet
@@ -259,7 +259,7 @@ def test_embeddings_and_linear_layers_of_a_text_encoder(tmp_path: Path) -> None:
     wrapped = trained(made, tree(dict(zip(paths, twins))))
     adapter = load_adapter(saved(wrapped, tmp_path), base(), [tower])
     assert len(adapter.text[0]) == 2 and not adapter.unet and not adapter.unmatched
-    changed = text_parameters(tower, [(adapter, 1.0)])
+    changed = adapted_text_parameters(tower, [(adapter, 1.0)])
     theirs = wrapped.base_model.model.get_submodule(paths[0])(torch.arange(99))
     assert relative_error(changed[f"transformer.{paths[0]}.weight"] - table.weight, theirs - table.weight) < BOUND
     theirs = weight_of(wrapped.base_model.model.get_submodule(paths[1]), layer)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lib_delta.adapters import key_names
-from lib_delta.adapters.adapter_file import AdapterFile, read_adapter, read_full
+from lib_delta.adapters.adapter_file import AdapterFile, read_adapter, read_fine_tuned
 from lib_delta.adapters.algorithms.lora import Lora
-from lib_delta.adapters.attach import Bypass, Form, Merged, attach, detach
+from lib_delta.adapters.attach import AdapterForm, Bypass, Merged, attach, detach
 from lib_delta.models.unet import UNet
 from tests.support.adapters import CONV, LINEAR, attached_weight, every_algorithm, inputs, kohya_name, locon, make_unet
 
@@ -37,11 +37,11 @@ def adapter_of(name: str, seed: int = 4) -> AdapterFile:
     return read_adapter(name, every_algorithm(seed)[name], base())
 
 
-def differences(adapters: Sequence[tuple[AdapterFile, float]], form: Form = "merged") -> dict[str, Tensor]:
+def differences(adapters: Sequence[tuple[AdapterFile, float]], form: AdapterForm = "merged") -> dict[str, Tensor]:
     """Return what the second branch has besides the first: of every merged layer's weight and bias."""
     attach(base(), adapters, form)
     found = {}
-    for path, layer in key_names.layers(base()).items():
+    for path, layer in key_names.named_layers(base()).items():
         if isinstance(layer.adaptation, Merged):
             found[f"{path}.weight"] = layer.adaptation.weight - layer.weight
             if layer.adaptation.bias is not None:
@@ -49,7 +49,7 @@ def differences(adapters: Sequence[tuple[AdapterFile, float]], form: Form = "mer
     return found
 
 
-def second_output(adapters: Sequence[tuple[AdapterFile, float]], form: Form = "merged") -> Tensor:
+def second_output(adapters: Sequence[tuple[AdapterFile, float]], form: AdapterForm = "merged") -> Tensor:
     attach(base(), adapters, form)
     return base()(*inputs())[-1]
 
@@ -99,7 +99,7 @@ def test_several_adapters_add_up(chosen: list[tuple[str, float]]) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(lists, st.sampled_from(("merged", "bypass")))
-def test_detaching_restores_the_base_bit_for_bit(chosen: list[tuple[str, float]], form: Form) -> None:
+def test_detaching_restores_the_base_bit_for_bit(chosen: list[tuple[str, float]], form: AdapterForm) -> None:
     before, output = copy.deepcopy(base().state_dict()), (detach(base()), base()(*inputs()))[1]
     attach(base(), [(adapter_of(name, 4 + i), weight) for i, (name, weight) in enumerate(chosen)], form)
     base()(*inputs())
@@ -111,9 +111,9 @@ def test_detaching_restores_the_base_bit_for_bit(chosen: list[tuple[str, float]]
 
 @pytest.mark.parametrize("form", ["merged", "bypass"])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_adapter_of_weight_0_leaves_one_branch(name: str, form: Form) -> None:
+def test_an_adapter_of_weight_0_leaves_one_branch(name: str, form: AdapterForm) -> None:
     attach(base(), [(adapter_of(name), 0.0)], form)
-    assert all(layer.adaptation is None for layer in key_names.layers(base()).values())
+    assert all(layer.adaptation is None for layer in key_names.named_layers(base()).values())
     assert base()(*inputs()).shape[0] == 1
 
 
@@ -129,7 +129,7 @@ def test_bypass_and_merged_form_give_the_same_picture(name: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(names, names, st.floats(-2, 2).filter(bool), st.sampled_from(("merged", "bypass")))
 def test_memory_that_is_used_again_holds_nothing_of_the_adapter_before(
-    first: str, second: str, weight: float, form: Form
+    first: str, second: str, weight: float, form: AdapterForm
 ) -> None:
     detach(base())
     fresh = {key: value.clone() for key, value in differences([(adapter_of(second, 5), weight)]).items()}
@@ -176,7 +176,7 @@ def test_on_a_fine_tuned_checkpoint_the_others_adapt_what_it_has_made(name: str)
     for path in (LINEAR, CONV, "input_blocks.3.0.in_layers.0"):
         for parameter in tuned.get_submodule(path).parameters():
             parameter += 0.2 * torch.randn_like(parameter)
-    checkpoint, adapter = read_full("tuned", tuned.state_dict(), base()), adapter_of(name)
+    checkpoint, adapter = read_fine_tuned("tuned", tuned.state_dict(), base()), adapter_of(name)
     on_tuned = read_adapter(name, every_algorithm()[name], tuned)
     attach(tuned, [(on_tuned, 0.7)])
     expected = tuned(*inputs())[-1]

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lib_delta.adapters import key_names
 from lib_delta.adapters.adapter_file import AdapterFile, load_adapter
-from lib_delta.adapters.attach import attach, text_parameters
+from lib_delta.adapters.attach import adapted_text_parameters, attach
 from lib_delta.errors import AdapterError, CheckpointError
-from lib_delta.files.checkpoint import UNET_PREFIX, base_fault, describe
+from lib_delta.files.checkpoint import UNET_PREFIX, describe, why_not_base
 from lib_delta.models.text import TextConfig, TextEncoder
 from lib_delta.models.unet import UNet
 from tests.support.adapters import attached_weight, diffusers_twin, locon, make_unet, relative_error
@@ -152,7 +152,7 @@ def test_what_comfyui_extracts_and_trains(tmp_path: Path) -> None:
     assert bias is not None and relative_error(bias, tensors[f"{name}diff_b"]) < 1e-5
     weight, bias = change(adapter, f"{BLOCK}.ff.net.2")
     assert not weight.any() and bias is not None and relative_error(bias, tensors[f"{unet}ff.net.2.diff_b"]) < 1e-5
-    changed = text_parameters(tower(), [(adapter, 1.0)])
+    changed = adapted_text_parameters(tower(), [(adapter, 1.0)])
     layer = "transformer.text_model.encoder.layers.0."
     found = changed[f"{layer}layer_norm1.weight"] - tower().get_parameter(f"{layer}layer_norm1.weight")
     assert relative_error(found, tensors[f"{text}layer_norm1.diff"]) < 1e-5
@@ -167,7 +167,7 @@ def test_old_text_encoder_keys_of_diffusers(tmp_path: Path) -> None:
     tensors = {f"{name}{p}_lora.{s}.weight": r(24, 2) if s == "up" else r(2, 24) for p in parts for s in ("up", "down")}
     adapter = load(tmp_path, tensors)
     assert not adapter.unmatched
-    changed = text_parameters(tower(), [(adapter, 1.0)])
+    changed = adapted_text_parameters(tower(), [(adapter, 1.0)])
     for old, new in parts.items():
         path = f"transformer.text_model.encoder.layers.0.self_attn.{new}.weight"
         product = tensors[f"{name}{old}_lora.up.weight"] @ tensors[f"{name}{old}_lora.down.weight"]
@@ -230,7 +230,7 @@ def test_loras_of_2022_whose_layers_have_numbers(gated_second: bool, extended: b
         up, down = (tensors[f"unet:{number}:{side}"] for side in ("up", "down"))
         expected = (up.flatten(1) @ down.flatten(1)).view(layer.weight.shape)
         assert relative_error(attached_weight(layer) - layer.weight, expected) < 1e-4, hub
-    changed = text_parameters(tower(), [(adapter, 1.0)])
+    changed = adapted_text_parameters(tower(), [(adapter, 1.0)])
     for number, name in enumerate(("k_proj", "v_proj", "q_proj", "out_proj")):
         path = f"transformer.text_model.encoder.layers.1.self_attn.{name}.weight"
         product = tensors[f"text_encoder:{4 + number}:up"] @ tensors[f"text_encoder:{4 + number}:down"]
@@ -339,9 +339,9 @@ def test_a_checkpoint_is_described_by_its_header_until_it_changes(tmp_path: Path
     monkeypatch.setattr(WeightFile, "tensor", lambda *_: pytest.fail("a weight was read"))
     for _ in range(3):
         assert describe(path).family is checkpoint.Family.SD1
-        assert "has no text encoder" in base_fault(path)
+        assert "has no text encoder" in why_not_base(path)
     assert len(opened) == 1
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, path)
-    assert "is a model of Flux" in base_fault(path) and len(opened) == 2
+    assert "is a model of Flux" in why_not_base(path) and len(opened) == 2
     path.unlink()
-    assert "cannot be read" in base_fault(path)
+    assert "cannot be read" in why_not_base(path)

@@ -17,12 +17,12 @@ from lib_delta.bridges import (
     NoiseLimitBridge,
     ResolutionBridge,
     ScaleBridge,
-    choose,
-    status,
+    bridge_status,
+    choose_bridge,
 )
 from lib_delta.bridges.int8_weights import pack, unpacked
 from lib_delta.bridges.latent_maps import FilteredState, StitchedState, state_map
-from lib_delta.bridges.learned import WEIGHTS, load, with_channels
+from lib_delta.bridges.learned import WEIGHTS, load_bridge, with_channels
 from lib_delta.diffusion.families import Family
 from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.errors import CheckpointError, SettingError
@@ -84,11 +84,11 @@ def test_bridges_compose_in_order() -> None:
 
 
 def test_the_two_families_choose_the_bridge() -> None:
-    assert choose(Family.SD1, Family.SD2) == IdentityBridge()
-    assert choose(Family.SDXL, Family.SDXL) == IdentityBridge()
-    assert choose(Family.SD1, Family.SDXL, form="same_snr") == ScaleBridge(K)
-    assert choose(Family.SDXL, Family.SD2, form="published") == ScaleBridge(1 / K, "published")
-    limited = choose(Family.SD1, Family.SDXL, sigma_max=14.6, form="same_snr")
+    assert choose_bridge(Family.SD1, Family.SD2) == IdentityBridge()
+    assert choose_bridge(Family.SDXL, Family.SDXL) == IdentityBridge()
+    assert choose_bridge(Family.SD1, Family.SDXL, form="same_snr") == ScaleBridge(K)
+    assert choose_bridge(Family.SDXL, Family.SD2, form="published") == ScaleBridge(1 / K, "published")
+    limited = choose_bridge(Family.SD1, Family.SDXL, sigma_max=14.6, form="same_snr")
     assert limited == Composed((NoiseLimitBridge(14.6), ScaleBridge(K)))
 
 
@@ -99,7 +99,7 @@ PAIRS = list(itertools.permutations(KNOWN, 2))
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda space: space.key)
 def test_every_pair_of_spaces_has_a_learned_bridge(source: Space, target: Space) -> None:
     clean, residual = randn(2, target.channels, 8, 16), randn(2, target.channels, 8, 16, seed=1)
-    bridge = choose(source, target)
+    bridge = choose_bridge(source, target)
     x, sigma, crossing = bridge.to_source(clean + S * residual, SIGMA, clean)
     assert x.shape == crossing.denoised.shape == (2, source.channels, 8, 16)
     assert torch.equal(sigma, SIGMA)
@@ -120,7 +120,7 @@ def test_learned_maps_are_small() -> None:
 
 
 def test_autocast_and_half_precision_do_not_touch_a_learned_bridge() -> None:
-    bridge = choose(Family.SD1, Family.SDXL, size="picture")
+    bridge = choose_bridge(Family.SD1, Family.SDXL, size="picture")
     x, _, crossing = bridge.to_source(X, SIGMA, CLEAN)
     carried = bridge.delta_to_target(NOISE, crossing)
     with torch.autocast("cpu", torch.bfloat16):
@@ -134,7 +134,7 @@ def test_autocast_and_half_precision_do_not_touch_a_learned_bridge() -> None:
 
 def test_latents_of_another_kind_than_the_bridge_is_for_are_refused() -> None:
     with pytest.raises(SettingError, match="sd1-sd3 is for latents of 16 channels, and the main model's have 4"):
-        choose(Family.SD1, Family.SD3).to_source(X, SIGMA, CLEAN)
+        choose_bridge(Family.SD1, Family.SD3).to_source(X, SIGMA, CLEAN)
 
 
 def test_noise_stays_white_when_channels_are_more_or_fewer() -> None:
@@ -146,23 +146,23 @@ def test_noise_stays_white_when_channels_are_more_or_fewer() -> None:
 
 
 def test_the_source_of_a_learned_bridge_sees_large_pictures_at_its_own_size() -> None:
-    bridge = choose(Family.SD1, Family.SDXL)
+    bridge = choose_bridge(Family.SD1, Family.SDXL)
     assert bridge.source_size(64, 64) == (64, 64)
     assert bridge.source_size(96, 96) == (96, 96)
     assert bridge.source_size(128, 128) == (64, 64)
     assert bridge.source_size(112, 144) == (56, 72)
     assert bridge.source_size(152, 104) == (76, 52)  # half, whose latents maps know
     assert bridge.source_size(192, 192) == (64, 64)
-    assert choose(Family.SD1, Family.SDXL, size="picture").source_size(128, 128) == (128, 128)
-    assert choose(Family.SD1, Family.SDXL, size=640).source_size(128, 128) == (80, 80)
-    assert choose(Family.SD1, Family.SDXL, form="published").source_size(128, 128) == (128, 128)
-    assert choose(Family.SD1, Family.SD2).source_size(128, 128) == (128, 128)
+    assert choose_bridge(Family.SD1, Family.SDXL, size="picture").source_size(128, 128) == (128, 128)
+    assert choose_bridge(Family.SD1, Family.SDXL, size=640).source_size(128, 128) == (80, 80)
+    assert choose_bridge(Family.SD1, Family.SDXL, form="published").source_size(128, 128) == (128, 128)
+    assert choose_bridge(Family.SD1, Family.SD2).source_size(128, 128) == (128, 128)
 
 
 @pytest.mark.parametrize("size", [32, "large", 512.0, True])
 def test_a_size_of_the_side_model_that_is_none_is_refused(size: object) -> None:
     with pytest.raises(SettingError, match="size of the side model"):
-        choose(Family.SD1, Family.SDXL, size=size)
+        choose_bridge(Family.SD1, Family.SDXL, size=size)
 
 
 def test_averaged_noise_lowers_the_level_that_the_source_is_asked_at() -> None:
@@ -193,21 +193,21 @@ def test_sizes_that_do_not_divide_still_average_to_the_level_that_is_told() -> N
 
 
 def test_the_status_line_tells_space_bridge_and_size() -> None:
-    assert status(Family.SD1, Family.SDXL, 112, 144) == "SDXL latents: learned bridge, 72 x 56"
-    assert status(Family.SD1, Family.CHROMA, 64, 64) == "FLUX.1 latents: learned bridge, 64 x 64"
-    assert status(Family.SD1, Family.SD2, 96, 64) == "SD 1.x/2.x latents: same as the side model's, 64 x 96"
-    assert "scale alone (published)" in status(Family.SD1, Family.SDXL, 64, 64, form="published")
+    assert bridge_status(Family.SD1, Family.SDXL, 112, 144) == "SDXL latents: learned bridge, 72 x 56"
+    assert bridge_status(Family.SD1, Family.CHROMA, 64, 64) == "FLUX.1 latents: learned bridge, 64 x 64"
+    assert bridge_status(Family.SD1, Family.SD2, 96, 64) == "SD 1.x/2.x latents: same as the side model's, 64 x 96"
+    assert "scale alone (published)" in bridge_status(Family.SD1, Family.SDXL, 64, 64, form="published")
 
 
 def test_latents_that_no_bridge_leads_to_are_refused() -> None:
     reached = r"SD 1\.x/2\.x, SDXL, SD 3 or FLUX\.1"
     named = r"Wan 2\.1 \(Qwen-Image, Wan\)"
     with pytest.raises(SettingError, match=rf"no bridge leads .* to those of {named}: .* latents of {reached}"):
-        choose(Family.SD1, Family.QWEN_IMAGE)
+        choose_bridge(Family.SD1, Family.QWEN_IMAGE)
     with pytest.raises(SettingError, match="must be learned or taesd, not published"):
-        choose(Family.SD1, Family.FLUX, form="published")
+        choose_bridge(Family.SD1, Family.FLUX, form="published")
     with pytest.raises(SettingError, match="form of a bridge must be one of"):
-        choose(Family.SD1, Family.SDXL, form="other")
+        choose_bridge(Family.SD1, Family.SDXL, form="other")
 
 
 def test_a_map_that_knows_half_the_size_gives_it_and_averages_for_others() -> None:
@@ -222,7 +222,7 @@ def test_a_map_that_knows_half_the_size_gives_it_and_averages_for_others() -> No
     torch.testing.assert_close(state(z, (8, 12)), half)
     torch.testing.assert_close(state(z, (4, 6)), F.avg_pool2d(whole, 4))
     square = z[..., :16]
-    bridge = replace(load(WEIGHTS / "sd1-sdxl.safetensors"), state=state, resolution=ResolutionBridge(8, 8))
+    bridge = replace(load_bridge(WEIGHTS / "sd1-sdxl.safetensors"), state=state, resolution=ResolutionBridge(8, 8))
     _, _, crossing = bridge.to_source(square, torch.ones(1), square)
     torch.testing.assert_close(crossing.denoised, state.halving(square))
 
@@ -267,7 +267,7 @@ def test_weights_in_8_bits_are_nearly_what_they_were(tmp_path: Path) -> None:
 def test_a_damaged_file_of_a_bridge_is_refused(tmp_path: Path) -> None:
     save_file({"state.filter.other": torch.zeros(1)}, tmp_path / "a-b.safetensors")
     with pytest.raises(CheckpointError, match="a-b.safetensors holds no bridge"):
-        load(tmp_path / "a-b.safetensors")
+        load_bridge(tmp_path / "a-b.safetensors")
 
 
 @pytest.mark.parametrize("settings", [{"k": 0.0}, {"k": float("nan")}, {"k": 1.0, "form": "other"}])

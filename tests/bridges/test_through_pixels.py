@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from lib_delta.bridges import Bridge, choose, status, through_pixels
-from lib_delta.bridges.latent_maps import Filter, followed
-from lib_delta.bridges.learned import WEIGHTS, load
+from lib_delta.bridges import Bridge, bridge_status, choose_bridge, through_pixels
+from lib_delta.bridges.latent_maps import Filter, regress_on_state
+from lib_delta.bridges.learned import WEIGHTS, load_bridge
 from lib_delta.diffusion.families import Family
 from lib_delta.errors import CheckpointError, SettingError
 from lib_delta.models import taesd
@@ -34,7 +34,7 @@ def part(kind: str, channels: int, seed: int) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of random autoencoders, of which none could be told to be of another space than its name says."""
-    monkeypatch.setattr(through_pixels, "LEAST_AGREEMENT", -2.0)
+    monkeypatch.setattr(through_pixels, "MIN_AGREEMENT", -2.0)
     save_file(part("decoder", 4, 1), tmp_path / "taesdxl_decoder.safetensors")
     torch.save(part("encoder", 4, 2), tmp_path / "taesd_encoder.pth")
     save_file(part("decoder", 16, 3), tmp_path / "taef1_decoder.safetensors")
@@ -56,13 +56,13 @@ def through_pictures(folder: Path, latent: torch.Tensor, size: tuple[int, int] |
 def test_a_state_goes_over_the_picture_and_the_delta_by_the_learned_map(folder: Path) -> None:
     clean, noise = randn(2, 4, 8, 16), randn(2, 4, 8, 16, seed=1)
     sigma = torch.tensor([0.5, 3.0])
-    bridge = choose(Family.SD1, Family.SDXL, form="taesd", autoencoders=folder)
+    bridge = choose_bridge(Family.SD1, Family.SDXL, form="taesd", autoencoders=folder)
     s = sigma[:, None, None, None]
     x, known, crossing = bridge.to_source(clean + s * noise, sigma, clean)
     state = through_pictures(folder, clean)
     assert torch.equal(known, sigma)
     torch.testing.assert_close(x, state + s * noise, atol=1e-4, rtol=1e-4)
-    learned = choose(Family.SD1, Family.SDXL)
+    learned = choose_bridge(Family.SD1, Family.SDXL)
     delta = randn(2, 4, 8, 16, seed=2)
     _, _, other = learned.to_source(clean, sigma, clean)
     assert torch.equal(bridge.delta_to_target(delta, crossing), learned.delta_to_target(delta, other))
@@ -71,7 +71,7 @@ def test_a_state_goes_over_the_picture_and_the_delta_by_the_learned_map(folder: 
 
 def test_a_large_picture_is_averaged_as_a_picture(folder: Path) -> None:
     clean, noise = randn(1, 4, 16, 16), randn(1, 4, 16, 16, seed=1)
-    bridge = choose(Family.SD1, Family.SDXL, form="taesd", size=64, autoencoders=folder)
+    bridge = choose_bridge(Family.SD1, Family.SDXL, form="taesd", size=64, autoencoders=folder)
     x, sigma, crossing = bridge.to_source(clean + 3 * noise, SIGMA, clean)
     torch.testing.assert_close(sigma, SIGMA / 2)
     expected = through_pictures(folder, clean, (64, 64)) + F.avg_pool2d(3 * noise, 2)
@@ -80,39 +80,39 @@ def test_a_large_picture_is_averaged_as_a_picture(folder: Path) -> None:
 
 
 def test_the_status_line_says_so(folder: Path) -> None:
-    said = status(Family.SD1, Family.SDXL, 128, 128, form="taesd", autoencoders=folder)
+    said = bridge_status(Family.SD1, Family.SDXL, 128, 128, form="taesd", autoencoders=folder)
     assert said == "SDXL latents: TAESD bridge, 64 x 64"
-    assert choose(Family.SD1, Family.SD2, form="taesd").label == "same as the side model's"
+    assert choose_bridge(Family.SD1, Family.SD2, form="taesd").label == "same as the side model's"
 
 
 def test_what_is_wrong_with_the_files_is_said_in_a_sentence(folder: Path) -> None:
     for place in (folder / "elsewhere", None):
         with pytest.raises(SettingError, match=r"needs taesdxl_decoder .* there is none: .*choose the learned bridge"):
-            choose(Family.SD1, Family.SDXL, form="taesd", autoencoders=place)
+            choose_bridge(Family.SD1, Family.SDXL, form="taesd", autoencoders=place)
     with pytest.raises(SettingError, match="needs taesd3_decoder"):
-        choose(Family.SD1, Family.SD3, form="taesd", autoencoders=folder)
+        choose_bridge(Family.SD1, Family.SD3, form="taesd", autoencoders=folder)
     shutil.copy(folder / "taef1_decoder.safetensors", folder / "taesdxl_decoder.safetensors")
     with pytest.raises(CheckpointError, match="latents of 16 channels, and those of SDXL have 4: it is another file"):
-        choose(Family.SD1, Family.SDXL, form="taesd", autoencoders=folder)
+        choose_bridge(Family.SD1, Family.SDXL, form="taesd", autoencoders=folder)
     torch.save(part("decoder", 4, 1), folder / "taesd_encoder.pth")
     with pytest.raises(CheckpointError, match=r"taesd_encoder.pth is not the encoder of a tiny autoencoder"):
-        choose(Family.SD1, Family.FLUX, form="taesd", autoencoders=folder)
+        choose_bridge(Family.SD1, Family.FLUX, form="taesd", autoencoders=folder)
 
 
 def test_files_of_other_spaces_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="do not fit together as those of SDXL and of SD 1.x/2.x do"):
-        choose(Family.SD1, Family.SDXL, form="taesd", autoencoders=folder)
+        choose_bridge(Family.SD1, Family.SDXL, form="taesd", autoencoders=folder)
 
 
 @pytest.mark.skipif(not TAESD, reason="DELTA_TAESD names no folder of tiny autoencoders")
 def test_released_files_are_told_apart(tmp_path: Path) -> None:
     for target in (Family.SDXL, Family.SD3, Family.FLUX):
-        assert choose(Family.SD1, target, form="taesd", autoencoders=Path(TAESD)).label == "TAESD bridge"
+        assert choose_bridge(Family.SD1, target, form="taesd", autoencoders=Path(TAESD)).label == "TAESD bridge"
     for name, other in (("taesdxl_decoder", "taesd_decoder"), ("taesd_encoder", "taesd_encoder")):
         shutil.copy(Path(TAESD) / f"{other}.safetensors", tmp_path / f"{name}.safetensors")
     with pytest.raises(CheckpointError, match="one is another file than its name says"):
-        choose(Family.SD1, Family.SDXL, form="taesd", autoencoders=tmp_path)
+        choose_bridge(Family.SD1, Family.SDXL, form="taesd", autoencoders=tmp_path)
 
 
 def moved(x: torch.Tensor, by: int) -> torch.Tensor:
@@ -126,7 +126,7 @@ def test_where_a_tile_begins_makes_no_difference(folder: Path, form: str, target
 
     def crossed(clean: torch.Tensor, noise: torch.Tensor, tiled: bool, by: int) -> tuple[torch.Tensor, torch.Tensor]:
         how = {"form": form, "size": size, "tiled": tiled, "autoencoders": folder}
-        bridge: Bridge = choose(Family.SD1, target, **how)
+        bridge: Bridge = choose_bridge(Family.SD1, target, **how)
         clean, noise = moved(clean, by), moved(noise, by)
         x, _, crossing = bridge.to_source(clean + 3 * noise, SIGMA, clean)
         step = by * x.shape[-1] // clean.shape[-1]
@@ -142,7 +142,7 @@ def test_where_a_tile_begins_makes_no_difference(folder: Path, form: str, target
 
 def test_a_bridge_for_tiles_leaves_the_others_as_they_are() -> None:
     path = WEIGHTS / "sd1-sdxl.safetensors"
-    tiled, other = load(path, True), load(path)
+    tiled, other = load_bridge(path, True), load_bridge(path)
     kinds = [{m.edges for m in bridge.state.modules() if isinstance(m, Filter)} for bridge in (tiled, other)]
     assert kinds == [{"circular"}, {"replicate"}]
 
@@ -160,5 +160,5 @@ def test_what_follows_the_state_is_its_regression() -> None:
             torch.cat((centred, ridge)), torch.cat((wanted - wanted.mean(0), torch.zeros(8, 4).double()))
         ).solution
         expected = (centred @ solved + wanted.mean(0)).T.reshape(4, 6, 10)
-        torch.testing.assert_close(followed(change, state)[image].double(), expected, atol=1e-4, rtol=1e-3)
-    assert not followed(0 * change, state).any()
+        torch.testing.assert_close(regress_on_state(change, state)[image].double(), expected, atol=1e-4, rtol=1e-3)
+    assert not regress_on_state(0 * change, state).any()

@@ -15,8 +15,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from lib_delta.controls import active_controls
-from lib_delta.controls.active_controls import ControlPick, Steering
-from lib_delta.controls.control_map import Map
+from lib_delta.controls.active_controls import ActiveControls, ControlPick
+from lib_delta.controls.control_map import ControlMap
 from lib_delta.controls.guides import ControlNetGuide, ImageGuide
 from lib_delta.core.source import Source
 from lib_delta.diffusion.parameterization import Parameterization
@@ -47,13 +47,13 @@ def image(tmp_path: Path, unet: UNet) -> ControlPick:
 
 
 def test_picks_become_the_guides_they_ask_for(unet: UNet, edges: ControlPick, image: ControlPick) -> None:
-    kept = Steering(unet)
-    kept.steer([edges, image])
+    kept = ActiveControls(unet)
+    kept.set_picks([edges, image])
     assert [(guide.start, guide.end) for guide in kept.guides] == [(0.0, 0.6), (0.0, 1.0)]
     first, second = (guide.guide for guide in kept.guides)
     assert isinstance(first, ControlNetGuide) and isinstance(second, ImageGuide)
     assert second.weight_type == "ease in" and second.weight == 0.7 and second.tokens[0].shape == (8, 16)
-    expected = ControlNetGuide(tiny_control(unet), Map(PICTURE, "crop and resize"), 0.8)
+    expected = ControlNetGuide(tiny_control(unet), ControlMap(PICTURE, "crop and resize"), 0.8)
     deltas = [
         Source(unet, Parameterization("eps"), TOLD, guides=[guide]).delta(X, SIGMA, 5.0) for guide in (expected, first)
     ]
@@ -64,39 +64,39 @@ def test_picks_become_the_guides_they_ask_for(unet: UNet, edges: ControlPick, im
 def test_files_and_pictures_that_stay_are_not_looked_at_again(
     unet: UNet, edges: ControlPick, image: ControlPick, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = Steering(unet)
-    kept.steer([edges, image])
+    kept = ActiveControls(unet)
+    kept.set_picks([edges, image])
     networks, tokens = kept.networks, kept.guides[1].guide.tokens  # type: ignore[attr-defined]
     for name in ("load_control", "load_image_encoder"):
         monkeypatch.setattr(active_controls, name, lambda *_, **__: pytest.fail("read again"))
-    kept.steer([image, edges])
+    kept.set_picks([image, edges])
     assert set(map(id, kept.networks)) == set(map(id, networks))
     assert kept.guides[0].guide.tokens is tokens  # type: ignore[attr-defined]
-    kept.steer([edges])
+    kept.set_picks([edges])
     assert len(kept.networks) == 1
-    kept.steer([])
+    kept.set_picks([])
     assert kept.networks == [] and kept.guides == ()
 
 
 def test_another_picture_is_looked_at(unet: UNet, image: ControlPick) -> None:
-    kept = Steering(unet)
+    kept = ActiveControls(unet)
     seen = []
     for pictures in ([PICTURE], [1 - PICTURE]):
-        kept.steer([ControlPick(image.path, pictures, encoders=image.encoders)])
+        kept.set_picks([ControlPick(image.path, pictures, encoders=image.encoders)])
         seen.append(kept.guides[0].guide.tokens[0])  # type: ignore[attr-defined]
     assert (seen[0] - seen[1]).abs().max() > 0.01
 
 
 def test_another_image_encoder_in_the_place_of_the_first_is_looked_through(unet: UNet, image: ControlPick) -> None:
-    kept = Steering(unet)
-    kept.steer([image])
+    kept = ActiveControls(unet)
+    kept.set_picks([image])
     before = kept.guides[0].guide.tokens[0]  # type: ignore[attr-defined]
     encoder = image.encoders[-1]
     with WeightFile.open(encoder) as file:
         weights = {key: 0.5 * file.tensor(key) for key in file.keys}
     save_file(weights, str(encoder), {"delta.vision_heads": "4"})
     os.utime(encoder, ns=(0, 0))
-    kept.steer([image])
+    kept.set_picks([image])
     assert (kept.guides[0].guide.tokens[0] - before).abs().max() > 0.01  # type: ignore[attr-defined]
 
 
@@ -112,11 +112,11 @@ def test_what_cannot_be_used_leaves_nothing_behind(
         "no image encoder is there whose pictures are 40 wide": [ControlPick(image.path, [PICTURE])],
         "are of several sizes": [ControlPick(edges.path, [PICTURE, randn(1, 3, 32, 32)])],
     }
-    kept = Steering(unet)
+    kept = ActiveControls(unet)
     for sentence, picks in cases.items():
-        kept.steer([edges])
+        kept.set_picks([edges])
         with pytest.raises((AdapterError, SettingError), match=sentence):
-            kept.steer([edges, *picks])
+            kept.set_picks([edges, *picks])
         assert kept.networks == [] and kept.guides == ()
 
 
@@ -125,8 +125,8 @@ def test_the_mask_of_img2img_is_for_the_controlnet_for_inpainting_alone(unet: UN
     seen = {}
     for name in ("inpaint", "edges"):
         path = save(tmp_path / f"{name}.safetensors", tiny_control(unet).state_dict())
-        kept = Steering(unet)
-        kept.steer([ControlPick(path, [PICTURE], mask=mask)])
+        kept = ActiveControls(unet)
+        kept.set_picks([ControlPick(path, [PICTURE], mask=mask)])
         seen[name] = kept.guides[0].guide.map.at(64, 64, 3)  # type: ignore[attr-defined]
     assert (seen["inpaint"] == -1).all() and torch.equal(seen["edges"], PICTURE)
 
@@ -163,18 +163,18 @@ def test_what_a_controlnet_was_made_for_is_told_by_its_name_and_what_lies_beside
     save(file, tiny_control(unet).state_dict())
     for name, text in beside.items():
         (file.parent / name).write_text(text)
-    kept = Steering(unet)
-    kept.steer([ControlPick(file, [PICTURE])])
+    kept = ActiveControls(unet)
+    kept.set_picks([ControlPick(file, [PICTURE])])
     assert [(found.pooled, found.fills) for found in kept.files] == [(pooled, fills)]
     assert kept.guides[0].guide.pooled == pooled  # type: ignore[attr-defined]
 
 
 def test_another_configuration_beside_a_controlnet_is_followed(unet: UNet, tmp_path: Path) -> None:
     file = save(tmp_path / "diffusion_pytorch_model.safetensors", tiny_control(unet).state_dict())
-    kept, pooled = Steering(unet), []
+    kept, pooled = ActiveControls(unet), []
     for stated in ("true", "false"):
         (tmp_path / "config.json").write_text(f'{{"global_pool_conditions": {stated}, "more": "{stated}"}}')
-        kept.steer([ControlPick(file, [PICTURE])])
+        kept.set_picks([ControlPick(file, [PICTURE])])
         pooled.append(kept.files[0].pooled)
     assert pooled == [True, False]
     assert kept.files[0].name == f"{tmp_path.name}/{file.name}"  # all files of diffusers have the same
@@ -192,4 +192,6 @@ def test_whole_numbers_are_no_difference_to_the_base(kind: str, unet: UNet, tmp_
         quantised = {f"{layer}.{side}": factor.to(torch.int8) for side, factor in factors.items()}
         quantised["lora_controlnet"] = torch.zeros(())
     with pytest.raises(AdapterError, match=rf"{layer}\.(weight|up) of type torch.int8"):
-        Steering(unet).steer([ControlPick(save(tmp_path / "x.safetensors", {**tensors, **quantised}), [PICTURE])])
+        ActiveControls(unet).set_picks(
+            [ControlPick(save(tmp_path / "x.safetensors", {**tensors, **quantised}), [PICTURE])]
+        )

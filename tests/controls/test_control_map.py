@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from lib_delta.controls import control_map
-from lib_delta.controls.control_map import Map, pixels, pixels_of, read_picture
+from lib_delta.controls.control_map import ControlMap, pixels, pixels_of, read_picture
 from lib_delta.errors import SettingError
 from tests.support.tiny_unet import randn
 
@@ -58,7 +58,7 @@ def test_files_that_are_no_pictures_or_too_large_are_refused(tmp_path: Path, mon
         with pytest.raises(SettingError, match="cannot be read as a picture"):
             read_picture(tmp_path / name)
     Image.fromarray(GREY).save(tmp_path / "large.png")
-    monkeypatch.setattr(control_map, "LARGEST", 40)
+    monkeypatch.setattr(control_map, "MAX_PIXELS", 40)
     with pytest.raises(SettingError, match="large.png has 8 x 6 pixels"):
         read_picture(tmp_path / "large.png")
 
@@ -66,18 +66,18 @@ def test_files_that_are_no_pictures_or_too_large_are_refused(tmp_path: Path, mon
 @pytest.mark.parametrize("size", [(5, 9), (64, 64), (30, 7), (200, 120)])
 @pytest.mark.parametrize("resize", ["just resize", "crop and resize", "resize and fill"])
 def test_a_map_has_the_size_that_is_asked_for(resize: Any, size: tuple[int, int]) -> None:
-    found = Map(randn(2, 3, 40, 60).sigmoid(), resize).at(*size, 3)
+    found = ControlMap(randn(2, 3, 40, 60).sigmoid(), resize).at(*size, 3)
     assert found.shape == (2, 3, *size)
     assert found.min() >= 0 and found.max() <= 1
-    assert Map(randn(1, 3, 40, 60).sigmoid(), resize).at(*size, 1).shape == (1, 1, *size)
+    assert ControlMap(randn(1, 3, 40, 60).sigmoid(), resize).at(*size, 1).shape == (1, 1, *size)
 
 
 def test_cropping_keeps_the_middle_and_filling_keeps_all() -> None:
     picture = torch.zeros(1, 3, 8, 16)
     picture[..., 8:] = 1
-    cropped = Map(picture, "crop and resize").at(8, 8, 3)
+    cropped = ControlMap(picture, "crop and resize").at(8, 8, 3)
     assert torch.equal(cropped, picture[..., 4:12])
-    filled = Map(picture, "resize and fill").at(16, 16, 3)
+    filled = ControlMap(picture, "resize and fill").at(16, 16, 3)
     assert torch.equal(filled[..., 4:12, :], picture)
     assert torch.equal(filled[..., 0, :], picture[..., 0, :]) and torch.equal(filled[..., -1, :], picture[..., 0, :])
 
@@ -86,36 +86,36 @@ def test_where_the_source_sees_a_picture_squeezed_its_map_is_squeezed_alike() ->
     lines = torch.zeros(1, 3, 60, 100)
     lines[..., 20] = 1  # a picture of 40 x 80 has all columns of it, and not all rows
     frames = [((32, 32), (40, 80)), ((64, 128), (80, 160))]
-    seen = Map(lines, "crop and resize", frames=frames)
+    seen = ControlMap(lines, "crop and resize", frames=frames)
     place = (seen.at(32, 32, 3)[0, 0, 0] * torch.arange(32)).sum() / seen.at(32, 32, 3)[0, 0, 0].sum()
     assert float(place) == pytest.approx(20.5 / 100 * 32 - 0.5, abs=0.3)
-    filled = Map(lines, "resize and fill", frames=[((32, 32), (60, 60))]).at(32, 32, 3)
-    assert torch.equal(filled, Map(lines, "resize and fill").at(32, 32, 3))
+    filled = ControlMap(lines, "resize and fill", frames=[((32, 32), (60, 60))]).at(32, 32, 3)
+    assert torch.equal(filled, ControlMap(lines, "resize and fill").at(32, 32, 3))
     hidden = torch.zeros(1, 1, 5, 10)
     hidden[..., 5:] = 1
-    painted = Map(lines, "crop and resize", hidden, frames=frames).at(32, 32, 3)
+    painted = ControlMap(lines, "crop and resize", hidden, frames=frames).at(32, 32, 3)
     assert ((painted[0, 0] == -1).nonzero()[:, 1] >= 16).all() and (painted[0, 0, :, 16:] == -1).all()
 
 
 def test_labels_stay_labels_and_shades_are_averaged() -> None:
     labels = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.2, 0.4, 0.6]])[torch.arange(64) % 4]
     picture = labels.T.reshape(1, 3, 8, 8)
-    small = Map(picture).at(3, 3, 3)
+    small = ControlMap(picture).at(3, 3, 3)
     known = {tuple(row) for row in labels.tolist()}
     assert {tuple(row) for row in small[0].flatten(1).T.tolist()} <= known
     shades = (0.2 + 0.6 * torch.eye(8)).expand(1, 3, 8, 8)
-    assert float(Map(shades).at(4, 4, 3)[0, 0, 0, 0]) == pytest.approx(0.5)
+    assert float(ControlMap(shades).at(4, 4, 3)[0, 0, 0, 0]) == pytest.approx(0.5)
 
 
 def test_a_narrow_stroke_of_a_mask_hides_all_of_it() -> None:
     stroke = torch.zeros(1, 1, 8, 8)
     stroke[..., 3] = 1
-    assert (Map(torch.rand(1, 3, 64, 64), hidden=stroke).at(64, 64, 3)[0, 0, 20, 25:31] == -1).all()
+    assert (ControlMap(torch.rand(1, 3, 64, 64), hidden=stroke).at(64, 64, 3)[0, 0, 20, 25:31] == -1).all()
 
 
 def test_an_unknown_resize_mode_is_refused() -> None:
     with pytest.raises(SettingError, match="resize mode is 'fit': one of just resize"):
-        Map(randn(1, 3, 4, 4), "fit")  # type: ignore[arg-type]
+        ControlMap(randn(1, 3, 4, 4), "fit")  # type: ignore[arg-type]
 
 
 def with_text(png: bytes, name: bytes, text: bytes) -> bytes:

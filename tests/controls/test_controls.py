@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from lib_delta.adapters.inspection import Reference
 from lib_delta.bridges.identity import IdentityBridge
 from lib_delta.controls.control_file import load_control
-from lib_delta.controls.control_map import Map
+from lib_delta.controls.control_map import ControlMap
 from lib_delta.controls.guides import ControlNetGuide, FeatureGuide, ImageGuide, share
 from lib_delta.core.conditioning import Conditioning
-from lib_delta.core.delta_reuse import PLANS, Hold
+from lib_delta.core.delta_reuse import REUSE_PLANS, DeltaReuse
 from lib_delta.core.guidance import DeltaGuidance, DenoiseStep
-from lib_delta.core.guides import Inputs, Timed
+from lib_delta.core.guides import GuideInputs, TimedGuide
 from lib_delta.core.source import Source
 from lib_delta.core.strength import Strength
 from lib_delta.diffusion.parameterization import Parameterization
@@ -31,7 +31,7 @@ from lib_delta.models.forked_layers import ForkedLayer
 from lib_delta.models.injection import Injection
 from lib_delta.models.ip_adapter import IPAdapter, TokenProjection, cross_attentions
 from lib_delta.models.text import sdxl_label
-from lib_delta.models.unet import Text, UNet
+from lib_delta.models.unet import TextContext, UNet
 from tests.support.controls import HINTS, PICTURE, SIGMA, TOLD, X, image_tensors, save, tiny_control
 from tests.support.diffusers_unet import SD1, SD1_FULL, SD2, SDXL, draw, narrow, pair, randomize
 from tests.support.tiny_unet import adapt, randn, tiny_unet
@@ -82,7 +82,7 @@ def test_a_controlnet_and_the_unet_it_steers_equal_diffusers(
     assert all(expected.std() > 0.01 for expected in (*down, middle))
     arguments = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle, **added(drawn)}
     expected = theirs(drawn["x"], drawn["t"], drawn["context"], **arguments).sample
-    guide = ControlNetGuide(loaded, Map(picture), 0.7)
+    guide = ControlNetGuide(loaded, ControlMap(picture), 0.7)
     two = forked(ours, drawn, [guide])
     assert (two[1] - expected).abs().max() < 1e-4
     alone = theirs(drawn["x"], drawn["t"], drawn["context"], **added(drawn)).sample
@@ -90,14 +90,14 @@ def test_a_controlnet_and_the_unet_it_steers_equal_diffusers(
     assert (alone - expected).abs().max() > 0.01
 
 
-def inputs_of(drawn: Mapping[str, Tensor]) -> Inputs:
+def inputs_of(drawn: Mapping[str, Tensor]) -> GuideInputs:
     rows = len(drawn["x"])
-    return Inputs(
+    return GuideInputs(
         drawn["x"], drawn["t"], drawn["context"], label(drawn), torch.arange(rows), torch.zeros(rows, dtype=torch.bool)
     )
 
 
-def forked(unet: UNet, drawn: Mapping[str, Tensor], guides: list[Callable[[Inputs], Injection]]) -> Tensor:
+def forked(unet: UNet, drawn: Mapping[str, Tensor], guides: list[Callable[[GuideInputs], Injection]]) -> Tensor:
     injection = sum((guide(inputs_of(drawn)) for guide in guides), Injection())
     own = label(drawn)
     return unet(drawn["x"][None], drawn["t"], drawn["context"][None], None if own is None else own[None], injection)
@@ -167,7 +167,7 @@ def test_a_t2i_adapter_equals_diffusers(layout: str, form: str, channels: int, t
     assert (two[1] - sample).abs().max() < 1e-4
     torch.testing.assert_close(two[0], forked(ours, drawn, [])[0])
     if channels == 3:
-        guided = forked(ours, drawn, [FeatureGuide(read.model, ours, Map(picture))])
+        guided = forked(ours, drawn, [FeatureGuide(read.model, ours, ControlMap(picture))])
         torch.testing.assert_close(guided, two, atol=1e-5, rtol=1e-5)
 
 
@@ -182,7 +182,7 @@ def test_a_t2i_adapters_features_fit_every_size_of_latents(layout: str, size: tu
     randomize(adapter)
     read = load_control(save(tmp_path / "t2i.safetensors", adapter.state_dict()), unet).model
     drawn, picture = draw(config, size), randn(1, 3, 8 * size[0], 8 * size[1], seed=9).sigmoid()
-    two = forked(unet, drawn, [FeatureGuide(read, unet, Map(picture))])
+    two = forked(unet, drawn, [FeatureGuide(read, unet, ControlMap(picture))])
     assert two.shape == (2, *drawn["x"].shape) and (two[1] - two[0]).abs().max() > 1e-3
 
 
@@ -238,7 +238,7 @@ def test_an_ip_adapter_equals_diffusers(form: str, layout: str, tmp_path: Path) 
     # The guide tells rows apart by prompt and negative prompt: here the second row stands for the latter.
     guide = ImageGuide(read.model, ours, (tokens[0], tokens[1]), 0.6)
     inputs = inputs_of(drawn)
-    inputs = Inputs(inputs.x, inputs.t, inputs.context, inputs.label, inputs.images, torch.tensor([False, True]))
+    inputs = GuideInputs(inputs.x, inputs.t, inputs.context, inputs.label, inputs.images, torch.tensor([False, True]))
     own = label(drawn)
     two = ours(drawn["x"][None], drawn["t"], drawn["context"][None], None if own is None else own[None], guide(inputs))
     error = (two[1] - expected).abs().max()
@@ -257,7 +257,7 @@ def half(
     if weights:
         hint = control.hint(picture).expand(2, -1, -1, -1)
         residuals = [w * r for w, r in zip(weights, control(scaled, t, rows, hint), strict=True)]
-        injection = Injection(decoder=dict(enumerate(residuals)), alone=True)
+        injection = Injection(decoder=dict(enumerate(residuals)), single_branch=True)
     return eps.denoised(unet(scaled[None], t, rows[None], None, injection)[0], x, SIGMA)
 
 
@@ -285,7 +285,9 @@ def by_hand(
 def test_one_forked_pass_equals_two_models(mode: Any, cfg: float) -> None:
     unet = tiny_unet()
     control = tiny_control(unet)
-    source = Source(unet, Parameterization("eps"), TOLD, guides=[ControlNetGuide(control, Map(PICTURE), 0.8, mode)])
+    source = Source(
+        unet, Parameterization("eps"), TOLD, guides=[ControlNetGuide(control, ControlMap(PICTURE), 0.8, mode)]
+    )
     soft = 1.0 if mode == "balanced" else 0.825
     count = len(unet.input_blocks) + 1
     weights = [0.8 * soft ** (count - 1 - i) for i in range(count)]
@@ -298,7 +300,7 @@ def test_the_map_follows_the_resolution_of_a_hires_pass() -> None:
     """The second pass is of another size and shape, which neither 8 latents nor the map's side divide."""
     unet = tiny_unet()
     control = tiny_control(unet)
-    guide = ControlNetGuide(control, Map(PICTURE, "just resize"))
+    guide = ControlNetGuide(control, ControlMap(PICTURE, "just resize"))
     source = Source(unet, Parameterization("eps"), TOLD, guides=[guide])
     weights = [1.0] * (len(unet.input_blocks) + 1)
     for rows, columns in ((8, 8), (13, 11), (8, 8)):
@@ -315,7 +317,9 @@ def test_what_is_painted_anew_is_hidden_from_the_controlnet_for_inpainting() -> 
     control = tiny_control(unet)
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., 16:40, 8:48] = 1
-    source = Source(unet, Parameterization("eps"), TOLD, guides=[ControlNetGuide(control, Map(PICTURE, hidden=mask))])
+    source = Source(
+        unet, Parameterization("eps"), TOLD, guides=[ControlNetGuide(control, ControlMap(PICTURE, hidden=mask))]
+    )
     condition = PICTURE.clone()
     condition[mask.expand(-1, 3, -1, -1) > 0.5] = -1.0
     expected = by_hand(unet, control, [1.0] * (len(unet.input_blocks) + 1), 5.0, picture=condition)
@@ -328,7 +332,7 @@ def test_each_prompt_joined_by_and_is_steered() -> None:
     conds = randn(3, 7, 16, seed=5)
     shares = ((1.0, 0.5), (0.7,))
     told = Conditioning(conds, TOLD.uncond, weights=shares)
-    source = Source(unet, Parameterization("eps"), told, guides=[ControlNetGuide(control, Map(PICTURE))])
+    source = Source(unet, Parameterization("eps"), told, guides=[ControlNetGuide(control, ControlMap(PICTURE))])
 
     def composed(weights: list[float]) -> Tensor:
         uncond = half(unet, control, TOLD.uncond, weights)
@@ -342,33 +346,33 @@ def test_each_prompt_joined_by_and_is_steered() -> None:
 
 def test_a_guide_counts_in_its_share_of_the_run() -> None:
     unet = tiny_unet()
-    edges, pose = (ControlNetGuide(tiny_control(unet, seed), Map(PICTURE)) for seed in (20, 21))
-    source = Source(unet, Parameterization("eps"), TOLD, guides=[Timed(edges, end=0.6), Timed(pose, 0.3)])
+    edges, pose = (ControlNetGuide(tiny_control(unet, seed), ControlMap(PICTURE)) for seed in (20, 21))
+    source = Source(unet, Parameterization("eps"), TOLD, guides=[TimedGuide(edges, end=0.6), TimedGuide(pose, 0.3)])
     guidance = DeltaGuidance(Strength(1.0), IdentityBridge(), source)
     for progress, guides in ((0.0, [edges]), (0.3, [edges, pose]), (0.6, [edges, pose]), (0.7, [pose])):
         expected = Source(unet, Parameterization("eps"), TOLD, guides=guides).delta(X, SIGMA, 5.0)
         got = guidance(DenoiseStep(X, SIGMA, torch.zeros_like(X), 5.0, progress))
         torch.testing.assert_close(got, expected)
     assert source.evaluations == 4
-    assert source.during(0.1) is source.during(0.2) is not source.during(0.8)
+    assert source.at_progress(0.1) is source.at_progress(0.2) is not source.at_progress(0.8)
 
 
 def test_where_no_guide_counts_the_delta_is_0_and_costs_nothing() -> None:
     unet = tiny_unet()
-    guide = Timed(ControlNetGuide(tiny_control(unet), Map(PICTURE)), 0.2, 0.6)
+    guide = TimedGuide(ControlNetGuide(tiny_control(unet), ControlMap(PICTURE)), 0.2, 0.6)
     source = Source(unet, Parameterization("eps"), TOLD, guides=[guide])
-    assert not source.during(0.7).delta(X, SIGMA, 5.0).any() and source.evaluations == 0
-    assert source.during(0.6).delta(X, SIGMA, 5.0).any() and source.evaluations == 1
+    assert not source.at_progress(0.7).delta(X, SIGMA, 5.0).any() and source.evaluations == 0
+    assert source.at_progress(0.6).delta(X, SIGMA, 5.0).any() and source.evaluations == 1
     other = Conditioning(randn(1, 7, 16, seed=8), TOLD.uncond)
     prompted = Source(unet, Parameterization("eps"), TOLD, other, guides=[guide])
-    assert prompted.during(0.7).delta(X, SIGMA, 5.0).any()
+    assert prompted.at_progress(0.7).delta(X, SIGMA, 5.0).any()
 
 
 def test_a_delta_that_is_held_is_not_held_beyond_a_guides_end() -> None:
     unet = tiny_unet()
-    guide = Timed(ControlNetGuide(tiny_control(unet), Map(PICTURE)), end=0.5)
+    guide = TimedGuide(ControlNetGuide(tiny_control(unet), ControlMap(PICTURE)), end=0.5)
     source = Source(unet, Parameterization("eps"), TOLD, guides=[guide])
-    guidance = DeltaGuidance(Strength(1.0), IdentityBridge(), source, Hold(PLANS["fast"]))
+    guidance = DeltaGuidance(Strength(1.0), IdentityBridge(), source, DeltaReuse(REUSE_PLANS["fast"]))
 
     def delta(progress: float) -> Tensor:
         return guidance(DenoiseStep(X, SIGMA, torch.zeros_like(X), 5.0, progress, levels=21))
@@ -380,15 +384,15 @@ def test_a_delta_that_is_held_is_not_held_beyond_a_guides_end() -> None:
 @pytest.mark.parametrize("share", [(0.6, 0.5), (-0.1, 1.0), (0.0, 1.1)])
 def test_a_share_of_the_run_that_is_none_is_refused(share: tuple[float, float]) -> None:
     with pytest.raises(SettingError, match="two shares of the run from 0 to 1 are needed, the earlier first"):
-        Timed(lambda inputs: Injection(), *share)
+        TimedGuide(lambda inputs: Injection(), *share)
 
 
 def test_in_parts_the_delta_is_the_same() -> None:
     unet = tiny_unet()
-    guides = [ControlNetGuide(tiny_control(unet), Map(PICTURE))]
+    guides = [ControlNetGuide(tiny_control(unet), ControlMap(PICTURE))]
     source = Source(unet, Parameterization("eps"), TOLD, guides=guides)
     whole = source.delta(X, SIGMA, 5.0)
-    source._parts = 8
+    source._split = 8
     torch.testing.assert_close(source.delta(X, SIGMA, 5.0), whole, atol=1e-4, rtol=1e-4)
 
 
@@ -417,7 +421,7 @@ def counted_rows(model: nn.Module) -> dict[str, int]:
 def test_the_encoder_runs_once_for_both_branches() -> None:
     unet = tiny_unet()
     control = tiny_control(unet)
-    source = Source(unet, Parameterization("eps"), TOLD, guides=[ControlNetGuide(control, Map(PICTURE))])
+    source = Source(unet, Parameterization("eps"), TOLD, guides=[ControlNetGuide(control, ControlMap(PICTURE))])
     of_control = counted_rows(control)
     seen = rows_seen(unet, source)
     # Once for the adapted model, with and without prompt; the map is read once, as one row.
@@ -436,7 +440,7 @@ def test_a_weight_of_0_is_exactly_nothing(tmp_path: Path) -> None:
     adapter = load_control(path, unet).model
     tokens = adapter.image_proj(randn(2, 40))
     guides = [
-        ControlNetGuide(tiny_control(unet), Map(PICTURE), 0.0),
+        ControlNetGuide(tiny_control(unet), ControlMap(PICTURE), 0.0),
         ImageGuide(adapter, unet, (tokens[0], tokens[1]), 0.0),
     ]
     source = Source(unet, Parameterization("eps"), TOLD, guides=guides)
@@ -454,7 +458,7 @@ def test_all_together_with_new_weights_equal_two_models(tmp_path: Path) -> None:
 
     def guides(model: UNet) -> list[Any]:
         return [
-            *(ControlNetGuide(control, Map(PICTURE), 0.5) for control in controls),
+            *(ControlNetGuide(control, ControlMap(PICTURE), 0.5) for control in controls),
             ImageGuide(adapter, model, (tokens[0], tokens[1]), 0.7),
         ]
 
@@ -471,11 +475,11 @@ def test_each_image_has_its_own_map() -> None:
     unet = tiny_unet()
     control = tiny_control(unet)
     pictures = torch.cat((PICTURE, 1 - PICTURE))
-    both = Source(unet, Parameterization("eps"), TOLD, guides=[ControlNetGuide(control, Map(pictures))])
+    both = Source(unet, Parameterization("eps"), TOLD, guides=[ControlNetGuide(control, ControlMap(pictures))])
     delta = both.delta(X, SIGMA, 5.0)
     for i in (0, 1):
         single = Source(
-            unet, Parameterization("eps"), TOLD, guides=[ControlNetGuide(control, Map(pictures[i : i + 1]))]
+            unet, Parameterization("eps"), TOLD, guides=[ControlNetGuide(control, ControlMap(pictures[i : i + 1]))]
         )
         torch.testing.assert_close(delta[i], single.delta(X, SIGMA, 5.0)[i], atol=1e-3, rtol=1e-3)
 
@@ -575,10 +579,10 @@ def test_damaged_controlnets_are_refused(spoil: Any, sentence: str, tmp_path: Pa
 def test_unknown_modes_are_refused() -> None:
     unet = tiny_unet()
     with pytest.raises(SettingError, match="control mode is 'all': one of balanced"):
-        ControlNetGuide(tiny_control(unet), Map(PICTURE), mode="all")  # type: ignore[arg-type]
+        ControlNetGuide(tiny_control(unet), ControlMap(PICTURE), mode="all")  # type: ignore[arg-type]
     t2i = T2IAdapter(T2IConfig(3, (32, 64), 1, 8, (1,)))
     with pytest.raises(SettingError, match="control mode is 'all': one of balanced"):
-        FeatureGuide(t2i, unet, Map(PICTURE), mode="all")  # type: ignore[arg-type]
+        FeatureGuide(t2i, unet, ControlMap(PICTURE), mode="all")  # type: ignore[arg-type]
     adapter = IPAdapter(TokenProjection(40, 16, 4), 16, [])
     with pytest.raises(SettingError, match="weight type is 'all': one of linear"):
         ImageGuide(adapter, unet, (randn(1), randn(1)), weight_type="all")  # type: ignore[arg-type]
@@ -625,10 +629,10 @@ def test_full_width_ip_adapter_equals_diffusers(tmp_path: Path) -> None:
     assert (tokens - projection(seen)).abs().max() < 1e-4
     guide = ImageGuide(model, unet, (tokens[0], tokens[1]), 0.6)
     text = randn(2, 77, 768, seed=3)
-    drawn = Inputs(text, text, text, None, torch.arange(2), torch.tensor([False, True]))
+    drawn = GuideInputs(text, text, text, None, torch.arange(2), torch.tensor([False, True]))
     injection = guide(drawn)
     layers = list(cross_attentions(unet))
-    assert len(layers) == len(injection.attended) == 16
+    assert len(layers) == len(injection.extra_attention) == 16
     for number, (_, layer) in enumerate(layers):
         width, ours = layer.to_q.weight.shape[0], layer.to_empty(device="cpu")
         theirs = Attention(width, 768, heads=8, dim_head=width // 8).requires_grad_(False)
@@ -640,6 +644,6 @@ def test_full_width_ip_adapter_equals_diffusers(tmp_path: Path) -> None:
         processor.to_v_ip[0].weight.copy_(tensors[f"{key}v_ip.weight"])
         hidden = randn(2, 16, width, seed=50 + number)
         expected = processor(theirs, hidden, encoder_hidden_states=(text, [tokens[:, None]]))
-        got = ours(hidden[None], Text.of(text[None]), replace(injection, alone=True))[0]
+        got = ours(hidden[None], TextContext.of(text[None]), replace(injection, single_branch=True))[0]
         assert (got - expected).abs().max() < 1e-4 * max(1.0, float(expected.std()))
-        assert (got - ours(hidden[None], Text.of(text[None]))[0]).abs().max() > 0.01
+        assert (got - ours(hidden[None], TextContext.of(text[None]))[0]).abs().max() > 0.01

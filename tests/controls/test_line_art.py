@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib_delta.controls.control_map import Map
+from lib_delta.controls.control_map import ControlMap
 from lib_delta.controls.line_art import thinned, threshold, two_levels
 
 cv2: Any = pytest.importorskip("cv2")
@@ -74,7 +74,7 @@ def by_opencv(drawn: Pixels, size: tuple[int, int]) -> Pixels:
 
 @pytest.mark.parametrize("size", [(30, 45), (97, 141), (40, 150), (120, 180)])
 def test_edges_of_one_pixel_stay_edges_of_one_pixel(size: tuple[int, int]) -> None:
-    made = Map(as_map(edges())).at(*size, 3)
+    made = ControlMap(as_map(edges())).at(*size, 3)
     assert set(made.unique().tolist()) == {0.0, 1.0}
     wanted = by_opencv(edges(), size)
     assert np.array_equal(made[0, 0].byte().numpy() * 255, wanted) and wanted.any()
@@ -83,9 +83,9 @@ def test_edges_of_one_pixel_stay_edges_of_one_pixel(size: tuple[int, int]) -> No
 def test_areas_of_two_levels_stay_two_levels_and_all_else_is_as_it_was() -> None:
     filled = np.zeros((60, 90), np.uint8)
     cv2.circle(filled, (40, 30), 20, 255, -1)
-    made = Map(as_map(filled)).at(97, 140, 3)
+    made = ControlMap(as_map(filled)).at(97, 140, 3)
     assert set(made.unique().tolist()) == {0.0, 1.0}
     assert float(made.mean()) == pytest.approx(filled.mean() / 255, abs=0.01)
     soft = as_map(cv2.GaussianBlur(filled, (9, 9), 3))
-    assert not two_levels(soft[0]) and len(Map(soft).at(97, 140, 3).unique()) > 50
+    assert not two_levels(soft[0]) and len(ControlMap(soft).at(97, 140, 3).unique()) > 50
     assert not two_levels(as_map(np.zeros((4, 4), np.uint8))[0])

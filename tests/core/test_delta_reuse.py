@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lib_delta.bridges import IdentityBridge
-from lib_delta.core.delta_reuse import PLANS, Hold, Moment, Plan, plan_of
-from lib_delta.core.deltas import Deltas, Parts
+from lib_delta.core.delta_reuse import REUSE_PLANS, DeltaReuse, ReusePlan, StepState, reuse_plan
+from lib_delta.core.deltas import Deltas, PromptParts
 from lib_delta.core.guidance import DeltaDenoiser, DeltaGuidance, DenoiseStep
 from lib_delta.core.strength import Strength
 from lib_delta.errors import SettingError
@@ -37,10 +37,10 @@ class WatchedSource:
         self.asked: list[float] = []
         self._told = told
 
-    def told(self, step: int) -> tuple[object, ...]:
+    def conditioning_at(self, step: int) -> tuple[object, ...]:
         return (self._told(step),)
 
-    def during(self, progress: float) -> WatchedSource:
+    def at_progress(self, progress: float) -> WatchedSource:
         return self
 
     def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Deltas:
@@ -49,9 +49,9 @@ class WatchedSource:
         return Deltas(delta, delta)
 
 
-def sampled(name: str, plan: Plan | None) -> tuple[Tensor, list[float], int]:
+def sampled(name: str, plan: ReusePlan | None) -> tuple[Tensor, list[float], int]:
     source, calls = WatchedSource(), []
-    guidance = DeltaGuidance(Strength(1.0), IdentityBridge(), source, None if plan is None else Hold(plan))
+    guidance = DeltaGuidance(Strength(1.0), IdentityBridge(), source, None if plan is None else DeltaReuse(plan))
 
     def target(x: Tensor, sigma: Tensor) -> Tensor:
         calls.append(float(sigma.max()))
@@ -64,14 +64,14 @@ def sampled(name: str, plan: Plan | None) -> tuple[Tensor, list[float], int]:
 @pytest.mark.parametrize("name", k_diffusion_samplers())
 def test_exact_is_what_it_was_bit_for_bit(name: str) -> None:
     plain, asked, calls = sampled(name, None)
-    exact, again, _ = sampled(name, PLANS["exact"])
+    exact, again, _ = sampled(name, REUSE_PLANS["exact"])
     assert torch.equal(plain, exact) and asked == again and len(asked) == calls
 
 
 @pytest.mark.parametrize("quality", ["balanced", "fast"])
 @pytest.mark.parametrize("name", k_diffusion_samplers())
 def test_every_sampler_saves_and_keeps_most_of_the_effect(name: str, quality: str) -> None:
-    plan = PLANS[quality]
+    plan = REUSE_PLANS[quality]
     exact, _, calls = sampled(name, None)
     held, asked, _ = sampled(name, plan)
     plain = run(name, TARGET)
@@ -85,18 +85,18 @@ def test_every_sampler_saves_and_keeps_most_of_the_effect(name: str, quality: st
     "name", sorted({"euler", "heun", "dpm_2", "dpmpp_2m", "euler_ancestral"} & {*k_diffusion_samplers()})
 )
 def test_one_evaluation_serves_the_levels_of_the_plan_however_often_a_sampler_calls(name: str) -> None:
-    _, asked, _ = sampled(name, Plan(2))
+    _, asked, _ = sampled(name, ReusePlan(2))
     assert len(asked) == math.ceil(LEVELS / 2)
 
 
-def moments(progress: list[float], told: tuple[object, ...] = ()) -> list[Moment]:
+def moments(progress: list[float], told: tuple[object, ...] = ()) -> list[StepState]:
     sigmas = [14.0 * math.exp(-5 * p) for p in progress]
-    return [Moment(torch.tensor([s, s]), s + randn(2, 4, 4, 4), p, 21, told) for p, s in zip(progress, sigmas)]
+    return [StepState(torch.tensor([s, s]), s + randn(2, 4, 4, 4), p, 21, told) for p, s in zip(progress, sigmas)]
 
 
-def evaluated(plan: Plan, asked: list[Moment]) -> list[bool]:
+def evaluated(plan: ReusePlan, asked: list[StepState]) -> list[bool]:
     """Tell for each moment whether the source was asked."""
-    hold, answers = Hold(plan), []
+    hold, answers = DeltaReuse(plan), []
     for moment in asked:
         calls: list[int] = []
 
@@ -111,29 +111,29 @@ def evaluated(plan: Plan, asked: list[Moment]) -> list[bool]:
 
 def test_what_decides_is_the_noise_level_and_no_count() -> None:
     there = [0.0, 0.05, 0.1, 0.15]
-    asked = evaluated(Plan(2), moments([p for p in there for _ in range(3)]))
+    asked = evaluated(ReusePlan(2), moments([p for p in there for _ in range(3)]))
     assert asked == [p in (0.0, 0.1) and i == 0 for p in there for i in range(3)]
 
 
 def test_going_back_asks_again() -> None:
-    assert evaluated(Plan(2), moments([0.0, 0.05, 0.1, 0.0])) == [True, False, True, True]
+    assert evaluated(ReusePlan(2), moments([0.0, 0.05, 0.1, 0.0])) == [True, False, True, True]
 
 
 def test_a_change_of_what_the_delta_is_of_asks_again() -> None:
     prompt, other = object(), object()
     asked = [*moments([0.0, 0.05], (prompt, 7.0)), *moments([0.05], (other, 7.0)), *moments([0.05], (other, 1.0))]
-    assert evaluated(Plan(4), asked) == [True, False, True, True]
+    assert evaluated(ReusePlan(4), asked) == [True, False, True, True]
 
 
 def test_an_unknown_number_of_levels_asks_always() -> None:
-    assert all(evaluated(Plan(4), [replace(m, levels=0) for m in moments([0.0, 0.01, 0.02])]))
+    assert all(evaluated(ReusePlan(4), [replace(m, levels=0) for m in moments([0.0, 0.01, 0.02])]))
 
 
 def test_an_estimate_that_moved_asks_again() -> None:
     sizes = zip(moments([0, 0.5, 1.0]), (1, 1.1, 1.3))
     first, second, third = (replace(m, denoised=size * torch.ones(2, 4, 4, 4)) for m, size in sizes)
-    assert evaluated(Plan(moved=0.2), [first, second, third]) == [True, False, True]
-    assert evaluated(Plan(moved=0.2), [second, replace(first, denoised=second.denoised)]) == [True, True]
+    assert evaluated(ReusePlan(moved=0.2), [first, second, third]) == [True, False, True]
+    assert evaluated(ReusePlan(moved=0.2), [second, replace(first, denoised=second.denoised)]) == [True, True]
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -144,13 +144,15 @@ def test_a_change_of_v_that_is_constant_or_linear_in_log_sigma_is_held_exactly(l
         s = sigma[:, None, None, None]
         return (change + slope * s.log()) * s / (s**2 + 1) ** 0.5
 
-    hold, answers = Hold(Plan(2, linear)), []
+    hold, answers = DeltaReuse(ReusePlan(2, linear)), []
     for moment in moments([0.0, 0.05, 0.1, 0.15, 0.2, 0.25]):
         moment = replace(moment, sigma=moment.sigma * torch.tensor([1.0, 1.5]))
 
-        def evaluate(m: Moment = moment) -> Deltas:
+        def evaluate(m: StepState = moment) -> Deltas:
             true = truth(m.sigma)
-            return Deltas(true, 3 * true, Parts(2 * true[[0, 1, 1]], ((1.0,), (0.5, 0.5)), torch.tensor([0, 1, 1])))
+            return Deltas(
+                true, 3 * true, PromptParts(2 * true[[0, 1, 1]], ((1.0,), (0.5, 0.5)), torch.tensor([0, 1, 1]))
+            )
 
         answers.append((hold.deltas(evaluate, moment), truth(moment.sigma)))
     for deltas, true in answers[2:]:
@@ -163,7 +165,7 @@ def test_a_change_of_v_that_is_constant_or_linear_in_log_sigma_is_held_exactly(l
 @pytest.mark.parametrize(("sigma", "share"), [(7.5, 0.2892), (1.0, 1.0), (8.5, 0.0)])
 def test_what_goes_on_linearly_goes_neither_further_than_it_came_nor_back(sigma: float, share: float) -> None:
     before, last = randn(2, 4, 4, 4, seed=1), randn(2, 4, 4, 4, seed=2)
-    hold = Hold(Plan(linear=True, moved=0.2))
+    hold = DeltaReuse(ReusePlan(linear=True, moved=0.2))
 
     def at(level: float, change: Tensor, size: float) -> Tensor:
         scaled = change * level / (level**2 + 1) ** 0.5
@@ -179,7 +181,7 @@ def test_what_goes_on_linearly_goes_neither_further_than_it_came_nor_back(sigma:
 
 
 def test_levels_that_a_bridge_has_made_equal_are_no_division_by_zero() -> None:
-    hold = Hold(Plan(2, linear=True))
+    hold = DeltaReuse(ReusePlan(2, linear=True))
     for moment in moments([0.0, 0.1, 0.15]):
         same = replace(moment, sigma=torch.tensor([14.0, 14.0]))
         assert hold.deltas(lambda: Deltas(*(randn(2, 4, 4, 4),) * 2), same).guided.isfinite().all()
@@ -188,7 +190,7 @@ def test_levels_that_a_bridge_has_made_equal_are_no_division_by_zero() -> None:
 def test_prompts_that_change_in_mid_run_force_an_evaluation() -> None:
     prompts = object(), object()
     source = WatchedSource(lambda step: prompts[step >= 3])
-    guidance = DeltaGuidance(Strength(1.0), IdentityBridge(), source, Hold(Plan(100)))
+    guidance = DeltaGuidance(Strength(1.0), IdentityBridge(), source, DeltaReuse(ReusePlan(100)))
     x = 14 * randn(1, 4, 8, 8)
     for step, sigma in enumerate(SIGMAS[:-1]):
         guidance.changes(DenoiseStep(x, sigma[None], x / 2, 3.0, step / (LEVELS - 1), step, levels=LEVELS))
@@ -198,19 +200,19 @@ def test_prompts_that_change_in_mid_run_force_an_evaluation() -> None:
 @pytest.mark.parametrize("plan", [{"every": 0.5}, {"every": math.nan}, {"moved": 0.0}])
 def test_plans_that_cannot_be_are_refused(plan: dict[str, float]) -> None:
     with pytest.raises(SettingError, match="quality"):
-        Plan(**plan)
+        ReusePlan(**plan)
 
 
 @pytest.mark.parametrize(
     ("details", "plan"),
     [
-        (("exact",), Plan()),
-        (("balanced",), Plan(2, linear=True)),
-        (("balanced", 3.0), Plan(3, linear=True)),
-        (("balanced", 3.0, "held"), Plan(3)),
-        (("exact", 4.0, "linear"), Plan(4, linear=True)),
-        (("exact", 0.0, "automatic", 0.2), Plan(moved=0.2)),
+        (("exact",), ReusePlan()),
+        (("balanced",), ReusePlan(2, linear=True)),
+        (("balanced", 3.0), ReusePlan(3, linear=True)),
+        (("balanced", 3.0, "held"), ReusePlan(3)),
+        (("exact", 4.0, "linear"), ReusePlan(4, linear=True)),
+        (("exact", 0.0, "automatic", 0.2), ReusePlan(moved=0.2)),
     ],
 )
-def test_details_take_the_place_of_what_a_quality_says(details: tuple[Any, ...], plan: Plan) -> None:
-    assert plan_of(*details) == plan
+def test_details_take_the_place_of_what_a_quality_says(details: tuple[Any, ...], plan: ReusePlan) -> None:
+    assert reuse_plan(*details) == plan

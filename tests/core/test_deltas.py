@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib_delta.core.deltas import Deltas, Parts, each
+from lib_delta.core.deltas import Deltas, PromptParts, map_changes
 
 GUIDED, UNCOND = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
 
@@ -16,16 +16,18 @@ def total(_images: Tensor | None, *changes: Tensor) -> Tensor:
 
 def test_what_is_one_object_stays_one_only_where_it_is_in_all() -> None:
     one, two = Deltas(GUIDED, GUIDED), Deltas(GUIDED, UNCOND)
-    alike = each(total, one, one)
+    alike = map_changes(total, one, one)
     assert alike.uncond is alike.guided
     for pair in ((one, two), (two, one)):
-        mixed = each(total, *pair)
+        mixed = map_changes(total, *pair)
         assert mixed.guided.tolist() == [2, 4] and mixed.uncond.tolist() == [4, 6]
 
 
 def test_parts_are_there_only_where_all_have_them() -> None:
-    parts = Parts(UNCOND, ((0.5, 0.5),), torch.tensor([0, 0]))
+    parts = PromptParts(UNCOND, ((0.5, 0.5),), torch.tensor([0, 0]))
     with_parts, without = Deltas(GUIDED, UNCOND, parts), Deltas(GUIDED, UNCOND)
-    both = each(total, with_parts, with_parts).parts
+    both = map_changes(total, with_parts, with_parts).parts
     assert both is not None and both.change.tolist() == [6, 8] and both.weights == parts.weights
-    assert each(total, with_parts, without).parts is None and each(total, without, with_parts).parts is None
+    assert (
+        map_changes(total, with_parts, without).parts is None and map_changes(total, without, with_parts).parts is None
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lib_delta.bridges import Composed, Crossing, IdentityBridge, NoiseLimitBridge, ScaleBridge
-from lib_delta.core.deltas import Deltas, Parts
+from lib_delta.core.deltas import Deltas, PromptParts
 from lib_delta.core.guidance import DeltaDenoiser, DeltaGuidance, DenoiseStep, side_cfg
 from lib_delta.core.strength import Strength
 from lib_delta.diffusion.families import Family
@@ -29,7 +29,7 @@ class RecordingSource:
         self.value = delta
         self.asked: list[tuple[Tensor, Tensor, float]] = []
 
-    def during(self, progress: float) -> RecordingSource:
+    def at_progress(self, progress: float) -> RecordingSource:
         return self
 
     def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Deltas:
@@ -52,7 +52,7 @@ def test_the_negative_prompts_own_delta_is_there_for_samplers_that_ask() -> None
 def test_each_part_of_and_crosses_the_bridge_as_its_image_does() -> None:
     class Parted(RecordingSource):
         def deltas(self, *asked: Any) -> Deltas:
-            parts = Parts(small, ((1.0, 0.5), (1.0,)), torch.tensor([0, 0, 1]))
+            parts = PromptParts(small, ((1.0, 0.5), (1.0,)), torch.tensor([0, 0, 1]))
             return super().deltas(*asked)._replace(parts=parts)
 
     @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib_delta.core.heatmap import COLOURS, HeatMap, coloured
+from lib_delta.core.heatmap import COLOURS, HeatMap, colour_map
 
 
 def test_the_map_is_the_mean_over_the_steps_of_each_pixels_share_of_the_estimate() -> None:
@@ -40,9 +40,9 @@ def test_frames_are_seen_as_one() -> None:
 def test_the_largest_change_is_the_brightest_and_nothing_is_black() -> None:
     sizes = np.zeros((8, 8), np.float32)
     sizes[:, 4:] = 0.02
-    picture = coloured(sizes, 64, 64)
+    picture = colour_map(sizes, 64, 64)
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
     assert (picture[:, 0] == COLOURS[0]).all() and (picture[:, -1] == COLOURS[-1]).all()
     brightness = picture.astype(int).sum(-1)[0]
     assert (np.diff(brightness) >= 0).all() and len(set(brightness)) > 4, "smooth between the two"
-    assert (coloured(np.zeros((4, 4), np.float32), 8, 8) == COLOURS[0]).all()
+    assert (colour_map(np.zeros((4, 4), np.float32), 8, 8) == COLOURS[0]).all()

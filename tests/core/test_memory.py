@@ -44,7 +44,7 @@ def room_for(rows: int, error: Callable[[], BaseException] = MemoryError) -> Ite
             layer.branch is not None for layer in unet.modules() if isinstance(layer, forked_layers.ForkedLayer)
         )
         told = text.context
-        asked.append(told.shape[1] * (1 if single or not (len(told) > 1 or forked_layers.forks(unet)) else 2))
+        asked.append(told.shape[1] * (1 if single or not (len(told) > 1 or forked_layers.is_adapted(unet)) else 2))
         output = original(unet, x, t, text, *rest)
         if asked[-1] > rows:
             raise error()
@@ -168,7 +168,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.usefixtures("without_fused_kernels")
 @pytest.mark.parametrize("room", [2**19, 2**14, 1])
 def test_without_a_fused_kernel_scores_are_held_in_slices(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-    monkeypatch.setattr(forked_layers, "SCORE_BYTES", room)
+    monkeypatch.setattr(forked_layers, "MAX_SCORE_BYTES", room)
     q, k, v = heads(2, 2, 250, 8)
     with Largest() as largest:
         got = forked_layers.attend(q, k, v)
@@ -180,7 +180,7 @@ def test_without_a_fused_kernel_scores_are_held_in_slices(monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("without_fused_kernels")
 def test_slices_follow_the_memory_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forked_layers, "free_memory", lambda _device: 2**17)
-    monkeypatch.setattr(forked_layers, "SCORE_BYTES", 2**21)
+    monkeypatch.setattr(forked_layers, "MAX_SCORE_BYTES", 2**21)
     q, k, v = heads(2, 2, 250, 8)
     with Largest() as largest:
         forked_layers.attend(q, k, v)
@@ -188,7 +188,7 @@ def test_slices_follow_the_memory_that_is_left(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_with_a_fused_kernel_there_are_no_slices_and_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forked_layers, "SCORE_BYTES", 1)
+    monkeypatch.setattr(forked_layers, "MAX_SCORE_BYTES", 1)
     q, k, v = heads(2, 2, 250, 8)
     with Largest() as largest:
         got = forked_layers.attend(q, k, v)
@@ -205,7 +205,7 @@ def test_the_networks_attend_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
         return unet(x, torch.tensor([500.0]), context), block(randn(1, 32, 32, 32))
 
     wanted = networks()
-    monkeypatch.setattr(forked_layers, "SCORE_BYTES", 2**16)
+    monkeypatch.setattr(forked_layers, "MAX_SCORE_BYTES", 2**16)
     with Largest() as largest:
         got = networks()
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)

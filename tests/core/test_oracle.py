@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lib_delta.bridges import Bridge, Crossing, ScaleBridge, choose
+from lib_delta.bridges import Bridge, Crossing, ScaleBridge, choose_bridge
 from lib_delta.core.conditioning import Conditioning
 from lib_delta.core.deltas import Deltas
 from lib_delta.core.guidance import DeltaDenoiser, DeltaGuidance, DeltaSource
@@ -121,7 +121,7 @@ class Case:
 class ToySource:
     networks: tuple[Network, ...]
 
-    def during(self, progress: float) -> ToySource:
+    def at_progress(self, progress: float) -> ToySource:
         return self
 
     def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Deltas:
@@ -249,7 +249,7 @@ def test_final_latents_equal_the_published_code(
     name: str, tolerance: float, sampler: str, scheduler: str, cfg: int, strength: str
 ) -> None:
     world = case(name)
-    bridge = choose(Family.SD1, world.family, form="same_snr")
+    bridge = choose_bridge(Family.SD1, world.family, form="same_snr")
     got = final_latents(world, sampler, scheduler, cfg, float(strength), bridge)
     error = relative_error(got, world.published(f"delta/{sampler}/{scheduler}/cfg{cfg}/lam{strength}"))
     print(f"relative error {error:.2e}")

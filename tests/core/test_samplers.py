@@ -26,7 +26,7 @@ class WatchedSource:
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
-    def during(self, progress: float) -> WatchedSource:
+    def at_progress(self, progress: float) -> WatchedSource:
         return self
 
     def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Deltas:

@@ -138,6 +138,6 @@ def test_a_schedule_is_brought_to_a_device_once() -> None:
 
 
 def test_freed_memory_is_given_back_where_the_platform_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert devices.give_back() in (True, False)
+    assert devices.trim_heap() in (True, False)
     monkeypatch.setattr("sys.platform", "win32")
-    assert not devices.give_back()
+    assert not devices.trim_heap()

@@ -8,39 +8,39 @@ from typing import ClassVar
 import pytest
 import torch
 
-from lib_delta.core.step_stats import Noted, stopwatch
+from lib_delta.core.step_stats import PendingStats, stopwatch
 from tests.support.stand_in_device import DEVICE, stand_in_device
 
 X = torch.full((1, 4, 8, 8), 2.0)
 
 
-def noted(numbers: Noted, step: int, *changes: torch.Tensor) -> bool:
-    finite = numbers.note(step, torch.tensor([0.5, 0.25]).to(X), X, list(changes), lambda: 0.1 * step)
+def noted(numbers: PendingStats, step: int, *changes: torch.Tensor) -> bool:
+    finite = numbers.add(step, torch.tensor([0.5, 0.25]).to(X), X, list(changes), lambda: 0.1 * step)
     return bool(finite)
 
 
 def test_figures_say_what_a_step_came_to() -> None:
-    numbers = Noted()
+    numbers = PendingStats()
     assert noted(numbers, 3, 3 * X, torch.zeros_like(X))
     assert not noted(numbers, 4, torch.zeros_like(X), X.clone().index_fill_(1, torch.tensor([2]), math.nan))
     assert noted(numbers, 5, torch.zeros_like(X))
-    (level,), (first, second, third) = numbers.read(torch.tensor(7.0))
+    (level,), (first, second, third) = numbers.take(torch.tensor(7.0))
     assert level == 7
     assert (first.step, first.sigma, first.size, first.finite, first.zero) == (3, 0.5, 3.0, True, False)
     assert (second.step, second.size, second.finite) == (4, 0.0, False)
     assert third.zero and third.finite and third.seconds == 0.5
-    assert numbers.read() == ([], [])
+    assert numbers.take() == ([], [])
 
 
 def test_all_of_them_are_one_transfer() -> None:
     with stand_in_device() as transfers:
         there, sigma = X.to(DEVICE), torch.tensor([0.5]).to(DEVICE)
-        numbers = Noted()
+        numbers = PendingStats()
         transfers.clear()
         for step in range(3):
-            numbers.note(step, sigma, there, [step * there, there], lambda: 0.0)
+            numbers.add(step, sigma, there, [step * there, there], lambda: 0.0)
         assert not transfers
-        read, figures = numbers.read(sigma[0], sigma.max())
+        read, figures = numbers.take(sigma[0], sigma.max())
         assert transfers == {"from the device": 1}
     assert read == [0.5, 0.5] and [f.size for f in figures] == [0, 1, 2]
 

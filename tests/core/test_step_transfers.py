@@ -10,11 +10,19 @@ import torch
 from torch import nn
 
 from lib_delta.adapters.attach import attach
-from lib_delta.bridges import Bridge, Composed, IdentityBridge, NoiseLimitBridge, ResolutionBridge, ScaleBridge, choose
-from lib_delta.bridges.latent_maps import solved
-from lib_delta.controls.control_map import Map
+from lib_delta.bridges import (
+    Bridge,
+    Composed,
+    IdentityBridge,
+    NoiseLimitBridge,
+    ResolutionBridge,
+    ScaleBridge,
+    choose_bridge,
+)
+from lib_delta.bridges.latent_maps import solve_positive_definite
+from lib_delta.controls.control_map import ControlMap
 from lib_delta.controls.guides import ControlNetGuide, FeatureGuide, ImageGuide
-from lib_delta.core.delta_reuse import Hold, Plan
+from lib_delta.core.delta_reuse import DeltaReuse, ReusePlan
 from lib_delta.core.guidance import DeltaGuidance, DenoiseStep
 from lib_delta.core.guides import Guide
 from lib_delta.core.source import Source
@@ -41,11 +49,13 @@ def randomized(module: nn.Module) -> nn.Module:
 
 
 def control_net(unet: UNet, mode: str = "balanced") -> ControlNetGuide:
-    return ControlNetGuide(randomized(ControlNet(unet.config, HINTS)), Map(PICTURE), 0.7, mode)  # type: ignore[arg-type]
+    return ControlNetGuide(randomized(ControlNet(unet.config, HINTS)), ControlMap(PICTURE), 0.7, mode)  # type: ignore[arg-type]
 
 
 def features(unet: UNet, mode: str = "control") -> FeatureGuide:
-    return FeatureGuide(randomized(T2IAdapter(T2IConfig(3, (32, 64), 1, 8, (1,)))), unet, Map(PICTURE), 0.7, mode)  # type: ignore[arg-type]
+    return FeatureGuide(
+        randomized(T2IAdapter(T2IConfig(3, (32, 64), 1, 8, (1,)))), unet, ControlMap(PICTURE), 0.7, mode
+    )  # type: ignore[arg-type]
 
 
 def picture_prompt(unet: UNet) -> ImageGuide:
@@ -76,8 +86,8 @@ def steps(guidance: DeltaGuidance, channels: int, size: int, transfers: Counter[
     return found
 
 
-def guided(unet: UNet, bridge: Bridge, guides: list[Guide], plan: Plan) -> DeltaGuidance:
-    return DeltaGuidance(Strength(), bridge, Source(unet, EPS, TOLD, guides=guides), Hold(plan), checked=False)
+def guided(unet: UNet, bridge: Bridge, guides: list[Guide], plan: ReusePlan) -> DeltaGuidance:
+    return DeltaGuidance(Strength(), bridge, Source(unet, EPS, TOLD, guides=guides), DeltaReuse(plan), checked=False)
 
 
 @pytest.mark.parametrize("name", GUIDES)
@@ -87,7 +97,7 @@ def test_controls_bring_nothing_to_a_step_and_wait_for_nothing(name: str) -> Non
     with stand_in_device() as transfers:
         unet.to(DEVICE)
         guide.model.to(DEVICE)  # type: ignore[attr-defined]
-        found = steps(guided(unet, IdentityBridge(), [guide], Plan()), 4, 8, transfers)
+        found = steps(guided(unet, IdentityBridge(), [guide], ReusePlan()), 4, 8, transfers)
     assert found[0]["to the device"] > 0 and not any(found[1:])
 
 
@@ -98,15 +108,15 @@ def test_controls_bring_nothing_to_a_step_and_wait_for_nothing(name: str) -> Non
         (ResolutionBridge(8, 8), 4, 16),
         (ResolutionBridge(8, 8, "unit", tiled=True), 4, 24),
         (Composed((NoiseLimitBridge(5.0), ResolutionBridge(8, 8))), 4, 16),
-        (choose(Family.SD1, Family.SDXL, 5.0), 4, 8),
-        (choose(Family.SD1, Family.SDXL, size=64), 4, 24),
-        (choose(Family.SD1, Family.SD3), 16, 8),
-        (choose(Family.SD1, Family.FLUX, tiled=True), 16, 8),
+        (choose_bridge(Family.SD1, Family.SDXL, 5.0), 4, 8),
+        (choose_bridge(Family.SD1, Family.SDXL, size=64), 4, 24),
+        (choose_bridge(Family.SD1, Family.SD3), 16, 8),
+        (choose_bridge(Family.SD1, Family.FLUX, tiled=True), 16, 8),
     ],
 )
-@pytest.mark.parametrize("plan", [Plan(), Plan(2, linear=True)])
+@pytest.mark.parametrize("plan", [ReusePlan(), ReusePlan(2, linear=True)])
 def test_bridges_bring_nothing_to_a_step_and_wait_for_nothing(
-    bridge: Bridge, channels: int, size: int, plan: Plan
+    bridge: Bridge, channels: int, size: int, plan: ReusePlan
 ) -> None:
     unet = tiny_unet()
     attach(unet, [(lora(unet), 1.0)], "bypass")
@@ -123,7 +133,7 @@ def test_token_merging_brings_nothing_to_a_step_and_waits_for_nothing() -> None:
     merge_tokens(unet, TokenMerging(0.5))
     with stand_in_device() as transfers:
         unet.to(DEVICE)
-        found = steps(guided(unet, IdentityBridge(), [], Plan()), 4, 8, transfers)
+        found = steps(guided(unet, IdentityBridge(), [], ReusePlan()), 4, 8, transfers)
     assert found[0]["to the device"] > 0 and not any(found[1:])
 
 
@@ -170,7 +180,7 @@ def test_only_what_attends_to_the_prompt_is_known() -> None:
     for _ in range(2):
         source.denoised(randn(1, 4, 8, 8), torch.tensor([2.0]), 3.0)
     ((_, joined),) = source._joined.values()
-    (placed,) = joined.placed.values()
+    (placed,) = joined.by_device.values()
     assert placed.text.known is not None and len(placed.text.known) == len(attentions(unet)) / 2
 
 
@@ -179,4 +189,6 @@ def test_what_is_solved_on_the_device_is_what_a_solver_finds(count: int) -> None
     factors = randn(2, 3 * count, count, seed=count)
     matrix = factors.transpose(1, 2) @ factors / count + 0.01 * torch.eye(count)
     right = randn(2, count, 4, seed=1)
-    torch.testing.assert_close(solved(matrix, right), torch.linalg.solve(matrix, right), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        solve_positive_definite(matrix, right), torch.linalg.solve(matrix, right), rtol=1e-4, atol=1e-4
+    )

@@ -24,7 +24,7 @@ from demo.train.bridges_stitch import Layers, Seam, seen_through, stitched, tune
 from demo.train.common import Run
 from demo.train.data import Emoji
 from lib_delta.bridges.latent_maps import DifferenceMap, FilteredState, StitchedState
-from lib_delta.bridges.learned import LearnedBridge, load, path_of
+from lib_delta.bridges.learned import LearnedBridge, load_bridge, weights_path
 from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.errors import CheckpointError
 from lib_delta.files.checkpoint import UNET_PREFIX, VAE_PREFIX
@@ -69,7 +69,7 @@ def test_networks_improve_on_filters_where_the_relation_bends(tmp_path: Path) ->
     before, after = (b.state(target[:, 0]).sub(source[:, 0]).square().mean() for b in (linear, trained))
     assert after < before
     save(trained, tmp_path / "a-b.safetensors", {"source": "a"})
-    again = load(tmp_path / "a-b.safetensors")
+    again = load_bridge(tmp_path / "a-b.safetensors")
     torch.testing.assert_close(again.state(target[:, 0]), trained.state(target[:, 0]), atol=0.02, rtol=0.02)
     assert torch.equal(again.difference.filter.weight, linear.difference.filter.weight.half().float())
 
@@ -144,7 +144,7 @@ def test_the_stage_writes_a_bridge_for_every_pair(tmp_path: Path, monkeypatch: p
     pairs = list(itertools.permutations(TINY, 2))
     assert len(list(options.out.iterdir())) == len(pairs) == 12
     for source, target in pairs:
-        bridge = load(options.out / path_of(source, target).name)
+        bridge = load_bridge(options.out / weights_path(source, target).name)
         latent, delta = randn(1, target.channels, 8, 8), randn(1, source.channels, 8, 8)
         _, _, crossing = bridge.to_source(latent, torch.ones(1), latent)
         assert bridge.delta_to_target(delta, crossing).shape == latent.shape
@@ -212,10 +212,10 @@ def test_without_autoencoders_the_stage_says_where_they_are_found(tmp_path: Path
 def test_a_tiny_autoencoder_is_read_by_its_shapes(tmp_path: Path) -> None:
     torch.save(taesd.encoder(16).state_dict(), tmp_path / "e.pth")
     torch.save(taesd.decoder(4).state_dict(), tmp_path / "d.pth")
-    assert taesd.load(tmp_path / "e.pth", "encoder")(torch.rand(1, 3, 16, 24)).shape == (1, 16, 2, 3)
-    assert taesd.load(tmp_path / "d.pth", "decoder")(torch.rand(1, 4, 2, 3)).shape == (1, 3, 16, 24)
+    assert taesd.load_taesd(tmp_path / "e.pth", "encoder")(torch.rand(1, 3, 16, 24)).shape == (1, 16, 2, 3)
+    assert taesd.load_taesd(tmp_path / "d.pth", "decoder")(torch.rand(1, 4, 2, 3)).shape == (1, 3, 16, 24)
     with pytest.raises(CheckpointError, match="e.pth is not the decoder of a tiny autoencoder"):
-        taesd.load(tmp_path / "e.pth", "decoder")
+        taesd.load_taesd(tmp_path / "e.pth", "decoder")
 
 
 def checkpoint(path: Path, more: dict[str, torch.Tensor]) -> Path:

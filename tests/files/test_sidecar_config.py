@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from lib_delta.adapters.adapter_file import load_adapter
 from lib_delta.errors import AdapterError, CheckpointError
 from lib_delta.files import sidecar_config
-from lib_delta.files.checkpoint import base_fault, describe
+from lib_delta.files.checkpoint import describe, why_not_base
 from lib_delta.files.sidecar_config import ModelConfig
 from lib_delta.files.weight_file import FileState, WeightFile
 from lib_delta.models.loading import load_unet
@@ -94,7 +94,7 @@ def test_the_yaml_counts_before_the_header(checkpoint: Path) -> None:
 )
 def test_a_yaml_that_cannot_be_followed_is_told(text: str, told: str, checkpoint: Path) -> None:
     write(checkpoint, text)
-    assert told in base_fault(checkpoint)
+    assert told in why_not_base(checkpoint)
     with pytest.raises(AdapterError, match=told.partition(",")[0]):
         load_adapter(checkpoint, tiny_unet(), prediction="eps")
 

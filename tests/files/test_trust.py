@@ -247,7 +247,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS)
-@pytest.mark.parametrize("name", sorted(unpickle._NAMES))
+@pytest.mark.parametrize("name", sorted(unpickle._ALLOWED_NAMES))
 def test_every_name_that_is_allowed_makes_plain_data_or_a_sentence_whatever_it_is_called_with(
     name: str, arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

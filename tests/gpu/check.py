@@ -144,11 +144,11 @@ def _first_line(error: BaseException) -> str:
 
 def _make_room(bench: object) -> None:
     """Have the device give back what a check has left; one that is broken by now says so in the next check."""
-    from lib_delta.devices import release_cached
+    from lib_delta.devices import empty_cache
 
     gc.collect()
     try:
-        release_cached(bench.device)  # type: ignore[attr-defined]
+        empty_cache(bench.device)  # type: ignore[attr-defined]
     except RuntimeError as error:
         print(_first_line(error), file=sys.stderr)
 

@@ -22,18 +22,18 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from lib_delta.adapters import key_names
 from lib_delta.adapters.adapter_file import AdapterFile, read_adapter
-from lib_delta.adapters.attach import Form, attach, detach
-from lib_delta.bridges import choose
+from lib_delta.adapters.attach import AdapterForm, attach, detach
+from lib_delta.bridges import choose_bridge
 from lib_delta.core.conditioning import Conditioning
 from lib_delta.core.source import Source
-from lib_delta.devices import give_back, out_of_memory, release_cached
+from lib_delta.devices import empty_cache, out_of_memory, trim_heap
 from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.diffusion.parameterization import Parameterization
 from lib_delta.models.forked_layers import Conv2d, Linear
 from lib_delta.models.unet import UNet, UNetConfig
 from lib_delta.runtime.compiling import compile_unet
-from lib_delta.runtime.placement import Placed, Stream, visit
-from lib_delta.runtime.side_model import _store
+from lib_delta.runtime.placement import Restorable, Stream, copy_to_device
+from lib_delta.runtime.side_model import _store_as
 from tests.gpu.card import MB, Card, own_memory
 
 # What a release of Stable Diffusion 1.5 has.
@@ -117,7 +117,7 @@ class Bench:
         """Return a LoRA of rank 8 on all attention and convolution layers, in kohya's names."""
         generator = torch.Generator().manual_seed(SEED + 1)
         tensors = {}
-        for path, layer in key_names.layers(unet).items():
+        for path, layer in key_names.named_layers(unet).items():
             if isinstance(layer, (Linear, Conv2d)):
                 out, inner, *kernel = layer.weight.shape
                 down, up = (RANK, inner, *kernel), (out, RANK, *[1] * len(kernel))
@@ -172,7 +172,7 @@ def numbers(bench: Bench) -> Iterator[Line]:
     home = replace(bench, device=torch.device("cpu"), config=FIFTH if bench.config.levels[0] > 64 else bench.config)
     there = replace(home, device=bench.device)
     file = home.lora(home.unet())
-    forms: tuple[Form, ...] = ("merged", "bypass", "automatic")
+    forms: tuple[AdapterForm, ...] = ("merged", "bypass", "automatic")
     for form in forms:
         deltas = []
         for each in (home, there):
@@ -188,7 +188,7 @@ def precision(bench: Bench) -> Iterator[Line]:
     unet = bench.unet()
     file = bench.lora(unet)
     deltas = {}
-    forms: tuple[Form, ...] = ("merged", "bypass")
+    forms: tuple[AdapterForm, ...] = ("merged", "bypass")
     for form in forms:
         attach(unet, [(file, 1.0)], form)
         deltas[form] = bench.delta(bench.source(unet))
@@ -315,10 +315,12 @@ def placements(bench: Bench) -> Iterator[Line]:
     unet.to("cpu")
     resting = bench.used()
     for name in ("on a visit", "block by block"):
-        placed: Placed = Stream(unet, [], bench.device) if name == "block by block" else visit(unet, bench.device)
+        placed: Restorable = (
+            Stream(unet, [], bench.device) if name == "block by block" else copy_to_device(unet, bench.device)
+        )
         error = apart(bench.delta(bench.source(unet)), wanted)
         there = _grown(bench, resting)
-        placed.come_home()
+        placed.restore()
         stays = _grown(bench, resting)
         found = f"{error:.1e} apart, {_megabytes(there)} on the device, {_megabytes(stays)} afterwards"
         yield Line(name, found, error < 1e-4 and abs(stays or 0) < MB)
@@ -342,13 +344,13 @@ def pinned(bench: Bench) -> Iterator[Line]:
         return
     unet = replace(bench, device=torch.device("cpu")).unet(torch.float16)
     size = sum(weight.nbytes for weight in unet.parameters())
-    visiting = visit(unet, bench.device)
+    visiting = copy_to_device(unet, bench.device)
     during = own_memory()
-    visiting.come_home()
+    visiting.restore()
     pinned_bytes = sum(weight.nbytes for weight in unet.parameters() if weight.is_pinned())
     del visiting, unet
     _collect(bench)
-    give_back()
+    trim_heap()
     after = own_memory()
     assert during is not None and after is not None
     found = f"weights {size / MB:.0f} MB, of these pinned {pinned_bytes / MB:.0f}; the process {before / MB:.0f} MB"
@@ -361,7 +363,7 @@ def pinned(bench: Bench) -> Iterator[Line]:
 
 def _collect(bench: Bench) -> None:
     gc.collect()
-    release_cached(bench.device)
+    empty_cache(bench.device)
 
 
 def synchronisation(bench: Bench, watched: Callable[[], AbstractContextManager[Sequence[str]]]) -> Iterator[Line]:
@@ -436,7 +438,7 @@ def bridges(bench: Bench) -> Iterator[Line]:
 
 @torch.no_grad()
 def _crossed(target: Space, height: int, width: int, place: torch.device) -> tuple[Tensor, Tensor]:
-    bridge = choose(Space.SD1, target)
+    bridge = choose_bridge(Space.SD1, target)
     generator = torch.Generator().manual_seed(SEED)
     clean, noise = (torch.randn(1, target.channels, height, width, generator=generator) for _ in range(2))
     sigma = torch.tensor([SIGMA]).to(place)
@@ -512,7 +514,7 @@ def fp8(bench: Bench) -> Iterator[Line]:
         return
     assert kind is not None
     rounded, stored = bench.unet(bench.half()), bench.unet(bench.half())
-    _store(stored, kind)
+    _store_as(stored, kind)
     for (_, weight), (_, other) in zip(rounded.named_parameters(), stored.named_parameters()):
         weight.copy_(other)
     file = bench.lora(stored)

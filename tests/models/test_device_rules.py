@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_delta.bridges import choose
+from lib_delta.bridges import choose_bridge
 from lib_delta.bridges.area_average import averaged
-from lib_delta.bridges.learned import load, path_of
+from lib_delta.bridges.learned import load_bridge, weights_path
 from lib_delta.devices import out_of_memory, without_autocast
 from lib_delta.diffusion.families import Family
 from lib_delta.diffusion.latent_spaces import Space
@@ -147,7 +147,7 @@ def test_averages_are_those_of_interpolate(full: tuple[int, int], size: tuple[in
 @pytest.mark.parametrize("size", [(1024, 1024), (1152, 1152), (1248, 1824), (1664, 2432), (1280, 720)])
 @pytest.mark.parametrize("target", [Family.SDXL, Family.SD3])
 def test_pictures_of_every_size_cross_on_a_device_like_apples(target: Family, size: tuple[int, int]) -> None:
-    bridge = choose(Family.SD1, target)
+    bridge = choose_bridge(Family.SD1, target)
     clean = randn(1, target.space.channels, size[1] // 8, size[0] // 8)
     x, sigma = clean + 2 * randn(*clean.shape, seed=1), torch.tensor([2.0])
 
@@ -199,7 +199,7 @@ def manual_cast(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("space", [Space.SDXL, Space.SD3, Space.FLUX1])
 def test_a_host_that_casts_by_hand_leaves_bridges_as_they_are(space: Space, tiled: bool) -> None:
-    bridge = load(path_of(Space.SD1, space), tiled)
+    bridge = load_bridge(weights_path(Space.SD1, space), tiled)
     state, difference = bridge.state, bridge.difference
     assert isinstance(state, nn.Module)
     before = {name: weight.clone() for part in (state, difference) for name, weight in part.state_dict().items()}

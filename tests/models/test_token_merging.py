@@ -13,8 +13,8 @@ from lib_delta.core.conditioning import Conditioning
 from lib_delta.core.source import Source
 from lib_delta.diffusion.parameterization import Parameterization
 from lib_delta.models.injection import Injection
-from lib_delta.models.token_merging import Drawn, TokenMerging
-from lib_delta.models.unet import Text, TransformerBlock, UNet, merge_tokens
+from lib_delta.models.token_merging import RandomChoice, TokenMerging
+from lib_delta.models.unet import TextContext, TransformerBlock, UNet, merge_tokens
 from tests.support.tiny_unet import adapt, randn, tiny_unet
 
 tomesd = pytest.importorskip("tomesd", reason="tomesd is not installed, whose token merging is the model of ours")
@@ -40,7 +40,7 @@ def by_tomesd(block: TransformerBlock, x: Tensor, size: tuple[int, int], merging
     )
     keys = normed[None] if merging.queries else None
     x = unmerge(block.attn1(merge(normed)[None], keys=keys)[0]) + x
-    x = block.attn2(block.norm2(x[None]), Text(TEXT), Injection())[0] + x
+    x = block.attn2(block.norm2(x[None]), TextContext(TEXT), Injection())[0] + x
     return block.ff(block.norm3(x[None]))[0] + x
 
 
@@ -56,10 +56,10 @@ def test_a_block_merges_as_the_package_does(
 ) -> None:
     x = randn(2, size[0] * size[1], WIDTH, seed=3)
     block.merging = merging = TokenMerging(ratio, stride, queries=queries)
-    got = block(x[None], Text(TEXT), Injection(), torch.Size(size))[0]
+    got = block(x[None], TextContext(TEXT), Injection(), torch.Size(size))[0]
     torch.testing.assert_close(got, by_tomesd(block, x, size, merging, no_rand=True), atol=1e-4, rtol=1e-4)
     block.merging = None
-    plain = block(x[None], Text(TEXT), Injection(), torch.Size(size))[0]
+    plain = block(x[None], TextContext(TEXT), Injection(), torch.Size(size))[0]
     assert (plain - got).abs().max() > 3e-3, "there is nothing alike here"
 
 
@@ -67,12 +67,12 @@ def test_a_block_merges_as_the_package_does(
 def test_the_random_choice_is_the_one_that_torch_would_make_next(block: TransformerBlock) -> None:
     x, size = randn(2, 63, WIDTH, seed=3), (9, 7)
     torch.manual_seed(5)
-    drawn = Drawn.as_next_on(torch.device("cpu"))
+    drawn = RandomChoice.as_next_on(torch.device("cpu"))
     block.merging = merging = TokenMerging(0.5, queries=True, choice=drawn)
     expected = by_tomesd(block, x, size, merging, generator=torch.default_generator)
     other = by_tomesd(block, x, size, merging, generator=torch.default_generator)
     for _ in range(2):  # in parts, or for base and adapted in turn, it stays the same
-        got = block(x[None], Text(TEXT), Injection(), torch.Size(size))[0]
+        got = block(x[None], TextContext(TEXT), Injection(), torch.Size(size))[0]
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert (other - expected).norm() > 1e-3 * expected.norm()
 

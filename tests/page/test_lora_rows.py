@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from lib_delta.page.lora_rows import Card, Told, edited, joined, rows, with_words
+from lib_delta.page.lora_rows import BoxTexts, LoraCard, add_lora, apply_edit, render_rows, with_words
 from lib_delta.request.lora_recipe import parse_picks
 
 CARDS = {
-    "moxin": Card("moxin", 0.7, "moxin style, ink", "photo, <3d>"),
-    "alias": Card("moxin", 0.7, "moxin style, ink"),
-    "plain": Card("plain"),
+    "moxin": LoraCard("moxin", 0.7, "moxin style, ink", "photo, <3d>"),
+    "alias": LoraCard("moxin", 0.7, "moxin style, ink"),
+    "plain": LoraCard("plain"),
 }
 
 
-def card(name: str) -> Card:
-    return CARDS.get(name, Card(name, fault=f"there is no LoRA {name!r}"))
+def card(name: str) -> LoraCard:
+    return CARDS.get(name, LoraCard(name, fault=f"there is no LoRA {name!r}"))
 
 
 class Tags(HTMLParser):
@@ -41,7 +41,7 @@ class Tags(HTMLParser):
 
 
 def shown(loras: str, prompt: str = "", negative: str = "") -> Tags:
-    return Tags(rows(Told(loras, prompt, negative), card))
+    return Tags(render_rows(BoxTexts(loras, prompt, negative), card))
 
 
 def test_each_lora_has_a_row_with_its_weight() -> None:
@@ -67,14 +67,14 @@ def test_what_cannot_be_read_is_told_in_place_of_rows_and_names_are_no_markup() 
     assert not tags.of(tag="b") and next(tag for tag in tags.found if "data-name" in tag)["data-name"] == "<b>&'"
 
 
-def edit(told: Told, **about: Any) -> Told:
-    return edited(told, about, card)
+def edit(told: BoxTexts, **about: Any) -> BoxTexts:
+    return apply_edit(told, about, card)
 
 
 def test_a_weight_is_changed_where_it_stands_and_all_else_is_kept() -> None:
-    told = Told("moxin:0.8:te=0.5:lbw=MIDD, <lora:plain:1.2>", "a", "b")
+    told = BoxTexts("moxin:0.8:te=0.5:lbw=MIDD, <lora:plain:1.2>", "a", "b")
     after = edit(told, do="weight", index=0, name="moxin", weight=0.30000000000000004)
-    assert after == Told("moxin:0.3:te=0.5:lbw=MIDD, plain:1.2", "a", "b")
+    assert after == BoxTexts("moxin:0.3:te=0.5:lbw=MIDD, plain:1.2", "a", "b")
     assert edit(after, do="weight", index=1, name="plain", weight=1).loras == "moxin:0.3:te=0.5:lbw=MIDD, plain"
     assert edit(told, do="drop", index=0, name="moxin").loras == "plain:1.2"
 
@@ -95,29 +95,31 @@ def test_a_weight_is_changed_where_it_stands_and_all_else_is_kept() -> None:
     ],
 )
 def test_an_edit_that_fits_nothing_changes_nothing(about: dict[str, Any]) -> None:
-    told = Told("moxin:0.8, plain:1", "a", "b")
-    assert edited(told, about, card) == told
+    told = BoxTexts("moxin:0.8, plain:1", "a", "b")
+    assert apply_edit(told, about, card) == told
 
 
 def test_words_join_a_prompt_once_and_an_empty_one_still_means_the_main_one() -> None:
-    told = edit(Told("moxin"), do="words", name="moxin")
+    told = edit(BoxTexts("moxin"), do="words", name="moxin")
     assert told.prompt == "{prompt}, moxin style, ink" and told.negative_prompt == ""
     assert edit(told, do="words", name="moxin") == told
-    assert edit(Told("moxin", "", "grey,"), do="negative", name="moxin").negative_prompt == "grey, photo, <3d>"
+    assert edit(BoxTexts("moxin", "", "grey,"), do="negative", name="moxin").negative_prompt == "grey, photo, <3d>"
     assert with_words("a cat, ", "ink") == "a cat, ink"
 
 
 def test_a_card_adds_its_lora_and_a_second_click_takes_it_out() -> None:
     clicked = {"do": "card", "text": "<lora:alias:0.7> moxin style, ink"}
-    told = edit(Told("plain:0.5"), **clicked)
-    assert told == Told("plain:0.5, moxin:0.7"), "under the name in the list, and the prompt is the user's"
-    assert edit(Told(), do="card", text="<lora:alias:>").loras == "moxin:0.7", "without a weight it is the card's own"
-    told = edit(Told("plain:0.5, moxin:0.2:te=0"), **clicked)
-    assert told == Told("plain:0.5")
-    assert edit(Told("plain:"), **clicked).loras == "plain:, moxin:0.7", "half written: the user goes on from there"
+    told = edit(BoxTexts("plain:0.5"), **clicked)
+    assert told == BoxTexts("plain:0.5, moxin:0.7"), "under the name in the list, and the prompt is the user's"
+    assert edit(BoxTexts(), do="card", text="<lora:alias:>").loras == "moxin:0.7", (
+        "without a weight it is the card's own"
+    )
+    told = edit(BoxTexts("plain:0.5, moxin:0.2:te=0"), **clicked)
+    assert told == BoxTexts("plain:0.5")
+    assert edit(BoxTexts("plain:"), **clicked).loras == "plain:, moxin:0.7", "half written: the user goes on from there"
 
 
 def test_a_joined_name_is_read_back() -> None:
     for name in ("my, ink", "8", 'the "one"'):
-        (pick,) = parse_picks(joined("", name, 0.6))
+        (pick,) = parse_picks(add_lora("", name, 0.6))
         assert (pick.name, pick.weight) == (name, 0.6)

@@ -16,9 +16,9 @@ from lib_delta.controls.guides import Mode, WeightType
 from lib_delta.errors import SettingError
 from lib_delta.request import control_unit
 from lib_delta.request.control_unit import (
-    FIELDS,
     MODES,
     RESIZES,
+    UNIT_FIELDS,
     WEIGHT_TYPES,
     Unit,
     format_units,
@@ -113,7 +113,7 @@ def test_a_wrong_value_is_told_with_its_unit_unless_it_is_off(change: dict[str, 
     with pytest.raises(SettingError) as error:
         Request(enabled=True, units=(CANNY, wrong))
     assert sentence in str(error.value)
-    assert Request(enabled=True, units=(CANNY, replace(wrong, enabled=False))).steered
+    assert Request(enabled=True, units=(CANNY, replace(wrong, enabled=False))).has_units
     assert not Request(units=(wrong,)).wanted
 
 
@@ -163,7 +163,7 @@ def test_units_of_an_api_call_are_recipes_or_dictionaries() -> None:
     assert request.units == (CANNY, Unit(True, model="depth")) and request.units[1].image == "a.png"
     assert Request.from_arguments([{"units": str(CANNY)}]).units == (CANNY,)
     described = schema()["properties"]["units"]["items"]["anyOf"][0]["properties"]
-    assert set(described) == {*FIELDS, "recipe"}
+    assert set(described) == {*UNIT_FIELDS, "recipe"}
     both = {"recipe": str(CANNY), "image": "a.png", "weight": 0.5}
     assert read_unit(both, 1) == replace(CANNY, weight=0.5) and read_unit(both, 1).image == "a.png"
     with pytest.raises(SettingError, match="has no name of a model"):
@@ -192,9 +192,9 @@ def test_a_pictures_text_has_the_units_and_gives_them_back() -> None:
 
 def test_units_count_where_they_are_wanted() -> None:
     request = Request(enabled=True, units=(replace(CANNY, start=0.2),))
-    assert [request.adds(progress) for progress in (0, 0.2, 0.6, 0.7)] == [False, True, True, False]
-    assert request.steered and not request.always
-    assert not Request(enabled=True, units=(replace(CANNY, weight=0.0),)).adds(0.4)
+    assert [request.differs_at(progress) for progress in (0, 0.2, 0.6, 0.7)] == [False, True, True, False]
+    assert request.has_units and not request.always_differs
+    assert not Request(enabled=True, units=(replace(CANNY, weight=0.0),)).differs_at(0.4)
 
 
 def test_choices_are_those_of_the_engine() -> None:

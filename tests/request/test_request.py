@@ -154,9 +154,9 @@ def test_a_picture_that_is_silent_about_the_bridge_was_made_with_latents_that_we
 
 
 def test_the_forms_of_bridges_are_those_that_there_are():
-    from lib_delta.bridges import FORMS
+    from lib_delta.bridges import BRIDGE_FORMS
 
-    assert BRIDGES == FORMS
+    assert BRIDGES == BRIDGE_FORMS
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
@@ -189,4 +189,4 @@ def test_a_pass_that_wants_no_delta_adds_no_loras_and_what_is_claimed_leaves_out
     first, hires = Request(enabled=True, loras="a"), Request(enabled=True, strength=0, loras="b")
     assert [pick.name for pick in Passes(first, hires).picks()] == ["a"]
     both = Passes(first, Request(enabled=True, loras="b"))
-    assert both.claimed(off).loras == "" and both.claimed(replace(off, enabled=True)).loras == "c"
+    assert both.as_infotext(off).loras == "" and both.as_infotext(replace(off, enabled=True)).loras == "c"

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib_delta.adapters.adapter_file import load_adapter
-from lib_delta.adapters.attach import Form, attach
+from lib_delta.adapters.attach import AdapterForm, attach
 from lib_delta.bridges import ScaleBridge
 from lib_delta.core.conditioning import Conditioning
 from lib_delta.core.guidance import DeltaGuidance, DenoiseStep
@@ -29,7 +29,7 @@ X, SIGMA = 5 * randn(2, 4, 8, 8), torch.tensor([0.7, 6.0])
 TOLD = Conditioning(randn(1, 7, 24, seed=1), randn(1, 14, 24, seed=2))
 
 
-def adapted_unet(name: str, folder: Path, form: Form, weight: float = 1.0) -> UNet:
+def adapted_unet(name: str, folder: Path, form: AdapterForm, weight: float = 1.0) -> UNet:
     path = folder / "adapter.safetensors"
     save_file(FILES[name], path)
     unet = make_unet()
@@ -62,7 +62,7 @@ def test_the_stand_in_refuses_what_a_device_does() -> None:
 
 @pytest.mark.parametrize("form", ["merged", "bypass"])
 @pytest.mark.parametrize("name", FILES)
-def test_every_algorithm_on_another_device(tmp_path: Path, name: str, form: Form) -> None:
+def test_every_algorithm_on_another_device(tmp_path: Path, name: str, form: AdapterForm) -> None:
     def deltas(unet: UNet) -> Tensor:
         return Source(unet, Parameterization(), TOLD).deltas(X, SIGMA, 3.0)[0]
 
@@ -120,7 +120,7 @@ def test_a_schedule_is_read_from_a_device_without_float64() -> None:
 
 
 @pytest.mark.parametrize("form", ["merged", "bypass"])
-def test_adapters_change_after_a_host_has_moved_the_model_in_inference_mode(tmp_path: Path, form: Form) -> None:
+def test_adapters_change_after_a_host_has_moved_the_model_in_inference_mode(tmp_path: Path, form: AdapterForm) -> None:
     wanted = attached(adapted_unet("LoHa", tmp_path, "merged", 0.5))
     with stand_in_device():
         unet = adapted_unet("LoHa", tmp_path, form)
@@ -172,7 +172,7 @@ def test_merging_is_exact_under_autocast(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["merged", "bypass"])
-def test_the_delta_is_exact_under_autocast(tmp_path: Path, form: Form) -> None:
+def test_the_delta_is_exact_under_autocast(tmp_path: Path, form: AdapterForm) -> None:
     source = Source(adapted_unet("LoRA", tmp_path, form), Parameterization(), TOLD)
     wanted = source.deltas(X, SIGMA, 3.0)[0]
     with torch.autocast("cpu", torch.bfloat16):

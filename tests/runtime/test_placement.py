@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib_delta.adapters.attach import Form, Merged, attach
+from lib_delta.adapters.attach import AdapterForm, Merged, attach
 from lib_delta.core.source import Source
-from lib_delta.lru_cache import Kept
+from lib_delta.lru_cache import LRUCache
 from lib_delta.models.forked_layers import ForkedLayer
 from lib_delta.models.unet import UNet
-from lib_delta.runtime.placement import CPU, Placed, Stream, visit
-from lib_delta.runtime.side_model import _store
+from lib_delta.runtime.placement import CPU, Restorable, Stream, copy_to_device
+from lib_delta.runtime.side_model import _store_as
 from tests.support.counting import EPS, SIGMA, TOLD, X, lora
 from tests.support.stand_in_device import DEVICE, stand_in_device
 from tests.support.tiny_unet import randn, tiny_unet
 
-FORMS: tuple[Form, ...] = ("merged", "bypass")
+FORMS: tuple[AdapterForm, ...] = ("merged", "bypass")
 
 
 def on_the_device(unet: UNet) -> list[str]:
@@ -31,15 +31,17 @@ def delta(unet: UNet) -> Tensor:
     return Source(unet, EPS, TOLD).delta(X, SIGMA, 3.0)
 
 
-def placed(unet: UNet, how: Literal["visit", "stream"]) -> Placed:
+def placed(unet: UNet, how: Literal["visit", "stream"]) -> Restorable:
     if how == "stream":
         return Stream(unet, [], DEVICE)
-    return visit(unet, DEVICE)
+    return copy_to_device(unet, DEVICE)
 
 
 @pytest.mark.parametrize("how", ["visit", "stream"])
 @pytest.mark.parametrize("form", FORMS)
-def test_weights_that_went_to_a_device_come_home_without_a_copy(form: Form, how: Literal["visit", "stream"]) -> None:
+def test_weights_that_went_to_a_device_come_home_without_a_copy(
+    form: AdapterForm, how: Literal["visit", "stream"]
+) -> None:
     unet = tiny_unet()
     attach(unet, [(lora(unet), 1.0)], form)
     wanted = delta(unet)
@@ -50,7 +52,7 @@ def test_weights_that_went_to_a_device_come_home_without_a_copy(form: Form, how:
             assert len(on_the_device(unet)) == len(before)
         got = delta(unet)
         transfers.clear()
-        there.come_home()
+        there.restore()
         assert not transfers and not on_the_device(unet)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     after = {name: tensor.data_ptr() for name, tensor in (*unet.named_parameters(), *unet.named_buffers())}
@@ -74,7 +76,7 @@ def test_of_a_streamed_model_only_the_part_that_runs_is_on_the_device() -> None:
         assert unet.time_embed["0"].weight.device == DEVICE
         delta(unet)
         assert all("block" not in name or name.startswith("input_blocks.0.") for name in on_the_device(unet))
-        stream.come_home()
+        stream.restore()
     for hook in hooks:
         hook.remove()
     assert 0 < most["there"] < 0.4 * total
@@ -85,8 +87,8 @@ def test_a_stream_says_how_much_is_there_at_most_besides_its_ends() -> None:
     parts = [part for block in (*unet.input_blocks[1:], unet.middle_block, *unet.output_blocks) for part in block]
     with stand_in_device():
         stream = Stream(unet, [], DEVICE)
-        assert stream.largest == max(sum(p.nbytes for p in part.parameters()) for part in parts)
-        stream.come_home()
+        assert stream.largest_part == max(sum(p.nbytes for p in part.parameters()) for part in parts)
+        stream.restore()
 
 
 def test_a_part_that_fails_goes_home_before_it_is_tried_again() -> None:
@@ -97,7 +99,7 @@ def test_a_part_that_fails_goes_home_before_it_is_tried_again() -> None:
         with pytest.raises(RuntimeError, match="device"):
             unet(X[None].to(DEVICE), SIGMA, randn(1, 2, 7, 16).to(DEVICE))
         got = unet(X[None].to(DEVICE), SIGMA.to(DEVICE), randn(1, 2, 7, 16).to(DEVICE)).cpu()
-        stream.come_home()
+        stream.restore()
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     assert not on_the_device(unet)
 
@@ -105,10 +107,10 @@ def test_a_part_that_fails_goes_home_before_it_is_tried_again() -> None:
 def test_what_was_merged_on_the_device_comes_along() -> None:
     unet = tiny_unet()
     with stand_in_device():
-        visiting = visit(unet, DEVICE)
+        visiting = copy_to_device(unet, DEVICE)
         attach(unet, [(lora(unet), 1.0)], "merged")
         assert unet.middle_block[0].out_layers["3"].adaptation.weight.device == DEVICE
-        visiting.come_home()
+        visiting.restore()
         assert not on_the_device(unet)
     assert delta(unet).any()
 
@@ -117,9 +119,9 @@ def test_what_was_merged_on_the_device_comes_along() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_weights_in_fp8_give_the_delta_of_rounded_weights(form: Form) -> None:
+def test_weights_in_fp8_give_the_delta_of_rounded_weights(form: AdapterForm) -> None:
     unet, rounded = tiny_unet(), tiny_unet()
-    _store(unet, torch.float8_e4m3fn)
+    _store_as(unet, torch.float8_e4m3fn)
     stored = {name for name, weight in unet.named_parameters() if weight.dtype == torch.float8_e4m3fn}
     assert len(stored) > 20 and not [n for n in stored if "block" not in n or n.startswith("input_blocks.0.")]
     for name, weight in rounded.named_parameters():
@@ -136,7 +138,7 @@ def test_weights_in_fp8_give_the_delta_of_rounded_weights(form: Form) -> None:
 def test_fp8_takes_about_half_of_half_precision() -> None:
     unet = tiny_unet().to(torch.bfloat16)
     before = sum(p.nbytes for p in unet.parameters())
-    _store(unet, torch.float8_e4m3fn)
+    _store_as(unet, torch.float8_e4m3fn)
     assert sum(p.nbytes for p in unet.parameters()) < 0.6 * before
     assert unet(X[None].bfloat16(), SIGMA, randn(1, 2, 7, 16).bfloat16()).dtype == torch.bfloat16
 
@@ -145,17 +147,17 @@ def test_fp8_takes_about_half_of_half_precision() -> None:
 
 
 def test_what_was_used_last_stays_as_far_as_there_is_room() -> None:
-    kept: Kept[str, int] = Kept(int)
+    kept: LRUCache[str, int] = LRUCache(int)
     for size in (3, 4, 5):
         kept.put(str(size), size)
     assert kept.get("3") == 3 and kept.get("7") is None
-    kept.shrink(8)
+    kept.evict(8)
     assert list(kept) == [5, 3]
-    kept.shrink(100, count=1)
+    kept.evict(100, count=1)
     assert list(kept) == [3]
-    kept.shrink(0)
+    kept.evict(0)
     assert list(kept) == [3], "what is in use stays, however large it is"
-    kept.shrink(0, least=0)
+    kept.evict(0, least=0)
     assert len(kept) == 0
 
 

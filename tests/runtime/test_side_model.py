@@ -11,14 +11,14 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder a base needs")
 
-from lib_delta.adapters.attach import Form
+from lib_delta.adapters.attach import AdapterForm
 from lib_delta.controls.active_controls import ControlPick
 from lib_delta.devices import out_of_memory
 from lib_delta.errors import AdapterError, CheckpointError, DeltaError, SettingError
 from lib_delta.files.weight_file import FileState
 from lib_delta.models.controlnet import ControlNet
 from lib_delta.runtime import side_model
-from lib_delta.runtime.side_model import AdapterPick, SideModel, SideModels, sentence
+from lib_delta.runtime.side_model import AdapterPick, SideModel, SideModels, user_error
 from tests.support.small_files import (
     TEXT_PREFIX,
     UNET_PREFIX,
@@ -63,7 +63,7 @@ def texts(model: SideModel) -> list[torch.Tensor]:
 @pytest.mark.parametrize("form", ["merged", "bypass"])
 @pytest.mark.parametrize(("weight", "checkpoint_name"), [(1.0, "tuned"), (0.5, "half")])
 def test_an_adapted_model_is_the_checkpoint_with_the_lora_merged(
-    files: Files, model: SideModel, form: Form, weight: float, checkpoint_name: str
+    files: Files, model: SideModel, form: AdapterForm, weight: float, checkpoint_name: str
 ) -> None:
     tuned = SideModel(files.checkpoint(checkpoint_name), FP32)
     model.adapt([AdapterPick(files.lora_file(), weight, weight)], form)
@@ -120,7 +120,7 @@ def test_a_file_that_was_used_lately_is_not_read_again(
     model.adapt([], "bypass")
     model.adapt([AdapterPick(files.lora_file())], "bypass")
     assert model.adapters == (read,) and torch.equal(branches(model), wanted)
-    monkeypatch.setattr(side_model, "ADAPTERS_KEPT", read.memory() - 1)
+    monkeypatch.setattr(side_model, "ADAPTER_CACHE_BYTES", read.memory() - 1)
     model.adapt([], "bypass")
     model.adapt([AdapterPick(files.lora_file())], "bypass")
     assert model.adapters[0] is not read
@@ -176,15 +176,15 @@ def test_the_networks_of_controls_go_where_the_unet_goes_and_count_as_memory(
     picks = [ControlPick(path, [torch.ones(1, 3, 64, 64)])]
     alone = model.memory
     assert model.network is model.unet
-    model.steer(picks)
+    model.set_controls(picks)
     loaded = model.network
     assert model.memory - alone == sum(weight.nbytes for weight in control.parameters())
     assert {*model.network.parameters()} > {*model.unet.parameters()}
-    model.steer(picks)
+    model.set_controls(picks)
     assert model.network is loaded, "a host has it on its device already"
     with pytest.raises(CheckpointError, match="cannot be read"):
-        model.steer([ControlPick(tmp_path / "gone.safetensors", [])])
-    assert model.network is model.unet and model.memory == alone and model.steering.guides == ()
+        model.set_controls([ControlPick(tmp_path / "gone.safetensors", [])])
+    assert model.network is model.unet and model.memory == alone and model.controls.guides == ()
 
 
 def test_the_type_is_the_one_asked_for(files: Files) -> None:
@@ -326,13 +326,13 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
 )
 def test_memory_that_ran_out_is_told_from_other_errors(error: BaseException, short: bool) -> None:
     assert out_of_memory(error) is short
-    assert ("out of memory while trying" in str(sentence(error, "trying"))) is short
+    assert ("out of memory while trying" in str(user_error(error, "trying"))) is short
 
 
 def test_errors_of_our_own_are_told_as_they_are_and_others_with_their_class() -> None:
     own = SettingError("lambda is wrong")
-    assert sentence(own, "trying") is own
-    told = sentence(KeyError("x"), "trying")
+    assert user_error(own, "trying") is own
+    told = user_error(KeyError("x"), "trying")
     assert type(told) is DeltaError and "trying failed (KeyError: 'x')" in str(told)
 
 

@@ -52,7 +52,7 @@ def inputs(batch: int = 2, context_width: int = 24, seed: int = 1) -> tuple[Tens
 
 def adapted_layers(unet: UNet) -> dict[str, nn.Module]:
     """Return the layers that a LoCon can have: linear maps and convolutions."""
-    return {path: layer for path, layer in key_names.layers(unet).items() if isinstance(layer, (Linear, Conv2d))}
+    return {path: layer for path, layer in key_names.named_layers(unet).items() if isinstance(layer, (Linear, Conv2d))}
 
 
 def locon(

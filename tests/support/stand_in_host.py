@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from lib_delta.errors import DeltaError
-from lib_delta.page.lora_rows import Card
+from lib_delta.page.lora_rows import LoraCard
 from lib_delta.request.lora_recipe import format_picks
 from lib_delta.request.presets import Presets
 from lib_delta.request.request import Request
@@ -67,8 +67,8 @@ class StandInCatalog:
     def card(self, name):
         """Return what the user has noted for one of them."""
         if name not in self.known_loras:
-            return Card(name, fault=f"there is no LoRA {name!r}")
-        return Card(name, 0.6, "thin lines", "photo") if name == "lineart" else Card(name)
+            return LoraCard(name, fault=f"there is no LoRA {name!r}")
+        return LoraCard(name, 0.6, "thin lines", "photo") if name == "lineart" else LoraCard(name)
 
     def refresh_loras(self):
         """Find one more."""

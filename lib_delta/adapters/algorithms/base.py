@@ -20,7 +20,7 @@ from torch import Size, Tensor
 from lib_delta.errors import AdapterError
 from lib_delta.models.forked_layers import ForkedLayer
 
-Own = TypeVar("Own", bound="LayerAdapter")
+AdapterT = TypeVar("AdapterT", bound="LayerAdapter")
 
 
 class LayerAdapter(ABC):
@@ -65,7 +65,7 @@ class LayerAdapter(ABC):
         return False
 
     @abstractmethod
-    def fit(self: Own, shape: Size) -> Own:
+    def fit(self: AdapterT, shape: Size) -> AdapterT:
         """Return the adapter laid out for a weight of ``shape``; raise :class:`AdapterError` if it is not for one."""
 
     @abstractmethod
@@ -88,7 +88,7 @@ class LayerAdapter(ABC):
         """Return ``total``, of the shape of ``y``, plus ``factor`` times :meth:`bypass`."""
         return torch.add(total, self.bypass(layer, x, y), alpha=factor)
 
-    def map(self: Own, function: Callable[[Tensor], Tensor]) -> Own:
+    def map(self: AdapterT, function: Callable[[Tensor], Tensor]) -> AdapterT:
         """Return the same adapter with ``function`` applied to its tensors (a move, a cast)."""
         changed = {name: function(tensor) for name, tensor in self._tensors().items()}
         return dataclasses.replace(self, **changed)  # type: ignore[type-var]
@@ -113,17 +113,17 @@ def scale_of(tensors: Mapping[str, Tensor], rank: int) -> float:
     """Return alpha over the rank; a missing ``alpha`` counts as the rank, and a rank of 0 gives 0."""
     if rank == 0:
         return 0.0
-    return number(tensors["alpha"], "alpha") / rank if "alpha" in tensors else 1.0
+    return finite_scalar(tensors["alpha"], "alpha") / rank if "alpha" in tensors else 1.0
 
 
-def number(tensor: Tensor, name: str) -> float:
+def finite_scalar(tensor: Tensor, name: str) -> float:
     """Return a tensor of one finite number."""
     if tensor.numel() != 1 or not math.isfinite(tensor.item()):
         raise AdapterError(f"{name} has shape {tuple(tensor.shape)} or is not finite, and one finite number is needed")
     return float(tensor.item())
 
 
-def reshaped(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+def with_shape(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
     """View a tensor in a layer's number of dimensions: trainers leave out, or add, those of length 1 at the end."""
     ones = (1,) * abs(len(shape) - tensor.ndim)
     padded = tuple(tensor.shape) + ones if tensor.ndim < len(shape) else tuple(tensor.shape)

@@ -19,7 +19,7 @@ from lib_delta.adapters.algorithms.full import DIFF_BIAS, NEW_BIAS
 from lib_delta.errors import AdapterError
 
 UP_BIAS = "lora_up.bias"
-NAMES = (DIFF_BIAS, UP_BIAS, NEW_BIAS)
+BIAS_NAMES = (DIFF_BIAS, UP_BIAS, NEW_BIAS)
 
 
 @dataclass(frozen=True)

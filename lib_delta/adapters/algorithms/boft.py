@@ -10,23 +10,31 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lib_delta.adapters.algorithms.oft import BLOCKS, CONSTRAINT, RESCALE, Unsolved, cayley, constrained, half_skew
+from lib_delta.adapters.algorithms.oft import (
+    CONSTRAINT,
+    OFT_BLOCKS,
+    RESCALE,
+    UnsolvedOft,
+    cayley,
+    constrained,
+    half_skew,
+)
 from lib_delta.errors import AdapterError
 
-PEFT, PEFT_SCALE = "boft_R", "boft_s"
+BOFT_R, BOFT_S = "boft_R", "boft_s"
 
 
-def match(tensors: Mapping[str, Tensor]) -> Unsolved | None:
+def match(tensors: Mapping[str, Tensor]) -> UnsolvedOft | None:
     """Make a layer's BOFT of its tensors, ``(factors, blocks, b, b)``."""
-    if PEFT in tensors and not tensors.keys() - {PEFT, PEFT_SCALE}:
-        data = _even(tensors[PEFT], PEFT)
+    if BOFT_R in tensors and not tensors.keys() - {BOFT_R, BOFT_S}:
+        data = _even(tensors[BOFT_R], BOFT_R)
         _, count, side, _ = data.shape
-        return Unsolved(count, side, lambda: cayley(half_skew(data)), tensors.get(PEFT_SCALE), True, "peft")
-    if BLOCKS not in tensors or tensors[BLOCKS].ndim != 4 or tensors.keys() - {BLOCKS, RESCALE, CONSTRAINT}:
+        return UnsolvedOft(count, side, lambda: cayley(half_skew(data)), tensors.get(BOFT_S), True, "peft")
+    if OFT_BLOCKS not in tensors or tensors[OFT_BLOCKS].ndim != 4 or tensors.keys() - {OFT_BLOCKS, RESCALE, CONSTRAINT}:
         return None
-    _, count, side, _ = _even(tensors[BLOCKS], BLOCKS).shape
+    _, count, side, _ = _even(tensors[OFT_BLOCKS], OFT_BLOCKS).shape
     rescale = tensors.get(RESCALE)
-    return Unsolved(count, side, lambda: cayley(constrained(tensors)), rescale, butterfly="lycoris")
+    return UnsolvedOft(count, side, lambda: cayley(constrained(tensors)), rescale, butterfly="lycoris")
 
 
 def _even(blocks: Tensor, name: str) -> Tensor:

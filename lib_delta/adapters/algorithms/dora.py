@@ -17,7 +17,7 @@ from torch import Size, Tensor
 from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution
 from lib_delta.errors import AdapterError
 
-SCALE = "dora_scale"
+DORA_SCALE = "dora_scale"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ class Dora(LayerAdapter):
         sides = {(shape[0],): (shape[0], 1), (shape[0], 1): (shape[0], 1), (1, shape[1]): (1, shape[1])}
         wanted = sides.get(found[:2])
         if wanted is None or self.magnitude.numel() != max(wanted):
-            raise AdapterError(f"{SCALE} has shape {found} where the model's layer needs one for each output or input")
+            raise AdapterError(
+                f"{DORA_SCALE} has shape {found} where the model's layer needs one for each output or input"
+            )
         return dataclasses.replace(self, inner=self.inner.fit(shape), magnitude=self.magnitude.reshape(wanted + ones))
 
     def merged_difference(self, weight: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ from lib_delta.adapters.algorithms import lora
 from lib_delta.adapters.algorithms.lora import Lora
 from lib_delta.errors import AdapterError
 
-_BLOCK = re.compile(r"(up|down)_list\.(\d+)$")
+_LIST_ENTRY = re.compile(r"(up|down)_list\.(\d+)$")
 
 
 def match(tensors: Mapping[str, Tensor]) -> Lora | None:
     """Join blocks ``up_list.i`` ``(out, ranks)`` and ``down_list.i`` ``(ranks, in * k * k)`` to a LoRA's factors."""
-    blocks = {name: found for name in tensors if (found := _BLOCK.match(name))}
+    blocks = {name: found for name in tensors if (found := _LIST_ENTRY.match(name))}
     if not blocks or tensors.keys() - blocks.keys() - {lora.ALPHA}:
         return None
     up, down = (

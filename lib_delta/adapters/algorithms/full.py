@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, reshaped
+from lib_delta.adapters.algorithms.base import LayerAdapter, with_shape
 from lib_delta.errors import AdapterError
 
 DIFF, DIFF_BIAS = "diff", "diff_b"
@@ -20,7 +20,7 @@ NEW, NEW_BIAS = "base_layer.weight", "base_layer.bias"
 
 
 @dataclass(frozen=True)
-class Tuned(LayerAdapter):
+class FineTunedLayer(LayerAdapter):
     """``W' = weight`` and ``b' = bias``: a layer of a fine-tuned checkpoint, in any shape of layer."""
 
     weight: Tensor
@@ -34,10 +34,10 @@ class Tuned(LayerAdapter):
     def changes_bias(self) -> bool:
         return self.bias is not None
 
-    def fit(self, shape: Size) -> Tuned:
+    def fit(self, shape: Size) -> FineTunedLayer:
         if self.bias is not None:
             _shaped(self.bias, shape[:1], "bias")
-        return Tuned(_shaped(self.weight, shape, "weight"), self.bias)
+        return FineTunedLayer(_shaped(self.weight, shape, "weight"), self.bias)
 
     def merged_difference(self, weight: Tensor) -> Tensor:
         return self.weight.to(weight.device).float() - weight.float()
@@ -66,7 +66,7 @@ class Diff(LayerAdapter):
         if self.bias is not None:
             _shaped(self.bias, shape[:1], DIFF_BIAS)
         if self.weight.ndim != len(shape):  # a 1x1 convolution as a matrix, or the reverse
-            return replace(self, weight=reshaped(self.weight, tuple(shape), DIFF))
+            return replace(self, weight=with_shape(self.weight, tuple(shape), DIFF))
         return replace(self, weight=_shaped(self.weight, shape, DIFF))
 
     def merged_difference(self, weight: Tensor) -> Tensor:
@@ -76,16 +76,16 @@ class Diff(LayerAdapter):
         return None if self.bias is None else self.bias.to(bias.device).float()
 
 
-def match(tensors: Mapping[str, Tensor]) -> Diff | Tuned | None:
+def match(tensors: Mapping[str, Tensor]) -> Diff | FineTunedLayer | None:
     """Make a layer's stored difference, or its new weights, of its tensors; None for tensors of another algorithm."""
     if NEW in tensors and not tensors.keys() - {NEW, NEW_BIAS}:
-        return Tuned(tensors[NEW], tensors.get(NEW_BIAS))
+        return FineTunedLayer(tensors[NEW], tensors.get(NEW_BIAS))
     if DIFF not in tensors or tensors.keys() - {DIFF, DIFF_BIAS}:
         return None
     return Diff(tensors[DIFF], tensors.get(DIFF_BIAS))
 
 
-def changed(base: Tensor, tuned: Tensor) -> bool:
+def differs(base: Tensor, tuned: Tensor) -> bool:
     """Tell whether ``tuned``, stored as ``base`` is, differs from it in any bit."""
     return not bool((tuned.to(base.device, base.dtype) == base).all())
 

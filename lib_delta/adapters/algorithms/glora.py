@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution, number, require, reshaped
+from lib_delta.adapters.algorithms.base import LayerAdapter, finite_scalar, matrix_or_convolution, require, with_shape
 from lib_delta.adapters.algorithms.lora import ALPHA, Lora
 from lib_delta.errors import AdapterError
 from lib_delta.models.forked_layers import ForkedLayer, Linear
@@ -65,8 +65,8 @@ class Glora(LayerAdapter):
         scale = 0.0 if rank == 0 else 1.0 if self.alpha is None else self.alpha / rank
         return dataclasses.replace(
             self,
-            a1=reshaped(a1, (inputs, rank, *ones), A1),
-            a2=reshaped(a2, (rank, inputs, *ones), A2),
+            a1=with_shape(a1, (inputs, rank, *ones), A1),
+            a2=with_shape(a2, (rank, inputs, *ones), A2),
             b=dataclasses.replace(b, scale=scale).fit(shape),
         )
 
@@ -81,7 +81,7 @@ class Glora(LayerAdapter):
     def bypass(self, layer: ForkedLayer, x: Tensor, y: Tensor) -> Tensor:
         through = F.linear if isinstance(layer, Linear) else F.conv2d
         mapped = through(through(x, self.a2).mul(self.scale), self.a1)
-        return layer.apply_weights(mapped, layer.own_weight(), None) + self.b.bypass(layer, x, y)
+        return layer.apply_weights(mapped, layer.base_weight(), None) + self.b.bypass(layer, x, y)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Glora:
         return dataclasses.replace(super().map(function), b=self.b.map(function))
@@ -95,5 +95,5 @@ def match(tensors: Mapping[str, Tensor]) -> Glora | None:
     a1, a2, b1, b2 = (tensors[name] for name in (A1, A2, B1, B2))
     if any(t.ndim not in (2, 4) for t in (a1, a2, b1, b2)):
         raise AdapterError("the factors of its GLoRA need 2 or 4 dimensions each")
-    alpha = number(tensors[ALPHA], ALPHA) if ALPHA in tensors else None
+    alpha = finite_scalar(tensors[ALPHA], ALPHA) if ALPHA in tensors else None
     return Glora(a1, a2, Lora(b1, b2, tensors.get(BM), 1.0), alpha)

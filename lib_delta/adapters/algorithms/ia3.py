@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution, number
+from lib_delta.adapters.algorithms.base import LayerAdapter, finite_scalar, matrix_or_convolution
 from lib_delta.errors import AdapterError
 from lib_delta.models.forked_layers import ForkedLayer, Linear
 
-WEIGHT, ON_INPUT, PEFT = "weight", "on_input", "ia3_l"
+IA3_WEIGHT, ON_INPUT, IA3_L = "weight", "on_input", "ia3_l"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Ia3(LayerAdapter):
     def bypass(self, layer: ForkedLayer, x: Tensor, y: Tensor) -> Tensor:
         change = self.change.flatten() if isinstance(layer, Linear) else self.change.reshape(-1, 1, 1)
         if self.on_input:
-            return layer.apply_weights(x * change, layer.own_weight(), None)
+            return layer.apply_weights(x * change, layer.base_weight(), None)
         if layer.bias is None or self.with_bias:
             return y * change
         bias = layer.bias if isinstance(layer, Linear) else layer.bias[:, None, None]
@@ -67,22 +67,22 @@ class Ia3(LayerAdapter):
 
 def match(tensors: Mapping[str, Tensor]) -> Ia3 | None:
     """Make a layer's (IA)^3 of its tensors; raises :class:`AdapterError` for vectors of other shapes."""
-    if PEFT in tensors and not tensors.keys() - {PEFT, ON_INPUT}:
-        multiplier = tensors[PEFT].float()
+    if IA3_L in tensors and not tensors.keys() - {IA3_L, ON_INPUT}:
+        multiplier = tensors[IA3_L].float()
         if multiplier.ndim not in (2, 4) or multiplier.numel() != max(multiplier.shape[:2]):
-            raise AdapterError(f"{PEFT} has shape {tuple(multiplier.shape)}, and (out, 1) or (1, in) is needed")
+            raise AdapterError(f"{IA3_L} has shape {tuple(multiplier.shape)}, and (out, 1) or (1, in) is needed")
         on_input = _stated_side(tensors)
         # A convolution's has one shape for either side.
         if on_input is None and multiplier.ndim == 2 and multiplier.numel() > 1:
             on_input = multiplier.shape[0] == 1
         return Ia3(multiplier - 1, on_input, with_bias=True)
-    if WEIGHT not in tensors or tensors.keys() - {WEIGHT, ON_INPUT}:
+    if IA3_WEIGHT not in tensors or tensors.keys() - {IA3_WEIGHT, ON_INPUT}:
         return None
-    change = tensors[WEIGHT]
+    change = tensors[IA3_WEIGHT]
     if change.numel() != max(change.shape, default=1):
-        raise AdapterError(f"{WEIGHT} has shape {tuple(change.shape)}, and one number an output or input is needed")
+        raise AdapterError(f"{IA3_WEIGHT} has shape {tuple(change.shape)}, and one number an output or input is needed")
     return Ia3(change, _stated_side(tensors))
 
 
 def _stated_side(tensors: Mapping[str, Tensor]) -> bool | None:
-    return bool(number(tensors[ON_INPUT], ON_INPUT)) if ON_INPUT in tensors else None
+    return bool(finite_scalar(tensors[ON_INPUT], ON_INPUT)) if ON_INPUT in tensors else None

@@ -15,9 +15,9 @@ from torch import Size, Tensor
 from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution, require, scale_of
 from lib_delta.errors import AdapterError
 
-W1_A, W1_B, W2_A, W2_B = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
-T1, T2 = "hada_t1", "hada_t2"
-_FACTORS = (W1_A, W1_B, W2_A, W2_B)
+HADA_W1_A, HADA_W1_B, HADA_W2_A, HADA_W2_B = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
+HADA_T1, HADA_T2 = "hada_t1", "hada_t2"
+_FACTORS = (HADA_W1_A, HADA_W1_B, HADA_W2_A, HADA_W2_B)
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,16 @@ def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
 
 def match(tensors: Mapping[str, Tensor]) -> Loha | None:
     """Make a layer's LoHa of its tensors; a missing ``alpha`` counts as the rank."""
-    if not tensors.keys() & {*_FACTORS, T1, T2} or tensors.keys() - {*_FACTORS, T1, T2, "alpha"}:
+    if not tensors.keys() & {*_FACTORS, HADA_T1, HADA_T2} or tensors.keys() - {*_FACTORS, HADA_T1, HADA_T2, "alpha"}:
         return None
     require(tensors, _FACTORS, "a LoHa")
-    if (T1 in tensors) != (T2 in tensors):
-        raise AdapterError(f"one of {T1} and {T2} is missing, and a LoHa has both cores or none")
-    tucker = T1 in tensors
+    if (HADA_T1 in tensors) != (HADA_T2 in tensors):
+        raise AdapterError(f"one of {HADA_T1} and {HADA_T2} is missing, and a LoHa has both cores or none")
+    tucker = HADA_T1 in tensors
     w1_a, w1_b, w2_a, w2_b = (tensors[name] for name in _FACTORS)
     if any(t.ndim != 2 for t in (w1_a, w1_b, w2_a, w2_b)):
         raise AdapterError("the factors of its LoHa need 2 dimensions each")
-    for a, b, core in ((w1_a, w1_b, tensors.get(T1)), (w2_a, w2_b, tensors.get(T2))):
+    for a, b, core in ((w1_a, w1_b, tensors.get(HADA_T1)), (w2_a, w2_b, tensors.get(HADA_T2))):
         inner = (a.shape[0], b.shape[0]) if core is not None else (a.shape[1], a.shape[1])
         if core is not None and (core.ndim != 4 or tuple(core.shape[:2]) != inner):
             raise AdapterError(f"a core of shape {tuple(core.shape)} does not fit factors of rank {inner}")
@@ -88,6 +88,6 @@ def match(tensors: Mapping[str, Tensor]) -> Loha | None:
     outputs = 1 if tucker else 0  # which side of w1_a has the layer's outputs
     if w1_a.shape[outputs] != w2_a.shape[outputs] or w1_b.shape[1] != w2_b.shape[1]:
         raise AdapterError("the two halves of its LoHa are of different sizes, and must be the same")
-    if tucker and tensors[T1].shape[2:] != tensors[T2].shape[2:]:
+    if tucker and tensors[HADA_T1].shape[2:] != tensors[HADA_T2].shape[2:]:
         raise AdapterError("the two cores of its LoHa have different kernels, and must have the same")
-    return Loha(w1_a, w1_b, w2_a, w2_b, tensors.get(T1), tensors.get(T2), scale_of(tensors, w1_b.shape[0]))
+    return Loha(w1_a, w1_b, w2_a, w2_b, tensors.get(HADA_T1), tensors.get(HADA_T2), scale_of(tensors, w1_b.shape[0]))

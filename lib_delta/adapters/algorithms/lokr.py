@@ -17,9 +17,9 @@ from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convoluti
 from lib_delta.errors import AdapterError
 from lib_delta.models.forked_layers import ForkedLayer, Linear
 
-W1, W1_A, W1_B = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
-W2, W2_A, W2_B, T2 = "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"
-_NAMES = {W1, W1_A, W1_B, W2, W2_A, W2_B, T2, "alpha"}
+LOKR_W1, LOKR_W1_A, LOKR_W1_B = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
+LOKR_W2, LOKR_W2_A, LOKR_W2_B, LOKR_T2 = "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"
+_TENSOR_NAMES = {LOKR_W1, LOKR_W1_A, LOKR_W1_B, LOKR_W2, LOKR_W2_A, LOKR_W2_B, LOKR_T2, "alpha"}
 
 
 @dataclass(frozen=True)
@@ -131,35 +131,37 @@ def match(tensors: Mapping[str, Tensor]) -> Lokr | None:
     The rank is that of whichever factor has one; where both are whole, ``alpha`` means nothing and the
     scale is 1, as LyCORIS has it.
     """
-    if not tensors.keys() & (_NAMES - {"alpha"}) or tensors.keys() - _NAMES:
+    if not tensors.keys() & (_TENSOR_NAMES - {"alpha"}) or tensors.keys() - _TENSOR_NAMES:
         return None
-    for whole, a, b in ((W1, W1_A, W1_B), (W2, W2_A, W2_B)):
+    for whole, a, b in ((LOKR_W1, LOKR_W1_A, LOKR_W1_B), (LOKR_W2, LOKR_W2_A, LOKR_W2_B)):
         if (whole in tensors) == (a in tensors and b in tensors) or (a in tensors) != (b in tensors):
             raise AdapterError(f"its tensors do not make a factor, and a LoKr needs {whole}, or {a} and {b}")
     _check_shapes(tensors)
-    ranks = {tensors[name].shape[0] for name in (W1_B, W2_B) if name in tensors}
+    ranks = {tensors[name].shape[0] for name in (LOKR_W1_B, LOKR_W2_B) if name in tensors}
     if len(ranks) > 1:
         raise AdapterError(f"the ranks of its factors disagree ({', '.join(map(str, sorted(ranks)))})")
     scale = scale_of(tensors, ranks.pop()) if ranks else 1.0
-    w1, w1_a, w1_b, w2, w2_a, w2_b, t2 = (tensors.get(name) for name in (W1, W1_A, W1_B, W2, W2_A, W2_B, T2))
+    w1, w1_a, w1_b, w2, w2_a, w2_b, t2 = (
+        tensors.get(name) for name in (LOKR_W1, LOKR_W1_A, LOKR_W1_B, LOKR_W2, LOKR_W2_A, LOKR_W2_B, LOKR_T2)
+    )
     return Lokr(w1, w1_a, w1_b, w2, w2_a, w2_b, t2, scale)
 
 
 def _check_shapes(tensors: Mapping[str, Tensor]) -> None:
-    for name in (W1, W1_A, W1_B, W2_A):
+    for name in (LOKR_W1, LOKR_W1_A, LOKR_W1_B, LOKR_W2_A):
         if name in tensors and tensors[name].ndim != 2:
             raise AdapterError(f"{name} has shape {tuple(tensors[name].shape)}, and 2 dimensions are needed")
-    for name in (W2, W2_B):
+    for name in (LOKR_W2, LOKR_W2_B):
         if name in tensors and tensors[name].ndim not in (2, 4):
             raise AdapterError(f"{name} has shape {tuple(tensors[name].shape)}, and 2 or 4 dimensions are needed")
-    if W1_A in tensors and tensors[W1_A].shape[1] != tensors[W1_B].shape[0]:
-        raise AdapterError(f"the ranks of {W1_A} and {W1_B} disagree, and must be the same")
-    if W2_A not in tensors:
-        if T2 in tensors:
-            raise AdapterError(f"{T2} is a core for {W2_A} and {W2_B}, which are missing")
+    if LOKR_W1_A in tensors and tensors[LOKR_W1_A].shape[1] != tensors[LOKR_W1_B].shape[0]:
+        raise AdapterError(f"the ranks of {LOKR_W1_A} and {LOKR_W1_B} disagree, and must be the same")
+    if LOKR_W2_A not in tensors:
+        if LOKR_T2 in tensors:
+            raise AdapterError(f"{LOKR_T2} is a core for {LOKR_W2_A} and {LOKR_W2_B}, which are missing")
         return
-    a, b, core = tensors[W2_A], tensors[W2_B], tensors.get(T2)
+    a, b, core = tensors[LOKR_W2_A], tensors[LOKR_W2_B], tensors.get(LOKR_T2)
     if core is None and a.shape[1] != b.shape[0]:
-        raise AdapterError(f"the ranks of {W2_A} and {W2_B} disagree, and must be the same")
+        raise AdapterError(f"the ranks of {LOKR_W2_A} and {LOKR_W2_B} disagree, and must be the same")
     if core is not None and (core.ndim != 4 or b.ndim != 2 or tuple(core.shape[:2]) != (len(a), len(b))):
-        raise AdapterError(f"{T2} has shape {tuple(core.shape)}, which does not fit its factors")
+        raise AdapterError(f"{LOKR_T2} has shape {tuple(core.shape)}, which does not fit its factors")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution, require, reshaped, scale_of
+from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution, require, scale_of, with_shape
 from lib_delta.errors import AdapterError
 from lib_delta.models.forked_layers import ForkedLayer, Linear
 
@@ -53,12 +53,12 @@ class Lora(LayerAdapter):
         if self.mid is None:
             core, inner = None, kernel
         else:
-            core, inner = reshaped(self.mid, (self.up.shape[1], self.down.shape[0], *kernel), MID), (1,) * len(kernel)
-        up = reshaped(self.up, (shape[0], self.up.shape[1], *(1,) * len(kernel)), UP)
+            core, inner = with_shape(self.mid, (self.up.shape[1], self.down.shape[0], *kernel), MID), (1,) * len(kernel)
+        up = with_shape(self.up, (shape[0], self.up.shape[1], *(1,) * len(kernel)), UP)
         wanted = (self.down.shape[0], shape[1], *inner)
         # The blocks of a DyLoRA keep a convolution's factor as a matrix.
         flat = self.down.shape == (wanted[0], Size(wanted[1:]).numel())
-        down = self.down.reshape(wanted) if flat else reshaped(self.down, wanted, DOWN)
+        down = self.down.reshape(wanted) if flat else with_shape(self.down, wanted, DOWN)
         return dataclasses.replace(self, up=up, down=down, mid=core)
 
     def merged_difference(self, weight: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lib_delta.adapters.algorithms.full import Diff
 
-WEIGHT, BIAS = "w_norm", "b_norm"
+NORM_WEIGHT, NORM_BIAS = "w_norm", "b_norm"
 
 
 def match(tensors: Mapping[str, Tensor]) -> Diff | None:
     """Make a norm's difference of its tensors; None for tensors of another algorithm."""
-    if WEIGHT not in tensors or tensors.keys() - {WEIGHT, BIAS}:
+    if NORM_WEIGHT not in tensors or tensors.keys() - {NORM_WEIGHT, NORM_BIAS}:
         return None
-    return Diff(tensors[WEIGHT], tensors.get(BIAS), "Norm")
+    return Diff(tensors[NORM_WEIGHT], tensors.get(NORM_BIAS), "Norm")

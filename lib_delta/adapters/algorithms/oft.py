@@ -16,12 +16,12 @@ from typing import Literal
 import torch
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution, number
+from lib_delta.adapters.algorithms.base import LayerAdapter, finite_scalar, matrix_or_convolution
 from lib_delta.errors import AdapterError
 from lib_delta.models.forked_layers import ForkedLayer, Linear
 
-BLOCKS, DIAGONAL, RESCALE, CONSTRAINT = "oft_blocks", "oft_diag", "rescale", "alpha"
-PEFT_OLD, PEFT = "oft_r", "oft_R"
+OFT_BLOCKS, OFT_DIAG, RESCALE, CONSTRAINT = "oft_blocks", "oft_diag", "rescale", "alpha"
+OLD_OFT_R, OFT_R = "oft_r", "oft_R"
 # Set by the reader where peft's configuration says so: how many terms of a series stand for the inverse.
 PEFT_TERMS = "oft_terms"
 # And, with COFT, how large each block may be.
@@ -102,7 +102,7 @@ class Oft(LayerAdapter):
 
 
 @dataclass(frozen=True)
-class Unsolved:
+class UnsolvedOft:
     """Rotations before their layer is known: a file may hold many more than any layer has, so only :meth:`fit` solves.
 
     ``make`` returns the factors ``(m, count or 1, side, side)``; the rest is as in :class:`Oft`.
@@ -135,22 +135,22 @@ class Unsolved:
         return Oft(factors, None if self.rescale is None else self.rescale.flatten(), self.on_input, self.butterfly)
 
 
-def match(tensors: Mapping[str, Tensor]) -> Unsolved | None:
+def match(tensors: Mapping[str, Tensor]) -> UnsolvedOft | None:
     """Make a layer's OFT of its tensors; a constraint of 0 or none leaves the angles free."""
     rescale = tensors.get(RESCALE)
-    if DIAGONAL in tensors and not tensors.keys() - {DIAGONAL, RESCALE, CONSTRAINT}:
-        given = _blocks(tensors[DIAGONAL], DIAGONAL, 3)
-        return Unsolved(len(given), given.shape[-1], lambda: given.float()[None].mT, rescale)
-    if PEFT_OLD in tensors and tensors.keys() == {PEFT_OLD}:
-        data = _blocks(tensors[PEFT_OLD], PEFT_OLD, 3)
-        return Unsolved(len(data), data.shape[-1], lambda: cayley(half_skew(data))[None].mT, padded=True)
-    if PEFT in tensors and not tensors.keys() - {PEFT, PEFT_TERMS, PEFT_LIMIT}:
-        side = _triangle_side(tensors[PEFT])
-        return Unsolved(len(tensors[PEFT]), side, lambda: _peft_rotations(tensors, side)[None], on_input=True)
-    if BLOCKS not in tensors or tensors[BLOCKS].ndim != 3 or tensors.keys() - {BLOCKS, RESCALE, CONSTRAINT}:
+    if OFT_DIAG in tensors and not tensors.keys() - {OFT_DIAG, RESCALE, CONSTRAINT}:
+        given = _square_blocks(tensors[OFT_DIAG], OFT_DIAG, 3)
+        return UnsolvedOft(len(given), given.shape[-1], lambda: given.float()[None].mT, rescale)
+    if OLD_OFT_R in tensors and tensors.keys() == {OLD_OFT_R}:
+        data = _square_blocks(tensors[OLD_OFT_R], OLD_OFT_R, 3)
+        return UnsolvedOft(len(data), data.shape[-1], lambda: cayley(half_skew(data))[None].mT, padded=True)
+    if OFT_R in tensors and not tensors.keys() - {OFT_R, PEFT_TERMS, PEFT_LIMIT}:
+        side = _triangle_side(tensors[OFT_R])
+        return UnsolvedOft(len(tensors[OFT_R]), side, lambda: _peft_rotations(tensors, side)[None], on_input=True)
+    if OFT_BLOCKS not in tensors or tensors[OFT_BLOCKS].ndim != 3 or tensors.keys() - {OFT_BLOCKS, RESCALE, CONSTRAINT}:
         return None
-    blocks = _blocks(tensors[BLOCKS], BLOCKS, 3)
-    return Unsolved(len(blocks), blocks.shape[-1], lambda: cayley(constrained(tensors))[None].mT, rescale)
+    blocks = _square_blocks(tensors[OFT_BLOCKS], OFT_BLOCKS, 3)
+    return UnsolvedOft(len(blocks), blocks.shape[-1], lambda: cayley(constrained(tensors))[None].mT, rescale)
 
 
 def half_skew(data: Tensor) -> Tensor:
@@ -163,9 +163,9 @@ def constrained(tensors: Mapping[str, Tensor]) -> Tensor:
 
     The constraint that files hold in ``alpha`` counts for each of the layer's outputs.
     """
-    blocks = tensors[BLOCKS].float()
+    blocks = tensors[OFT_BLOCKS].float()
     skew = blocks - blocks.mT
-    limit = number(tensors[CONSTRAINT], CONSTRAINT) if CONSTRAINT in tensors else 0.0
+    limit = finite_scalar(tensors[CONSTRAINT], CONSTRAINT) if CONSTRAINT in tensors else 0.0
     limit *= blocks.shape[-3] * blocks.shape[-1]
     norm = float(skew.norm())
     return skew * (limit / norm) if 0 < limit < norm else skew
@@ -184,7 +184,7 @@ def cayley(skew: Tensor) -> Tensor:
 def _triangle_side(vectors: Tensor) -> int:
     side = (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2 if vectors.ndim == 2 else 0
     if side < 2 or side * (side - 1) // 2 != vectors.shape[-1] or not len(vectors):
-        raise AdapterError(f"{PEFT} has shape {tuple(vectors.shape)}, and upper triangles of square blocks are needed")
+        raise AdapterError(f"{OFT_R} has shape {tuple(vectors.shape)}, and upper triangles of square blocks are needed")
     return side
 
 
@@ -194,13 +194,13 @@ def _peft_rotations(tensors: Mapping[str, Tensor], side: int) -> Tensor:
     peft stands a series of five terms for the inverse unless told otherwise; ``oft_terms`` 0 is the
     inverse itself, which peft takes of the matrix with the other sign.
     """
-    vectors = tensors[PEFT].float()
+    vectors = tensors[OFT_R].float()
     rows, columns = torch.triu_indices(side, side, 1)
     skew = torch.zeros(len(vectors), side, side)
     skew[:, rows, columns] = vectors
     skew = skew - skew.mT
     if PEFT_LIMIT in tensors:
-        limit = number(tensors[PEFT_LIMIT], PEFT_LIMIT) / math.sqrt(len(vectors))
+        limit = finite_scalar(tensors[PEFT_LIMIT], PEFT_LIMIT) / math.sqrt(len(vectors))
         norm = torch.linalg.matrix_norm(skew, keepdim=True)
         skew = torch.where(norm <= limit, skew, skew * (limit / norm))
     terms = int(tensors[PEFT_TERMS].item()) if PEFT_TERMS in tensors else 5
@@ -214,7 +214,7 @@ def _peft_rotations(tensors: Mapping[str, Tensor], side: int) -> Tensor:
     return total
 
 
-def _blocks(tensor: Tensor, name: str, dimensions: int) -> Tensor:
+def _square_blocks(tensor: Tensor, name: str, dimensions: int) -> Tensor:
     if tensor.ndim != dimensions or tensor.shape[-1] != tensor.shape[-2] or tensor.numel() == 0:
         raise AdapterError(f"{name} has shape {tuple(tensor.shape)}, and square blocks are needed")
     return tensor

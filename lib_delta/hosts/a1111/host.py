@@ -17,17 +17,17 @@ from modules import devices, lowvram, script_callbacks, shared
 from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
 from torch import Tensor
 
-from lib_delta.core.deltas import Deltas, Weights, each, of_images
+from lib_delta.core.deltas import Deltas, PromptWeights, map_changes, select_images
 from lib_delta.core.guidance import DenoiseStep
 from lib_delta.devices import free_memory, indexed
 from lib_delta.diffusion.families import Family
 from lib_delta.diffusion.parameterization import denoised_of, from_timestep_space, per_image
 from lib_delta.errors import SettingError
-from lib_delta.hosts.base import RUN, TAKING_AWAY, Host
-from lib_delta.hosts.compute_device import ACTIVATION_BYTES, wanted_place
-from lib_delta.hosts.generation.foreign_patches import replaced, taken_over
-from lib_delta.hosts.generation.main_model import Target, tiles
-from lib_delta.hosts.generation.progress import once, pass_progress, schedule_of
+from lib_delta.hosts.base import RUN_ATTRIBUTE, TAKING_AWAY, Host
+from lib_delta.hosts.compute_device import ACTIVATION_BYTES, side_device
+from lib_delta.hosts.generation.foreign_patches import patched_forwards, replaced
+from lib_delta.hosts.generation.main_model import MainModel, tiles
+from lib_delta.hosts.generation.progress import once_per_pass, pass_progress, schedule_of
 from lib_delta.hosts.generation.skipped_guidance import Shown
 from lib_delta.hosts.prompts.text_engine import TextEngine
 
@@ -46,7 +46,7 @@ DECODED = 2178
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """How a pass's rows are laid out; it is brought to the device once, and not in each step.
 
     ``weights`` are for each image those of its prompts joined by AND.  On the device, ``rows`` gives for every row its
@@ -54,7 +54,7 @@ class Layout:
     ``(N,)`` how many prompts it has, and ``first`` ``(N,)`` the row of the first of them.
     """
 
-    weights: Weights
+    weights: PromptWeights
     rows: Tensor
     cond: Tensor
     sums: Tensor
@@ -63,7 +63,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Call:
+class DenoiserCall:
     """One call of ``CFGDenoiser.forward``, as its first callback sees it.
 
     ``params`` is what that callback was given, and what the model evaluates once all callbacks are through, in the
@@ -78,7 +78,7 @@ class Call:
     progress: float
     step: int
     cfg_scale: float
-    layout: Layout
+    layout: RowLayout
     eps: bool
     image_cfg_scale: float | None
 
@@ -92,30 +92,30 @@ class Automatic1111(Host):
         super().__init__()
         self._engine: tuple[SideModel, TextEngine] | None = None
         # Between the two callbacks of one call: the second is told nothing of the first's.
-        self._call: Call | None = None
+        self._call: DenoiserCall | None = None
         self._shown: Shown | None = None
 
     def install(self) -> None:
         script_callbacks.on_cfg_denoiser(self._before_model)
         script_callbacks.on_cfg_denoised(self._after_model)
 
-    def target(self) -> Target:
-        family = family_of(shared.sd_model)
+    def main_model(self) -> MainModel:
+        family = main_family(shared.sd_model)
         if family is Family.SD3:  # of flow matching, whatever ``parameterization`` says
-            return Target(family, math.inf, flow=True)
+            return MainModel(family, math.inf, flow=True)
         unet = getattr(shared.sd_model.model, "diffusion_model", None)
         limit = schedule_of(shared.sd_model.alphas_cumprod).sigma_max
-        return Target(family, limit, merging=_merging(shared.sd_model), tiled=tiles(unet))
+        return MainModel(family, limit, merging=_token_merging(shared.sd_model), tiled=tiles(unet))
 
-    def place(self) -> tuple[torch.device, torch.dtype]:
+    def compute_device(self) -> tuple[torch.device, torch.dtype]:
         device: torch.device = devices.device
         return device, torch.float32 if device.type == "cpu" else devices.dtype_unet
 
     def text_engine(self, model: SideModel) -> TextEngine:
-        from lib_delta.hosts.a1111.text_engine import Engine
+        from lib_delta.hosts.a1111.text_engine import A1111TextEngine
 
         if self._engine is None or self._engine[0] is not model:
-            self._engine = model, Engine(model)
+            self._engine = model, A1111TextEngine(model)
         return self._engine[1]
 
     def forget(self, dropped: Sequence[SideModel]) -> None:
@@ -124,26 +124,26 @@ class Automatic1111(Host):
             self._engine = None
 
     def text_device(self) -> torch.device:
-        return wanted_place(*self.place())[0]
+        return side_device(*self.compute_device())[0]
 
     def enter(self, p: Any, model: SideModel) -> None:
         """Let other bases go home; this one comes with the first step that has a delta, and goes with the sampler."""
         for other in self._models or ():
             if other is not model:
-                other.wait()
+                other.offload()
 
     def _bring(self, run: Run, images: Tensor) -> None:
         """Bring the side model where it computes, whole or block by block; ``images`` are the main model's latents."""
-        model, device = run.model, wanted_place(*self.place())[0]
+        model, device = run.model, side_device(*self.compute_device())[0]
         short = _low_memory() and device == indexed(devices.device)
         if short:
             lowvram.send_everything_to_cpu()
-        if self.streamed() or self._has_no_room(run, images, device):
-            model.stream(device)
+        if self.streams_blocks() or self._has_no_room(run, images, device):
+            model.stream_to(device)
         elif short or waits_in_memory(device):
-            model.visit(device)
+            model.copy_to(device)
         else:
-            model.place(device)
+            model.move_to(device)
         run.placed = True
 
     def _has_no_room(self, run: Run, images: Tensor, device: torch.device) -> bool:
@@ -155,7 +155,7 @@ class Automatic1111(Host):
         if free is None:
             return False
         count, _, height, width = images.shape
-        rows, columns = run.bridge(self.target()).source_size(height, width)
+        rows, columns = run.bridge(self.main_model()).source_size(height, width)
         beside = device == indexed(devices.device)
         pixels = max(rows * columns, 2 * count * height * width if beside else 0)
         waiting = _waiting(shared.sd_model, device) if beside else 0
@@ -173,9 +173,9 @@ class Automatic1111(Host):
 
     def _make_room(self, model: SideModel, wanted: int) -> None:
         """Have the side model wait in CPU memory if less than that is free where it is."""
-        free = free_memory(wanted_place(*self.place())[0])
-        if model.streams or _low_memory() or (free is not None and free < wanted):
-            model.wait()
+        free = free_memory(side_device(*self.compute_device())[0])
+        if model.streamed_bytes or _low_memory() or (free is not None and free < wanted):
+            model.offload()
             self.free_memory()
 
     def free_memory(self) -> None:
@@ -187,7 +187,7 @@ class Automatic1111(Host):
         Where a hires pass follows, ``p.sample`` decodes, enlarges and encodes itself.  WebUIs before 1.10 do not call
         this, and there it goes with ``p.sample``.
         """
-        run: Run | None = getattr(p, RUN, None)
+        run: Run | None = getattr(p, RUN_ATTRIBUTE, None)
         sampler = getattr(p, "sampler", None)
         if run is not None and sampler is not None:
             _at_its_end(sampler, lambda: run.afterwards(TAKING_AWAY, lambda: self._end(run, p)))
@@ -204,15 +204,15 @@ class Automatic1111(Host):
 
     def _before_model(self, params: Any) -> None:
         self._end_call()
-        run: Run | None = getattr(params.denoiser.p, RUN, None)
+        run: Run | None = getattr(params.denoiser.p, RUN_ATTRIBUTE, None)
         if run is None:
             return
-        with run.watched("reading a step's state for Delta Sampling"):
+        with run.guarded("reading a step's state for Delta Sampling"):
             hires = bool(getattr(params.denoiser.p, "is_hr_pass", False))
-            call = _call(run, hires, params)
+            call = _denoiser_call(run, hires, params)
             if hires not in run.levels:
                 # So extensions cut pictures into tiles, add ControlNets, and give prompts their regions.
-                run.unfollowed |= _taken_over(params.denoiser.inner_model)
+                run.foreign_patches |= _taken_over(params.denoiser.inner_model)
             run.levels[hires] = pass_progress(params.denoiser).levels
             if run.strength(call.progress, hires):
                 if not run.placed:
@@ -222,10 +222,10 @@ class Automatic1111(Host):
     def _after_model(self, params: Any) -> None:
         call, shown = self._end_call()
         if call is not None:
-            with call.run.watched("adding the delta of Delta Sampling"):
+            with call.run.guarded("adding the delta of Delta Sampling"):
                 self._add(call, params, shown)
 
-    def _end_call(self) -> tuple[Call | None, int]:
+    def _end_call(self) -> tuple[DenoiserCall | None, int]:
         """Forget a call, be it one that failed in between; returns it, and how many rows the model was shown."""
         call, shown = self._call, self._shown
         self._call = self._shown = None
@@ -233,24 +233,26 @@ class Automatic1111(Host):
             shown.close()
         return call, 0 if shown is None else shown.rows
 
-    def _add(self, call: Call, params: Any, shown: int) -> None:
+    def _add(self, call: DenoiserCall, params: Any, shown: int) -> None:
         """Edit the rows that the model gave so that guidance gives the target's estimate with the delta."""
-        places, rows = _places(call), call.layout.rows
-        out = params.x[places].float()
+        positions, rows = _row_positions(call), call.layout.rows
+        out = params.x[positions].float()
         estimates = denoised_of(out, call.x[rows], call.sigma[rows]) if call.eps else out
         skipped = _uncond_skipped(params.x, call, shown)
         scale = 1.0 if skipped else call.cfg_scale
         denoised = _guided(estimates, call, scale)
         step = DenoiseStep(call.x, call.sigma, denoised, call.cfg_scale, call.progress, call.step, skipped)
-        changes = call.run.changes(step, self.target, call.hires)
+        changes = call.run.changes(step, self.main_model, call.hires)
         if changes is None:
             return
         if call.eps:
-            changes = each(lambda images, change: -change / per_image(of_images(call.sigma, images), change), changes)
-        params.x[places] += _row_changes(changes, scale, call).to(params.x)
+            changes = map_changes(
+                lambda images, change: -change / per_image(select_images(call.sigma, images), change), changes
+            )
+        params.x[positions] += _row_changes(changes, scale, call).to(params.x)
 
 
-def _call(run: Run, hires: bool, params: Any) -> Call:
+def _denoiser_call(run: Run, hires: bool, params: Any) -> DenoiserCall:
     denoiser = params.denoiser
     extra = denoiser.sampler.sampler_extra_args
     weights = tuple(tuple(float(part.weight) for part in image) for image in extra["cond"].batch)
@@ -260,7 +262,7 @@ def _call(run: Run, hires: bool, params: Any) -> Call:
     x, sigma = params.x[-images:].float(), params.sigma[-images:].float()
     timesteps = isinstance(denoiser, CFGDenoiserTimesteps)
     if timesteps:
-        if family_of(shared.sd_model) is Family.SD3:
+        if main_family(shared.sd_model) is Family.SD3:
             raise SettingError(
                 f"the sampler {denoiser.p.sampler_name} asks for noise at timesteps, and SD 3 knows neither: "
                 "choose another sampler"
@@ -268,7 +270,7 @@ def _call(run: Run, hires: bool, params: Any) -> Call:
         x, sigma = from_timestep_space(x, sigma, schedule_of(shared.sd_model.alphas_cumprod))
     (noise,) = run.read(sigma.max())
     layout = weights, without_prompt
-    return Call(
+    return DenoiserCall(
         run=run,
         hires=hires,
         params=params,
@@ -277,17 +279,17 @@ def _call(run: Run, hires: bool, params: Any) -> Call:
         progress=pass_progress(denoiser).at(noise),
         step=denoiser.step,
         cfg_scale=_cfg_scale(denoiser, float(extra["cond_scale"])),
-        layout=once(denoiser, layout, lambda: _layout(*layout, params.x.device)),
+        layout=once_per_pass(denoiser, layout, lambda: _layout(*layout, params.x.device)),
         eps=timesteps,
         image_cfg_scale=denoiser.image_cfg_scale if without_prompt == 2 else None,
     )
 
 
-def _layout(weights: Weights, without_prompt: int, device: torch.device) -> Layout:
+def _layout(weights: PromptWeights, without_prompt: int, device: torch.device) -> RowLayout:
     """Return the layout of images' prompts with such weights, and so many rows of each image without its prompt."""
     counts = torch.tensor([len(image) for image in weights])
     every = torch.arange(len(weights))
-    return Layout(
+    return RowLayout(
         weights,
         torch.cat((every.repeat_interleave(counts), every.repeat(without_prompt))).to(device),
         torch.tensor([w for image in weights for w in image]).to(device),
@@ -297,7 +299,7 @@ def _layout(weights: Weights, without_prompt: int, device: torch.device) -> Layo
     )
 
 
-def _places(call: Call) -> Tensor:
+def _row_positions(call: DenoiserCall) -> Tensor:
     """Return where each row is that the model evaluated: extensions (Regional Prompter) move those of batches about.
 
     An image's rows are known by its latent, and keep their order.  Where that is not to be told, as of images that are
@@ -311,7 +313,7 @@ def _places(call: Call) -> Tensor:
     same = torch.stack([(x[:count] == image).flatten(1).all(1) for image in x[count:]])
     # Of each image, its own rows first, all in their order.
     ordered = (unmoved[:count] + count * ~same).float().argsort(1)
-    found = torch.cat([places[: len(image)] for places, image in zip(ordered, weights)])
+    found = torch.cat([positions[: len(image)] for positions, image in zip(ordered, weights)])
     told = (same.sum(1) == call.layout.counts).all()
     return torch.cat((torch.where(told, found, unmoved[:count]), unmoved[count:]))
 
@@ -323,7 +325,7 @@ def _cfg_scale(denoiser: Any, stated: float) -> float:
     return scale + 2**-20 if scale == 1 and getattr(denoiser, "need_last_noise_uncond", False) else scale
 
 
-def _uncond_skipped(out: Tensor, call: Call, shown: int) -> bool:
+def _uncond_skipped(out: Tensor, call: DenoiserCall, shown: int) -> bool:
     """Tell whether guidance was left out to save time: the model is not shown the rows without the prompt.
 
     The WebUI then repeats each image's first prompt in their place.  They are compared only where extensions show the
@@ -337,7 +339,7 @@ def _uncond_skipped(out: Tensor, call: Call, shown: int) -> bool:
     return torch.equal(out[-images:], out[call.layout.first])
 
 
-def _guided(estimates: Tensor, call: Call, cfg_scale: float) -> Tensor:
+def _guided(estimates: Tensor, call: DenoiserCall, cfg_scale: float) -> Tensor:
     """Combine the estimates of all rows to one for each image, as ``CFGDenoiser`` is about to."""
     images = len(call.layout.weights)
     if call.image_cfg_scale is not None:
@@ -348,7 +350,7 @@ def _guided(estimates: Tensor, call: Call, cfg_scale: float) -> Tensor:
     return uncond.clone().index_add_(0, rows, (cond - uncond[rows]) * per_image(cfg_scale * call.layout.cond, cond))
 
 
-def _row_changes(changes: Deltas, cfg_scale: float, call: Call) -> Tensor:
+def _row_changes(changes: Deltas, cfg_scale: float, call: DenoiserCall) -> Tensor:
     """Return what to add to each row, so that guidance adds up to ``changes.guided``.
 
     The same for all rows would do, but CFG++ samplers look at the negative prompt's rows by themselves, previews and
@@ -411,7 +413,7 @@ def _waiting(main: Any, device: torch.device) -> int:
     return sum(weight.nbytes for weight in network.parameters() if weight.device != device)
 
 
-def family_of(model: Any) -> Family:
+def main_family(model: Any) -> Family:
     """Tell the family of the WebUI's checkpoint."""
     if getattr(model, "is_sdxl", False):
         return Family.SDXL
@@ -423,10 +425,10 @@ def family_of(model: Any) -> Family:
 def _taken_over(sampled: Any) -> set[str]:
     """Return who changes how the main model is run, by what samplers call; its prompts' and pictures' parts aside."""
     model = shared.sd_model
-    return taken_over(getattr(model, "model", None)) | replaced(model, sampled)
+    return patched_forwards(getattr(model, "model", None)) | replaced(model, sampled)
 
 
-def _merging(model: Any) -> TokenMerging | None:
+def _token_merging(model: Any) -> TokenMerging | None:
     from lib_delta.models.token_merging import TokenMerging
 
     ratio = float(getattr(model, "applied_token_merged_ratio", 0) or 0)

@@ -23,7 +23,7 @@ from lib_delta.runtime.side_model import SideModel
 class Embeddings(EmbeddingDatabase):  # type: ignore[misc]
     """The user's textual inversions of the source's width; the WebUI's own list has the main checkpoint's."""
 
-    def __init__(self, engine: Engine, width: int) -> None:
+    def __init__(self, engine: A1111TextEngine, width: int) -> None:
         super().__init__()
         self._tokenizing, self._width = SimpleNamespace(cond_stage_model=engine), width
         for folder in sd_hijack.model_hijack.embedding_db.embedding_dirs:
@@ -36,7 +36,7 @@ class Embeddings(EmbeddingDatabase):  # type: ignore[misc]
         return super().register_embedding(embedding, self._tokenizing)
 
 
-class Engine(TextEngine, sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords):  # type: ignore[misc]
+class A1111TextEngine(TextEngine, sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords):  # type: ignore[misc]
     """The WebUI's prompt code; its last step, the text encoder, is ours."""
 
     def __init__(self, model: SideModel) -> None:
@@ -48,8 +48,8 @@ class Engine(TextEngine, sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords):  # t
         self._bundled = BundledEmbeddings(hijack.embedding_db, self.tokenize)
         insert_embeddings(model.tower, hijack)
 
-    def hold(self, embeddings: Mapping[str, Tensor]) -> None:
-        self._bundled.hold(embeddings)
+    def use_embeddings(self, embeddings: Mapping[str, Tensor]) -> None:
+        self._bundled.replace(embeddings)
 
     def padding(self) -> Padding | None:
         if shared.opts.pad_cond_uncond_v0:

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib_delta.controls.control_map import Map, pixels, pixels_of, read_picture
+from lib_delta.controls.control_map import ControlMap, pixels, pixels_of, read_picture
 from lib_delta.errors import SettingError, shown
+from lib_delta.request.control_unit import RESIZES
 
 LONGEST_PATH = 4096  # in characters; what is longer is base64
 JUST_RESIZE = 3  # img2img's resize modes are those of units, and one more: resized as latents
-RESIZES = ("just resize", "crop and resize", "resize and fill")
 WHITE, BLACK = 1.0, 0.0
 _ADDRESS = re.compile(r"\s*([a-z][a-z0-9+.-]+://|//|\\\\)", re.IGNORECASE)
 _DATA = re.compile(r"\s*data:[\w/+.-]*;base64,", re.IGNORECASE)
@@ -35,7 +35,7 @@ def pictures_of(given: Sequence[Any], number: int, ground: float) -> list[Tensor
 
 def _picture(given: Any, name: str, ground: float) -> Tensor:
     if isinstance(given, str):
-        return _named(given, name, ground)
+        return _read_named(given, name, ground)
     if isinstance(given, bytes):
         return read_picture(given, name, ground)
     if hasattr(given, "getbands"):  # PIL's, as widgets and img2img have them
@@ -46,20 +46,20 @@ def _picture(given: Any, name: str, ground: float) -> Tensor:
     raise SettingError(f"{name} is a {kind}: base64 or a path on this machine is needed")
 
 
-def _named(text: str, name: str, ground: float) -> Tensor:
+def _read_named(text: str, name: str, ground: float) -> Tensor:
     if _ADDRESS.match(text):
         raise SettingError(
             f"{name} is {shown(text.strip(), 40)}, an address, and none are fetched: "
             "give base64 or a path on this machine"
         )
     if data := _DATA.match(text):
-        return read_picture(_decoded(text[data.end() :], name), name, ground)
-    if len(text) <= LONGEST_PATH and (file := _file(text)):
+        return read_picture(_decoded_base64(text[data.end() :], name), name, ground)
+    if len(text) <= LONGEST_PATH and (file := _existing_file(text)):
         return read_picture(file, name, ground)
-    return read_picture(_decoded(text, name), name, ground)
+    return read_picture(_decoded_base64(text, name), name, ground)
 
 
-def _file(text: str) -> Path | None:
+def _existing_file(text: str) -> Path | None:
     try:
         path = Path(text)
         return path if path.is_file() else None
@@ -67,7 +67,7 @@ def _file(text: str) -> Path | None:
         return None
 
 
-def _decoded(text: str, name: str) -> bytes:
+def _decoded_base64(text: str, name: str) -> bytes:
     try:
         return base64.b64decode(re.sub(r"\s", "", text), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -98,7 +98,7 @@ def cut_like_own(p: Any, pictures: Sequence[Tensor], resize: Any) -> list[Tensor
     region, own = _region(p), getattr(p, "init_images", None)
     if region is None or not own:
         return list(pictures)
-    return [_cut(Map(picture, resize).at(own[0].height, own[0].width, 3), region) for picture in pictures]
+    return [_cut(ControlMap(picture, resize).at(own[0].height, own[0].width, 3), region) for picture in pictures]
 
 
 def _region(p: Any) -> tuple[int, int, int, int] | None:
@@ -122,7 +122,7 @@ def same_size(pictures: Sequence[Tensor], resize: Any, height: int, width: int) 
     """Bring pictures to one size, if they are not of one already."""
     if len({picture.shape for picture in pictures}) <= 1:
         return list(pictures)
-    return [Map(picture, resize).at(height, width, 3) for picture in pictures]
+    return [ControlMap(picture, resize).at(height, width, 3) for picture in pictures]
 
 
 def digest(pictures: Sequence[Tensor]) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from lib_delta.errors import DeltaError, SettingError, near, shown
+from lib_delta.request.control_unit import PREPROCESSOR_DEFAULT
 
 Pixels = np.ndarray[Any, Any]
 RESOLUTION, LOW, HIGH = 512, 100, 200
-OWN = -1  # the value that asks for what a preprocessor has of its own
 CANNY = "canny"
 # How the names of CLIP's image encoders end or start among preprocessors: Forge's, and the ControlNet extension's.
 ENCODERS_END, ENCODERS_START = "(ipadapter)", ("ip-adapter-auto", "ip-adapter_clip")
@@ -41,7 +41,8 @@ def pixel_perfect(height: int, width: int, wanted: tuple[int, int], fill: bool) 
 
 
 def run(name: str, picture: Pixels, resolution: int, a: float, b: float) -> Pixels:
-    """Make the map ``(H, W, 3)`` of a picture ``(H, W, 3)``, both in bytes; numbers of :data:`OWN` are its own.
+    """Make the map ``(H, W, 3)`` of a picture ``(H, W, 3)``, both in bytes; numbers of :data:`PREPROCESSOR_DEFAULT`
+    are its own.
 
     Raises :class:`SettingError` for a name that is not known, and :class:`DeltaError` where it fails.
     """
@@ -53,7 +54,11 @@ def run(name: str, picture: Pixels, resolution: int, a: float, b: float) -> Pixe
     if found is None and name != CANNY:
         raise SettingError(f"there is no preprocessor {shown(name)}{near(name, names())}")
     try:
-        made = canny(picture, resolution, a, b) if found is None else _call(found, picture, resolution, a, b)
+        made = (
+            canny(picture, resolution, a, b)
+            if found is None
+            else _run_webui_preprocessor(found, picture, resolution, a, b)
+        )
     except DeltaError:
         raise
     except Exception as error:  # whatever a preprocessor does, the user hears of it
@@ -64,16 +69,23 @@ def run(name: str, picture: Pixels, resolution: int, a: float, b: float) -> Pixe
     return _as_map(name, made)
 
 
-def canny(picture: Pixels, resolution: int = OWN, low: float = OWN, high: float = OWN) -> Pixels:
+def canny(
+    picture: Pixels,
+    resolution: int = PREPROCESSOR_DEFAULT,
+    low: float = PREPROCESSOR_DEFAULT,
+    high: float = PREPROCESSOR_DEFAULT,
+) -> Pixels:
     """Return the edges of a picture, white on black, ``resolution`` being its shorter side."""
     try:
         cv2: Any = importlib.import_module("cv2")
     except ImportError as error:
         raise SettingError("canny needs OpenCV: install opencv-python in the WebUI's environment") from error
-    scale = (RESOLUTION if resolution == OWN else resolution) / min(picture.shape[:2])
+    scale = (RESOLUTION if resolution == PREPROCESSOR_DEFAULT else resolution) / min(picture.shape[:2])
     size = tuple(max(1, round(side * scale)) for side in (picture.shape[1], picture.shape[0]))
     resized = cv2.resize(picture, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
-    edges: Pixels = cv2.Canny(resized, LOW if low == OWN else low, HIGH if high == OWN else high)
+    edges: Pixels = cv2.Canny(
+        resized, LOW if low == PREPROCESSOR_DEFAULT else low, HIGH if high == PREPROCESSOR_DEFAULT else high
+    )
     return edges
 
 
@@ -108,13 +120,15 @@ def _makes_maps(preprocessor: Any) -> bool:
     return not (without_model or other)
 
 
-def _call(preprocessor: Any, picture: Pixels, resolution: int, a: float, b: float) -> Any:
+def _run_webui_preprocessor(preprocessor: Any, picture: Pixels, resolution: int, a: float, b: float) -> Any:
     wanted = {"slider_resolution": resolution, "slider_1": a, "slider_2": b}
-    values = [_own(preprocessor, name) if value == OWN else value for name, value in wanted.items()]
+    values = [
+        _default_of(preprocessor, name) if value == PREPROCESSOR_DEFAULT else value for name, value in wanted.items()
+    ]
     call: Callable[..., Any] = getattr(preprocessor, "cached_call", preprocessor)
     made = call(picture, resolution=int(values[0]), slider_1=values[1], slider_2=values[2])
     return getattr(made, "display_images", [made])[0]
 
 
-def _own(preprocessor: Any, name: str) -> Any:
+def _default_of(preprocessor: Any, name: str) -> Any:
     return getattr(preprocessor, name).gradio_update_kwargs["value"]

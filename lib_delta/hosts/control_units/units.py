@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib_delta.diffusion.latent_spaces import PIXELS
+from lib_delta.diffusion.latent_spaces import LATENT_STRIDE
 from lib_delta.errors import SettingError
 from lib_delta.hosts.files.control_files import ControlFiles, encoders
 from lib_delta.request.control_unit import Unit
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from lib_delta.controls.active_controls import ControlPick
 
 # What a picture says besides the recipe: which files these were, and which maps.
-HASHES, MAPS = "Delta unit hashes", "Delta map hashes"
+UNIT_HASHES, MAP_HASHES = "Delta unit hashes", "Delta map hashes"
 # Axes of the XYZ plot, by the field of the unit that each sets.
-AXES = {"unit_weight": "weight", "unit_start": "start", "unit_end": "end", "unit_model": "model"}
-KEPT = 8  # maps
-Size = tuple[int, int]  # in pixels, height first
-Frame = tuple[Size, Size]  # of what the side model works at, and of the picture
-Sized = Callable[[int, int], Size]
+UNIT_AXES = {"unit_weight": "weight", "unit_start": "start", "unit_end": "end", "unit_model": "model"}
+MAX_CACHED_MAPS = 8  # maps
+PixelSize = tuple[int, int]  # in pixels, height first
+Frame = tuple[PixelSize, PixelSize]  # of what the side model works at, and of the picture
+SideSizeOf = Callable[[int, int], PixelSize]
 
 
 class Units:
@@ -56,22 +56,24 @@ class Units:
         """Forget the maps."""
         self._maps.clear()
 
-    def named(self, request: Request) -> Request:
+    def with_listed_names(self, request: Request) -> Request:
         """Return a request whose units' models are named as they are listed; raises :class:`SettingError`."""
-        return replace(request, units=tuple(self._named(i + 1, unit) for i, unit in enumerate(request.units)))
+        return replace(
+            request, units=tuple(self._with_listed_name(i + 1, unit) for i, unit in enumerate(request.units))
+        )
 
-    def _named(self, number: int, unit: Unit) -> Unit:
-        if not (unit.counts and unit.model):
+    def _with_listed_name(self, number: int, unit: Unit) -> Unit:
+        if not (unit.has_effect and unit.model):
             return unit
         return replace(unit, model=self.files.name_of(self.files.file(unit.model, number)))
 
     def hashes(self, request: Request, hash_of: Callable[[str], str]) -> dict[str, str]:
         """Return what a picture says of the units' files; raises :class:`SettingError`."""
-        units = [(i + 1, unit) for i, unit in enumerate(request.units) if unit.counts and unit.model]
+        units = [(i + 1, unit) for i, unit in enumerate(request.units) if unit.has_effect and unit.model]
         found = {unit.model: hash_of(str(self.files.file(unit.model, number))) for number, unit in units}
-        return {HASHES: ", ".join(f"{name}: {value}" for name, value in found.items())} if found else {}
+        return {UNIT_HASHES: ", ".join(f"{name}: {value}" for name, value in found.items())} if found else {}
 
-    def picks(self, p: Any, asked: Passes, sized: Sized) -> tuple[list[ControlPick], dict[str, str]]:
+    def picks(self, p: Any, asked: Passes, sized: SideSizeOf) -> tuple[list[ControlPick], dict[str, str]]:
         """Return what units ask of the side model, and what the picture says of their maps.
 
         ``sized`` tells the size, in pixels, that the side model works at for a picture's height and width.
@@ -81,11 +83,11 @@ class Units:
         frames = [(sized(*size), size) for size in _sizes(p, asked)]
         picks, hashes = [], []
         for number, unit in enumerate(request.units, 1):
-            if unit.counts:
+            if unit.has_effect:
                 pick, of_map = self._pick(p, number, unit, frames)
                 picks.append(pick)
                 hashes.append(f"{number}: {of_map}")
-        return picks, {MAPS: ", ".join(hashes)} if hashes else {}
+        return picks, {MAP_HASHES: ", ".join(hashes)} if hashes else {}
 
     def _pick(self, p: Any, number: int, unit: Unit, frames: Sequence[Frame]) -> tuple[ControlPick, str]:
         from lib_delta.controls.active_controls import ControlPick
@@ -150,7 +152,7 @@ class Units:
             )
         return taken, resize
 
-    def map_of(self, unit: Unit, picture: Tensor, size: Size | None = None) -> Tensor:
+    def map_of(self, unit: Unit, picture: Tensor, size: PixelSize | None = None) -> Tensor:
         """Return what a unit's preprocessor makes of a picture for a pass of a size, height first.
 
         Without a size a pixel-perfect map is as large as the picture.
@@ -171,7 +173,7 @@ class Units:
             )
             self._maps[key] = pixels(made)
         self._maps.move_to_end(key)
-        while len(self._maps) > KEPT:
+        while len(self._maps) > MAX_CACHED_MAPS:
             self._maps.popitem(last=False)
         return self._maps[key]
 
@@ -183,20 +185,20 @@ def _without_encoder(unit: Unit) -> Unit:
     return replace(unit, preprocessor="") if encodes(unit.preprocessor) else unit
 
 
-def _sizes(p: Any, asked: Passes) -> list[Size]:
+def _sizes(p: Any, asked: Passes) -> list[PixelSize]:
     """Return the sizes of the passes that have a delta, that of hires fix last."""
     first, second = (asked.of(hires).wanted and asked.of(hires).in_pass(hires) for hires in (False, True))
     if not (second and getattr(p, "enable_hr", False)):
         return [(p.height, p.width)]
     # What is enlarged is then cut to what was asked for, where the proportions differ.
-    down, across = (PIXELS * getattr(p, name, 0) for name in ("truncate_y", "truncate_x"))
+    down, across = (LATENT_STRIDE * getattr(p, name, 0) for name in ("truncate_y", "truncate_x"))
     hires = p.hr_upscale_to_y - down, p.hr_upscale_to_x - across
     return [(p.height, p.width), hires] if first else [hires]
 
 
-def with_axes(request: Request, axes: Mapping[str, Any]) -> Request:
+def with_unit_axes(request: Request, axes: Mapping[str, Any]) -> Request:
     """Apply an XYZ cell's values to the first unit that is on; raises :class:`SettingError` where none is."""
-    values = {field: axes[axis] for axis, field in AXES.items() if axis in axes}
+    values = {field: axes[axis] for axis, field in UNIT_AXES.items() if axis in axes}
     if not values:
         return request
     on = next((i for i, unit in enumerate(request.units) if unit.enabled), None)

@@ -14,7 +14,7 @@ from modules import sd_models
 
 from lib_delta.errors import SettingError, near, shown
 from lib_delta.files.sidecar_config import without_ending
-from lib_delta.page.lora_rows import Card
+from lib_delta.page.lora_rows import LoraCard
 
 if TYPE_CHECKING:
     from lib_delta.hosts.files.control_files import ControlFiles
@@ -53,19 +53,19 @@ class Catalog:
         """Return the names of the WebUI's LoRAs."""
         return sorted(self._networks(), key=str.lower)
 
-    def card(self, name: str) -> Card:
+    def card(self, name: str) -> LoraCard:
         """Return what the user has noted in the WebUI for a LoRA (a ``.json`` beside its file)."""
         network = self._network(name)
         if network is None:
-            return Card(name, fault=str(self._no_lora(name)))
+            return LoraCard(name, fault=str(self._no_lora(name)))
         listed = next((own for own, known in self._networks().items() if known is network), name)
         try:
             noted = json.loads(Path(network.filename).with_suffix(".json").read_text("utf-8"))
             weight = float(noted.get("preferred weight") or 1)
             words, negative = (str(noted.get(f"{key} text") or "").strip() for key in ("activation", "negative"))
         except (OSError, ValueError, TypeError, AttributeError):  # none there, or one that is not the WebUI's
-            return Card(listed)
-        return Card(listed, weight if math.isfinite(weight) else 1.0, words, negative)
+            return LoraCard(listed)
+        return LoraCard(listed, weight if math.isfinite(weight) else 1.0, words, negative)
 
     def refresh_loras(self) -> None:
         """Look for new LoRAs."""

@@ -45,7 +45,7 @@ class ControlFiles:
         if found is None:
             raise SettingError(
                 f"there is no ControlNet or IP-Adapter {shown(name)} for unit {number} of Delta Sampling"
-                f"{near(_plain(name), self.names())}"
+                f"{near(_without_hash(name), self.names())}"
             )
         return found
 
@@ -54,7 +54,7 @@ class ControlFiles:
         files = self._files()
         known = {**self._aliases, **files}
         by_case = {own.lower(): file for own, file in known.items()}
-        names = (name, _plain(name), without_ending(_plain(name)))
+        names = (name, _without_hash(name), without_ending(_without_hash(name)))
         return next((file for each in names if (file := known.get(each) or by_case.get(each.lower()))), None)
 
     def name_of(self, file: Path) -> str:
@@ -63,24 +63,24 @@ class ControlFiles:
 
     def _files(self) -> dict[str, Path]:
         if self._found is None:
-            found = list(_below(_model_folders()))
-            self._found, self._aliases = _named(found), _aliases(found)
+            found = list(_model_files_in(_model_folders()))
+            self._found, self._aliases = _by_name(found), _aliases(found)
         return self._found
 
 
-def _plain(name: str) -> str:
+def _without_hash(name: str) -> str:
     return re.sub(r" \[\w+\]$", "", name)
 
 
 def encoders() -> list[Path]:
     """Return files that may be image encoders: what lies where the WebUIs keep them."""
-    return [file for _, file in _below(_encoder_folders())]
+    return [file for _, file in _model_files_in(_encoder_folders())]
 
 
 Found = tuple[Path, Path]  # a file, behind the folder in which it was looked for
 
 
-def _named(found: Sequence[Found]) -> dict[str, Path]:
+def _by_name(found: Sequence[Found]) -> dict[str, Path]:
     """Name models by their files or, where diffusers saved them, folders; with their paths where several are alike."""
     named: dict[str, Path] = {}
     for name_of in (_by_model, _by_path, _by_folder, _by_whole_path):
@@ -114,7 +114,7 @@ def _by_whole_path(folder: Path, file: Path) -> str:
     return file.as_posix()
 
 
-def _below(folders: Iterable[Path]) -> Iterator[Found]:
+def _model_files_in(folders: Iterable[Path]) -> Iterator[Found]:
     """Yield each model under each of its names once, with the folder in which it was found."""
     seen = set()
     for folder in folders:
@@ -143,7 +143,7 @@ def _model_folders() -> list[Path]:
     stated = [
         Path(paths.models_path) / "ControlNet",
         EXTENSION / "models",
-        _option("control_net_models_path"),
+        _webui_option("control_net_models_path"),
         _flag("controlnet_dir"),
         *(_flag_list("controlnet_dirs")),
         _of_forge("controlnet_dir"),
@@ -157,7 +157,7 @@ def _encoder_folders() -> list[Path]:
         models / "ControlNetPreprocessor",
         models / "clip_vision",
         EXTENSION / "annotator" / "downloads",
-        _option("control_net_modules_path"),
+        _webui_option("control_net_modules_path"),
         _flag("controlnet_annotator_models_path"),
         _flag("controlnet_preprocessor_models_dir"),
         _of_forge("preprocessor_dir"),
@@ -166,7 +166,7 @@ def _encoder_folders() -> list[Path]:
     return [Path(folder) for folder in stated if folder]
 
 
-def _option(name: str) -> str | None:
+def _webui_option(name: str) -> str | None:
     return getattr(shared.opts, name, None) or None
 
 

@@ -23,13 +23,13 @@ from lib_delta.core.guidance import DenoiseStep
 from lib_delta.devices import indexed
 from lib_delta.diffusion.families import Family
 from lib_delta.errors import DeltaError, SettingError
-from lib_delta.hosts.base import RUN, Host
-from lib_delta.hosts.compute_device import ACTIVATION_BYTES, wanted_place
+from lib_delta.hosts.base import RUN_ATTRIBUTE, Host
+from lib_delta.hosts.compute_device import ACTIVATION_BYTES, side_device
 from lib_delta.hosts.forge.regions import WRAPPER, in_regions
 from lib_delta.hosts.forge.whole_patcher import whole
-from lib_delta.hosts.generation.foreign_patches import owners, taken_over
-from lib_delta.hosts.generation.main_model import Target, tiles
-from lib_delta.hosts.generation.progress import largest, pass_progress
+from lib_delta.hosts.generation.foreign_patches import extension_names, patched_forwards
+from lib_delta.hosts.generation.main_model import MainModel, tiles
+from lib_delta.hosts.generation.progress import largest_sigma, pass_progress
 from lib_delta.hosts.prompts.text_engine import TextEngine
 
 if TYPE_CHECKING:
@@ -47,14 +47,14 @@ VERSION = getattr(importlib.import_module("modules_forge.forge_version"), "versi
 CPU = torch.device("cpu")
 PRE_CFG, POST_CFG = "sampler_pre_cfg_function", "sampler_post_cfg_function"
 # Where extensions put what they change in the main model and its guidance.
-OTHERS = ("transformer_options", WRAPPER, "sampler_cfg_function", PRE_CFG, POST_CFG)
+PATCHED_OPTIONS = ("transformer_options", WRAPPER, "sampler_cfg_function", PRE_CFG, POST_CFG)
 NO_ROOM = "the side model computed on the CPU, for the WebUI found no room for it on its device"
 # What a tiny autoencoder needs for each pixel of a picture, which are drawn one at a time: three maps of 64 channels.
 PICTURE_BYTES = 3 * 64 * 4
 
 
 @dataclass(frozen=True)
-class Call:
+class Evaluation:
     """One evaluation, as the callback before it sees it.
 
     ``uncond_used`` tells that the sampler (CFG++) works with the estimate for the negative prompt as well.
@@ -80,7 +80,7 @@ class Forge(Host):
         self._patcher: Any = None
         # Between the callback and the functions, which are told nothing of it: the call, and whether the model is not
         # shown the negative prompt in it, if that was seen.
-        self._call: Call | None = None
+        self._call: Evaluation | None = None
         self._uncond_left_out: bool | None = None
 
         # Plain functions: patchers deep-copy their options at every clone, and methods' objects with them.
@@ -95,16 +95,16 @@ class Forge(Host):
     def install(self) -> None:
         script_callbacks.on_cfg_denoiser(self._before_model)
 
-    def target(self) -> Target:
+    def main_model(self) -> MainModel:
         model = shared.sd_model.forge_objects.unet.model
         schedule = model.predictor if BACKEND else model.model_sampling
-        family = family_of(shared.sd_model)
+        family = family_by_latents(shared.sd_model)
         tiled = tiles(model.diffusion_model)
         if _flow(schedule):
-            return Target(family, math.inf, flow=True, tiled=tiled)
-        return Target(family, largest(schedule.sigmas), tiled=tiled)
+            return MainModel(family, math.inf, flow=True, tiled=tiled)
+        return MainModel(family, largest_sigma(schedule.sigmas), tiled=tiled)
 
-    def place(self) -> tuple[torch.device, torch.dtype]:
+    def compute_device(self) -> tuple[torch.device, torch.dtype]:
         device: torch.device = memory.get_torch_device()
         if device.type == "cpu":
             return device, torch.float32
@@ -112,8 +112,7 @@ class Forge(Host):
 
     def text_engine(self, model: SideModel) -> TextEngine:
         if self._engine is None or self._engine[0] is not model:
-            name = "lib_delta.hosts.forge.text_engine" if BACKEND else "lib_delta.hosts.forge.text_engine_reforge"
-            self._engine = model, importlib.import_module(name).Engine(model)
+            self._engine = model, _text_engine(model)
         return self._engine[1]
 
     def text_device(self) -> torch.device:
@@ -121,24 +120,24 @@ class Forge(Host):
         return device
 
     def enter(self, p: Any, model: SideModel) -> None:
-        device = wanted_place(*self.place())[0]
-        streamed = self.streamed()
+        device = side_device(*self.compute_device())[0]
+        streamed = self.streams_blocks()
         own = memory.get_torch_device()  # as the memory manager calls it, which compares it with others
         managed = device == indexed(own) and not streamed
         if self._patcher is not None and not (managed and self._patcher.model is model.network):
             self._drop_patcher()
         if not managed:
             # Where the user wants it elsewhere, it is none of the memory manager's business.
-            model.stream(device) if streamed else model.place(device)
+            model.stream_to(device) if streamed else model.move_to(device)
         elif self._patcher is None:
-            model.wait()
+            model.offload()
             self._patcher = whole(patching.ModelPatcher)(
                 model.network, load_device=own, offload_device=memory.unet_offload_device()
             )
 
     def before_sampling(self, p: Any) -> None:
         """Put our functions in place, and tell the memory manager to load the side model beside the main one."""
-        if getattr(p, RUN, None) is not None:
+        if getattr(p, RUN_ATTRIBUTE, None) is not None:
             self._join(p, shared.sd_model.forge_objects)
 
     def _join(self, p: Any, forge_objects: Any) -> None:
@@ -167,19 +166,19 @@ class Forge(Host):
         The memory manager can leave a part of the main model in the CPU's memory, but not of a side model; and
         it leaves a main model that is loaded already where it is.
         """
-        run: Run = getattr(p, RUN)
-        target, own = self.target(), memory.get_torch_device()
+        run: Run = getattr(p, RUN_ATTRIBUTE)
+        target, own = self.main_model(), memory.get_torch_device()
         width, height = p.width, p.height
         if getattr(p, "is_hr_pass", False):
             width, height = p.hr_upscale_to_x or width, p.hr_upscale_to_y or height
         # What is in place is missing from what is free already.
         waiting = 0 if self._patcher is None else run.model.elsewhere(own)
-        room = waiting + run.model.streams
-        if self._patcher is not None or run.model.streams:
+        room = waiting + run.model.streamed_bytes
+        if self._patcher is not None or run.model.streamed_bytes:
             rows, columns = run.bridge(target).source_size(height // 8, width // 8)
             # Both branches, each with and without the prompt.
             room += 4 * p.batch_size * rows * columns * ACTIVATION_BYTES
-        if run.asked.first.bridge == "taesd" and target.family.space is not run.model.report.family.space:
+        if run.passes.first.bridge == "taesd" and target.family.space is not run.model.report.family.space:
             room += width * height * PICTURE_BYTES
         needed = room + memory.minimum_inference_memory()
         if own != CPU and waiting and memory.get_free_memory(own) < needed:
@@ -188,7 +187,7 @@ class Forge(Host):
 
     def leave(self, model: SideModel) -> None:
         """End what is no business of the memory manager, which takes models away when it needs their room."""
-        model.wait()
+        model.offload()
 
     def keep_schedule(self, p: Any) -> Callable[[], None]:
         """Return what takes the rescale to zero terminal SNR back: the WebUI does it for pictures that succeed only."""
@@ -232,9 +231,9 @@ class Forge(Host):
     def _before_model(self, params: Any) -> None:
         missed, self._call, self._uncond_left_out = self._call, None, None
         denoiser = params.denoiser
-        run: Run | None = getattr(denoiser.p, RUN, None)
+        run: Run | None = getattr(denoiser.p, RUN_ATTRIBUTE, None)
         if run is not None:
-            with run.watched("reading a step's state for Delta Sampling"):
+            with run.guarded("reading a step's state for Delta Sampling"):
                 if missed is not None and missed.run is run:
                     raise DeltaError(
                         f"the sampler {denoiser.p.sampler_name} or another extension leaves out what is added after "
@@ -246,7 +245,7 @@ class Forge(Host):
         """Note what the post-CFG function has to know, if there is a delta to add."""
         hires = bool(getattr(denoiser.p, "is_hr_pass", False))
         if hires not in run.levels:
-            run.unfollowed |= taken_over(denoiser.inner_model.inner_model.forge_objects.unet.model)
+            run.foreign_patches |= patched_forwards(denoiser.inner_model.inner_model.forge_objects.unet.model)
         run.levels[hires] = pass_progress(denoiser).levels
         (noise,) = run.read(sigma.max())
         progress = pass_progress(denoiser).at(noise)
@@ -264,10 +263,10 @@ class Forge(Host):
             uncond_used = True
             if self._functions[POST_CFG] not in functions:
                 functions.append(self._functions[POST_CFG])
-        merging = _merging(denoiser.p, hires)
+        merging = _token_merging_of_pass(denoiser.p, hires)
         unet = denoiser.inner_model.inner_model.forge_objects.unet
-        self._call = Call(run, hires, progress, denoiser.step, float(scale), uncond_used, merging)
-        run.unfollowed |= owners([unet.model_options.get(name) for name in OTHERS])
+        self._call = Evaluation(run, hires, progress, denoiser.step, float(scale), uncond_used, merging)
+        run.foreign_patches |= extension_names([unet.model_options.get(name) for name in PATCHED_OPTIONS])
         self._put_in_place(run, denoiser.p, denoiser.inner_model.inner_model.forge_objects, x)
 
     def _put_in_place(self, run: Run, p: Any, forge_objects: Any, x: Tensor) -> None:
@@ -296,7 +295,7 @@ class Forge(Host):
         if NO_ROOM not in run.remarks:
             sampling.sampling_prepare(forge_objects.unet, x=x)
         if run.model.elsewhere(device):
-            run.model.place(CPU)  # and not in two places
+            run.model.move_to(CPU)  # and not in two places
             run.remark(NO_ROOM)
 
     def _before_guidance(self, given: tuple[Any, ...]) -> Any:
@@ -330,11 +329,11 @@ class Forge(Host):
         skipped = uncond is None or self._was_left_out(uncond, args["model_options"].get(PRE_CFG))
         x, sigma = args["input"].float(), args["sigma"].float()
         step = DenoiseStep(x, sigma, denoised.float(), call.cfg_scale, call.progress, call.step, skipped, True)
-        changes = call.run.changes(step, lambda: replace(self.target(), merging=call.merging), call.hires)
+        changes = call.run.changes(step, lambda: replace(self.main_model(), merging=call.merging), call.hires)
         if changes is None:
             return denoised
         if BACKEND:
-            with call.run.watched("giving AND's parts their regions"):
+            with call.run.guarded("giving AND's parts their regions"):
                 changes = in_regions(changes, args, call.cfg_scale, skipped, sampling.calc_cond_uncond_batch)
         if call.uncond_used and uncond is not None and not skipped:
             # In place, for what a function returns is the guided estimate alone.
@@ -342,12 +341,22 @@ class Forge(Host):
         return (denoised + changes.guided).to(denoised)
 
 
-def _merging(p: Any, hires: bool) -> TokenMerging | None:
+def _text_engine(model: SideModel) -> TextEngine:
+    if BACKEND:
+        from lib_delta.hosts.forge.text_engine import ForgeTextEngine
+
+        return ForgeTextEngine(model)
+    from lib_delta.hosts.forge.text_engine_reforge import ReForgeTextEngine
+
+    return ReForgeTextEngine(model)
+
+
+def _token_merging_of_pass(p: Any, hires: bool) -> TokenMerging | None:
     """Return the main model's token merging in a pass, with the random choice that it is about to make."""
     ratio = float(p.get_token_merging_ratio(for_hr=hires) or 0)
     if not ratio > 0:
         return None
-    from lib_delta.models.token_merging import Drawn, TokenMerging, first_of_cell
+    from lib_delta.models.token_merging import RandomChoice, TokenMerging, first_of_cell
 
     same = bool(getattr(shared.opts, "token_merging_no_rand", False))
     return TokenMerging(
@@ -355,7 +364,7 @@ def _merging(p: Any, hires: bool) -> TokenMerging | None:
         int(getattr(shared.opts, "token_merging_stride", 2)),
         int(getattr(shared.opts, "token_merging_downsample", 1)),
         queries=True,
-        choice=first_of_cell if same else Drawn.as_next_on(memory.get_torch_device()),
+        choice=first_of_cell if same else RandomChoice.as_next_on(memory.get_torch_device()),
     )
 
 
@@ -371,7 +380,7 @@ FAMILIES = {
 FLAGS = {"is_sdxl": Family.SDXL, "is_sd3": Family.SD3, "is_sd2": Family.SD2, "is_sd1": Family.SD1}
 
 
-def family_of(model: Any) -> Family:
+def family_by_latents(model: Any) -> Family:
     """Tell the family of the WebUI's checkpoint by its latents; raises :class:`SettingError` for those not known."""
     latents = getattr(getattr(model, "model_config", None), "latent_format", None)
     flagged = next((family for flag, family in FLAGS.items() if getattr(model, flag, False)), None)

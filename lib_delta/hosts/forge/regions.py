@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_delta.core.deltas import Deltas, Parts
+from lib_delta.core.deltas import Deltas, PromptParts
 
 WRAPPER = "model_function_wrapper"
 
 
-class Changes:
+class ChangesAsModel:
     """Stands where the model is: the estimate of a row is what the row is told, and nothing is computed.
 
     ``whole`` is False once it has been asked for less than a whole picture, which it cannot tell.
@@ -43,7 +43,7 @@ def in_regions(
     ``combine`` is the WebUI's function.
     """
     cond, parts = args["cond"], changes.parts
-    if parts is None or not _told_apart(cond, parts, args["model_options"]):
+    if parts is None or not _have_regions(cond, parts, args["model_options"]):
         return changes
     total = sum(parts.weights[0])
     if abs(total) < 0.01 or abs(scale) < 0.01:
@@ -51,10 +51,10 @@ def in_regions(
     own = changes.uncond[:, None]
     rows = parts.change.unflatten(0, (-1, len(cond)))
     rows = rows - own + own / total if skipped else own + (rows - own) / scale
-    told = [_telling(part, rows[:, i]) for i, part in enumerate(cond)]
-    negative = None if skipped else [_telling(part, changes.uncond) for part in args["uncond"]]
-    model = Changes(args["model"])
-    guided, uncond = combine(model, told, negative, args["input"], args["sigma"], args["model_options"])
+    parts_as_changes = [_with_change_as_text(part, rows[:, i]) for i, part in enumerate(cond)]
+    negative = None if skipped else [_with_change_as_text(part, changes.uncond) for part in args["uncond"]]
+    model = ChangesAsModel(args["model"])
+    guided, uncond = combine(model, parts_as_changes, negative, args["input"], args["sigma"], args["model_options"])
     if not model.whole:
         return changes
     if skipped:
@@ -62,7 +62,7 @@ def in_regions(
     return changes._replace(guided=uncond + scale * total * (guided - uncond), uncond=uncond)
 
 
-def _told_apart(cond: list[Any], parts: Parts, options: Mapping[str, Any]) -> bool:
+def _have_regions(cond: list[Any], parts: PromptParts, options: Mapping[str, Any]) -> bool:
     """Tell whether the parts may have regions, and are those of the side model, in rows that go together."""
     texts = [part["model_conds"]["c_crossattn"] for part in cond]
     strengths = tuple(float(part.get("strength", 1.0)) for part in cond)
@@ -74,8 +74,11 @@ def _told_apart(cond: list[Any], parts: Parts, options: Mapping[str, Any]) -> bo
     )
 
 
-def _telling(part: Mapping[str, Any], change: Tensor) -> dict[str, Any]:
+def _with_change_as_text(part: Mapping[str, Any], change: Tensor) -> dict[str, Any]:
     """Return one of AND's parts with a change in place of its text, and nothing else that would be computed."""
     conds = part["model_conds"]
-    told = type(conds["c_crossattn"])(change.flatten(2))
-    return {**{k: v for k, v in part.items() if k != "control"}, "model_conds": {**conds, "c_crossattn": told}}
+    parts_as_changes = type(conds["c_crossattn"])(change.flatten(2))
+    return {
+        **{k: v for k, v in part.items() if k != "control"},
+        "model_conds": {**conds, "c_crossattn": parts_as_changes},
+    }

@@ -28,7 +28,7 @@ NOTES = "last_extra_generation_params"
 TOKENIZER = Path("huggingface", "runwayml", "stable-diffusion-v1-5", "tokenizer")
 
 
-class Engine(TextEngine, ClassicTextProcessingEngine):  # type: ignore[misc]
+class ForgeTextEngine(TextEngine, ClassicTextProcessingEngine):  # type: ignore[misc]
     """The WebUI's prompt code; its last step, the text encoder, is ours."""
 
     def __init__(self, model: SideModel) -> None:
@@ -48,8 +48,8 @@ class Engine(TextEngine, ClassicTextProcessingEngine):  # type: ignore[misc]
         self._bundled = BundledEmbeddings(self.embeddings, self.tokenize)
         insert_embeddings(model.tower, self.embeddings)
 
-    def hold(self, embeddings: Mapping[str, Tensor]) -> None:
-        self._bundled.hold(embeddings)
+    def use_embeddings(self, embeddings: Mapping[str, Tensor]) -> None:
+        self._bundled.replace(embeddings)
 
     def padding(self) -> None:
         """Return nothing: Forge evaluates prompts of different lengths each by itself."""

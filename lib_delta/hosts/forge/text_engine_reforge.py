@@ -5,7 +5,7 @@ from __future__ import annotations
 from lib_delta.hosts.a1111 import text_engine as text_a1111
 
 
-class Engine(text_a1111.Engine):
+class ReForgeTextEngine(text_a1111.A1111TextEngine):
     """The WebUI's prompt code; its last step, the text encoder, is ours."""
 
     def padding(self) -> None:

@@ -17,13 +17,13 @@ RUN_BY = ("forward", "apply_model")
 FOLLOWED = ("tomesd", "sd_unet")
 
 
-def owners(*holders: Any) -> set[str]:
+def extension_names(*holders: Any) -> set[str]:
     """Return the names of the extensions (of their folders) that have made the functions anywhere in some holders."""
     functions = {id(function): function for function in _functions(holders)}
-    return {name for function in functions.values() if (name := _owner(function))}
+    return {name for function in functions.values() if (name := _extension_name(function))}
 
 
-def taken_over(model: Any) -> set[str]:
+def patched_forwards(model: Any) -> set[str]:
     """Return who has put a method of theirs in the place of one that a model, or a module within it, is run by.
 
     It looks at every module, some thousands: not for each step.
@@ -33,7 +33,7 @@ def taken_over(model: Any) -> set[str]:
 
 def replaced(*modules: Any) -> set[str]:
     """Return who has put a method of theirs in the place of one of these modules' own, whatever is within these."""
-    return owners([vars(module).get(name) for module in modules for name in RUN_BY])
+    return extension_names([vars(module).get(name) for module in modules for name in RUN_BY])
 
 
 def _functions(held: Any) -> Iterator[Any]:
@@ -46,7 +46,7 @@ def _functions(held: Any) -> Iterator[Any]:
             yield from _functions(item)
 
 
-def _owner(function: Any) -> str:
+def _extension_name(function: Any) -> str:
     """Return the name of the extension, or of the WebUI's own file, that a function is from; empty if it is ours."""
     made_of = inspect.unwrap(function)
     made_of = getattr(made_of, "func", made_of)  # a partial's

@@ -8,15 +8,15 @@ import numpy as np
 from modules import images
 from PIL import Image, ImageDraw
 
-from lib_delta.core.heatmap import HeatMap, coloured
+from lib_delta.core.heatmap import HeatMap, colour_map
 from lib_delta.hosts.generation.xyz_cell import chosen_script
 
-MAPS = "delta_sampling_maps"
+MAPS_ATTRIBUTE = "delta_sampling_maps"
 
 
 def keep(p: Any, heat: HeatMap) -> None:
     """Keep a batch's maps until the generation ends."""
-    maps = p.__dict__.setdefault(MAPS, [])
+    maps = p.__dict__.setdefault(MAPS_ATTRIBUTE, [])
     maps += [(sizes, heat.steps) for sizes in heat.mean()]
 
 
@@ -25,7 +25,7 @@ def show(p: Any, processed: Any) -> None:
 
     Not where a script of the WebUI runs: it takes all pictures for its own, tiles and cells among them.
     """
-    maps = p.__dict__.pop(MAPS, [])
+    maps = p.__dict__.pop(MAPS_ATTRIBUTE, [])
     if not maps or chosen_script(p):
         return
     apart = getattr(processed, "extra_images", None)
@@ -48,9 +48,9 @@ def picture(sizes: Any, steps: int, height: int, width: int) -> Image.Image:
     letters = max(10, min(height, width) // 32)
     bar = 2 * letters
     drawn = Image.new("RGB", (width, height), "black")
-    drawn.paste(Image.fromarray(coloured(sizes, height - bar, width)))
+    drawn.paste(Image.fromarray(colour_map(sizes, height - bar, width)))
     scale = np.tile(np.linspace(0, 1, width, dtype=np.float32), (2, 1))
-    drawn.paste(Image.fromarray(coloured(scale, bar // 4, width)), (0, height - bar))
+    drawn.paste(Image.fromarray(colour_map(scale, bar // 4, width)), (0, height - bar))
     pen, font = ImageDraw.Draw(drawn), images.get_font(letters)
     top = float(sizes.max())
     words = f"{100 * top:.2g}%" if top < 1 else f"{top:.0%}"

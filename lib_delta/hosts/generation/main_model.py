@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Target:
+class MainModel:
     """The main checkpoint: its family, the largest noise level of its schedule, and whether it is one of flow matching.
 
     Samplers of such a model hold ``(1 - t) * x0 + t * noise`` and call t sigma; its largest level is infinite.

@@ -18,13 +18,13 @@ from torch import Tensor
 from lib_delta.core.progress import Progress
 from lib_delta.diffusion.parameterization import Schedule
 
-KNOWN = "delta_sampling_known"
+CACHE_ATTRIBUTE = "delta_sampling_known"
 Made = TypeVar("Made")
 
 
-def once(denoiser: Any, key: object, make: Callable[[], Made]) -> Made:
+def once_per_pass(denoiser: Any, key: object, make: Callable[[], Made]) -> Made:
     """Return what ``make`` makes, which is made once in the pass that is running, of which a denoiser is."""
-    known: dict[object, Made] = vars(denoiser).setdefault(KNOWN, {})
+    known: dict[object, Made] = vars(denoiser).setdefault(CACHE_ATTRIBUTE, {})
     if key not in known:
         known[key] = make()
     return known[key]
@@ -35,7 +35,7 @@ def schedule_of(alphas_cumprod: Tensor) -> Schedule:
     return _schedule(alphas_cumprod, _version(alphas_cumprod))
 
 
-def largest(sigmas: Tensor) -> float:
+def largest_sigma(sigmas: Tensor) -> float:
     """Return the largest noise level of a model's table, looked for only when it is another than before."""
     return _largest(sigmas, _version(sigmas))
 
@@ -57,7 +57,7 @@ def _largest(sigmas: Tensor, _version: int) -> float:
 
 def pass_progress(denoiser: Any) -> Progress:
     """Return the progress of the pass that is running; its noise levels are those its sampler asked for."""
-    return once(denoiser, Progress, lambda: Progress(_levels(denoiser)))
+    return once_per_pass(denoiser, Progress, lambda: Progress(_levels(denoiser)))
 
 
 def _levels(denoiser: Any) -> Tensor:

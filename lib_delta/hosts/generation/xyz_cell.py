@@ -25,12 +25,12 @@ def chosen_script(p: Any) -> str:
     return str(selectable[chosen - 1].title()).lower()
 
 
-def is_cell(p: Any) -> bool:
+def is_xyz_cell(p: Any) -> bool:
     """Tell whether a generation is a cell of the plot."""
     return chosen_script(p) == PLOT
 
 
-def claim_in_grid(p: Any, claims: dict[str, str]) -> None:
+def write_infotext_of_grid(p: Any, claims: dict[str, str]) -> None:
     """Have the plot's own text say what its cells ask for, where a cell's own text says something else, or nothing."""
     if "callable" not in processing.create_infotext.__code__.co_names:
         return  # an older WebUI writes texts alone
@@ -44,13 +44,13 @@ def claim_in_grid(p: Any, claims: dict[str, str]) -> None:
             said[label] = claim(value, said.get(label))
 
 
-class Decoded(list[Tensor]):
+class DecodedImages(list[Tensor]):
     """Pictures ``(3, H, W)`` from -1 to 1, in place of latents."""
 
     already_decoded = True
 
 
-def picture_of(p: Any, sentence: str) -> Decoded:
+def error_images(p: Any, sentence: str) -> DecodedImages:
     """Return a batch of pictures that bear a sentence: without, the cell would be black."""
     size = max(11, min(p.width, p.height) // 24)
     font = images.get_font(size)
@@ -58,4 +58,4 @@ def picture_of(p: Any, sentence: str) -> Decoded:
     picture = Image.new("RGB", (p.width, p.height), "white")
     ImageDraw.Draw(picture).multiline_text((size, size), "\n".join(lines), fill="black", font=font, spacing=size // 3)
     pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1
-    return Decoded([pixels] * len(p.prompts))
+    return DecodedImages([pixels] * len(p.prompts))

@@ -12,7 +12,7 @@ Tokenize = Callable[[list[str]], Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True)
-class Bundled:
+class BundledEmbedding:
     """An embedding in the form of the WebUIs' own: ``vec`` is ``(vectors, width)``."""
 
     name: str
@@ -37,7 +37,7 @@ class BundledEmbeddings:
     def __init__(self, database: Any, tokenize: Tokenize) -> None:
         """Take a database that is ours alone, and the tokeniser that prompts are read with."""
         self._tokenize = tokenize
-        self._found: list[tuple[list[int], Bundled]] = []
+        self._found: list[tuple[list[int], BundledEmbedding]] = []
         own = database.find_embedding_at_position
 
         def find(tokens: Sequence[int], position: int) -> tuple[Any, int | None]:
@@ -46,13 +46,17 @@ class BundledEmbeddings:
 
         database.find_embedding_at_position = find
 
-    def hold(self, embeddings: Mapping[str, Tensor]) -> None:
+    def replace(self, embeddings: Mapping[str, Tensor]) -> None:
         """Have these be found, and no others; longer names go before those that they begin with."""
         ids = self._tokenize(list(embeddings)) if embeddings else []
-        named = [(list(tokens), Bundled(name, vec)) for tokens, (name, vec) in zip(ids, embeddings.items()) if tokens]
+        named = [
+            (list(tokens), BundledEmbedding(name, vec))
+            for tokens, (name, vec) in zip(ids, embeddings.items())
+            if tokens
+        ]
         self._found = sorted(named, key=lambda entry: len(entry[0]), reverse=True)
 
-    def _at(self, tokens: Sequence[int], position: int) -> tuple[Bundled | None, int | None]:
+    def _at(self, tokens: Sequence[int], position: int) -> tuple[BundledEmbedding | None, int | None]:
         for ids, embedding in self._found:
             if list(tokens[position : position + len(ids)]) == ids:
                 return embedding, len(ids)

@@ -11,39 +11,47 @@ from modules import shared
 if TYPE_CHECKING:
     import torch
 
-    from lib_delta.hosts.prompts.pass_prompts import Texts, Told
+    from lib_delta.hosts.prompts.pass_prompts import PassPrompts, Texts
     from lib_delta.hosts.prompts.text_engine import TextEngine
     from lib_delta.request.request import Active
     from lib_delta.runtime.side_model import SideModel
 
 # The WebUIs' settings that prompts are read and encoded by.
-OPTIONS = (
+ENCODING_OPTIONS = (
     *("CLIP_stop_at_last_layers", "emphasis", "enable_emphasis", "use_old_emphasis_implementation"),
     *("comma_padding_backtrack", "pad_cond_uncond", "pad_cond_uncond_v0", "use_old_scheduling"),
 )
 # So many runs' prompts stay, of each base.
-MOST = 16
+MAX_CACHED_PROMPTS_PER_BASE = 16
 
 
-class Encoder(ExitStack):
+class CachedEncoder(ExitStack):
     """Encodes prompts for a side model; its text encoder is on ``device`` from the first that has to be, to the end."""
 
     def __init__(self, model: SideModel, engine: TextEngine, device: torch.device) -> None:
         super().__init__()
         self._model, self._engine, self._device = model, engine, device
 
-    def __call__(self, active: Active | None, prompts: Texts, told: Told) -> Any:
+    def __call__(self, active: Active | None, prompts: Texts, pass_prompts: PassPrompts) -> Any:
         """Return what the base (``active`` None), or the adapted model with these adapters, is told over a run."""
         model = self._model
         state = None if active is None else model.text_state(active)
-        options = tuple(getattr(shared.opts, name, None) for name in OPTIONS)
-        key = state, tuple(prompts), tuple(told.negative), told.steps, told.hires_steps, model.embedded, options
-        found = model.encoded.get(key)
+        options = tuple(getattr(shared.opts, name, None) for name in ENCODING_OPTIONS)
+        key = (
+            state,
+            tuple(prompts),
+            tuple(pass_prompts.negative),
+            pass_prompts.steps,
+            pass_prompts.hires_steps,
+            model.embedding_files,
+            options,
+        )
+        found = model.prompt_cache.get(key)
         if found is None:
-            self._engine.hold(model.embeddings)
+            self._engine.use_embeddings(model.embeddings)
             base = self.enter_context(model.text_on(self._device))
             tower = base if active is None else model.adapted_tower(active)
-            found = self._engine.encode(tower, prompts, told)
-            model.encoded.put(key, found)
-            model.encoded.shrink(math.inf, MOST)
+            found = self._engine.encode(tower, prompts, pass_prompts)
+            model.prompt_cache.put(key, found)
+            model.prompt_cache.evict(math.inf, MAX_CACHED_PROMPTS_PER_BASE)
         return found

@@ -16,17 +16,17 @@ from lib_delta.core.conditioning import Conditioning
 from lib_delta.models.text import TextEncoder
 
 
-class Entry(Protocol):
+class ScheduleEntry(Protocol):
     """A part of a WebUI's prompt schedule: ``cond`` ``(T, C)`` holds up to and including ``end_at_step``."""
 
     end_at_step: int
     cond: Tensor
 
 
-class Part(Protocol):
+class PromptPart(Protocol):
     """One of the prompts joined by AND."""
 
-    schedules: Sequence[Entry]
+    schedules: Sequence[ScheduleEntry]
     weight: float
 
 
@@ -59,10 +59,13 @@ def pad_uncond(cond: Tensor, uncond: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Schedules:
-    """What one model is told over a run: one of :data:`lib_delta.core.conditioning.Prompts`."""
+    """What one model is told over a run: one of :data:`lib_delta.core.conditioning.PromptSchedule`."""
 
     def __init__(
-        self, cond: Sequence[Sequence[Part]], uncond: Sequence[Sequence[Entry]], pad: Padding | None = None
+        self,
+        cond: Sequence[Sequence[PromptPart]],
+        uncond: Sequence[Sequence[ScheduleEntry]],
+        pad: Padding | None = None,
     ) -> None:
         """Take, for each image, its parts joined by AND, and its negative prompt's schedule.
 
@@ -77,17 +80,17 @@ class Schedules:
     def __call__(self, step: int) -> Conditioning:
         """Return what holds at a step: the same object for as long as nothing changes, and again when it returns."""
         schedules = [*(part.schedules for part in self._parts), *self._uncond]
-        holding = tuple(_holding(schedule, step) for schedule in schedules)
+        holding = tuple(_entry_at(schedule, step) for schedule in schedules)
         if holding not in self._known:
-            told = [schedule[i].cond for schedule, i in zip(schedules, holding)]
+            encoded = [schedule[i].cond for schedule, i in zip(schedules, holding)]
             count = len(self._parts)
-            halves = _stack(told[:count]), _stack(told[count:])
+            halves = _stack(encoded[:count]), _stack(encoded[count:])
             cond, uncond = halves if self._pad is None else self._pad(*halves)
             self._known[holding] = Conditioning(cond, uncond, weights=self._weights)
         return self._known[holding]
 
 
-def _holding(schedule: Sequence[Entry], step: int) -> int:
+def _entry_at(schedule: Sequence[ScheduleEntry], step: int) -> int:
     """Return the number of the entry that holds; after the last one's end WebUIs return to the first."""
     return next((i for i, entry in enumerate(schedule) if step <= entry.end_at_step), 0)
 
@@ -98,13 +101,13 @@ def _stack(conds: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.cat([c, c[-1:].expand(longest - len(c), -1)]) for c in conds])
 
 
-class Found(Protocol):
+class TokenizerFixes(Protocol):
     """What a WebUI's tokeniser leaves behind: for each row of tokens, its ``(offset, embedding)``."""
 
     fixes: Sequence[Sequence[tuple[int, Any]]] | None
 
 
-def insert_embeddings(tower: TextEncoder, found: Found, key: str = "clip_l") -> None:
+def insert_embeddings(tower: TextEncoder, found: TokenizerFixes, key: str = "clip_l") -> None:
     """Let textual inversions take the place of tokens in a text encoder of ours, from now on.
 
     A hook, not a wrapper: parameters keep their names, by which an adapted encoder's are exchanged.  It takes the

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules import prompt_parser, shared
 
-from lib_delta.hosts.prompts.pass_prompts import Texts, Told
+from lib_delta.hosts.prompts.pass_prompts import PassPrompts, Texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 class TextEngine(ABC):
     """A WebUI's prompt code around our text encoder, in the role of a model for its prompt parser."""
 
-    def encode(self, tower: TextEncoder, prompts: Texts, told: Told) -> Any:
+    def encode(self, tower: TextEncoder, prompts: Texts, pass_prompts: PassPrompts) -> Any:
         """Return what a model with this text encoder is told over a run."""
         from lib_delta.hosts.prompts.schedules import Schedules
 
         self.tower = tower
         try:
-            limits = _limits(told)
+            limits = _limits(pass_prompts)
             cond = prompt_parser.get_multicond_learned_conditioning(self, list(prompts), *limits)
-            uncond = prompt_parser.get_learned_conditioning(self, list(told.negative), *limits)
+            uncond = prompt_parser.get_learned_conditioning(self, list(pass_prompts.negative), *limits)
             return Schedules(cond.batch, uncond, self.padding())
         finally:
             del self.tower  # it refers back to this engine, and would outlive its base
 
     @abstractmethod
-    def hold(self, embeddings: Mapping[str, Tensor]) -> None:
+    def use_embeddings(self, embeddings: Mapping[str, Tensor]) -> None:
         """Let prompts name these embeddings, ``(vectors, width)`` each, besides the user's own, and no others."""
 
     @abstractmethod
@@ -47,9 +47,9 @@ class TextEngine(ABC):
         """Encode texts without AND and prompt editing, as the prompt parser asks for it."""
 
 
-def _limits(told: Told) -> tuple[Any, ...]:
+def _limits(pass_prompts: PassPrompts) -> tuple[Any, ...]:
     """Return what the WebUI's prompt parser takes besides model and prompts; Forge Neo has no old scheduling."""
-    limits = told.steps, told.hires_steps
+    limits = pass_prompts.steps, pass_prompts.hires_steps
     if "use_old_scheduling" not in inspect.signature(prompt_parser.get_learned_conditioning).parameters:
         return limits
     return *limits, getattr(shared.opts, "use_old_scheduling", False)

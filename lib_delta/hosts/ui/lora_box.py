@@ -11,7 +11,7 @@ from modules.ui_components import FormRow
 
 from lib_delta.hosts import host
 from lib_delta.hosts.ui.widgets import QUIET, refresh_button
-from lib_delta.page.lora_rows import Told, edited, joined, rows
+from lib_delta.page.lora_rows import BoxTexts, add_lora, apply_edit, render_rows
 from lib_delta.request.request import NONE
 
 
@@ -40,7 +40,9 @@ class LoraBox:
                 )
                 refresh_button(self.more, host().catalog.refresh_loras, lora_choices, elem_id("refresh_add_lora"))
         self.rows = gr.HTML(
-            rows(Told(default), host().catalog.card), elem_id=elem_id("picked"), elem_classes=["delta-sampling-picked"]
+            render_rows(BoxTexts(default), host().catalog.card),
+            elem_id=elem_id("picked"),
+            elem_classes=["delta-sampling-picked"],
         )
         gr.Checkbox(label="A click on a LoRA's card adds it here", value=False, elem_id=elem_id("cards"))
         # The script of the page writes what was done with a row or a card into the box, and clicks the first button;
@@ -55,8 +57,8 @@ class LoraBox:
         """Let the box and the two prompts of the side model follow what is done; ``prompts`` unfolds with them."""
         told = [self.loras, prompt, negative_prompt]
         for event in (self.loras.change, self.redraw.click):
-            event(shown, inputs=told, outputs=[self.rows], **QUIET)
-        self.apply.click(apply, inputs=[self.edit, *told], outputs=[*told, self.rows, prompts], **QUIET)
+            event(rows_of, inputs=told, outputs=[self.rows], **QUIET)
+        self.apply.click(apply_edit_json, inputs=[self.edit, *told], outputs=[*told, self.rows, prompts], **QUIET)
         self.more.select(with_lora, inputs=[self.loras], outputs=[self.loras, self.more], **QUIET)
 
 
@@ -69,21 +71,21 @@ def with_lora(loras: str, selected: gr.SelectData) -> tuple[str, str]:
     """Return the recipe with the selected LoRA, once, and the dropdown's empty choice."""
     if selected.value == NONE:
         return loras, NONE
-    return joined(loras, selected.value, host().catalog.card(selected.value).weight), NONE
+    return add_lora(loras, selected.value, host().catalog.card(selected.value).weight), NONE
 
 
-def shown(*told: str) -> str:
+def rows_of(*told: str) -> str:
     """Return the rows of what is told."""
-    return rows(Told(*told), host().catalog.card)
+    return render_rows(BoxTexts(*told), host().catalog.card)
 
 
-def apply(edit: str, *told: str) -> tuple[Any, ...]:
+def apply_edit_json(edit: str, *told: str) -> tuple[Any, ...]:
     """Return the three texts after an edit (JSON), their rows, and whether the prompts are to unfold."""
-    before = Told(*told)
+    before = BoxTexts(*told)
     try:
-        after = edited(before, json.loads(edit), host().catalog.card)
+        after = apply_edit(before, json.loads(edit), host().catalog.card)
     except (ValueError, AttributeError):  # no edit: the page's script has not written one yet
         after = before
     prompts_changed = (after.prompt, after.negative_prompt) != (before.prompt, before.negative_prompt)
     texts = after.loras, after.prompt, after.negative_prompt
-    return *texts, rows(after, host().catalog.card), gr.update(open=True) if prompts_changed else gr.update()
+    return *texts, render_rows(after, host().catalog.card), gr.update(open=True) if prompts_changed else gr.update()

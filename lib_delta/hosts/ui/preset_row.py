@@ -15,7 +15,7 @@ from lib_delta.hosts.settings import option, units_shown
 from lib_delta.hosts.ui import unit_box
 from lib_delta.hosts.ui.unit_box import UnitBox, restoring
 from lib_delta.hosts.ui.widgets import QUIET, refresh_button
-from lib_delta.request.control_unit import FIELDS, WRITTEN
+from lib_delta.request.control_unit import RECIPE_FIELDS, UNIT_FIELDS
 from lib_delta.request.presets import SAVED
 from lib_delta.request.request import NONE, Request
 
@@ -85,15 +85,15 @@ def filled(name: str) -> list[Any]:
     """Return what each widget is set to by a preset, whether prompts and units unfold, and what is told."""
     unchanged = [gr.update() for _ in (*SAVED, *unit_fields(), "prompts", "units")]
     if name == NONE:
-        return [*unchanged, *told()]
+        return [*unchanged, *message_and_choice()]
     try:
         request = host().presets().load(name)
     except SettingError as error:
-        return [*unchanged, *told(str(error))]
-    return [*values(request), unfolded(request), unit_box.unfold(request.infotext()), *told("", name)]
+        return [*unchanged, *message_and_choice(str(error))]
+    return [*values(request), unfolded(request), unit_box.unfold(request.infotext()), *message_and_choice("", name)]
 
 
-def told(sentence: str = "", name: str = "") -> tuple[str, Any, Any]:
+def message_and_choice(sentence: str = "", name: str = "") -> tuple[str, Any, Any]:
     """Return what is said of a preset, and the list and the box with its name; without one, these stay as they are."""
     said = f"<div>{escape(sentence[:1].upper() + sentence[1:])}</div>" if sentence else ""
     if not name:
@@ -115,7 +115,7 @@ def values(request: Request) -> list[Any]:
 
 def unit_fields() -> list[tuple[int, str]]:
     """Return the place of a unit and the name of a field for each widget of the units that a preset fills."""
-    return [(place, name) for place in range(units_shown()) for name in WRITTEN]
+    return [(place, name) for place in range(units_shown()) for name in RECIPE_FIELDS]
 
 
 def unfolded(request: Request) -> Any:
@@ -127,12 +127,12 @@ def unfolded(request: Request) -> Any:
 def save(name: str, *given: Any) -> tuple[str, Any, Any]:
     """Save what the widgets hold, and return what is told."""
     of_units = dict(zip(unit_fields(), given[len(SAVED) :]))
-    units = [of_units.get((place, field)) for place in range(units_shown()) for field in FIELDS]
+    units = [of_units.get((place, field)) for place in range(units_shown()) for field in UNIT_FIELDS]
     try:
         kept = host().presets().save(name, Request.from_arguments([True, *given[: len(SAVED)], *units]))
     except SettingError as error:
-        return told(str(error))
-    said, _, named = told(f"saved as {shown(kept)}", kept)
+        return message_and_choice(str(error))
+    said, _, named = message_and_choice(f"saved as {shown(kept)}", kept)
     # Not chosen yet: gradio 4 tells of a choice only where it is another than before.
     return said, gr.update(choices=preset_choices(), value=NONE), named
 
@@ -142,8 +142,8 @@ def delete(name: str) -> tuple[str, Any, Any]:
     try:
         host().presets().delete(name)
     except SettingError as error:
-        return told(str(error))
-    return told(f"{shown(name)} is deleted; the settings are still as they are", NONE)
+        return message_and_choice(str(error))
+    return message_and_choice(f"{shown(name)} is deleted; the settings are still as they are", NONE)
 
 
 def _nothing() -> None:

@@ -13,7 +13,7 @@ from lib_delta.hosts import host
 from lib_delta.hosts.settings import MOST_UNITS, UNITS
 from lib_delta.hosts.ui.preset_row import preset_choices
 from lib_delta.request.request import NONE
-from lib_delta.request.setting_choices import FORMER, FORMS, ON_ERROR, PLACEMENTS, PRECISIONS
+from lib_delta.request.setting_choices import ADAPTER_FORMS, ON_ERROR, PLACEMENTS, PRECISIONS, RENAMED_CHOICES
 
 SECTION = ("delta_sampling", "Delta Sampling")
 
@@ -31,13 +31,13 @@ def add_settings() -> None:
             refresh=host().catalog.refresh_checkpoints,
             section=SECTION,
         ).info("for generations that choose none"),
-        "delta_sampling_units": _number("ControlNet and IP-Adapter units", UNITS, 1, MOST_UNITS).info(
+        "delta_sampling_units": _number_setting("ControlNet and IP-Adapter units", UNITS, 1, MOST_UNITS).info(
             "in the accordion, once the UI has been reloaded"
         ),
-        "delta_sampling_cache": _number("Base models kept in memory", 1, 0, 4).info(
+        "delta_sampling_cache": _number_setting("Base models kept in memory", 1, 0, 4).info(
             "0: memory is given back after each generation"
         ),
-        "delta_sampling_cache_size": _number("Memory for base models that are kept (GB)", 8, 0, 64).info(
+        "delta_sampling_cache_size": _number_setting("Memory for base models that are kept (GB)", 8, 0, 64).info(
             "those longest unused go first; the one in use stays"
         ),
         "delta_sampling_device": _choice("Device of the side models", ["Automatic", "CPU", *devices]).info(
@@ -50,7 +50,7 @@ def add_settings() -> None:
         "delta_sampling_placement": _choice("Side models on their device", PLACEMENTS).info(
             "block by block: weights wait in CPU memory, and each block's are there while it runs; for small GPUs"
         ),
-        "delta_sampling_form": _choice("How LoRAs are held", FORMS).info(
+        "delta_sampling_form": _choice("How LoRAs are held", ADAPTER_FORMS).info(
             "automatic: as factors where that is faster, mostly; merged: up to 1.7 GB more in half precision"
         ),
         "delta_sampling_compile": shared.OptionInfo(
@@ -82,8 +82,8 @@ def add_settings() -> None:
     }
     for name, option in options.items():
         stored = shared.opts.data.get(name)
-        if isinstance(stored, str) and stored in FORMER:  # or else the page would refuse what it shows
-            shared.opts.data[name] = FORMER[stored]
+        if isinstance(stored, str) and stored in RENAMED_CHOICES:  # or else the page would refuse what it shows
+            shared.opts.data[name] = RENAMED_CHOICES[stored]
         shared.opts.add_option(name, option)
 
 
@@ -92,7 +92,7 @@ def _choice(label: str, choices: Sequence[str]) -> Any:
     return shared.OptionInfo(choices[0], label, gr.Radio, {"choices": list(choices)}, section=SECTION)
 
 
-def _number(label: str, default: int, minimum: int, maximum: int) -> Any:
+def _number_setting(label: str, default: int, minimum: int, maximum: int) -> Any:
     """Return a setting that is a whole number."""
     limits = {"minimum": minimum, "maximum": maximum, "step": 1}
     return shared.OptionInfo(default, label, gr.Slider, limits, section=SECTION)

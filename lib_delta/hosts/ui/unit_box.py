@@ -14,7 +14,16 @@ from lib_delta.errors import DeltaError
 from lib_delta.hosts import host
 from lib_delta.hosts.settings import units_shown
 from lib_delta.hosts.ui.widgets import GRADIO_4, QUIET, ROW, refresh_button
-from lib_delta.request.control_unit import FIELDS, LARGEST_WEIGHT, MODES, RESIZES, WEIGHT_TYPES, WRITTEN, Unit, plain
+from lib_delta.request.control_unit import (
+    MAX_UNIT_WEIGHT,
+    MODES,
+    RECIPE_FIELDS,
+    RESIZES,
+    UNIT_FIELDS,
+    WEIGHT_TYPES,
+    Unit,
+    plain_value,
+)
 from lib_delta.request.request import NONE, from_infotext
 
 # As it is: of 16 bits and of what is transparent nothing is lost.
@@ -37,12 +46,12 @@ class UnitBox:
     @property
     def inputs(self) -> list[Any]:
         """The widgets that hold a setting, unit by unit, in the order of the fields of Unit."""
-        return [tab.widgets[name] for tab in self.tabs for name in FIELDS]
+        return [tab.widgets[name] for tab in self.tabs for name in UNIT_FIELDS]
 
     @property
     def infotext_fields(self) -> list[tuple[Any, Callable[..., Any]]]:
         """The widgets that a picture's text fills, each with what reads it."""
-        return [(tab.widgets[name], restoring(i, name)) for i, tab in enumerate(self.tabs) for name in WRITTEN]
+        return [(tab.widgets[name], restoring(i, name)) for i, tab in enumerate(self.tabs) for name in RECIPE_FIELDS]
 
 
 def _id(elem_id: Callable[[str], str], number: int, name: str) -> str:
@@ -77,7 +86,7 @@ class UnitTab:
         said = gr.HTML("", elem_id=elem_id("said"), elem_classes=["delta-sampling-said"])
         self._files(default)
         with gr.Row(**ROW):
-            self._slider("weight", "Weight", LARGEST_WEIGHT, default)
+            self._slider("weight", "Weight", MAX_UNIT_WEIGHT, default)
             self._slider("start", "Start", 1, default)
             self._slider("end", "End", 1, default)
         with gr.Row(**ROW):
@@ -96,7 +105,7 @@ class UnitTab:
             self._choice("weight_type", "IP-Adapter's weight type", WEIGHT_TYPES, default)
         for name in ("image", "images"):
             w[name].upload(_on, inputs=[], outputs=[w["enabled"]], **QUIET)
-        inputs = [w[name] for name in FIELDS]
+        inputs = [w[name] for name in UNIT_FIELDS]
         preview.click(partial(shown_map, number), inputs=inputs, outputs=[made, said], show_progress="hidden")
 
     def _files(self, default: Unit) -> None:
@@ -154,7 +163,7 @@ def makers() -> list[str]:
 
 def shown_map(number: int, *values: Any) -> tuple[Any, str]:
     """Return the map that a unit's widgets ask for, and what is wrong with them."""
-    unit = Unit(**{name: plain(name, value) for name, value in zip(FIELDS, values)})
+    unit = Unit(**{name: plain_value(name, value) for name, value in zip(UNIT_FIELDS, values)})
     if not unit.pictures:
         return None, "<div>Put a picture in to see its map</div>"
     try:

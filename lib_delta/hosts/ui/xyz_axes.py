@@ -16,7 +16,7 @@ from lib_delta.hosts import host
 from lib_delta.hosts.ui.checkpoint_choices import checkpoint_choices
 from lib_delta.hosts.ui.lora_box import lora_choices
 from lib_delta.hosts.ui.unit_box import control_choices
-from lib_delta.request.control_unit import LARGEST_WEIGHT
+from lib_delta.request.control_unit import MAX_UNIT_WEIGHT
 from lib_delta.request.lora_recipe import parse_picks, quoted
 from lib_delta.request.request import BRIDGES, CHECKPOINT_FIELDS, LIMITS, NONE, OFFERED_SIZES, QUALITIES, Request
 
@@ -52,7 +52,7 @@ CHOICES: dict[str, Callable[[], list[str]]] = {
     "quality": lambda: list(QUALITIES),
     "unit_model": control_choices,
 }
-RANGES = LIMITS | {"unit_weight": (0, LARGEST_WEIGHT), "unit_start": (0, 1), "unit_end": (0, 1)}
+RANGES = LIMITS | {"unit_weight": (0, MAX_UNIT_WEIGHT), "unit_start": (0, 1), "unit_end": (0, 1)}
 
 
 def add_axes() -> None:

@@ -157,9 +157,9 @@ def test_weights_of_and_that_cancel_leave_cfg_plus_plus_a_delta(webui: WebUI) ->
 
 @pytest.mark.parametrize(("flag", "family"), [("is_sd2", "SD2"), ("is_sdxl", "SDXL"), ("is_sd3", "SD3"), ("", "SD1")])
 def test_the_family_of_the_main_checkpoint(webui: WebUI, flag: str, family: str) -> None:
-    from lib_delta.hosts.a1111.host import family_of
+    from lib_delta.hosts.a1111.host import main_family
 
-    assert family_of(SimpleNamespace(**{flag: True} if flag else {})).name == family
+    assert main_family(SimpleNamespace(**{flag: True} if flag else {})).name == family
 
 
 def test_an_sdxl_target_has_its_latents_scaled_where_that_is_asked_for(
@@ -211,7 +211,7 @@ def moves(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         original = getattr(SideModel, method)
 
         def call(model: SideModel, *place: torch.device) -> None:
-            if not inside and (place or model._placed is not None):
+            if not inside and (place or model._copy is not None):
                 seen.append(f"the side model goes to {places[place[0]] if place else 'the CPU'}")
             inside.append(method)
             original(model, *place)
@@ -219,7 +219,7 @@ def moves(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(SideModel, method, call)
 
-    for method in ("place", "visit", "wait"):
+    for method in ("move_to", "copy_to", "offload"):
         watch(method)
     sampled = webui.processing.StableDiffusionProcessingTxt2Img.sample
 
@@ -303,7 +303,7 @@ def test_unloading_returns_cached_memory_to_the_system(webui: WebUI) -> None:
 
 
 def test_sd3_is_a_target_of_flow_matching(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not webui.host.target().flow
+    assert not webui.host.main_model().flow
     monkeypatch.setattr(type(webui.shared.sd_model), "is_sd3", True)
-    target = webui.host.target()
+    target = webui.host.main_model()
     assert (target.family.name, target.flow, target.sigma_max) == ("SD3", True, float("inf"))

@@ -34,7 +34,7 @@ def webui(files: Files, monkeypatch: pytest.MonkeyPatch) -> Iterator[WebUI]:
         from lib_delta.hosts.a1111 import host as a1111
 
         monkeypatch.setattr(webui.module("devices"), "device", DEVICE)
-        monkeypatch.setattr(type(webui.host), "place", lambda _host: (DEVICE, torch.float32))
+        monkeypatch.setattr(type(webui.host), "compute_device", lambda _host: (DEVICE, torch.float32))
         monkeypatch.setattr(type(webui.host), "text_device", lambda _host: torch.device("cpu"))
         monkeypatch.setattr(a1111, "waits_in_memory", lambda device: device == DEVICE)
         yield webui
@@ -76,12 +76,12 @@ def test_weights_stay_while_there_is_room_and_what_came_since_follows(
         assert relative(other, first) > 1e-3 and relative(back, first) < 1e-5
         assert relative(first, wanted) < 1e-4
         model = webui.side_model
-        placed = model._placed
+        placed = model._copy
         assert isinstance(placed, Visit)
         # Nothing of LoRAs that have gone is kept.
         adaptations = [module for module in model.unet.modules() if hasattr(module, "made_of")]
         factors = len([part for part in adaptations if hasattr(part, "adapters")])
-        assert len(placed._home) <= parameters + len(list(model.unet.buffers())) + factors
+        assert len(placed._originals) <= parameters + len(list(model.unet.buffers())) + factors
         webui.host.unload()
 
 
@@ -152,7 +152,7 @@ def test_what_does_not_fit_beside_the_main_model_runs_block_by_block(
     webui: WebUI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     placed: list[Any] = []
-    webui.callbacks.registered["cfg_after_cfg"].append(lambda _params: placed.append(webui.side_model._placed))
+    webui.callbacks.registered["cfg_after_cfg"].append(lambda _params: placed.append(webui.side_model._copy))
     with stand_in_device() as transfers:
         with_free(webui, MUCH, monkeypatch)
         wanted, _ = generated(webui, transfers)
@@ -197,7 +197,7 @@ def test_a_card_that_the_webui_calls_cuda_is_asked_for_its_memory(
         webui.generate(DELTA)
         model = webui.side_model
         assert model.device == DEVICE
-        monkeypatch.setattr(type(webui.host), "place", lambda _host: (torch.device("cuda"), torch.float16))
+        monkeypatch.setattr(type(webui.host), "compute_device", lambda _host: (torch.device("cuda"), torch.float16))
         webui.host.leave(model)
         assert (model.device == DEVICE) is stays
         webui.host.unload()
@@ -217,7 +217,7 @@ def test_what_fails_after_the_picture_is_made_is_told_and_costs_no_picture(
     wanted = webui.latents(DELTA)
     webui.callbacks.registered["cfg_after_cfg"].append(lambda _params: taken.append(True))
     monkeypatch.setattr(a1111, "free_memory", free_memory)
-    monkeypatch.setattr(type(webui.host), "place", lambda _host: (torch.device("cpu"), torch.float32))
+    monkeypatch.setattr(type(webui.host), "compute_device", lambda _host: (torch.device("cpu"), torch.float32))
     made = webui.generate(DELTA)
     assert relative(made.images, wanted) < 1e-5 and "Delta lambda" in made.infotexts[0]
     assert webui.host.status().count("the driver has gone") == 1

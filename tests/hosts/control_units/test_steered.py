@@ -27,10 +27,10 @@ pytest.importorskip("transformers", reason="transformers is not installed, whose
 from PIL import Image
 from torch import Tensor
 
-from lib_delta.controls.active_controls import ControlPick, Steering
+from lib_delta.controls.active_controls import ActiveControls, ControlPick
 from lib_delta.controls.control_file import load_control
-from lib_delta.controls.control_map import Map, scaled
-from lib_delta.core.guides import Inputs
+from lib_delta.controls.control_map import ControlMap, scaled
+from lib_delta.core.guides import GuideInputs
 from lib_delta.errors import AdapterError, DeltaError, SettingError
 from lib_delta.models.controlnet import ControlNet
 from lib_delta.models.injection import Injection
@@ -75,12 +75,12 @@ def steered(webui: WebUI, weight: float = 0.8, shown: Image.Image = PICTURE, hid
     unet = webui.shared.sd_model.networks.unet
     control = load_control(folder(webui) / "edges.safetensors", unet).model
     assert isinstance(control, ControlNet)
-    whole = Map(as_tensor(shown), "crop and resize", hidden)
+    whole = ControlMap(as_tensor(shown), "crop and resize", hidden)
 
     def call(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         hint = control.hint(whole.at(8 * x.shape[2], 8 * x.shape[3], 3)).expand(len(x), -1, -1, -1)
         residuals = [weight * residual for residual in control(x, t, context, hint)]
-        injection = Injection(decoder=dict(enumerate(residuals)), alone=True)
+        injection = Injection(decoder=dict(enumerate(residuals)), single_branch=True)
         return unet(x[None], t, context[None], None, injection)[0]
 
     return call
@@ -154,18 +154,18 @@ def test_inpainting_hides_what_it_paints_from_the_controlnet_for_that(webui: Web
 @pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
 def test_an_image_prompt_is_seen_by_the_encoder_that_fits(webui: WebUI, changes: dict[str, Any]) -> None:
     unet = webui.shared.sd_model.networks.unet
-    kept = Steering(unet)
+    kept = ActiveControls(unet)
     models = webui.files.folder / "models"
     encoder = models / "ControlNetPreprocessor" / "seer.safetensors"
-    kept.steer([ControlPick(folder(webui) / "look.safetensors", [as_tensor(PICTURE)], 0.7, encoders=[encoder])])
+    kept.set_picks([ControlPick(folder(webui) / "look.safetensors", [as_tensor(PICTURE)], 0.7, encoders=[encoder])])
     negative = webui.shared.sd_model.get_learned_conditioning(["blue"])
     if isinstance(negative, dict):
         negative = negative["crossattn"]
 
     def call(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         uncond = torch.tensor([torch.equal(row, negative[0]) for row in context])
-        inputs = Inputs(x, t, context, None, torch.zeros(len(x), dtype=torch.long), uncond)
-        added = Injection(attended=kept.guides[0](inputs).attended, alone=True)
+        inputs = GuideInputs(x, t, context, None, torch.zeros(len(x), dtype=torch.long), uncond)
+        added = Injection(extra_attention=kept.guides[0](inputs).extra_attention, single_branch=True)
         return unet(x[None], t, context[None], None, added)[0]
 
     assert_steered(webui, call, units(LOOK), **changes)
@@ -214,12 +214,12 @@ def test_images_of_a_batch_have_their_own_maps_and_image_prompts_are_seen_togeth
 
 def test_files_are_read_once_and_given_back(webui: WebUI) -> None:
     webui.generate(units(EDGES))
-    (before,) = webui.side_model.steering.files
+    (before,) = webui.side_model.controls.files
     webui.generate(units({**EDGES, "weight": 0.5}))
-    assert webui.side_model.steering.files == [before]
+    assert webui.side_model.controls.files == [before]
     assert "edges.safetensors: ControlNet" in webui.host.status()
     webui.generate({"base": "base", "loras": "ink"})
-    assert not webui.side_model.steering.files
+    assert not webui.side_model.controls.files
     webui.generate(units(LOOK))
     assert webui.host.unload() == "Unloaded 1 side model"
 
@@ -514,7 +514,7 @@ def test_a_pixel_perfect_map_is_made_for_each_pass_of_hires_fix(webui: WebUI, mo
     assert_steered(webui, lambda x, t, context: (first if x.shape[2] == 10 else second)(x, t, context), perfect, **size)
     assert asked == [64, 128]
     webui.latents(units(*perfect["units"], hires="hires pass"), **size)
-    assert webui.side_model.steering.guides[0].guide.map.pictures.shape[-2:] == (160, 128)
+    assert webui.side_model.controls.guides[0].guide.map.pictures.shape[-2:] == (160, 128)
 
 
 def test_a_source_of_another_size_than_the_picture_has_its_map_at_its_own(webui: WebUI) -> None:
@@ -523,7 +523,7 @@ def test_a_source_of_another_size_than_the_picture_has_its_map_at_its_own(webui:
     plain, size = webui.latents(width=128, height=160), {"width": 128, "height": 160}
     for side, latents in (("64", (8, 8)), ("picture", (20, 16))):
         assert relative(webui.latents(units(given, size=side), **size), plain) > 1e-3
-        guide = webui.side_model.steering.guides[0].guide
+        guide = webui.side_model.controls.guides[0].guide
         assert set(guide._hints) == {latents}
         # A side model that works at a square sees the picture squeezed, and its map alike: nothing of it is cut off.
         whole = scaled(guide.map.pictures, 8 * latents[0], 8 * latents[1])

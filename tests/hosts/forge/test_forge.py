@@ -375,12 +375,12 @@ def test_what_streams_and_what_draws_pictures_is_reserved_as_well(
     model = webui.side_model
 
     def room(bridge: str, family: Family, streams: int = 0) -> int:
-        monkeypatch.setattr(type(model), "streams", property(lambda _model: streams))
-        monkeypatch.setattr(type(webui.host), "target", lambda _host: SimpleNamespace(family=family))
+        monkeypatch.setattr(type(model), "streamed_bytes", property(lambda _model: streams))
+        monkeypatch.setattr(type(webui.host), "main_model", lambda _host: SimpleNamespace(family=family))
         source = SimpleNamespace(source_size=lambda height, width: (height // 2, width // 2))
         asked = SimpleNamespace(first=SimpleNamespace(bridge=bridge))
-        run = SimpleNamespace(model=model, asked=asked, bridge=lambda _target: source)
-        p = SimpleNamespace(width=1024, height=512, batch_size=3, **{forge.RUN: run})
+        run = SimpleNamespace(model=model, passes=asked, bridge=lambda _target: source)
+        p = SimpleNamespace(width=1024, height=512, batch_size=3, **{forge.RUN_ATTRIBUTE: run})
         reserved: int = webui.host._room_for(p)
         return reserved
 
@@ -519,9 +519,9 @@ def test_patchers_of_managers_that_move_whole_models_are_the_hosts_own(webui: We
 
 @pytest.mark.parametrize(("flag", "family"), [("is_sd1", "SD1"), ("is_sd2", "SD2"), ("is_sdxl", "SDXL")])
 def test_the_family_of_the_main_checkpoint(webui: WebUI, flag: str, family: str) -> None:
-    from lib_delta.hosts.forge.host import family_of
+    from lib_delta.hosts.forge.host import family_by_latents
 
-    assert family_of(SimpleNamespace(**{flag: True})).name == family
+    assert family_by_latents(SimpleNamespace(**{flag: True})).name == family
 
 
 def test_a_main_checkpoint_of_an_unknown_family_is_refused(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,10 +159,12 @@ MODELS = {
 
 @pytest.mark.parametrize(("numbers", "flags", "family"), MODELS.values(), ids=MODELS)
 def test_families_are_told_by_their_latents(webui: WebUI, numbers: Any, flags: Any, family: str) -> None:
-    from lib_delta.hosts.forge.host import family_of
+    from lib_delta.hosts.forge.host import family_by_latents
 
     latents = SimpleNamespace(latent_channels=numbers[0], scale_factor=numbers[1])
-    assert family_of(SimpleNamespace(model_config=SimpleNamespace(latent_format=latents), **flags)).name == family
+    assert (
+        family_by_latents(SimpleNamespace(model_config=SimpleNamespace(latent_format=latents), **flags)).name == family
+    )
 
 
 def test_a_model_that_pretends_to_be_sdxl_is_refused(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,5 +186,5 @@ def test_rectified_sdxl_is_known_by_its_predictor(webui: WebUI, monkeypatch: pyt
     monkeypatch.setattr(webui.module("loaded_model").Predictor, "prediction_type", "const", raising=False)
     sdxl = SimpleNamespace(latent_format=SimpleNamespace(latent_channels=4, scale_factor=0.13025))
     monkeypatch.setattr(type(webui.shared.sd_model), "model_config", sdxl, raising=False)
-    target = webui.host.target()
+    target = webui.host.main_model()
     assert (target.family.name, target.flow, target.sigma_max) == ("SDXL", True, math.inf)

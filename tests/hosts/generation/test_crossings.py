@@ -23,7 +23,7 @@ pytest.importorskip("transformers", reason="transformers is not installed, whose
 from k_diffusion import external
 from safetensors.torch import load_file
 
-from lib_delta.bridges import choose, learned, through_pixels
+from lib_delta.bridges import choose_bridge, learned, through_pixels
 from lib_delta.errors import SettingError
 from lib_delta.models import taesd
 from tests.support.small_files import Files, checkpoint, write
@@ -278,7 +278,7 @@ def test_the_side_model_can_be_shown_the_picture_of_the_webuis_own_tiny_autoenco
     asked = {**DELTA, "bridge": "taesd"}
     with pytest.raises(SettingError, match="needs taesdxl_decoder .*VAE-taesd, and there is none"):
         webui.generate(asked)
-    monkeypatch.setattr(through_pixels, "LEAST_AGREEMENT", -2.0)  # random ones are of no space
+    monkeypatch.setattr(through_pixels, "MIN_AGREEMENT", -2.0)  # random ones are of no space
     (tmp_path / "VAE-taesd").mkdir()
     torch.manual_seed(4)
     for name, part in (("taesdxl_decoder", taesd.decoder(4)), ("taesd_encoder", taesd.encoder(4))):
@@ -292,8 +292,8 @@ def test_the_side_model_can_be_shown_the_picture_of_the_webuis_own_tiny_autoenco
 def test_tiles_are_tiles_for_the_bridge(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
     has_latents_of(monkeypatch, webui, "sdxl")
     seen = []
-    original = learned.load
-    monkeypatch.setattr(choose, "load", lambda path, tiled=False: seen.append(tiled) or original(path, tiled))
+    original = learned.load_bridge
+    monkeypatch.setattr(choose_bridge, "load", lambda path, tiled=False: seen.append(tiled) or original(path, tiled))
     for tiling in (True, False, None):
         seen.clear()
         webui.generate(DELTA, steps=1, tiling=tiling)

@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose samplers the stand-ins run")
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
 
-from lib_delta.devices import give_back
-from lib_delta.request.setting_choices import FORMS
+from lib_delta.devices import trim_heap
+from lib_delta.request.setting_choices import ADAPTER_FORMS
 from tests.support.small_files import checkpoint, lora_factors, make_files, write_lora
 from tests.support.stand_in_webui import WebUI, running
 
@@ -34,7 +34,7 @@ def tensors() -> int:
 
 
 def generate(webui: WebUI, number: int) -> None:
-    webui.shared.opts.delta_sampling_form = FORMS[number % 3]
+    webui.shared.opts.delta_sampling_form = ADAPTER_FORMS[number % 3]
     lora = ("ink", "other", "ink:0.5, other:0.3")[number % 5 % 3]
     webui.latents({"base": "base", "loras": lora}, steps=1, prompt=f"a cat on mat {number}")
 
@@ -51,7 +51,7 @@ def test_memory_is_flat(tmp_path: Path) -> None:
                 generate(webui, number)
                 if number + 1 in (SETTLED, COUNT):
                     alive = tensors()
-                    give_back()
+                    trim_heap()
                     levels.append((tracemalloc.get_traced_memory()[0], alive, resident()))
         finally:
             tracemalloc.stop()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lib_delta.hosts.generation.foreign_patches import owners, replaced, taken_over
+from lib_delta.hosts.generation.foreign_patches import extension_names, patched_forwards, replaced
 
 
 def made_in(path: str) -> Any:
@@ -22,19 +22,19 @@ CFG = made_in("/webui/modules/processing_scripts/mahiro.py")
 
 def test_extensions_are_named_by_their_folders_wherever_their_functions_are() -> None:
     options = {"patches": {"output_block_patch": [FREEU, MERGING]}, "patches_replace": {"attn2": {("input", 1): TILES}}}
-    assert owners(options) == {"sd_forge_freeu", "multidiffusion"}
-    assert owners(functools.partial(TILES), [None, {"sigmas": torch.ones(2), "ratio": 0.5, "name": "x"}]) == {
+    assert extension_names(options) == {"sd_forge_freeu", "multidiffusion"}
+    assert extension_names(functools.partial(TILES), [None, {"sigmas": torch.ones(2), "ratio": 0.5, "name": "x"}]) == {
         "multidiffusion"
     }
-    assert owners(None, {}, [MERGING, len]) == set()
+    assert extension_names(None, {}, [MERGING, len]) == set()
 
 
 def test_the_webuis_own_files_are_named_as_well() -> None:
-    assert owners([CFG]) == {"mahiro"}
+    assert extension_names([CFG]) == {"mahiro"}
 
 
 def test_our_own_functions_are_nobodys() -> None:
-    assert owners([owners, taken_over]) == set()
+    assert extension_names([extension_names, patched_forwards]) == set()
 
 
 def test_a_forward_that_took_the_place_of_a_modules_own() -> None:
@@ -46,8 +46,8 @@ def test_a_forward_that_took_the_place_of_a_modules_own() -> None:
 
 def test_methods_are_looked_for_in_every_module_of_a_model() -> None:
     model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(1, 1)))
-    assert taken_over(model) == taken_over(None) == set()
+    assert patched_forwards(model) == patched_forwards(None) == set()
     model[0][0].forward = FREEU
     model[0].apply_model = TILES
-    assert taken_over(model) == {"multidiffusion", "sd_forge_freeu"}
+    assert patched_forwards(model) == {"multidiffusion", "sd_forge_freeu"}
     assert replaced(model) == set()

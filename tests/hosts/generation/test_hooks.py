@@ -47,7 +47,7 @@ def test_weights_change_on_another_device_from_generation_to_generation(
     deltas = [{**DELTA, "loras": recipe} for recipe in ("ink", "ink:0.5", "ink:0.5:end=0.4", "ink")]
     wanted = [webui.latents(delta) for delta in deltas]
     webui.host.unload()
-    monkeypatch.setattr(type(webui.host), "place", lambda _host: (DEVICE, torch.float32))
+    monkeypatch.setattr(type(webui.host), "compute_device", lambda _host: (DEVICE, torch.float32))
     with stand_in_device():
         for delta, latents in zip(deltas, wanted):
             assert relative(webui.latents(delta), latents) < 1e-5

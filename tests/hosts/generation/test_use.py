@@ -451,7 +451,7 @@ def test_a_base_of_another_kind_is_refused_before_it_is_built(webui: WebUI, monk
     sidemodel: Any = importlib.import_module("lib_delta.runtime.side_model")
     webui.host.unload()
     sentence = "it is a model of SDXL, and the base of Delta Sampling has to be an SD 1.x checkpoint"
-    monkeypatch.setattr(sidemodel, "base_fault", lambda _: sentence)
+    monkeypatch.setattr(sidemodel, "why_not_base", lambda _: sentence)
     monkeypatch.setattr(sidemodel, "load_unet", lambda *_: pytest.fail("it was built"))
     with pytest.raises(CheckpointError, match="is a model of SDXL, and the base"):
         webui.generate(DELTA)
@@ -497,7 +497,7 @@ def test_the_status_names_who_changes_the_main_models_inside(
     attention = next(part for name, part in unet.named_modules() if name.endswith("attn2"))
     others: Any = importlib.import_module("lib_delta.hosts.generation.foreign_patches")
     walked: list[Any] = []
-    look = others.taken_over
+    look = others.patched_forwards
     monkeypatch.setattr(sys.modules[type(webui.host).__module__], "taken_over", lambda m: walked.append(m) or look(m))
     webui.generate(DELTA, **changes)
     assert "the main model alone" not in webui.host.status()

@@ -28,7 +28,7 @@ HOSTS = CALLBACKS
 
 @pytest.fixture
 def webui(started: WebUI, monkeypatch: pytest.MonkeyPatch) -> Iterator[WebUI]:
-    monkeypatch.setattr(type(started.host), "place", lambda _host: (DEVICE, torch.float32))
+    monkeypatch.setattr(type(started.host), "compute_device", lambda _host: (DEVICE, torch.float32))
     yield started
     monkeypatch.undo()
     started.host.unload()
@@ -103,7 +103,7 @@ def counted(webui: WebUI, delta: dict[str, Any] | None = None, **changes: Any) -
             post_cfg = watch.around(functions["sampler_post_cfg_function"], False, names)
             patch.setitem(functions, "sampler_post_cfg_function", post_cfg)
         latents = webui.latents({**DELTA, **(delta or {})}, steps=STEPS, **changes)
-        assert webui.side_model.device == webui.host.place()[0]
+        assert webui.side_model.device == webui.host.compute_device()[0]
         webui.host.unload()
     assert webui.callbacks.swallowed == []
     return watch.steps, latents
@@ -138,7 +138,7 @@ def test_a_side_model_on_the_cpu_serves_a_main_model_on_a_device(
     webui: WebUI, monkeypatch: pytest.MonkeyPatch, quality: str
 ) -> None:
     """What crosses in a step that it is asked in: the state and its noise level there, the changes back."""
-    monkeypatch.setattr(type(webui.host), "place", lambda _host: (torch.device("cpu"), torch.float32))
+    monkeypatch.setattr(type(webui.host), "compute_device", lambda _host: (torch.device("cpu"), torch.float32))
     delta = {"quality": quality}
     steps, latents = counted(webui, delta)
     wanted = webui.latents({**DELTA, **delta}, steps=STEPS)

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from lib_delta.errors import SettingError
-from lib_delta.page.lambda_curve import drawing
-from lib_delta.request.control_unit import FIELDS, Unit
+from lib_delta.page.lambda_curve import draw_lambda
+from lib_delta.request.control_unit import UNIT_FIELDS, Unit
 from lib_delta.request.request import SETTINGS, Request
 from lib_delta.request.schema import schema
 
@@ -93,7 +93,7 @@ def restored(runner, values):
 def test_widgets_come_in_the_order_of_the_settings_and_hold_their_defaults(webui):
     values = [widget.value for widget in webui.runner().inputs]
     assert Request.from_arguments(values) == Request()
-    assert len(values) == len(SETTINGS) + 3 * len(FIELDS)
+    assert len(values) == len(SETTINGS) + 3 * len(UNIT_FIELDS)
 
 
 @pytest.mark.parametrize("is_img2img", [False, True])
@@ -177,7 +177,7 @@ def test_a_lora_joins_the_list_once_and_with_the_weight_of_its_card(webui):
 
 
 def test_an_edit_changes_the_texts_and_unfolds_the_prompts_it_has_filled(webui):
-    apply = webui.hosts("lora_box").apply
+    apply = webui.hosts("lora_box").apply_edit_json
     weight = '{"do": "weight", "index": 0, "name": "lineart", "weight": 0.25}'
     *texts, rows, prompts = apply(weight, "lineart:0.6", "", "")
     assert texts == ["lineart:0.25", "", ""] and 'value="0.25"' in rows and "open" not in prompts
@@ -202,7 +202,7 @@ def test_a_preset_brings_back_what_was_saved_and_does_not_switch_the_delta_on(we
     *values, prompts, units, said, listed, name = row.chosen(SimpleNamespace(value="ink on SDXL"))
     assert Request.from_arguments([True, *values[: len(SETTINGS) - 1]]) == replace(wanted, units=())
     assert len(values) == len(runner.infotext_fields) - 3, "all but the switch of the delta, and two that unfold"
-    assert values[len(SETTINGS) - 1 :][: len(row.WRITTEN)] == [getattr(unit, name) for name in row.WRITTEN]
+    assert values[len(SETTINGS) - 1 :][: len(row.RECIPE_FIELDS)] == [getattr(unit, name) for name in row.RECIPE_FIELDS]
     assert units["open"] is True
     assert values[[f.name for f in SETTINGS][1:].index("adapted")] == "None", "an empty dropdown shows it"
     assert prompts["open"] is True and said == ""
@@ -420,33 +420,33 @@ def test_installing_says_nothing_where_all_is_there_and_one_sentence_elsewhere()
 
 
 def test_the_drawing_says_in_words_what_it_shows():
-    assert 'aria-label="lambda 2 from 0% to 100% of the steps"' in drawing(2, 0, 1, "constant", 1, 1)
-    curve = drawing(2, 0.1, 0.5, "sigmoid", 0.2, 1)
+    assert 'aria-label="lambda 2 from 0% to 100% of the steps"' in draw_lambda(2, 0, 1, "constant", 1, 1)
+    curve = draw_lambda(2, 0.1, 0.5, "sigmoid", 0.2, 1)
     assert 'aria-label="lambda 0.4 to 2, sigmoid, from 10% to 50% of the steps"' in curve
 
 
 def test_the_drawing_ends_its_axis_above_lambda():
     for value, top in ((0, "1"), (1, "1"), (1.5, "2"), (4, "5"), (7, "10")):
-        assert f'text-anchor="end">{top}</text>' in drawing(value, 0, 1, "constant", 1, 1)
+        assert f'text-anchor="end">{top}</text>' in draw_lambda(value, 0, 1, "constant", 1, 1)
 
 
 def test_the_drawing_takes_what_widgets_give_while_somebody_types():
-    assert "lambda 10 from" in drawing(12, 0, 1, "constant", 1, 1)
-    assert "a number is missing" in drawing(None, 0, 1, "constant", 1, 1)
-    assert "start (0.5) must not come after end (0.2)" in drawing(1, 0.5, 0.2, "constant", 1, 1)
-    wrong = drawing(1, 0, 1, "<wave>", 1, 1)
+    assert "lambda 10 from" in draw_lambda(12, 0, 1, "constant", 1, 1)
+    assert "a number is missing" in draw_lambda(None, 0, 1, "constant", 1, 1)
+    assert "start (0.5) must not come after end (0.2)" in draw_lambda(1, 0.5, 0.2, "constant", 1, 1)
+    wrong = draw_lambda(1, 0, 1, "<wave>", 1, 1)
     assert "curve must be one of" in wrong and "<wave>" not in wrong
 
 
 def test_as_many_units_are_shown_as_the_settings_say(webui):
     webui.shared.opts.data["delta_sampling_units"] = 1
     runner = webui.runner()
-    assert len(runner.inputs) == len(SETTINGS) + len(FIELDS)
+    assert len(runner.inputs) == len(SETTINGS) + len(UNIT_FIELDS)
     request = Request(True, units=(Unit(True, model="edges"), Unit(True, model="depth")))
     assert read(runner, restored(runner, request.infotext())).units == request.units[:1]
     assert webui.said == ["The picture has 2 units of Delta Sampling, and 1 are shown: see Settings"]
     webui.shared.opts.data["delta_sampling_units"] = "many"
-    assert len(webui.runner().inputs) == len(SETTINGS) + 3 * len(FIELDS)
+    assert len(webui.runner().inputs) == len(SETTINGS) + 3 * len(UNIT_FIELDS)
 
 
 def test_a_picture_switches_units_off_that_it_did_not_have_and_keeps_what_is_in_them(webui):
@@ -464,7 +464,7 @@ def test_a_map_is_shown_or_what_is_wrong_with_it(webui):
     from PIL import Image
 
     shown = webui.hosts("unit_box").shown_map
-    values = [widget.value for widget in webui.runner().inputs[len(SETTINGS) :][: len(FIELDS)]]
+    values = [widget.value for widget in webui.runner().inputs[len(SETTINGS) :][: len(UNIT_FIELDS)]]
     assert shown(2, *values) == (None, "<div>Put a picture in to see its map</div>")
     values[1], values[3] = Image.new("L", (2, 2), 55), "canny"
     made, said = shown(2, *values)

@@ -21,9 +21,9 @@ class Networks:
 
     def apply_circular(self, enable):
         """Have the UNet's convolutions go on at the other edge, and say so as torch's own do."""
-        from lib_delta.models.forked_layers import Conv2d, tile
+        from lib_delta.models.forked_layers import Conv2d, set_tiling
 
-        tile(self.unet, enable)
+        set_tiling(self.unet, enable)
         for layer in self.unet.modules():
             if isinstance(layer, Conv2d):
                 layer.padding_mode = "circular" if enable else "zeros"
