@@ -168,6 +168,8 @@ def call(command: list, folder: Path, variables: dict) -> int:
     ``variables`` of the environment are those that the caller's does not have.
     """
     environment = {**variables, **os.environ, "PYTHONPATH": str(ROOT)}
+    # Packages are installed without bytecode. Where nobody may leave it, each process compiles torch for itself.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     return subprocess.run(command, cwd=str(folder), env=environment).returncode
 
 

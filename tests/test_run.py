@@ -167,6 +167,11 @@ def test_the_callers_own_count_of_threads_is_kept(tmp_path: Path, monkeypatch: p
     assert run.call([sys.executable, "-c", check], tmp_path, run.ONE_THREAD) == 31
 
 
+def test_modules_are_compiled_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert run.call([sys.executable, "-c", "import sys; sys.exit(3 + sys.dont_write_bytecode)"], tmp_path, {}) == 3
+
+
 def test_tests_have_one_thread_however_they_are_started() -> None:
     assert run.ONE_THREAD.items() <= os.environ.items()
     assert torch.get_num_threads() == 1

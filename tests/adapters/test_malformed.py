@@ -356,6 +356,17 @@ def good_files() -> tuple[dict[str, Tensor], ...]:
     return tuple({key: value.clone() for key, value in file.items()} for file in files)
 
 
+def written(tensors: dict[str, Tensor], form: str) -> bytes:
+    """Return the file that holds the tensors in one of the three forms."""
+    return save(tensors) if form == "safetensors" else pickled(tensors, form == "legacy")
+
+
+@functools.cache
+def good_content(number: int, form: str) -> bytes:
+    """Return a good file's bytes."""
+    return written(good_files()[number], form)
+
+
 def edited(tensors: dict[str, Tensor], random: Random) -> dict[str, Tensor]:
     """Change one or two tensors of a file: shape, type, numbers, name."""
     tensors = dict(tensors)
@@ -415,14 +426,13 @@ def flipped(content: bytes, random: Random, within: int) -> bytes:
 
 def corrupted(random: Random) -> bytes:
     """Return a good file after some damage."""
-    tensors = random.choice(good_files())
+    number = random.randrange(len(good_files()))
     kind = random.randrange(8)
-    if kind == 0:
-        tensors = edited(tensors, random)
+    tensors = edited(good_files()[number], random) if kind == 0 else {}
     form = random.choice(("safetensors", "safetensors", "zip", "legacy"))
-    content = save(tensors) if form == "safetensors" else pickled(tensors, form == "legacy")
     if kind == 0:
-        return content
+        return written(tensors, form)
+    content = good_content(number, form)
     if kind == 1:
         return flipped(content, random, len(content))
     if kind == 2:

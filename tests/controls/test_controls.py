@@ -59,7 +59,9 @@ def control_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def their_control(config: Mapping[str, Any]) -> nn.Module:
-    theirs: nn.Module = diffusers.ControlNetModel(**control_config(config)).eval().requires_grad_(False)
+    with torch.device("meta"):
+        theirs: nn.Module = diffusers.ControlNetModel(**control_config(config))
+    theirs = theirs.to_empty(device="cpu").eval().requires_grad_(False)
     randomize(theirs, seed=3)
     return theirs
 
@@ -589,10 +591,7 @@ def test_unknown_modes_are_refused() -> None:
 
 
 def test_full_width_controlnet_equals_diffusers(tmp_path: Path) -> None:
-    with torch.device("meta"):
-        theirs = diffusers.ControlNetModel(**control_config(SD1_FULL))
-    theirs = theirs.to_empty(device="cpu").eval().requires_grad_(False)
-    randomize(theirs, seed=3)
+    theirs = their_control(SD1_FULL)
     assert sum(p.numel() for p in theirs.parameters()) == 361_279_120
     unet = Reference.sd15().unet
     read = load_control(save(tmp_path / "control.safetensors", theirs.state_dict()), unet, torch.float32, "cpu").model

@@ -261,23 +261,24 @@ OVERWRITE = """
 import sys, torch
 from lib_delta.files.weight_file import WeightFile
 from lib_delta.models.loading import load_unet
-with WeightFile.open(sys.argv[1]) as file:
-    unet, _ = load_unet(file, torch.float16)
-before = sum(float(weight.float().sum()) for weight in unet.parameters())
-open(sys.argv[1], "wb").close()
-assert sum(float(weight.float().sum()) for weight in unet.parameters()) == before
+for path in sys.argv[1:]:
+    with WeightFile.open(path) as file:
+        unet, _ = load_unet(file, torch.float16)
+    before = sum(float(weight.float().sum()) for weight in unet.parameters())
+    open(path, "wb").close()
+    assert sum(float(weight.float().sum()) for weight in unet.parameters()) == before, path
+    print(path)
 """
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
-def test_weights_outlive_their_file(tmp_path: Path, suffix: str) -> None:
+def test_weights_outlive_their_file(tmp_path: Path) -> None:
     """A mapped file that is overwritten ends the process (SIGBUS), hence a process of its own."""
-    path, tensors = tmp_path / f"a.{suffix}", {k: v.half() for k, v in sd1().items()}
-    if suffix == "ckpt":
-        torch.save(tensors, path)
-    else:
-        save(path, tensors)
-    assert subprocess.run([sys.executable, "-c", OVERWRITE, str(path)], cwd=ROOT).returncode == 0
+    paths, tensors = [tmp_path / "a.safetensors", tmp_path / "a.ckpt"], {k: v.half() for k, v in sd1().items()}
+    save(paths[0], tensors)
+    torch.save(tensors, paths[1])
+    command = [sys.executable, "-c", OVERWRITE, *map(str, paths)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stdout.split() == [*map(str, paths)], done.stdout
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])

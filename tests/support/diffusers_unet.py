@@ -41,12 +41,20 @@ SDXL = {
 }
 
 
+APART = 997  # a prime, so that no tensor has another one's rows in another order
+
+
 @torch.no_grad()
 def randomize(module: nn.Module, seed: int = 0) -> None:
-    """Give a module weights that keep activations near unit size, biases and norms included."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        parameter.normal_(generator=generator)
+    """Give a module weights that keep activations near unit size, biases and norms included.
+
+    Each is cut from the same random numbers, at a place of its own: a full model's own would take seconds to draw.
+    """
+    parameters = list(module.parameters())
+    drawn = max(parameter.numel() for parameter in parameters) + APART * len(parameters)
+    numbers = torch.randn(drawn, generator=torch.Generator().manual_seed(seed))
+    for i, parameter in enumerate(parameters):
+        parameter.copy_(numbers[APART * i :][: parameter.numel()].view_as(parameter))
         if parameter.ndim > 1:
             parameter.mul_(parameter[0].numel() ** -0.5)
         else:

@@ -28,7 +28,7 @@ from lib_delta.core.source import Source
 from lib_delta.errors import AdapterError, CheckpointError, DeltaError, SettingError
 from lib_delta.runtime.side_model import SideModel
 from tests.support.small_files import Files, checkpoint, lora_factors, with_lora, write, write_lora
-from tests.support.stand_in_webui import FORGES, STAND_IN, WebUI, folders, relative
+from tests.support.stand_in_webui import FORGES, PACKAGES, STAND_IN, WebUI, folders, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchsde", "ignore:To copy construct from a tensor")
 DELTA = {"base": "base", "loras": "ink"}
@@ -1006,17 +1006,23 @@ def test_without_the_lora_extension_there_are_no_loras(webui: WebUI) -> None:
         sys.modules["networks"] = networks
 
 
-@pytest.mark.parametrize("name", ["a1111", "forge", "neo"])
-def test_models_are_not_imported_before_the_first_delta(name: str) -> None:
-    paths = [*folders(name), str(STAND_IN.parents[2])]
+def test_models_are_not_imported_before_the_first_delta() -> None:
+    """In a process of its own, which torch takes seconds to start: the stand-ins take turns in one."""
     code = (
         # k-diffusion is slow to import, and nothing is sampled here.
         "import sys; from unittest.mock import MagicMock\n"
         "k = MagicMock(); k.external.DiscreteSchedule = object; sys.modules['k_diffusion'] = k\n"
         "sys.modules.update({'k_diffusion.sampling': k.sampling, 'k_diffusion.external': k.external})\n"
-        "from lib_delta.hosts import host; host().start(); host().status(); host().unload()\n"
-        "print(host().name, *(m for m in sys.modules if m.startswith(('lib_delta.models', 'lib_delta.core.source'))))"
+        "path = list(sys.path)\n"
+        "for folders in sys.argv[1:]:\n"
+        "    sys.path[:] = [*folders.split(';'), *path]\n"
+        "    from lib_delta.hosts import host; host().start(); host().status(); host().unload()\n"
+        "    heavy = [m for m in sys.modules if m.startswith(('lib_delta.models', 'lib_delta.core.source'))]\n"
+        "    print(host().name, *heavy)\n"
+        f"    for m in [m for m in sys.modules if m.split('.')[0] in {(*PACKAGES, 'lib_delta')}]: del sys.modules[m]"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == {"a1111": "AUTOMATIC1111", "forge": "Forge", "neo": "Forge Neo"}[name]
+    paths = [";".join(folders(name)) for name in ("a1111", "forge", "neo")]
+    environment = {**os.environ, "PYTHONPATH": str(STAND_IN.parents[2])}
+    command = [sys.executable, "-c", code, *paths]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["AUTOMATIC1111", "Forge", "Forge Neo"]
