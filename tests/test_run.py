@@ -101,7 +101,7 @@ def test_the_accordion_is_tried_on_both_gradio_versions(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("failing", ["ruff", "mypy"])
-def test_lint_runs_both_checks_and_fails_with_either(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lint_runs_all_checks_and_fails_with_any(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: Calls = []
 
     def call(command: list[str], *_: object) -> int:
