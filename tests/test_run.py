@@ -111,7 +111,7 @@ def test_lint_runs_all_checks_and_fails_with_any(failing: str, monkeypatch: pyte
     monkeypatch.setattr(run, "environment", lambda *names: "python")
     monkeypatch.setattr(run, "call", call)
     assert run.run_part("lint", []) == 1
-    assert len(ran) == 2
+    assert len(ran) == 3
 
 
 @pytest.fixture
