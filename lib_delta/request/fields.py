@@ -5,6 +5,8 @@ of positional arguments and of the accordion's inputs.  To add a setting, append
 checks, infotext and tooltips follow.  Nothing here imports torch.
 """
 
+# ruff: noqa: RUF009  `declare` returns dataclasses.field
+
 from __future__ import annotations
 
 import dataclasses
@@ -324,7 +326,8 @@ class RequestFields:
         SIDE_SIZES[0],
         Field(
             infotext="Delta size",
-            help="size of the side model: 'automatic', 'picture' (as large), or the side in pixels of a square as large",
+            help="size of the side model: 'automatic', 'picture' (as large), "
+            "or the side in pixels of a square as large",
             label="Size of the side model",
             minimum=64,
             maximum=4096,
