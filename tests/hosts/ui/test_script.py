@@ -137,6 +137,17 @@ def test_numbers_labels_and_choices_come_from_the_field_table(webui):
             assert given["label"] == field.label
 
 
+def test_all_widgets_are_inside_the_accordion(webui):
+    runner = webui.runner()
+
+    def containers(block):
+        return [] if block.parent is None else [block.parent, *containers(block.parent)]
+
+    for widget in runner.inputs[1:]:
+        ids = [container.given.get("elem_id") for container in containers(widget)]
+        assert ids[-3:-1] == [f"script_txt2img_delta_sampling_{name}" for name in ("settings", "enabled")], widget.label
+
+
 def test_the_widgets_can_be_made_again_as_the_api_does(webui):
     first, second = webui.runner(), webui.runner()
     assert [w.given for w in first.inputs] == [w.given for w in second.inputs]
