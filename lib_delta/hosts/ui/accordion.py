@@ -10,7 +10,6 @@ from typing import Any
 import gradio as gr
 from modules.ui_components import FormRow, InputAccordion
 
-from lib_delta.core.strength import CURVES
 from lib_delta.hosts import host
 from lib_delta.hosts.ui.checkpoint_choices import base_choices, whole_list
 from lib_delta.hosts.ui.lora_box import LoraBox
@@ -19,19 +18,10 @@ from lib_delta.hosts.ui.unit_box import UnitBox
 from lib_delta.hosts.ui.unit_box import unfold as unfold_units
 from lib_delta.hosts.ui.widgets import HIDDEN, QUIET, ROW, refresh_button
 from lib_delta.page.lambda_curve import draw_lambda
-from lib_delta.request.request import (
-    BETWEEN,
-    BRIDGES,
-    CHECKPOINT_FIELDS,
-    HIRES_PASSES,
-    LIMITS,
-    NONE,
-    OFFERED_SIZES,
-    QUALITIES,
-    SETTINGS,
-    Request,
-    from_infotext,
-)
+from lib_delta.request.fields import CHECKPOINT_FIELDS, REQUEST_FIELDS, SETTINGS
+from lib_delta.request.infotext import from_infotext
+from lib_delta.request.request import Request
+from lib_delta.request.setting_choices import BETWEEN, BRIDGES, CURVES, HIRES_PASSES, NONE, OFFERED_SIZES, QUALITIES
 
 TITLE = "Delta Sampling"
 PROMPTS = ("prompt", "negative_prompt", "adapted_prompt")
@@ -178,7 +168,7 @@ class Accordion:
             self.unload = gr.Button("Unload side models", size="sm", elem_id=self.elem_id("unload"))
 
     def _slider(self, name: str, label: str, step: float, min_width: int = 160) -> None:
-        minimum, maximum = LIMITS[name]
+        minimum, maximum = REQUEST_FIELDS[name].limits
         self.widgets[name] = gr.Slider(
             label=label,
             minimum=minimum,

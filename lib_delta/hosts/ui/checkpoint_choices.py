@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from lib_delta.hosts import host
-from lib_delta.request.request import NONE
+from lib_delta.request.setting_choices import NONE
 
 ALL = "... show all checkpoints"  # at the end of a list of those that can be a base
 

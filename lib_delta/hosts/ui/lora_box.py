@@ -12,7 +12,7 @@ from modules.ui_components import FormRow
 from lib_delta.hosts import host
 from lib_delta.hosts.ui.widgets import HIDDEN, QUIET, ROW, refresh_button
 from lib_delta.page.lora_rows import BoxTexts, add_lora, apply_edit, render_rows
-from lib_delta.request.request import NONE
+from lib_delta.request.setting_choices import NONE
 
 
 class LoraBox:

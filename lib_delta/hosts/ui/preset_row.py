@@ -15,9 +15,10 @@ from lib_delta.hosts.settings import option, units_shown
 from lib_delta.hosts.ui import unit_box
 from lib_delta.hosts.ui.unit_box import UnitBox, restoring
 from lib_delta.hosts.ui.widgets import HIDDEN, MESSAGE, QUIET, ROW, refresh_button
-from lib_delta.request.control_unit import RECIPE_FIELDS, UNIT_FIELDS
+from lib_delta.request.fields import RECIPE_FIELDS, UNIT_FIELDS
 from lib_delta.request.presets import SAVED
-from lib_delta.request.request import NONE, Request
+from lib_delta.request.request import Request
+from lib_delta.request.setting_choices import NONE
 
 SAVE, DELETE = "\N{FLOPPY DISK}", "\N{WASTEBASKET}\ufe0f"
 

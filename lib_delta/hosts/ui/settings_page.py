@@ -12,8 +12,7 @@ from modules import shared
 from lib_delta.hosts import host
 from lib_delta.hosts.settings import MOST_UNITS, UNITS
 from lib_delta.hosts.ui.preset_row import preset_choices
-from lib_delta.request.request import NONE
-from lib_delta.request.setting_choices import ADAPTER_FORMS, ON_ERROR, PLACEMENTS, PRECISIONS, RENAMED_CHOICES
+from lib_delta.request.setting_choices import ADAPTER_FORMS, NONE, ON_ERROR, PLACEMENTS, PRECISIONS, RENAMED_CHOICES
 
 SECTION = ("delta_sampling", "Delta Sampling")
 

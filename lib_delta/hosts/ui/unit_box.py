@@ -14,17 +14,10 @@ from lib_delta.errors import DeltaError
 from lib_delta.hosts import host
 from lib_delta.hosts.settings import units_shown
 from lib_delta.hosts.ui.widgets import GRADIO_4, MESSAGE, QUIET, ROW, refresh_button
-from lib_delta.request.control_unit import (
-    MAX_UNIT_WEIGHT,
-    MODES,
-    RECIPE_FIELDS,
-    RESIZES,
-    UNIT_FIELDS,
-    WEIGHT_TYPES,
-    Unit,
-    plain_value,
-)
-from lib_delta.request.request import NONE, from_infotext
+from lib_delta.request.control_unit import Unit, plain_value
+from lib_delta.request.fields import RECIPE_FIELDS, UNIT_FIELDS
+from lib_delta.request.infotext import from_infotext
+from lib_delta.request.setting_choices import MODES, NONE, RESIZES, WEIGHT_TYPES
 
 # As it is: of 16 bits and of what is transparent nothing is lost.
 PICTURE = {"type": "pil", "image_mode": None, "height": 240}
@@ -86,7 +79,7 @@ class UnitTab:
         said = gr.HTML("", elem_id=elem_id("said"), **MESSAGE)
         self._files(default)
         with gr.Row(**ROW):
-            self._slider("weight", "Weight", MAX_UNIT_WEIGHT, default)
+            self._slider("weight", "Weight", UNIT_FIELDS["weight"].limits[1], default)
             self._slider("start", "Start", 1, default)
             self._slider("end", "End", 1, default)
         with gr.Row(**ROW):

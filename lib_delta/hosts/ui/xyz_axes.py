@@ -10,15 +10,15 @@ from typing import Any
 
 from modules import scripts
 
-from lib_delta.core.strength import CURVES
 from lib_delta.errors import SettingError, shortened
 from lib_delta.hosts import host
 from lib_delta.hosts.ui.checkpoint_choices import checkpoint_choices
 from lib_delta.hosts.ui.lora_box import lora_choices
 from lib_delta.hosts.ui.unit_box import control_choices
-from lib_delta.request.control_unit import MAX_UNIT_WEIGHT
+from lib_delta.request.fields import CHECKPOINT_FIELDS, REQUEST_FIELDS, UNIT_FIELDS
 from lib_delta.request.lora_recipe import parse_picks, quoted
-from lib_delta.request.request import BRIDGES, CHECKPOINT_FIELDS, LIMITS, NONE, OFFERED_SIZES, QUALITIES, Request
+from lib_delta.request.request import Request
+from lib_delta.request.setting_choices import BRIDGES, CURVES, NONE, OFFERED_SIZES, QUALITIES
 
 # Axes of the XYZ plot: the label, what it sets, and what changing it costs.  The WebUI changes the dearest least often,
 # and its own checkpoint axis has cost 1.
@@ -52,7 +52,8 @@ CHOICES: dict[str, Callable[[], list[str]]] = {
     "quality": lambda: list(QUALITIES),
     "unit_model": control_choices,
 }
-RANGES = LIMITS | {"unit_weight": (0, MAX_UNIT_WEIGHT), "unit_start": (0, 1), "unit_end": (0, 1)}
+RANGES = {name: field.limits for name, field in REQUEST_FIELDS.items() if field.is_number}
+RANGES |= {f"unit_{name}": UNIT_FIELDS[name].limits for name in ("weight", "start", "end")}
 
 
 def add_axes() -> None:
