@@ -22,7 +22,8 @@ from lib_delta.hosts.ui.widgets import HIDDEN, QUIET, ROW, ElemId, FieldWidgets
 from lib_delta.page.lambda_curve import draw_lambda
 from lib_delta.page.tooltips import accordion_tooltips, unit_tooltips
 from lib_delta.request.fields import CHECKPOINT_FIELDS, REQUEST_FIELDS
-from lib_delta.request.request import Request, from_infotext
+from lib_delta.request.infotext import from_infotext
+from lib_delta.request.request import Request
 from lib_delta.request.setting_choices import NONE, OFFERED_SIZES
 
 TITLE = "Delta Sampling"

@@ -15,8 +15,7 @@ from lib_delta.hosts.settings import option, units_shown
 from lib_delta.hosts.ui import unit_box
 from lib_delta.hosts.ui.unit_box import UnitBox, restoring
 from lib_delta.hosts.ui.widgets import HIDDEN, MESSAGE, QUIET, ROW, ElemId, refresh_button
-from lib_delta.request.control_unit import RECIPE_FIELDS
-from lib_delta.request.fields import CHECKPOINT_FIELDS, UNIT_FIELDS
+from lib_delta.request.fields import CHECKPOINT_FIELDS, RECIPE_FIELDS, UNIT_FIELDS
 from lib_delta.request.presets import SAVED
 from lib_delta.request.request import Request
 from lib_delta.request.setting_choices import NONE

@@ -14,9 +14,9 @@ from lib_delta.errors import DeltaError
 from lib_delta.hosts import host
 from lib_delta.hosts.settings import units_shown
 from lib_delta.hosts.ui.widgets import GRADIO_4, MESSAGE, QUIET, ROW, ElemId, FieldWidgets
-from lib_delta.request.control_unit import RECIPE_FIELDS, Unit, plain_value
-from lib_delta.request.fields import UNIT_FIELDS
-from lib_delta.request.request import from_infotext
+from lib_delta.request.control_unit import Unit, plain_value
+from lib_delta.request.fields import RECIPE_FIELDS, UNIT_FIELDS
+from lib_delta.request.infotext import from_infotext
 from lib_delta.request.setting_choices import NONE
 
 # image_mode None passes the picture unconverted, with 16 bits and transparency.

@@ -17,10 +17,10 @@ import pytest
 
 from lib_delta.errors import SettingError
 from lib_delta.page.lambda_curve import draw_lambda
-from lib_delta.request.control_unit import UNIT_FIELDS, Unit
-from lib_delta.request.fields import REQUEST_FIELDS
+from lib_delta.request.control_unit import Unit
+from lib_delta.request.fields import REQUEST_FIELDS, SETTINGS, UNIT_FIELDS
 from lib_delta.request.fields import UNIT_FIELDS as UNIT_TABLE
-from lib_delta.request.request import SETTINGS, Request
+from lib_delta.request.request import Request
 from lib_delta.request.schema import schema
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -198,7 +198,7 @@ def test_a_picture_without_a_delta_closes_the_accordion_and_leaves_the_rest(webu
 
 def test_the_default_of_each_pasted_widget_has_the_type_of_its_setting(webui):
     for widget, setting in zip(webui.runner().inputs, SETTINGS):
-        assert type(widget.value) is {"bool": bool, "float": float, "str": str}[setting.type], setting.name
+        assert type(widget.value) is setting.value_type, setting.name
 
 
 def test_send_to_finds_the_same_settings_in_both_tabs(webui):
