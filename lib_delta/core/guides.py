@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lib_delta.core.strength import PROGRESS_TOLERANCE
+from lib_delta.core.strength import covers
 from lib_delta.errors import SettingError
 from lib_delta.models.injection import Injection
 
@@ -64,6 +64,4 @@ class TimedGuide:
 
 def is_active(guide: Guide, progress: float) -> bool:
     """Tell whether a guide counts at a point of the run; one that is not :class:`TimedGuide` always does."""
-    if not isinstance(guide, TimedGuide):
-        return True
-    return guide.start - PROGRESS_TOLERANCE <= progress <= guide.end + PROGRESS_TOLERANCE
+    return not isinstance(guide, TimedGuide) or covers(guide.start, guide.end, progress)

@@ -26,8 +26,8 @@ from lib_delta.errors import DeltaError, NotFiniteError
 from lib_delta.hosts.generation.main_model import MainModel
 from lib_delta.models.forked_layers import set_tiling
 from lib_delta.models.unet import merge_tokens
+from lib_delta.request.lora_recipe import Active
 from lib_delta.request.passes import Passes
-from lib_delta.request.request import Active
 from lib_delta.runtime.side_model import SideModel, user_error
 
 # Precisions as the settings page calls them, and those in which what overflows there may be finite.
@@ -119,7 +119,7 @@ class Run:
                 self.model.report.family,
                 target.family,
                 limit,
-                request.bridge,  # type: ignore[arg-type]
+                request.bridge,
                 request.side_size,
                 tiled=target.tiled,
                 autoencoders=self.autoencoders,
