@@ -18,7 +18,7 @@ from lib_delta.core.guidance import DeltaGuidance, DenoiseStep, not_finite_error
 from lib_delta.core.heatmap import HeatMap
 from lib_delta.core.source import Source
 from lib_delta.core.step_stats import PendingStats, StepStats, stopwatch
-from lib_delta.core.strength import PROGRESS_TOLERANCE
+from lib_delta.core.strength import covers
 from lib_delta.devices import without_autocast
 from lib_delta.diffusion.families import Family
 from lib_delta.diffusion.parameterization import from_flow_space
@@ -256,7 +256,7 @@ class Run:
             return f"the delta is wanted in the {only} pass alone, and there was none"
         points = sorted(set(self._points[hires]))
         curve = request.lambda_over_run()
-        if not any(request.start - PROGRESS_TOLERANCE <= point <= request.end + PROGRESS_TOLERANCE for point in points):
+        if not any(covers(request.start, request.end, point) for point in points):
             at = ", ".join(f"{point:.2g}" for point in points[:8]) + (", ..." if len(points) > 8 else "")
             return f"no step lies between start {request.start:g} and end {request.end:g} (they are at {at})"
         if not any(curve.at(point) for point in points):
