@@ -39,11 +39,12 @@ from lib_delta.hosts.prompts.pass_prompts import prompts_per_pass, side_prompts,
 from lib_delta.hosts.prompts.text_engine import TextEngine
 from lib_delta.hosts.settings import base_cache_bytes, max_cached_bases, one_of, option, warn_once
 from lib_delta.request.control_unit import format_units
-from lib_delta.request.lora_recipe import Pick, format_picks
+from lib_delta.request.infotext import LORA_HASHES, NOT_APPLIED, infotext_labels
+from lib_delta.request.lora_recipe import Active, Pick, format_picks
 from lib_delta.request.passes import Passes
 from lib_delta.request.presets import Presets
-from lib_delta.request.request import LORA_HASHES, NONE, NOT_APPLIED, Active, Request, infotext_labels
-from lib_delta.request.setting_choices import ADAPTER_FORMS, FP8, ON_ERROR, PLACEMENTS, PRECISIONS, STOP, STREAMED
+from lib_delta.request.request import Request
+from lib_delta.request.setting_choices import ADAPTER_FORMS, FP8, NONE, ON_ERROR, PLACEMENTS, PRECISIONS, STOP, STREAMED
 
 if TYPE_CHECKING:
     import torch
@@ -407,7 +408,7 @@ class Host(ABC):
             bridge = choose_bridge(
                 model.report.family,
                 family,
-                form=request.bridge,  # type: ignore[arg-type]
+                form=request.bridge,
                 size=request.side_size,
                 autoencoders=self.tiny_autoencoders(),
             )
