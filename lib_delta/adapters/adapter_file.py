@@ -240,7 +240,7 @@ def _group_by_layer(
     return dict(groups), embeddings, unread
 
 
-# Tensors that stand beside a layer's factors in files of kinds that are not served.
+# Tensors that stand beside a layer's factors in files of kinds that are not supported.
 _UNSERVED = {"lora_diag": " of KaSA"}
 # The base's own weights, which peft saves, with some settings, beside those in their place: they change nothing.
 _BASE_OWN = "original_module."
@@ -342,7 +342,7 @@ def _scaled(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     rest = {below: tensor for below, tensor in tensors.items() if below not in ("scale", "scalar")}
     if "scalar" in tensors and finite_scalar(tensors["scalar"], "scalar") != 1:
         raise AdapterError(
-            "it has a scalar other than 1 beside its factors, which is not served: save it with them multiplied by it"
+            "it has a scalar other than 1 beside its factors, which is not supported: save it with them multiplied by it"
         )
     if "scale" in tensors:
         rank = rank_of(rest)
@@ -363,7 +363,7 @@ def _matched(tensors: Mapping[str, Tensor]) -> LayerAdapter:
         if adapter is not None:
             return cast(LayerAdapter, adapter)
     names = ", ".join(sorted(tensors))
-    raise AdapterError(f"its tensors ({names}) are of an algorithm that is not served, or incomplete")
+    raise AdapterError(f"its tensors ({names}) are of an algorithm that is not supported, or incomplete")
 
 
 def _with_bias(rest: Mapping[str, Tensor], name: str, bias: Tensor) -> Biased:

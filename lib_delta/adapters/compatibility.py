@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib_delta.diffusion.families import Family
 from lib_delta.errors import AdapterError
-from lib_delta.files.file_kinds import unsupported_kind
+from lib_delta.files.file_kinds import Role, kind_of
 from lib_delta.files.stored_file import Shapes
 from lib_delta.models.unet import UNet
 
@@ -33,16 +33,7 @@ _STATED: tuple[tuple[str, str], ...] = (
     (r"sd3|stable-diffusion-v?3", Family.SD3.label),
     (r"flux", Family.FLUX.label),
 )
-_NOT_ADAPTERS: tuple[tuple[str, str], ...] = (
-    (r"lora_controlnet$", "a Control-LoRA, which follows a picture"),
-    (r"(control_model|input_hint_block|controlnet_cond_embedding|controlnet_\w+_blocks)\.", "a ControlNet"),
-    (r"(emb_params|clip_[lg]|string_to_param.*)$", "a textual inversion embedding (use it in the prompt)"),
-    (r"(first_stage_model\.)?(encoder|decoder)\.conv_in\.", "an autoencoder (VAE)"),
-    (r"(body|adapter\.body)\.\d", "a T2I-Adapter, which follows a picture"),
-    (r"(.*motion_modules\..*)", "a motion module"),
-)
-
-
+_NOT_ADAPTERS = (Role.CONTROL, Role.UNSUPPORTED_CONTROL, Role.OTHER)
 _TEXT_KEYS = ("lora_te_", "lora_te1_", "lycoris_te", "text_encoder", "text_model.")
 
 
@@ -54,12 +45,9 @@ class HasTensors(Protocol):
 
 def refuse_unsupported_kinds(name: str, shapes: Shapes) -> None:
     """Raise :class:`AdapterError` for a file that is something else than an adapter of weights."""
-    named = (what for pattern, what in _NOT_ADAPTERS if any(re.match(pattern, key) for key in shapes))
-    what = next(named, "") or unsupported_kind(shapes)
-    if not what and shapes and all(re.fullmatch(r"<[^>]*>", key) for key in shapes):
-        what = "a textual inversion embedding (use it in the prompt)"
-    if what:
-        raise AdapterError(f"{name} is {what}: a LoRA, a LyCORIS file or a fine-tuned checkpoint is needed")
+    kind = kind_of(shapes, *_NOT_ADAPTERS)
+    if kind is not None:
+        raise AdapterError(f"{name} is {kind.sentence}: a LoRA, a LyCORIS file or a fine-tuned checkpoint is needed")
     if not shapes:
         raise AdapterError(f"{name} holds no weights: a LoRA, a LyCORIS file or a fine-tuned checkpoint is needed")
 

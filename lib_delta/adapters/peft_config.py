@@ -42,7 +42,7 @@ class PeftConfig:
         """Read what belongs to an adapter's file.
 
         Raises :class:`CheckpointError` for JSON that cannot be read, and :class:`AdapterError` for what peft's
-        configuration calls by a name that is not served.
+        configuration calls by a name that is not supported.
         """
         if HEADER in metadata:
             return cls(_by_part(sidecar_config.json_object(metadata[HEADER], f"{HEADER} in the header of {path.name}")))
@@ -150,7 +150,7 @@ def _refuse_changed_base(config: Mapping[str, Any], tensors: Mapping[str, Tensor
 def _refuse_other_type(name: str, stated: object) -> None:
     if isinstance(stated, str) and stated.upper() not in _SERVED_TYPES:
         raise AdapterError(
-            f"{name} is {file_kinds.of_peft(stated)}, as {CONFIG} beside it says: "
+            f"{name} is {file_kinds.peft_sentence(stated)}, as {CONFIG} beside it says: "
             "a LoRA, a LyCORIS file or a fine-tuned checkpoint is needed"
         )
 

@@ -22,6 +22,7 @@ from lib_delta.adapters.key_names import diffusers_paths
 from lib_delta.errors import AdapterError, CheckpointError
 from lib_delta.files import sidecar_config
 from lib_delta.files.checkpoint import detect_family, unet_prefix
+from lib_delta.files.file_kinds import CONTROL_LORA, CONTROLNET, IP_ADAPTER, T2I_ADAPTER, Role, kind_of
 from lib_delta.files.sidecar_config import ModelConfig
 from lib_delta.files.stored_file import Shapes
 from lib_delta.files.weight_file import WeightFile
@@ -39,26 +40,10 @@ from lib_delta.models.loading import load_weights
 from lib_delta.models.unet import UNet
 
 ControlT = TypeVar("ControlT", bound=nn.Module)
-IMAGE_PROMPTS = ("ip_adapter.", "image_proj.")  # how an IP-Adapter's keys start
 NEEDED = "a ControlNet, T2I-Adapter or IP-Adapter is needed"
 POOLING = "global_average_pooling"  # in the .yaml of a release
 FACE_WIDTH = 512  # of the faces' embeddings that FaceID models look at
 
-_REFUSED: tuple[tuple[str, str], ...] = (
-    (r"lllite_", "a ControlNet-LLLite, which is not served"),
-    (r"(control_model\.)?(task_embedding|control_add_embedding)", "a union ControlNet (not served)"),
-    (
-        r"(controlnet_)?(transformer_blocks|single_transformer_blocks|x_embedder|joint_blocks)",
-        "for a transformer model",
-    ),
-    (r"style_embedding|ln_post", "a T2I style adapter, which is not served"),
-)
-_OTHER: tuple[tuple[str, str], ...] = (
-    (r"lora_(unet|te\d?|transformer)_|lycoris_|.*\.(lora_(down|up|A|B)|hada_w1_[ab]|lokr_w[12])", "a LoRA"),
-    (r"(emb_params|clip_[lg]|string_to_param.*|<[^>]*>)$", "a textual inversion embedding"),
-    (r"(first_stage_model\.)?(encoder|decoder)\.conv_in\.", "an autoencoder (VAE)"),
-    (r"vision_model\.|visual\.", "an image encoder"),
-)
 # diffusers' name for each convolution that reads the map: first, those between, last.
 _HINT = re.compile(r"controlnet_cond_embedding\.(?:(conv_in)|blocks\.(\d+)|(conv_out))\.")
 
@@ -113,40 +98,36 @@ def prompts_with_pictures(path: Path) -> bool:
     """Tell an IP-Adapter's file, which looks at pictures, from those that read maps; by its header."""
     try:
         with WeightFile.open(path) as file:
-            return any(key.startswith(IMAGE_PROMPTS) for key in file.shapes)
+            kind = kind_of(file.shapes, Role.CONTROL)
     except CheckpointError:
-        return False  # what is wrong with it is said when it is loaded
+        return False  # loading it reports the fault
+    return kind is not None and kind.name == IP_ADAPTER
 
 
 ControlLoader = Callable[[WeightFile, UNet, torch.dtype, "torch.device | str"], Any]
 
 
 def _detect_kind(file: WeightFile) -> tuple[str, ControlLoader]:
-    """Tell what a file is and how it is read."""
+    """Return the name of a file's kind, and its loader."""
     shapes = file.shapes
-    for pattern, what in _REFUSED:
-        if any(re.match(pattern, key) for key in shapes):
-            raise AdapterError(f"{file.name} is {what}: {NEEDED} of a kind that is")
-    if "lora_controlnet" in shapes:
-        return "Control-LoRA", _control_lora
-    if any(key.startswith(("control_model.", "input_hint_block.")) for key in shapes):
-        return "ControlNet", _control_net
-    if any(key.startswith("controlnet_cond_embedding.") for key in shapes):
-        return "ControlNet", _diffusers_control_net
-    if any(key.startswith(IMAGE_PROMPTS) for key in shapes):
-        return "IP-Adapter", _ip_adapter
+    unsupported = kind_of(shapes, Role.UNSUPPORTED_CONTROL, Role.TRANSFORMER_CONTROL)
+    if unsupported is not None:
+        raise AdapterError(f"{file.name} is {unsupported.sentence}: {NEEDED} of a kind that is")
+    kind = kind_of(shapes, Role.CONTROL)
+    if kind is not None:
+        return kind.name, _LOADERS[kind.name]
     if unet_prefix(shapes) is not None:
         family = detect_family(shapes, file.name).label
         raise AdapterError(f"{file.name} is a checkpoint of {family}: {NEEDED}")
-    if any(re.match(r"(adapter\.)?body\.\d+\.", key) for key in shapes):
-        return "T2I-Adapter", _t2i_adapter
-    for pattern, what in _OTHER:
-        if any(re.match(pattern, key) for key in shapes):
-            raise AdapterError(f"{file.name} is {what}: {NEEDED}")
+    other = kind_of(shapes, Role.ADAPTER, Role.OTHER)
+    if other is not None:
+        raise AdapterError(f"{file.name} is {other.sentence}: {NEEDED}")
     raise AdapterError(f"{file.name} is of no kind that is known ({next(iter(shapes), 'it is empty')}): {NEEDED}")
 
 
 def _control_net(file: WeightFile, unet: UNet, dtype: torch.dtype, device: torch.device | str) -> ControlNet:
+    if any(key.startswith("controlnet_cond_embedding.") for key in file.shapes):
+        return _diffusers_control_net(file, unet, dtype, device)
     weights = file.below("control_model." if any(k.startswith("control_model.") for k in file.shapes) else "")
     _refuse_other_family(file.name, weights.shapes, unet)
     base: Mapping[str, Tensor] = {}
@@ -324,7 +305,7 @@ def _ip_adapter(file: WeightFile, unet: UNet, dtype: torch.dtype, device: torch.
     try:
         projection, names = _projection(shapes, unet.config.context_width)
     except (KeyError, IndexError) as error:
-        raise AdapterError(f"{file.name} is damaged or of a form that is not served (no usable {error})") from error
+        raise AdapterError(f"{file.name} is damaged or of a form that is not supported (no usable {error})") from error
     names |= {key: key for key in shapes if key.startswith("ip_adapter.")}
     make = lambda: IPAdapter(projection(), unet.config.context_width, widths)  # noqa: E731
     return _made(file.name, make, names, lambda own: file.tensor(names[own]), dtype, device)
@@ -335,7 +316,7 @@ def _refuse_faces(name: str, shapes: Shapes) -> None:
     with_lora = any("to_q_lora" in key or ".lora_" in key for key in shapes)
     if with_lora or any("perceiver_resampler" in k for k in shapes) or first[-1] == FACE_WIDTH:
         raise AdapterError(
-            f"{name} is an IP-Adapter FaceID, which looks at faces through InsightFace, a model that is not served:"
+            f"{name} is an IP-Adapter FaceID, which looks at faces through InsightFace, a model that is not supported:"
             " an IP-Adapter that looks at pictures (base, light, plus, plus-face, full-face) is needed"
         )
 
@@ -360,6 +341,14 @@ def _projection(shapes: Shapes, context_width: int) -> tuple[Callable[[], Projec
         return f"{found[1]}.{parts[found[2]]}.{found[3]}" if found else key
 
     return lambda: Resampler(seen, width, context_width, tokens, depth, heads, inner), {ours(k): k for k in names}
+
+
+_LOADERS: Mapping[str, ControlLoader] = {
+    CONTROL_LORA: _control_lora,
+    CONTROLNET: _control_net,
+    IP_ADAPTER: _ip_adapter,
+    T2I_ADAPTER: _t2i_adapter,
+}
 
 
 def _made(

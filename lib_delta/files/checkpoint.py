@@ -7,7 +7,6 @@ run), in the key names of the original Stable Diffusion release, "LDM layout".
 from __future__ import annotations
 
 import functools
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -15,7 +14,7 @@ from typing import cast
 from lib_delta.diffusion.families import SERVED, Family
 from lib_delta.diffusion.parameterization import Prediction
 from lib_delta.errors import CheckpointError, shown
-from lib_delta.files.file_kinds import unsupported_kind
+from lib_delta.files.file_kinds import Role, kind_of
 from lib_delta.files.sidecar_config import ModelConfig
 from lib_delta.files.stored_file import Shapes
 from lib_delta.files.weight_file import FileState, WeightFile
@@ -27,24 +26,8 @@ VAE_PREFIX = "first_stage_model."
 UNET_PREFIXES = (UNET_PREFIX, "diffusion_model.", "")
 TEXT_PREFIXES = ("cond_stage_model.", "conditioner.embedders.")
 
-_NOT_CHECKPOINTS: tuple[tuple[str, str], ...] = (
-    (r"lora_(unet|te\d?|transformer)_|.*\.(lora_(down|up|A|B)|hada_w1_[ab]|lokr_w[12])", "a LoRA, not a checkpoint"),
-    (r"control_model\.|input_hint_block\.|controlnet_cond_embedding\.|controlnet_", "a ControlNet, not a checkpoint"),
-    (r"emb_params$|string_to_param|clip_[lg]$", "a textual inversion embedding, not a checkpoint"),
-    (
-        r"(unet\.)?down_blocks\.\d+\.(resnets|attentions)\.",
-        "a UNet in diffusers layout, which diffusers' convert_diffusers_to_original_*.py turns into a checkpoint",
-    ),
-    (r"module\.", "saved from parallel training, in part: its keys start with 'module.', and ordinary ones are needed"),
-    (r"model_ema\.", "a checkpoint with only the averaged (EMA) copy of its UNet: export it with its ordinary weights"),
-    (
-        r"(model\.)?diffusion_model\.",
-        "incomplete or of a family that is not known: its UNet has no input_blocks.0.0.weight",
-    ),
-    (r"cond_stage_model\.|conditioner\.", "a checkpoint without a UNet"),
-    (r"(first_stage_model\.)?(encoder|decoder)\.conv_in\.", "an autoencoder (VAE), not a checkpoint"),
-    (r"(.*\.)?text_model\.", "a text encoder, not a checkpoint"),
-)
+# Every kind that names of keys recognise; a transformer model's family is detected by its blocks.
+_OTHER_ROLES = tuple(role for role in Role if role is not Role.TRANSFORMER_CONTROL)
 
 
 def unet_prefix(shapes: Shapes) -> str | None:
@@ -85,11 +68,9 @@ def _labelled_family(shapes: Shapes, prefix: str) -> Family:
 
 
 def _kind_of_file(shapes: Shapes) -> str:
-    if kind := unsupported_kind(shapes):
-        return f"{kind}, not a checkpoint"
-    for pattern, what in _NOT_CHECKPOINTS:
-        if any(re.match(pattern, key) for key in shapes):
-            return what
+    kind = kind_of(shapes, *_OTHER_ROLES)
+    if kind is not None:
+        return kind.sentence if kind.role is Role.INCOMPLETE else f"{kind.sentence}, not a checkpoint"
     return "not a Stable Diffusion checkpoint" if shapes else "a file without any weights"
 
 
@@ -120,7 +101,7 @@ def stated_prediction(file: WeightFile) -> Prediction | None:
     In this order: the ``.yaml`` of its name beside it, which WebUIs believe first; an (empty) tensor ``v_pred``; the
     header's ``modelspec.prediction_type``, or a ``modelspec.architecture`` that ends in ``-v`` (as in
     ``stable-diffusion-v2-768-v``).
-    Raises :class:`CheckpointError` for a configuration that cannot be read, and a prediction that is not served.
+    Raises :class:`CheckpointError` for a configuration that cannot be read, and a prediction that is not supported.
     """
     config = ModelConfig.beside(file.path)
     if config is not None and (configured := _configured_prediction(file.name, config)) is not None:
@@ -130,7 +111,7 @@ def stated_prediction(file: WeightFile) -> Prediction | None:
     stated = file.metadata.get("modelspec.prediction_type", "").lower()
     if stated:
         if stated not in ("eps", "epsilon", "v", "v_prediction"):
-            raise CheckpointError(f"{file.name} predicts {stated!r}, which is not served: eps or v is needed")
+            raise CheckpointError(f"{file.name} predicts {stated!r}, which is not supported: eps or v is needed")
         return "v" if stated.startswith("v") else "eps"
     if file.metadata.get("modelspec.architecture", "").endswith("-v"):
         return "v"
@@ -143,7 +124,7 @@ def _configured_prediction(name: str, config: ModelConfig) -> Prediction | None:
     stated = config.text("parameterization") or {"VScaling": "v", "EpsScaling": "eps"}.get(scaling, "")
     if stated and stated not in ("eps", "v"):
         raise CheckpointError(
-            f"{name} predicts {shown(stated, 40)}, as {config.name} says, which is not served: eps or v is needed"
+            f"{name} predicts {shown(stated, 40)}, as {config.name} says, which is not supported: eps or v is needed"
         )
     return cast("Prediction | None", stated or None)
 

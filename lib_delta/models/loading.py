@@ -76,7 +76,7 @@ def load_unet(
     family = detect_family(file.shapes, file.name)
     if not family.served:
         raise CheckpointError(
-            f"{file.name} is a model of {family.label}, which is not served: one of {SERVED} is needed"
+            f"{file.name} is a model of {family.label}, which is not supported: one of {SERVED} is needed"
         )
     prefix = unet_prefix(file.shapes) or ""
     weights = file.below(prefix)

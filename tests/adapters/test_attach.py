@@ -293,7 +293,7 @@ def test_unserved_algorithms_and_dialects_are_refused() -> None:
     unet = make_unet()
     parts = {"oft_blocks": torch.zeros(2, 2, 2), "lokr_w1": torch.zeros(2, 2)}
     mixed = {f"lora_unet_time_embed_0.{name}": tensor for name, tensor in parts.items()}
-    with pytest.raises(AdapterError, match="lokr_w1, oft_blocks.*not served"):
+    with pytest.raises(AdapterError, match="lokr_w1, oft_blocks.*not supported"):
         read_adapter("x", mixed, unet)
     with pytest.raises(AdapterError, match="none of the 1 keys of x .foo.lora_A.weight."):
         read_adapter("x", {"foo.lora_A.weight": torch.zeros(2, 2)}, unet)

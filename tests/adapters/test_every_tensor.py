@@ -1,4 +1,4 @@
-"""Everything in an adapter's file is used or told: tensors beside factors, and kinds that are not served."""
+"""Everything in an adapter's file is used or told: tensors beside factors, and kinds that are not supported."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_whole_weights_in_diffusers_names_are_no_adapter(unet: UNet, tmp_path: P
 
 
 def test_a_whole_weight_beside_factors_of_its_own_is_told(unet: UNet, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="not served, or incomplete"):
+    with pytest.raises(AdapterError, match="not supported, or incomplete"):
         read(unet, tmp_path, {**PEFT, f"{PEFT_Q}.weight": r(64, 64)})
 
 
@@ -142,13 +142,13 @@ KINDS = {
 def test_peft_kinds_are_refused_by_name(stated: str, with_config: bool, unet: UNet, tmp_path: Path) -> None:
     name, tensor = KINDS[stated]
     config = {"peft_type": stated} if with_config else None
-    with pytest.raises(AdapterError, match=rf"is an? {name} file of peft, which is not served"):
+    with pytest.raises(AdapterError, match=rf"is an? {name} file of peft, which is not supported"):
         read(unet, tmp_path, {f"{PEFT_Q}.{tensor}": r(4, 64)}, config)
 
 
 def test_a_kind_that_is_not_known_yet_is_named_by_its_configuration(unet: UNet, tmp_path: Path) -> None:
     with pytest.raises(
-        AdapterError, match="is a OF_TOMORROW file of peft, which is not served, as adapter_config.json"
+        AdapterError, match="is a OF_TOMORROW file of peft, which is not supported, as adapter_config.json"
     ):
         read(unet, tmp_path, PEFT, {"peft_type": "OF_TOMORROW"})
 

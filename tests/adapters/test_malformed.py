@@ -114,7 +114,7 @@ def refused(path: Path, content: bytes | dict[str, Tensor], message: str) -> Non
         ({"alpha": torch.zeros(3)}, "alpha"),
         ({"dora_scale": torch.zeros(7)}, "dora_scale has shape"),
         ({"dora_scale": torch.zeros(0, 0)}, "dora_scale has shape"),
-        ({"lokr_w1": torch.zeros(2, 2)}, "not served, or incomplete"),
+        ({"lokr_w1": torch.zeros(2, 2)}, "not supported, or incomplete"),
     ],
     ids=str,
 )

@@ -123,7 +123,7 @@ def test_families_are_told_apart(tensors: dict[str, Tensor], family: Family) -> 
         ({"string_to_param.*": torch.ones(1)}, "textual inversion"),
         ({"emb_params": torch.ones(1)}, "textual inversion"),
         ({"model_ema.diffusion_modelinput_blocks00weight": torch.ones(1)}, "averaged"),
-        ({"model.diffusion_model.x_embedder.weight": torch.ones(1)}, "of a family that is not known"),
+        ({"model.diffusion_model.x_embedder.weight": torch.ones(1)}, "of an unknown family"),
         (vae_tensors() | {"cond_stage_model.transformer.x": torch.ones(1)}, "a checkpoint without a UNet"),
         ({"encoder.conv_in.weight": torch.ones(1)}, "an autoencoder"),
         ({"text_model.final_layer_norm.weight": torch.ones(1)}, "a text encoder"),
