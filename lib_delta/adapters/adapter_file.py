@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lib_delta.adapters import compatibility, key_names, numbered_format
-from lib_delta.adapters.algorithms import biased, dora, full, ia3, lokr, lora, oft
+from lib_delta.adapters.algorithms import biased, dora, full, ia3, lokr, lora, oft, registry
 from lib_delta.adapters.algorithms.base import LayerAdapter, finite_scalar
 from lib_delta.adapters.algorithms.biased import Biased
 from lib_delta.adapters.algorithms.dora import Dora
 from lib_delta.adapters.algorithms.full import FineTunedLayer
 from lib_delta.adapters.algorithms.lora import Lora
-from lib_delta.adapters.algorithms.registry import ALGORITHMS
 from lib_delta.adapters.compatibility import unet_family
 from lib_delta.adapters.key_names import LayerPath
 from lib_delta.adapters.peft_config import PeftConfig, rank_of
@@ -311,7 +310,7 @@ def _without_more_inputs(group: LayerTensors, layer: nn.Module) -> list[str]:
 
 
 # Tensors of one number, which may be a whole one.
-_NUMBERS = (lora.ALPHA, ia3.ON_INPUT, oft.PEFT_TERMS, "scale", "scalar")
+_NUMBERS = (lora.ALPHA, ia3.ON_INPUT, oft.PEFT_TERMS, lora.SCALE, lora.SCALAR)
 
 
 def _layer_adapter(tensors: Mapping[str, Tensor], layer: nn.Module) -> LayerAdapter:
@@ -342,12 +341,12 @@ def _scaled(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     rest = {below: tensor for below, tensor in tensors.items() if below not in ("scale", "scalar")}
     if "scalar" in tensors and finite_scalar(tensors["scalar"], "scalar") != 1:
         raise AdapterError(
-            "it has a scalar other than 1 beside its factors, which is not supported: save it with them multiplied by it"
+            "it has a scalar other than 1, which is not supported: save it with its factors multiplied by the scalar"
         )
     if "scale" in tensors:
         rank = rank_of(rest)
         if rank is None:
-            raise AdapterError("it has a scale, which is served beside low-rank factors alone")
+            raise AdapterError("it has a scale, which is supported only with low-rank factors")
         rest[lora.ALPHA] = torch.tensor(finite_scalar(tensors["scale"], "scale") * rank, dtype=torch.float64)
     return rest
 
@@ -358,7 +357,7 @@ def _matched(tensors: Mapping[str, Tensor]) -> LayerAdapter:
     for bias in biased.BIAS_NAMES:
         if bias in tensors and not tensors.keys() & {full.DIFF, full.NEW}:
             return _with_bias({k: t for k, t in tensors.items() if k != bias}, bias, tensors[bias])
-    for algorithm in ALGORITHMS:
+    for algorithm in registry.ALGORITHMS:
         adapter = algorithm.match(tensors)
         if adapter is not None:
             return cast(LayerAdapter, adapter)

@@ -8,12 +8,15 @@ are brought to that form (:func:`parse_key`) and looked up.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
+from lib_delta.adapters.algorithms import registry
+from lib_delta.adapters.algorithms.base import HasTensorNames, TensorName, unchanged
 from lib_delta.models.forked_layers import ForkedLayer
 from lib_delta.models.unet import Downsample, ResBlock, SpatialTransformer, UNet, Upsample
 
@@ -129,41 +132,23 @@ class TensorKey(NamedTuple):
     as_stored: Callable[[Tensor], Tensor]
 
 
-def _unchanged_tensor(tensor: Tensor) -> Tensor:
-    return tensor
+class _TensorPatterns(NamedTuple):
+    """The tensors' names that the algorithms declare, as expressions of whole keys."""
+
+    same: re.Pattern[str]
+    renamed: tuple[tuple[re.Pattern[str], TensorName], ...]
 
 
-def _transposed(tensor: Tensor) -> Tensor:
-    return tensor.mT if tensor.ndim == 2 else tensor
+@functools.lru_cache(maxsize=4)
+def _patterns(modules: tuple[HasTensorNames, ...]) -> _TensorPatterns:
+    declared = [tensor for module in modules for tensor in module.TENSORS]
+    same = "|".join(dict.fromkeys(tensor.pattern for tensor in declared if tensor.name is None))
+    return _TensorPatterns(
+        re.compile(rf"(?P<layer>.+?)\.(?P<tensor>{same})(?:\.default)?"),
+        tuple((re.compile(rf"(?P<layer>.+?)\.(?:{t.pattern})"), t) for t in declared if t.name is not None),
+    )
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.flatten()
-
-
-# Tensors that have one name in all dialects.
-_COMMON = (
-    r"lora_(?:up|down|mid)\.weight|alpha|dora_scale|diff|diff_b|w_norm|b_norm|weight|on_input"
-    r"|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t[12]|oft_blocks|oft_diag|rescale"
-    r"|[ab][12]\.weight|bm\.weight|(?:up|down)_list\.\d+|base_layer\.bias|boft_s|boft_R|oft_r|ia3_l|scale|scalar"
-)
-# And those that peft and diffusers name otherwise; an adapter's own name may stand inside (``lora_A.default.weight``).
-_RENAMED: tuple[tuple[str, str, Callable[[Tensor], Tensor]], ...] = (
-    (
-        r"lora_A(?:\.\w+)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight",
-        "lora_down.weight",
-        _unchanged_tensor,
-    ),
-    (r"lora_B(?:\.\w+)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight", "lora_up.weight", _unchanged_tensor),
-    (r"lora_B(?:\.\w+)?\.bias", "lora_up.bias", _unchanged_tensor),
-    # An embedding's factors make the transposed difference: (up @ down).T = down.T @ up.T.
-    (r"lora_embedding_A(?:\.\w+)?", "lora_up.weight", _transposed),
-    (r"lora_embedding_B(?:\.\w+)?", "lora_down.weight", _transposed),
-    (r"lora_magnitude_vector(?:\.\w+)?(?:\.weight)?", "dora_scale", _flat),
-    (r"oft_R(?:\.\w+)?\.weight", "oft_R", _unchanged_tensor),
-)
-_IN_COMMON = re.compile(rf"(?P<layer>.+?)\.(?P<tensor>{_COMMON})(?:\.default)?")
-_IN_RENAMED = tuple((re.compile(rf"(?P<layer>.+?)\.(?:{names})"), name, as_) for names, name, as_ in _RENAMED)
 # diffusers' attention processors, 2023: the layer's name ends in the tensor's.
 # And its text encoders' attention, in the same year.
 _OLD_TEXT = re.compile(r"(?P<block>.+\.self_attn)\.to_(?P<layer>q|k|v|out)_lora\.(?P<side>up|down)\.weight")
@@ -198,22 +183,23 @@ def parse_key(key: str) -> TensorKey | None:
     """
     if found := _PROCESSOR.fullmatch(key):
         inner = {"to_out": "to_out.0"}.get(found["layer"], found["layer"])
-        return TensorKey(_layer_name(f"{found['block']}.{inner}"), f"lora_{found['side']}.weight", _unchanged_tensor)
+        return TensorKey(_layer_name(f"{found['block']}.{inner}"), f"lora_{found['side']}.weight", unchanged)
     if found := _OLD_TEXT.fullmatch(key):
         return TensorKey(
-            _layer_name(f"{found['block']}.{found['layer']}_proj"), f"lora_{found['side']}.weight", _unchanged_tensor
+            _layer_name(f"{found['block']}.{found['layer']}_proj"), f"lora_{found['side']}.weight", unchanged
         )
-    for pattern, name, as_stored in _IN_RENAMED:
+    patterns = _patterns((*registry.ALGORITHMS, *registry.WRAPPERS))
+    for pattern, tensor in patterns.renamed:
         if found := pattern.fullmatch(key):
-            return TensorKey(_layer_name(found["layer"]), name, as_stored)
-    found = _IN_COMMON.fullmatch(key)
+            return TensorKey(_layer_name(found["layer"]), cast(str, tensor.name), tensor.convert)
+    found = patterns.same.fullmatch(key)
     if found is None:
         return None
     # A layer's own weight, in a model's file, is no adapter's: these call layers by one word.
     one_word = found["layer"].startswith(_ONE_WORD) and "." not in found["layer"]
     if found["tensor"] in ("weight", "rescale", "scale", "scalar") and not one_word:
         return None
-    return TensorKey(_layer_name(found["layer"]), found["tensor"], _unchanged_tensor)
+    return TensorKey(_layer_name(found["layer"]), found["tensor"], unchanged)
 
 
 # A layer's own tensors, in peft's ``modules_to_save`` and with its ``bias="all"``.
@@ -226,7 +212,7 @@ def read_whole(key: str) -> TensorKey | None:
     # Beside kohya's factors ``bias`` was a rest of the weight, in early extracts.
     if found is None or found["layer"].startswith(_ONE_WORD):
         return None
-    return TensorKey(_layer_name(found["layer"]), f"base_layer.{found['tensor']}", _unchanged_tensor)
+    return TensorKey(_layer_name(found["layer"]), f"base_layer.{found['tensor']}", unchanged)
 
 
 def owner(key: str, names: Mapping[str, LayerPath]) -> tuple[str, str] | None:

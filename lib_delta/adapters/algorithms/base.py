@@ -1,18 +1,19 @@
-"""What every adapter algorithm offers.
+"""The interface of adapter algorithms.
 
-An algorithm is a module with ``match(tensors) -> LayerAdapter | None``: it takes the tensors that a
-file holds for one layer, by the names that :mod:`lib_delta.adapters.key_names` gives them
-(``lora_down.weight``), and returns a frozen dataclass, or None if these are another algorithm's.
-It raises :class:`AdapterError` for tensors that are its own and cannot be used.
+An algorithm is a module with two members.  ``TENSORS`` declares the names that files give to its tensors.
+``match(tensors)`` takes one layer's tensors by these names (``lora_down.weight``) and returns a frozen
+dataclass, or None if the tensors belong to another algorithm.  It raises :class:`AdapterError` for tensors
+that belong to it and cannot be used.  :mod:`lib_delta.adapters.algorithms.registry` lists the modules.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Size, Tensor
@@ -94,11 +95,40 @@ class LayerAdapter(ABC):
         return dataclasses.replace(self, **changed)  # type: ignore[type-var]
 
 
-class Algorithm(Protocol):
+def unchanged(tensor: Tensor) -> Tensor:
+    """Return the tensor."""
+    return tensor
+
+
+class TensorName(NamedTuple):
+    """A name that files give to one of a layer's tensors.
+
+    ``pattern`` is a regular expression of the stored name.  ``name`` is what :meth:`Algorithm.match` calls the tensor,
+    where peft and diffusers store it under another name; None keeps the stored one.  ``convert`` then turns the stored
+    tensor into the named one.
+    """
+
+    pattern: str
+    name: str | None = None
+    convert: Callable[[Tensor], Tensor] = unchanged
+
+
+def named(*names: str) -> tuple[TensorName, ...]:
+    """Declare tensors whose stored name is the same in all dialects."""
+    return tuple(TensorName(re.escape(name)) for name in names)
+
+
+class HasTensorNames(Protocol):
+    """A module that declares the names of tensors."""
+
+    TENSORS: tuple[TensorName, ...]
+
+
+class Algorithm(HasTensorNames, Protocol):
     """A module of this package that implements one algorithm."""
 
     def match(self, tensors: Mapping[str, Tensor]) -> Any:
-        """Return the layer adapter made of ``tensors``, or None if they are another algorithm's."""
+        """Return the layer adapter made of ``tensors``, or None if they belong to another algorithm."""
         ...
 
 

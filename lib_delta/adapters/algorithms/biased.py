@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter
+from lib_delta.adapters.algorithms.base import LayerAdapter, TensorName, named
 from lib_delta.adapters.algorithms.full import DIFF_BIAS, NEW_BIAS
 from lib_delta.errors import AdapterError
 
 UP_BIAS = "lora_up.bias"
 BIAS_NAMES = (DIFF_BIAS, UP_BIAS, NEW_BIAS)
+TENSORS = (*named(DIFF_BIAS, NEW_BIAS), TensorName(r"lora_B(?:\.\w+)?\.bias", UP_BIAS))
 
 
 @dataclass(frozen=True)

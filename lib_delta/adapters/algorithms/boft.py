@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lib_delta.adapters.algorithms.base import named
 from lib_delta.adapters.algorithms.oft import (
     CONSTRAINT,
     OFT_BLOCKS,
@@ -22,6 +23,7 @@ from lib_delta.adapters.algorithms.oft import (
 from lib_delta.errors import AdapterError
 
 BOFT_R, BOFT_S = "boft_R", "boft_s"
+TENSORS = named(BOFT_R, BOFT_S, OFT_BLOCKS, RESCALE, CONSTRAINT)
 
 
 def match(tensors: Mapping[str, Tensor]) -> UnsolvedOft | None:

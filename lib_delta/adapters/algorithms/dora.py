@@ -14,10 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution
+from lib_delta.adapters.algorithms.base import LayerAdapter, TensorName, matrix_or_convolution, named
 from lib_delta.errors import AdapterError
 
 DORA_SCALE = "dora_scale"
+TENSORS = (
+    *named(DORA_SCALE),
+    TensorName(r"lora_magnitude_vector(?:\.\w+)?(?:\.weight)?", DORA_SCALE, Tensor.flatten),
+)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from lib_delta.adapters.algorithms import lora
+from lib_delta.adapters.algorithms.base import TensorName, named
 from lib_delta.adapters.algorithms.lora import Lora
 from lib_delta.errors import AdapterError
 
+TENSORS = (TensorName(r"(?:up|down)_list\.\d+"), *named(lora.ALPHA))
 _LIST_ENTRY = re.compile(r"(up|down)_list\.(\d+)$")
 
 

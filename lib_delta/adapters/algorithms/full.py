@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, with_shape
+from lib_delta.adapters.algorithms.base import LayerAdapter, named, with_shape
 from lib_delta.errors import AdapterError
 
 DIFF, DIFF_BIAS = "diff", "diff_b"
 # What stands in the place of the layer's own (:func:`keys.read_whole`).
 NEW, NEW_BIAS = "base_layer.weight", "base_layer.bias"
+TENSORS = named(DIFF, DIFF_BIAS)
 
 
 @dataclass(frozen=True)

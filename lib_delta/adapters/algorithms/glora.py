@@ -13,12 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, finite_scalar, matrix_or_convolution, require, with_shape
+from lib_delta.adapters.algorithms.base import (
+    LayerAdapter,
+    finite_scalar,
+    matrix_or_convolution,
+    named,
+    require,
+    with_shape,
+)
 from lib_delta.adapters.algorithms.lora import ALPHA, Lora
 from lib_delta.errors import AdapterError
 from lib_delta.models.forked_layers import ForkedLayer, Linear
 
 A1, A2, B1, B2, BM = "a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"
+TENSORS = named(A1, A2, B1, B2, BM, ALPHA)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, finite_scalar, matrix_or_convolution
+from lib_delta.adapters.algorithms.base import LayerAdapter, finite_scalar, matrix_or_convolution, named
 from lib_delta.errors import AdapterError
 from lib_delta.models.forked_layers import ForkedLayer, Linear
 
 IA3_WEIGHT, ON_INPUT, IA3_L = "weight", "on_input", "ia3_l"
+TENSORS = named(IA3_WEIGHT, ON_INPUT, IA3_L)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution, require, scale_of
+from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution, named, require, scale_of
 from lib_delta.errors import AdapterError
 
 HADA_W1_A, HADA_W1_B, HADA_W2_A, HADA_W2_B = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
 HADA_T1, HADA_T2 = "hada_t1", "hada_t2"
 _FACTORS = (HADA_W1_A, HADA_W1_B, HADA_W2_A, HADA_W2_B)
+TENSORS = named(*_FACTORS, HADA_T1, HADA_T2, "alpha")
 
 
 @dataclass(frozen=True)

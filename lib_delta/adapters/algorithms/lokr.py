@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution, scale_of
+from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution, named, scale_of
 from lib_delta.errors import AdapterError
 from lib_delta.models.forked_layers import ForkedLayer, Linear
 
 LOKR_W1, LOKR_W1_A, LOKR_W1_B = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
 LOKR_W2, LOKR_W2_A, LOKR_W2_B, LOKR_T2 = "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"
 _TENSOR_NAMES = {LOKR_W1, LOKR_W1_A, LOKR_W1_B, LOKR_W2, LOKR_W2_A, LOKR_W2_B, LOKR_T2, "alpha"}
+# No LoKr has a core of its first factor; a file that has one is refused for it.
+TENSORS = named(*sorted(_TENSOR_NAMES), "lokr_t1")
 
 
 @dataclass(frozen=True)

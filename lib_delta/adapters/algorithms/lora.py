@@ -14,11 +14,36 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution, require, scale_of, with_shape
+from lib_delta.adapters.algorithms.base import (
+    LayerAdapter,
+    TensorName,
+    matrix_or_convolution,
+    named,
+    require,
+    scale_of,
+    with_shape,
+)
 from lib_delta.errors import AdapterError
 from lib_delta.models.forked_layers import ForkedLayer, Linear
 
 UP, DOWN, MID, ALPHA = "lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha"
+# Older tools' factors of the whole difference, which the reader turns into alpha.
+SCALE, SCALAR = "scale", "scalar"
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.mT if tensor.ndim == 2 else tensor
+
+
+# peft puts the adapter's name inside (``lora_A.default.weight``).
+TENSORS = (
+    *named(UP, DOWN, MID, ALPHA, SCALE, SCALAR),
+    TensorName(r"lora_A(?:\.\w+)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight", DOWN),
+    TensorName(r"lora_B(?:\.\w+)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight", UP),
+    # An embedding's factors make the transposed difference: (up @ down).T = down.T @ up.T.
+    TensorName(r"lora_embedding_A(?:\.\w+)?", UP, _transposed),
+    TensorName(r"lora_embedding_B(?:\.\w+)?", DOWN, _transposed),
+)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lib_delta.adapters.algorithms.base import named
 from lib_delta.adapters.algorithms.full import Diff
 
 NORM_WEIGHT, NORM_BIAS = "w_norm", "b_norm"
+TENSORS = named(NORM_WEIGHT, NORM_BIAS)
 
 
 def match(tensors: Mapping[str, Tensor]) -> Diff | None:

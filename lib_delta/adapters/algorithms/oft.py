@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, finite_scalar, matrix_or_convolution
+from lib_delta.adapters.algorithms.base import LayerAdapter, TensorName, finite_scalar, matrix_or_convolution, named
 from lib_delta.errors import AdapterError
 from lib_delta.models.forked_layers import ForkedLayer, Linear
 
@@ -26,6 +26,10 @@ OLD_OFT_R, OFT_R = "oft_r", "oft_R"
 PEFT_TERMS = "oft_terms"
 # And, with COFT, how large each block may be.
 PEFT_LIMIT = "oft_eps"
+TENSORS = (
+    *named(OFT_BLOCKS, OFT_DIAG, RESCALE, CONSTRAINT, OLD_OFT_R),
+    TensorName(r"oft_R(?:\.\w+)?\.weight", OFT_R),
+)
 
 # How the entries are ordered before each factor of several (:mod:`lib_delta.adapters.algorithms.boft`).
 Butterfly = Literal["none", "lycoris", "peft"]
