@@ -1,16 +1,17 @@
-"""The names that adapter files give to layers, mapped to the paths of the real modules.
+"""Maps the layers' names in adapter files to the paths of the model's modules.
 
-kohya's scripts join a module's path with underscores, which module names contain themselves
-(``to_out``, ``transformer_blocks``).  So paths are not parsed: every layer of the model at hand is
-listed under each name it can have (:func:`layer_names`), and a file's names, whatever their dialect,
-are brought to that form (:func:`parse_key`) and looked up.
+kohya's scripts join a module's path with underscores, which module names also contain (``to_out``,
+``transformer_blocks``).  Therefore paths are not parsed: :func:`layer_names` lists every layer of the model
+under each of its possible names.  :func:`parse_key` turns a file's names, in any dialect, into that form.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, cast
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from lib_delta.adapters.algorithms.base import HasTensorNames, TensorName, uncha
 from lib_delta.models.forked_layers import ForkedLayer
 from lib_delta.models.unet import Downsample, ResBlock, SpatialTransformer, UNet, Upsample
 
-# Within a block the two naming schemes differ by these alone.
+# Within a block the two naming schemes differ only in these.
 _RES_BLOCK = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -48,26 +49,35 @@ class LayerPath(NamedTuple):
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that hold weights, by path: the UNet's forked layers, a text encoder's leaves."""
+    """Return the modules with weights, by path: the UNet's forked layers, or a text encoder's leaves."""
     if isinstance(model, UNet):
         return {path: m for path, m in model.named_modules() if isinstance(m, ForkedLayer)}
     return {path: m for path, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
 
 
-def diffusers_paths(unet: UNet) -> dict[str, str]:
+# A UNet's layers stay where they are, and walking it takes as long as reading a small file.
+_DIFFUSERS_PATHS: weakref.WeakKeyDictionary[UNet, Mapping[str, str]] = weakref.WeakKeyDictionary()
+
+
+def diffusers_paths(unet: UNet) -> Mapping[str, str]:
     """Map the path of every layer of the UNet to its path in diffusers' ``UNet2DConditionModel``."""
+    paths = _DIFFUSERS_PATHS.get(unet)
+    if paths is None:
+        paths = _DIFFUSERS_PATHS[unet] = MappingProxyType(dict(_layer_paths(unet)))
+    return paths
+
+
+def _layer_paths(unet: UNet) -> Iterator[tuple[str, str]]:
     blocks = dict(_block_paths(unet))
-    paths = {}
     for path in named_layers(unet):
         if path in _OUTSIDE_BLOCKS:
-            paths[path] = _OUTSIDE_BLOCKS[path]
+            yield path, _OUTSIDE_BLOCKS[path]
             continue
         block = ".".join(path.split(".")[: 2 if path.startswith("middle_block.") else 3])
         inside = path[len(block) + 1 :]
         if isinstance(unet.get_submodule(block), ResBlock):
             inside = _RES_BLOCK[inside]
-        paths[path] = f"{blocks[block]}.{'conv' if inside == 'op' else inside}"
-    return paths
+        yield path, f"{blocks[block]}.{'conv' if inside == 'op' else inside}"
 
 
 def _block_paths(unet: UNet) -> Iterator[tuple[str, str]]:
@@ -102,9 +112,9 @@ def _block_kind(block: nn.Module, index: int) -> str:
 
 
 def layer_names(unet: UNet, towers: Sequence[nn.Module]) -> dict[str, LayerPath]:
-    """List every layer under the names that :func:`parse_key` gives: those of kohya's sd-scripts.
+    """Map the names of :func:`parse_key`, which are those of kohya's sd-scripts, to the layers.
 
-    UNet layers have two, after the original and after diffusers' modules
+    UNet layers have two names, after the original and after diffusers' modules
     (``lora_unet_input_blocks_1_1_proj_in``, ``lora_unet_down_blocks_0_attentions_0_proj_in``).
     A single text encoder is ``lora_te``; SDXL's two are ``lora_te1`` and ``lora_te2``.
     """
@@ -122,14 +132,14 @@ def layer_names(unet: UNet, towers: Sequence[nn.Module]) -> dict[str, LayerPath]
 
 
 class TensorKey(NamedTuple):
-    """What a file's key names: a layer and one of its tensors, both as kohya's scripts or LyCORIS call them.
+    """A layer and one of its tensors, by the names of kohya's scripts or LyCORIS.
 
-    ``as_stored`` turns the stored tensor into the one that has this name.
+    ``convert`` turns the stored tensor into the named one.
     """
 
     layer: str
     tensor: str
-    as_stored: Callable[[Tensor], Tensor]
+    convert: Callable[[Tensor], Tensor]
 
 
 class _TensorPatterns(NamedTuple):
@@ -149,17 +159,16 @@ def _patterns(modules: tuple[HasTensorNames, ...]) -> _TensorPatterns:
     )
 
 
-# diffusers' attention processors, 2023: the layer's name ends in the tensor's.
-# And its text encoders' attention, in the same year.
+# diffusers' LoRAs of 2023: the attention of its text encoders, and the UNet's attention processors.
 _OLD_TEXT = re.compile(r"(?P<block>.+\.self_attn)\.to_(?P<layer>q|k|v|out)_lora\.(?P<side>up|down)\.weight")
 _PROCESSOR = re.compile(r"(?P<block>.+)\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<side>up|down)\.weight")
 
 _ONE_WORD = ("lora_", "lycoris_", "oft_")
 
-# What stands before a layer's path, and what kohya's scripts put there; the first that fits counts.
+# Prefixes of a layer's path, and kohya's prefix for each; the first match wins.
 _PREFIXES = (
     (r"lora_(?:unet|te\d?)_", None),
-    # kohya's scripts call the layers of an OFT so.
+    # kohya's scripts name the layers of an OFT in this way.
     (r"oft_(?=unet_)", "lora_"),
     (r"lycoris_(?=unet_|te\d?_)", "lora_"),
     (r"lycoris_(?=text_model_)", "lora_te_"),
@@ -176,10 +185,10 @@ _PREFIXES = (
 
 
 def parse_key(key: str) -> TensorKey | None:
-    """Read a file's key in any of the dialects; None for a key that names no adapter's tensor.
+    """Parse a file's key in any dialect; None for a key that names no adapter's tensor.
 
     Dialects: kohya (``lora_unet_..., lora_te_...``), LyCORIS (``lycoris_...``), diffusers and peft
-    (dotted paths behind ``unet.``, ``text_encoder.``, ``base_model.model.`` or nothing).
+    (dotted paths after ``unet.``, ``text_encoder.``, ``base_model.model.`` or nothing).
     """
     if found := _PROCESSOR.fullmatch(key):
         inner = {"to_out": "to_out.0"}.get(found["layer"], found["layer"])
@@ -195,28 +204,28 @@ def parse_key(key: str) -> TensorKey | None:
     found = patterns.same.fullmatch(key)
     if found is None:
         return None
-    # A layer's own weight, in a model's file, is no adapter's: these call layers by one word.
+    # In a model's file these are the layer's weights.  In an adapter's file the layer is one word.
     one_word = found["layer"].startswith(_ONE_WORD) and "." not in found["layer"]
     if found["tensor"] in ("weight", "rescale", "scale", "scalar") and not one_word:
         return None
     return TensorKey(_layer_name(found["layer"]), found["tensor"], unchanged)
 
 
-# A layer's own tensors, in peft's ``modules_to_save`` and with its ``bias="all"``.
+# Whole new tensors of a layer, in peft's ``modules_to_save`` and with its ``bias="all"``.
 _WHOLE = re.compile(r"(?P<layer>.+?)(?:\.modules_to_save(?:\.\w+)?)?\.(?P<tensor>weight|bias)")
 
 
 def read_whole(key: str) -> TensorKey | None:
-    """Read a key that names a layer's own weight or bias as what a file puts in its place; None for any other."""
+    """Parse the key of a layer's whole new weight or bias; None for any other key."""
     found = _WHOLE.fullmatch(key)
-    # Beside kohya's factors ``bias`` was a rest of the weight, in early extracts.
+    # In early extracts, ``bias`` next to kohya's factors was a remainder of the weight.
     if found is None or found["layer"].startswith(_ONE_WORD):
         return None
     return TensorKey(_layer_name(found["layer"]), f"base_layer.{found['tensor']}", unchanged)
 
 
 def owner(key: str, names: Mapping[str, LayerPath]) -> tuple[str, str] | None:
-    """Return the layer of ``names`` that a key belongs to, and what the key calls its tensor; None for no layer's."""
+    """Return a key's layer in ``names`` and its tensor's name; None for a key of no layer."""
     parts = key.split(".")
     for end in range(len(parts) - 1, 0, -1):
         layer = _layer_name(".".join(parts[:end]))

@@ -23,7 +23,7 @@ from lib_delta.files.checkpoint import (
     missing_parts,
     unet_prefix,
 )
-from lib_delta.files.stored_file import Shapes
+from lib_delta.files.stored_file import Shapes, reshaped
 from lib_delta.files.weight_file import WeightFile, header_number
 from lib_delta.models.unet import UNet, UNetConfig
 from lib_delta.models.vae import VAE, VAEConfig
@@ -163,16 +163,11 @@ def load_weights(
 
 
 def _in_shape(tensor: Tensor, key: str, shape: tuple[int, ...], name: str) -> Tensor:
-    """Return the tensor in the shape that is needed; a 1x1 convolution may be stored as a matrix or the reverse."""
-    found = tuple(tensor.shape)
-    if found != shape and _without_ones(found) != _without_ones(shape):
+    fitting = reshaped(tensor, shape)
+    if fitting is None:
         raise CheckpointError(
-            f"{name} has weight {key} with shape {found} where {shape} is needed: the file is damaged"
+            f"{name} has weight {key} with shape {tuple(tensor.shape)} where {shape} is needed: the file is damaged"
         )
     if not tensor.is_floating_point():
         raise CheckpointError(f"{name} has weight {key} of type {tensor.dtype}: floating-point weights are needed")
-    return torch.reshape(tensor, shape)
-
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(n for n in shape if n != 1)
+    return fitting

@@ -52,6 +52,13 @@ class TextConfig:
     projection: int | None = None
 
     @classmethod
+    def sd15(cls) -> TextConfig:
+        """Return the configuration of Stable Diffusion 1.5's text encoder, CLIP-L."""
+        return cls(
+            width=768, inner_width=3072, layers=12, positions=77, vocabulary=49408, heads=12, activation="quick_gelu"
+        )
+
+    @classmethod
     def from_shapes(
         cls,
         shapes: Mapping[str, tuple[int, ...]],

@@ -50,6 +50,22 @@ class UNetConfig:
     heads: int = 8
     head_width: int | None = None
 
+    @classmethod
+    def sd15(cls, width: int = 320) -> UNetConfig:
+        """Return the configuration of Stable Diffusion 1.5; another ``width`` makes it narrower in proportion."""
+        return cls(
+            in_channels=4,
+            out_channels=4,
+            model_channels=width,
+            levels=(width, 2 * width, 4 * width, 4 * width),
+            res_blocks=(2, 2, 2, 2),
+            depth_in=(1, 1, 1, 1, 1, 1, 0, 0),
+            depth_middle=1,
+            depth_out=(0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1),
+            context_width=768,
+            linear_projection=False,
+        )
+
     def heads_for(self, channels: int) -> int:
         """Return the number of attention heads of a block with ``channels``."""
         return self.heads if self.head_width is None else channels // self.head_width

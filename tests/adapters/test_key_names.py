@@ -14,18 +14,7 @@ from lib_delta.models.unet import UNet, UNetConfig
 from tests.support.adapters import config
 
 REAL = {
-    "SD1": UNetConfig(
-        in_channels=4,
-        out_channels=4,
-        model_channels=320,
-        levels=(320, 640, 1280, 1280),
-        res_blocks=(2, 2, 2, 2),
-        depth_in=(1, 1, 1, 1, 1, 1, 0, 0),
-        depth_middle=1,
-        depth_out=(0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1),
-        context_width=768,
-        linear_projection=False,
-    ),
+    "SD1": UNetConfig.sd15(),
     "SDXL": UNetConfig(
         in_channels=4,
         out_channels=4,

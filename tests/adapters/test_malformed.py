@@ -185,7 +185,7 @@ def test_factors_that_are_whole_numbers_are_refused(dtype: torch.dtype, tmp_path
     """They are quantised, and no scale of theirs is known; alpha may be a whole number."""
     refused(tmp_path / "x.safetensors", lora(up=torch.ones(128, 4).to(dtype)), f"lora_up.weight is stored as {dtype}")
     bundled = {**lora(), "bundle_emb.word.emb_params": torch.ones(2, 24).to(dtype)}
-    refused(tmp_path / "x.safetensors", bundled, f"brings an embedding .* and type {dtype}")
+    refused(tmp_path / "x.safetensors", bundled, f"contains an embedding .* and type {dtype}")
     save_file(lora(alpha=torch.tensor(2)), tmp_path / "x.safetensors")
     assert load_adapter(tmp_path / "x.safetensors", base()).unet[LINEAR].scale == 0.5  # type: ignore[attr-defined]
 
@@ -201,7 +201,7 @@ def test_factors_that_are_whole_numbers_are_refused(dtype: torch.dtype, tmp_path
 )
 def test_views_that_repeat_what_they_hold_are_refused(up: Tensor, tmp_path: Path) -> None:
     torch.save(lora(up=up), tmp_path / "x.pt")
-    refused(tmp_path / "x.pt", (tmp_path / "x.pt").read_bytes(), "larger than what is stored of it")
+    refused(tmp_path / "x.pt", (tmp_path / "x.pt").read_bytes(), "larger than its storage")
 
 
 @pytest.mark.filterwarnings("ignore:.*(beta|deprecated|quantiz|quantis)")
