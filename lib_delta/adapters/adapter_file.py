@@ -385,7 +385,7 @@ def read_fine_tuned(
         tensors: the tuned UNet's weights, by their keys below ``model.diffusion_model.``.
         unet: the base. A layer whose tuned weights, stored in the base's dtype, are bit-identical
             to it, stays shared.
-        towers: each base text encoder with its tuned weights, by the encoder's own names.
+        towers: each base text encoder with its tuned weights, by the encoder's names.
 
     Raises :class:`AdapterError` if tuned weights are missing, of another shape, or not finite.
     """

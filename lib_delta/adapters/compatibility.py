@@ -108,10 +108,10 @@ def family_label(context_width: int) -> str:
     return f"{label} (text {context_width} wide)"
 
 
-def other_family_error(name: str, found: str, unet: UNet) -> AdapterError:
-    """Return the error for a file of another family than the base; ``found`` names that family."""
+def other_family_error(name: str, family: str, unet: UNet) -> AdapterError:
+    """Return the error for a file of another family than the base; ``family`` names it."""
     needed = f"{unet_family(unet).label} (text {unet.config.context_width} wide)"
-    return AdapterError(f"{name} is made for {found}, and one for the base model, {needed}, is needed")
+    return AdapterError(f"{name} is made for {family}, and one for the base model, {needed}, is needed")
 
 
 def no_match_error(name: str, stored: Sequence[str], unet: UNet, stated: str, towers: int) -> AdapterError:

@@ -190,25 +190,25 @@ def parse_key(key: str) -> TensorKey | None:
     Dialects: kohya (``lora_unet_..., lora_te_...``), LyCORIS (``lycoris_...``), diffusers and peft
     (dotted paths after ``unet.``, ``text_encoder.``, ``base_model.model.`` or nothing).
     """
-    if found := _PROCESSOR.fullmatch(key):
-        inner = {"to_out": "to_out.0"}.get(found["layer"], found["layer"])
-        return TensorKey(_layer_name(f"{found['block']}.{inner}"), f"lora_{found['side']}.weight", unchanged)
-    if found := _OLD_TEXT.fullmatch(key):
+    if match := _PROCESSOR.fullmatch(key):
+        inner = {"to_out": "to_out.0"}.get(match["layer"], match["layer"])
+        return TensorKey(_layer_name(f"{match['block']}.{inner}"), f"lora_{match['side']}.weight", unchanged)
+    if match := _OLD_TEXT.fullmatch(key):
         return TensorKey(
-            _layer_name(f"{found['block']}.{found['layer']}_proj"), f"lora_{found['side']}.weight", unchanged
+            _layer_name(f"{match['block']}.{match['layer']}_proj"), f"lora_{match['side']}.weight", unchanged
         )
     patterns = _patterns((*registry.ALGORITHMS, *registry.WRAPPERS))
     for pattern, tensor in patterns.renamed:
-        if found := pattern.fullmatch(key):
-            return TensorKey(_layer_name(found["layer"]), cast(str, tensor.name), tensor.convert)
-    found = patterns.same.fullmatch(key)
-    if found is None:
+        if match := pattern.fullmatch(key):
+            return TensorKey(_layer_name(match["layer"]), cast(str, tensor.name), tensor.convert)
+    match = patterns.same.fullmatch(key)
+    if match is None:
         return None
     # In a model's file these are the layer's weights.  In an adapter's file the layer is one word.
-    one_word = found["layer"].startswith(_ONE_WORD) and "." not in found["layer"]
-    if found["tensor"] in ("weight", "rescale", "scale", "scalar") and not one_word:
+    one_word = match["layer"].startswith(_ONE_WORD) and "." not in match["layer"]
+    if match["tensor"] in ("weight", "rescale", "scale", "scalar") and not one_word:
         return None
-    return TensorKey(_layer_name(found["layer"]), found["tensor"], unchanged)
+    return TensorKey(_layer_name(match["layer"]), match["tensor"], unchanged)
 
 
 # Whole new tensors of a layer, in peft's ``modules_to_save`` and with its ``bias="all"``.
@@ -217,11 +217,11 @@ _WHOLE = re.compile(r"(?P<layer>.+?)(?:\.modules_to_save(?:\.\w+)?)?\.(?P<tensor
 
 def read_whole(key: str) -> TensorKey | None:
     """Parse the key of a layer's whole new weight or bias; None for any other key."""
-    found = _WHOLE.fullmatch(key)
+    match = _WHOLE.fullmatch(key)
     # In early extracts, ``bias`` next to kohya's factors was a remainder of the weight.
-    if found is None or found["layer"].startswith(_ONE_WORD):
+    if match is None or match["layer"].startswith(_ONE_WORD):
         return None
-    return TensorKey(_layer_name(found["layer"]), f"base_layer.{found['tensor']}", unchanged)
+    return TensorKey(_layer_name(match["layer"]), f"base_layer.{match['tensor']}", unchanged)
 
 
 def owner(key: str, names: Mapping[str, LayerPath]) -> tuple[str, str] | None:
@@ -236,8 +236,8 @@ def owner(key: str, names: Mapping[str, LayerPath]) -> tuple[str, str] | None:
 
 def _layer_name(path: str) -> str:
     for prefix, instead in _PREFIXES:
-        if found := re.match(prefix, path):
-            name = path if instead is None else found.expand(instead) + path[found.end() :]
+        if match := re.match(prefix, path):
+            name = path if instead is None else match.expand(instead) + path[match.end() :]
             return name.replace(".", "_")
     return path
 

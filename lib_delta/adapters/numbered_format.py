@@ -30,7 +30,7 @@ def renamed(
 
     Bundled tokens get the names of OneTrainer's embeddings.
     """
-    numbered = {key: found for key in tensors if (found := _KEY.fullmatch(key))}
+    numbered = {key: match for key in tensors if (match := _KEY.fullmatch(key))}
     if not numbered:
         listed = _listed(name, tensors)
         return None if listed is None else renamed(name, listed, metadata, unet)
@@ -39,9 +39,9 @@ def renamed(
     result: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if key in numbered:
-            found = numbered[key]
-            layer = _layer_path(found["part"], int(found["number"]), paths)
-            result[f"{layer}.lora.{found['side']}.weight"] = tensor
+            match = numbered[key]
+            layer = _layer_path(match["part"], int(match["number"]), paths)
+            result[f"{layer}.lora.{match['side']}.weight"] = tensor
         elif tensor.ndim == 1:
             result[f"bundle_emb.{key}.emb_params"] = tensor
         else:
@@ -73,15 +73,15 @@ def _unet_layers(unet: UNet, gated_last: bool, with_resnets: bool) -> list[str]:
     second = [f"attn2.{name}" for name in _ATTENTION]
     inside = [*first, *second, _GATED] if gated_last else [*first, _GATED, *second]
     layers: list[str] = []
-    blocks = dict.fromkeys(found[0] for path in known if (found := re.match(r"(down|up)_blocks\.\d+|mid_block", path)))
+    blocks = dict.fromkeys(match[0] for path in known if (match := re.match(r"(down|up)_blocks\.\d+|mid_block", path)))
     for block in sorted(blocks, key=lambda block: (("down", "up", "mid").index(block.split("_")[0]), block)):
         inside_block = [path for path in known if path.startswith(f"{block}.")]
         stacks = dict.fromkeys(
-            found[0] for path in inside_block if (found := re.match(r".+\.transformer_blocks\.\d+", path))
+            match[0] for path in inside_block if (match := re.match(r".+\.transformer_blocks\.\d+", path))
         )
         layers += [f"{stack}.{layer}" for stack in stacks for layer in inside]
         if with_resnets:
-            resnets = dict.fromkeys(found[0] for path in inside_block if (found := re.match(r".+\.resnets\.\d+", path)))
+            resnets = dict.fromkeys(match[0] for path in inside_block if (match := re.match(r".+\.resnets\.\d+", path)))
             layers += [
                 f"{resnet}.{layer}" for resnet in resnets for layer in _RESNET if f"{resnet}.{layer}" in inside_block
             ]

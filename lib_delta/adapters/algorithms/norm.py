@@ -1,4 +1,4 @@
-"""Norms: differences of a normalisation layer's weight and bias, in the names of LyCORIS."""
+"""Norms: differences of a normalisation layer's weight and bias, with the names of LyCORIS."""
 
 from __future__ import annotations
 
