@@ -106,23 +106,34 @@ def load_adapter(
     """
     try:
         with WeightFile.open(Path(path)) as file:
-            prefix = unet_prefix(file.shapes)
-            if prefix is None:
-                tensors = numbered_format.renamed(file.name, _Tensors(file), file.metadata, unet)
-                if tensors is None:
-                    compatibility.refuse_unsupported_kinds(file.name, file.shapes)
-                trained = PeftConfig.beside(Path(path), file.metadata)
-                return read_adapter(file.name, tensors or _Tensors(file), unet, towers, trained, file.metadata)
-            family = detect_family(file.shapes, file.name)
-            if family is not unet_family(unet):
-                raise compatibility.other_family_error(file.name, family.label, unet)
-            _refuse_other_prediction(file, prediction)
-            text = [
-                (tower, tuned.state_dict()) for tower, tuned in zip(towers, _fine_tuned_towers(file, family, towers))
-            ]
-            return read_fine_tuned(file.name, _Tensors(file.below(prefix)), unet, text)
+            if unet_prefix(file.shapes) is None:
+                return _load_layers(file, unet, towers)
+            return _load_fine_tuned(file, unet, towers, prediction)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
+
+
+def _load_layers(file: WeightFile, unet: UNet, towers: Sequence[nn.Module]) -> AdapterFile:
+    """Read a LoRA or LyCORIS file."""
+    tensors: Mapping[str, Tensor] | None
+    tensors = numbered_format.renamed(file.name, _Tensors(file), file.metadata, unet)
+    if tensors is None:
+        compatibility.refuse_unsupported_kinds(file.name, file.shapes)
+        tensors = _Tensors(file)
+    trained = PeftConfig.beside(file.path, file.metadata)
+    return read_adapter(file.name, tensors, unet, towers, trained=trained, metadata=file.metadata)
+
+
+def _load_fine_tuned(
+    file: WeightFile, unet: UNet, towers: Sequence[nn.Module], prediction: Prediction | None
+) -> AdapterFile:
+    """Read a fine-tuned checkpoint."""
+    family = detect_family(file.shapes, file.name)
+    if family is not unet_family(unet):
+        raise compatibility.other_family_error(file.name, family.label, unet)
+    _refuse_other_prediction(file, prediction)
+    text = [(tower, tuned.state_dict()) for tower, tuned in zip(towers, _fine_tuned_towers(file, family, towers))]
+    return read_fine_tuned(file.name, _Tensors(file.below(unet_prefix(file.shapes) or "")), unet, text)
 
 
 def _refuse_other_prediction(file: WeightFile, needed: Prediction | None) -> None:
@@ -164,6 +175,7 @@ def read_adapter(
     tensors: Mapping[str, Tensor],
     unet: UNet,
     towers: Sequence[nn.Module] = (),
+    *,
     trained: PeftConfig | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> AdapterFile:
@@ -178,34 +190,37 @@ def read_adapter(
     unmatched = _with_whole_weights(name, groups, {key: tensors[key] for key in unread}, names)
     adapters: dict[LayerPath, LayerAdapter] = {}
     for layer, group in groups.items():
-        place = names.get(layer)
-        if place is None:
+        path = names.get(layer)
+        if path is None:
             unmatched += group.stored
             continue
-        if place in adapters:
-            raise AdapterError(f"{name} names the layer {place.path} twice ({layer}), and one entry a layer is needed")
+        if path in adapters:
+            raise AdapterError(f"{name} names the layer {path.path} twice ({layer}), and one entry a layer is needed")
         if trained is not None:
             trained.complete(layer, group.stored[0], group.tensors)
-        module = _module(unet, towers, place)
+        module = _module(unet, towers, path)
         unmatched += _without_more_inputs(group, module)
         try:
-            adapters[place] = _layer_adapter(group.tensors, module)
+            adapters[path] = _layer_adapter(group.tensors, module)
         except AdapterError as error:
             raise AdapterError(f"{name} is malformed or for another model at {layer}: {error}") from error
     if not adapters:
         raise compatibility.no_match_error(name, list(tensors), unet, stated, len(towers))
-    text = tuple({p.path: a for p, a in adapters.items() if p.tower == i} for i in range(len(towers)))
     for key, vectors in embeddings.items():
         _refuse_embedding(name, key, vectors, unet)
     return AdapterFile(
-        name,
-        {p.path: a for p, a in adapters.items() if p.tower is None},
-        text,
-        tuple(unmatched),
-        len(tensors),
-        embeddings,
-        stated,
+        name=name,
+        unet=_of_tower(adapters, None),
+        text=tuple(_of_tower(adapters, number) for number in range(len(towers))),
+        unmatched=tuple(unmatched),
+        total=len(tensors),
+        embeddings=embeddings,
+        stated=stated,
     )
+
+
+def _of_tower(adapters: Mapping[LayerPath, LayerAdapter], tower: int | None) -> dict[str, LayerAdapter]:
+    return {path.path: adapter for path, adapter in adapters.items() if path.tower == tower}
 
 
 @dataclass
@@ -428,6 +443,6 @@ def _fine_tuned_layer(name: str, tensors: Mapping[str, Tensor], key: str, base: 
     return fitting
 
 
-def _module(unet: UNet, towers: Sequence[nn.Module], place: LayerPath) -> nn.Module:
-    model: nn.Module = unet if place.tower is None else towers[place.tower]
-    return model.get_submodule(place.path)
+def _module(unet: UNet, towers: Sequence[nn.Module], path: LayerPath) -> nn.Module:
+    model: nn.Module = unet if path.tower is None else towers[path.tower]
+    return model.get_submodule(path.path)

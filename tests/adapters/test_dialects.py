@@ -1,4 +1,4 @@
-"""Every way in which files name layers gives the same adapter, and files of other things are told by name."""
+"""All dialects of layer names read the same adapter, and files of other kinds are named."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tower() -> TextEncoder:
 
 
 def text_layers() -> dict[str, nn.Module]:
-    """Return the text encoder's linear layers by the names that transformers gives them."""
+    """Return the text encoder's linear layers by transformers' names."""
     named = tower().transformer.named_modules()
     return {
         path: layer

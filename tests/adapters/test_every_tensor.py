@@ -1,4 +1,4 @@
-"""Everything in an adapter's file is used or told: tensors beside factors, and kinds that are not supported."""
+"""Every tensor of an adapter's file is used or reported: tensors next to factors, and unsupported kinds."""
 
 from __future__ import annotations
 

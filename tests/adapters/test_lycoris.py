@@ -1,4 +1,4 @@
-"""Every algorithm of LyCORIS: files written by its own modules, against what these compute in training.
+"""Every algorithm of LyCORIS: files written by its modules, compared with their computation in training.
 
 What a module's forward pass makes of impulses is taken for the truth: the merged weights that LyCORIS offers besides
 apply the scale of LoHa and LoKr twice.
@@ -116,7 +116,7 @@ def base() -> UNet:
 
 
 def trained(case: str, twin: nn.Module, dtype: torch.dtype = torch.float32, **more: Any) -> nn.Module:
-    """Return the module on torch's layer, with random parameters of a size that matters and that ``dtype`` holds."""
+    """Return the module on torch's layer, with random parameters of a noticeable size within the range of ``dtype``."""
     make, settings, _ = {**CASES, **TUCKER}[case]
     torch.manual_seed(hash_of(case))
     module = make("layer", twin, **{"lora_dim": 4, "alpha": 2.0, **settings, **more})
@@ -134,7 +134,7 @@ def hash_of(text: str) -> int:
 
 
 def read_back(module: nn.Module, path: str, file: Path, dtype: torch.dtype = torch.float32) -> AdapterFile:
-    """Write the module's tensors as its own scripts do, and read the file for the UNet's layer ``path``."""
+    """Write the module's tensors as LyCORIS' scripts do, and read the file for the UNet's layer ``path``."""
     tensors = {f"{kohya_name(path)}.{key}": value.detach().to(dtype) for key, value in module.state_dict().items()}
     save_file(tensors, file)
     adapter = load_adapter(file, base())
@@ -179,7 +179,7 @@ def test_a_learned_scalar_is_part_of_the_stored_factors(case: str, kind: str, tm
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_differences_with_biases(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """A full module holds the sum itself while it trains, and stores the difference to what was."""
+    """A full module trains the sum, and stores the difference from the original."""
     path = KINDS[kind]
     layer = base().get_submodule(path)
     torch.manual_seed(5)
@@ -227,7 +227,7 @@ def dylora(layer: nn.Module, dtype: torch.dtype, block_size: int) -> nn.Module:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dylora_is_stored_as_a_lora(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """In blocks of 1 LyCORIS trains the last rank with the scale that the file tells; in larger ones with another."""
+    """In blocks of 1, LyCORIS trains the last rank with the stored scale; in larger blocks with another."""
     path = KINDS[kind]
     layer = base().get_submodule(path)
     module = dylora(layer, dtype, block_size=1)
@@ -252,7 +252,7 @@ def test_a_dyloras_blocks_are_read_in_the_order_of_their_numbers(kind: str, bloc
 
 
 def test_a_dylora_truncated_to_a_rank_is_what_was_trained_for_it() -> None:
-    """Up to the scale, which LyCORIS divides by the ranks in use and the file by all of them."""
+    """All but the scale match: LyCORIS divides it by the ranks in use, the file by all ranks."""
     layer = base().get_submodule("time_embed.0")
     module = dylora(layer, torch.float32, block_size=1)
     adapter = read_adapter("x", {f"lora_unet_time_embed_0.{k}": v for k, v in module.state_dict().items()}, base())
@@ -346,7 +346,7 @@ def test_whole_networks(
 
 
 def in_training(module: nn.Module, layer: nn.Module) -> Tensor:
-    """Return the weight that the module trains with; that of a full module and a norm is what it says."""
+    """Return the weight that the module trains with; a full module and a norm return it themselves."""
     if isinstance(module, (FullModule, NormModule)):
         return module.get_merged_weight()[0]
     if isinstance(module, DyLoraModule):

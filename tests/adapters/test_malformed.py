@@ -70,7 +70,7 @@ def pickled(content: object, legacy: bool = False) -> bytes:
 
 
 def rezipped(content: bytes, edit: Any, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """Return a zip file with its records changed by ``edit(name, data)``, with checksums that are right."""
+    """Return a zip file with records changed by ``edit(name, data)`` and correct checksums."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w", compression) as new:
         for name in old.namelist():
@@ -79,7 +79,7 @@ def rezipped(content: bytes, edit: Any, compression: int = zipfile.ZIP_STORED) -
 
 
 def loaded_or_refused(path: Path) -> AdapterFile | str:
-    """Return the adapter, or the sentence that says why not."""
+    """Return the adapter, or the error's sentence."""
     try:
         return load_adapter(path, base(), [tower()])
     except DeltaError as error:
@@ -182,7 +182,7 @@ def test_views_that_are_not_contiguous_are_read_as_they_show(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool], ids=str)
 def test_factors_that_are_whole_numbers_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
-    """They are quantised, and no scale of theirs is known; alpha may be a whole number."""
+    """Whole numbers are quantised with an unknown scale; only alpha may be one."""
     refused(tmp_path / "x.safetensors", lora(up=torch.ones(128, 4).to(dtype)), f"lora_up.weight is stored as {dtype}")
     bundled = {**lora(), "bundle_emb.word.emb_params": torch.ones(2, 24).to(dtype)}
     refused(tmp_path / "x.safetensors", bundled, f"contains an embedding .* and type {dtype}")
@@ -229,7 +229,7 @@ def test_compressed_archives_are_refused(tmp_path: Path) -> None:
 
 
 class Code:
-    """What a hostile pickle holds: a call."""
+    """The content of a hostile pickle: a call."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -337,7 +337,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int64,
 
 @functools.cache
 def good_files() -> tuple[dict[str, Tensor], ...]:
-    """Return small files of every algorithm, dialect and place."""
+    """Return small files of every algorithm, dialect and kind of layer."""
     files = list(every_algorithm().values())
     text = "text_model_encoder_layers_0_mlp_fc1"
     files.append(
@@ -357,7 +357,7 @@ def good_files() -> tuple[dict[str, Tensor], ...]:
 
 
 def written(tensors: dict[str, Tensor], form: str) -> bytes:
-    """Return the file that holds the tensors in one of the three forms."""
+    """Return a file with the tensors in one of the three formats."""
     return save(tensors) if form == "safetensors" else pickled(tensors, form == "legacy")
 
 

@@ -1,4 +1,4 @@
-"""Formats of real files, each with what its own program makes of it; and files of other kinds, told by name."""
+"""Formats of real files, compared with the programs that wrote them; files of other kinds are named."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def load(folder: Path, tensors: dict[str, Tensor], config: Any = None, header: A
 
 
 def change(adapter: AdapterFile, path: str) -> tuple[Tensor, Tensor | None]:
-    """Return what an adapter adds to a layer's weight and bias."""
+    """Return an adapter's additions to a layer's weight and bias."""
     layer = base().get_submodule(path)
     attach(base(), [(adapter, 1.0)])
     bias = None if layer.adaptation.bias is None else layer.adaptation.bias - layer.bias
@@ -187,7 +187,7 @@ def test_alpha_means_nothing_to_a_lokr_of_two_whole_factors(alpha: float, tmp_pa
 
 
 def modules(kinds: tuple[str, ...], gated_second: bool) -> list[tuple[str, torch.nn.Module]]:
-    """Walk diffusers' own UNet as the trainer of 2022 did: linear layers (and convolutions) below modules of kinds."""
+    """Walk diffusers' UNet as the trainer of 2022 did: linear layers (and convolutions) below certain modules."""
     twin = diffusers_twin(base())
     found = []
     for path, parent in twin.named_modules():

@@ -1,4 +1,4 @@
-"""Checkpoint files: what they are is told, they load without copies, and bad ones get one clear sentence."""
+"""Checkpoint files are detected and load without copies; damaged ones raise one clear sentence."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ for path in sys.argv[1:]:
 
 
 def test_weights_outlive_their_file(tmp_path: Path) -> None:
-    """A mapped file that is overwritten ends the process (SIGBUS), hence a process of its own."""
+    """Overwriting a mapped file ends the process (SIGBUS), so that this runs in a subprocess."""
     paths, tensors = [tmp_path / "a.safetensors", tmp_path / "a.ckpt"], {k: v.half() for k, v in sd1().items()}
     save(paths[0], tensors)
     torch.save(tensors, paths[1])

@@ -1,4 +1,4 @@
-"""What lies beside a model's file: a checkpoint's configuration, the folder and settings that diffusers saves."""
+"""The files next to a model's: a checkpoint's configuration, and diffusers' folders and settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What devices refuse, lose and say; with every torch, and where a host casts weights by hand."""
+"""Limits of devices: refusals, lost results and reports; with every torch, and hosts that cast weights."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_pictures_of_every_size_cross_on_a_device_like_apples(target: Family, si
 
 
 def _bring_home(bridge: Any) -> None:
-    """Bridges are read once and stay where they last were."""
+    """Bridges are loaded once and stay on their last device."""
     for part in (bridge, *getattr(bridge, "bridges", ())):
         for module in (getattr(part, "state", None), getattr(part, "difference", None)):
             if module is not None:

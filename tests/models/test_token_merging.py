@@ -1,4 +1,4 @@
-"""Token merging is that of the package ``tomesd``, by which AUTOMATIC1111 has it, and in the form that Forge has."""
+"""Token merging equals that of the package ``tomesd``, as in AUTOMATIC1111, and Forge's form of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def block() -> TransformerBlock:
 
 
 def by_tomesd(block: TransformerBlock, x: Tensor, size: tuple[int, int], merging: TokenMerging, **how: Any) -> Tensor:
-    """The block with the package's merging: of all that attends and is attended to, or of queries alone."""
+    """The block with the package's merging: of queries, keys and values, or only of queries."""
     count, stride = int(x.shape[1] * merging.ratio), merging.stride
     normed = block.norm1(x[None])[0]
     compared = normed if merging.queries else x
