@@ -86,7 +86,7 @@ class AdapterFile:
         sentence = f"{self.name} ({kinds or 'nothing changed'}) adapts {len(self.unet)} layers of the UNet"
         sentence += f" and {text} of the text encoder"
         if self.embeddings:
-            sentence += f", and brings the embedding{'s' * (len(self.embeddings) > 1)} {', '.join(self.embeddings)}"
+            sentence += f", and contains the embedding{'s' * (len(self.embeddings) > 1)} {', '.join(self.embeddings)}"
         if not self.unmatched:
             return f"{sentence}."
         return f"{sentence}; {len(self.unmatched)} of its {self.total} keys match no layer."
@@ -205,7 +205,7 @@ def read_adapter(
         except AdapterError as error:
             raise AdapterError(f"{name} is malformed or for another model at {layer}: {error}") from error
     if not adapters:
-        raise compatibility.no_match_error(name, list(tensors), unet, stated, len(towers))
+        raise compatibility.no_match_error(name, list(tensors), unet, stated=stated, towers=len(towers))
     for key, vectors in embeddings.items():
         _refuse_embedding(name, key, vectors, unet)
     return AdapterFile(

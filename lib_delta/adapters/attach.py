@@ -228,18 +228,18 @@ def _add_differences(total: Tensor, weight: Tensor, bias: Tensor | None, parts: 
     changed: Tensor | None = None
     for layer, factor in fine_tuned:
         layer.add_difference(total, weight, factor)
-        changed = _plus_bias_difference(changed, layer, bias, bias, factor)
+        changed = _plus_bias_difference(changed, layer, bias, bias, factor=factor)
 
     origin = total.clone() if fine_tuned and others else weight
     origin_bias = bias if changed is None else changed
     for adapter, factor in others:
         adapter.add_difference(total, origin, factor)
-        changed = _plus_bias_difference(changed, adapter, bias, origin_bias, factor)
+        changed = _plus_bias_difference(changed, adapter, bias, origin_bias, factor=factor)
     return None if bias is None or changed is None else changed.to(bias.dtype)
 
 
 def _plus_bias_difference(
-    changed: Tensor | None, adapter: LayerAdapter, bias: Tensor | None, origin: Tensor | None, factor: float
+    changed: Tensor | None, adapter: LayerAdapter, bias: Tensor | None, origin: Tensor | None, *, factor: float
 ) -> Tensor | None:
     """Return the changed bias in fp32 plus ``factor`` times the adapter's difference from ``origin``."""
     difference = None if origin is None else adapter.bias_difference(origin)

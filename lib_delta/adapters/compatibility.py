@@ -114,7 +114,7 @@ def other_family_error(name: str, family: str, unet: UNet) -> AdapterError:
     return AdapterError(f"{name} is made for {family}, and one for the base model, {needed}, is needed")
 
 
-def no_match_error(name: str, stored: Sequence[str], unet: UNet, stated: str, towers: int) -> AdapterError:
+def no_match_error(name: str, stored: Sequence[str], unet: UNet, *, stated: str, towers: int) -> AdapterError:
     """Return the error for a file without a key that names a layer."""
     if stored and not towers and all(key.startswith(_TEXT_KEYS) for key in stored):
         return AdapterError(

@@ -52,7 +52,7 @@ def renamed(
 
 
 def _listed(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Number the factors of a list; only the file's name tells UNet from text encoder."""
+    """Number the factors of a list; only the file's name distinguishes UNet and text encoder."""
     if not tensors or not all(key.isdecimal() and tensor.ndim >= 2 for key, tensor in tensors.items()):
         return None
     part = "text_encoder" if "text_encoder" in name else "unet"

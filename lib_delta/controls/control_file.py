@@ -339,7 +339,10 @@ def _projection(shapes: Shapes, context_width: int) -> tuple[Callable[[], Projec
         match = re.fullmatch(r"(image_proj\.layers\.\d+\.1)\.([013])\.(\w+)", key)
         return f"{match[1]}.{parts[match[2]]}.{match[3]}" if match else key
 
-    return lambda: Resampler(seen, width, context_width, tokens, depth, heads, inner), {module_key(k): k for k in names}
+    def make() -> Resampler:
+        return Resampler(seen, width, context_width, tokens=tokens, depth=depth, heads=heads, inner=inner)
+
+    return make, {module_key(key): key for key in names}
 
 
 _LOADERS: Mapping[str, ControlLoader] = {

@@ -12,7 +12,7 @@ from lib_delta.files.stored_file import Shapes
 
 
 class Role(Enum):
-    """What the files of a kind do."""
+    """The purpose of a kind of file."""
 
     ADAPTER = auto()
     """Changes the base's weights."""

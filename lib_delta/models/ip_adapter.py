@@ -88,12 +88,12 @@ class PerceiverFeedForward(nn.Module):
 
 
 class Resampler(nn.Module):
-    """The "plus" form's: learned tokens gather what the patches show."""
+    """The "plus" form's projection: learned tokens attend to the patches."""
 
     of_patches = True
 
     def __init__(
-        self, seen_width: int, width: int, context_width: int, tokens: int, depth: int, heads: int, inner: int
+        self, seen_width: int, width: int, context_width: int, *, tokens: int, depth: int, heads: int, inner: int
     ) -> None:
         super().__init__()
         self.seen_width = seen_width

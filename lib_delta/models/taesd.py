@@ -21,7 +21,7 @@ from lib_delta.models.unpatched import Conv2d
 
 CHANNELS = 64
 BLOCKS_PER_SIZE = 3  # at every size except the picture's
-FACTOR = 8  # picture pixels per latent pixel, along one side
+FACTOR = 8  # picture pixels per latent pixel along one side
 PARTS = ("encoder", "decoder")
 
 

@@ -128,7 +128,7 @@ class _TokenPairs:
         return torch.cat((_gather(x, self.unmerged), means), 2)
 
     def spread(self, x: Tensor) -> Tensor:
-        """Return T pixels: each has its own result, or its destination's."""
+        """Return T pixels: each has its result, or its destination's."""
         unmerged, merged = x.split((self.unmerged.shape[2], self.destinations.shape[2]), 2)
         pixels = torch.cat((self.unmerged, self.merging, self.destinations), 2)
         values = torch.cat((unmerged, _gather(merged, self.into), merged), 2)

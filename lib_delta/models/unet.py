@@ -87,12 +87,6 @@ class UNetConfig:
         inputs = 1 + max(int(m[1]) for k in shapes if (m := re.match(r"input_blocks\.(\d+)\.", k)))
         outputs = 1 + max(int(m[1]) for k in shapes if (m := re.match(r"output_blocks\.(\d+)\.", k)))
 
-        def depth(block: str) -> int:
-            # Counts entries instead of taking the largest number: a damaged file must not make a huge module.
-            return len(
-                {m[1] for k in shapes if (m := re.match(re.escape(block) + r"\.1\.transformer_blocks\.(\d+)\.", k))}
-            )
-
         levels, res_blocks, depth_in = [model_channels], [0], []
         for i in range(1, inputs):
             if f"input_blocks.{i}.0.op.weight" in shapes:
@@ -101,7 +95,7 @@ class UNetConfig:
                 continue
             levels[-1] = shapes[f"input_blocks.{i}.0.out_layers.3.weight"][0]
             res_blocks[-1] += 1
-            depth_in.append(depth(f"input_blocks.{i}"))
+            depth_in.append(_transformer_depth(shapes, f"input_blocks.{i}"))
         if outputs != sum(res_blocks) + len(levels):
             raise KeyError(f"output_blocks.{outputs - 1}")
         # Only attention blocks show the text's width.
@@ -109,11 +103,7 @@ class UNetConfig:
         projection = next((v for k, v in shapes.items() if k.endswith(".proj_in.weight")), (0, 0))
         linear = len(projection) == 2
         head_width = head_width or (64 if linear else None)
-        # Norms need multiples of 32 channels, attention multiples of the heads.
-        attended = [v[0] for k, v in shapes.items() if k.endswith(".proj_in.weight")]
-        bad = [w for w in (model_channels, *levels) if w < 1 or w % 32] + [w for w in attended if w % (head_width or 8)]
-        if bad:
-            raise ValueError(f"of a fitting width: {bad[0]} channels")
+        _check_widths(shapes, (model_channels, *levels), head_width or 8)
         return cls(
             in_channels=shapes["input_blocks.0.0.weight"][1],
             out_channels=shapes["out.2.weight"][0],
@@ -121,13 +111,27 @@ class UNetConfig:
             levels=tuple(levels),
             res_blocks=tuple(res_blocks),
             depth_in=tuple(depth_in),
-            depth_middle=depth("middle_block"),
-            depth_out=tuple(depth(f"output_blocks.{i}") for i in range(outputs)),
+            depth_middle=_transformer_depth(shapes, "middle_block"),
+            depth_out=tuple(_transformer_depth(shapes, f"output_blocks.{i}") for i in range(outputs)),
             context_width=context,
             linear_projection=linear,
             label_width=shapes["label_emb.0.0.weight"][1] if "label_emb.0.0.weight" in shapes else 0,
             head_width=head_width,
         )
+
+
+def _transformer_depth(shapes: Mapping[str, tuple[int, ...]], block: str) -> int:
+    # Counts entries instead of taking the largest number: a damaged file must not make a huge module.
+    blocks = re.compile(re.escape(block) + r"\.1\.transformer_blocks\.(\d+)\.")
+    return len({m[1] for k in shapes if (m := blocks.match(k))})
+
+
+def _check_widths(shapes: Mapping[str, tuple[int, ...]], widths: tuple[int, ...], head: int) -> None:
+    """Raise ``ValueError`` for widths that 32 groups of a norm, or heads (multiples of ``head``), do not divide."""
+    attended = [v[0] for k, v in shapes.items() if k.endswith(".proj_in.weight")]
+    bad = [w for w in widths if w < 1 or w % 32] + [w for w in attended if w % head]
+    if bad:
+        raise ValueError(f"of a fitting width: {bad[0]} channels")
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -434,7 +438,7 @@ class UNet(UNetEncoder):
         *skips, h = injection.into_decoder(self.encode(x, emb, text, injection))
         for parts in self.output_blocks:
             h = forked_layers.cat(h, skips.pop(), dim=2)
-            h = _run_block(parts, h, emb, text, injection, skips[-1].shape[-2:] if skips else None)
+            h = _run_block(parts, h, emb, text, injection, size=skips[-1].shape[-2:] if skips else None)
         return self.out["2"](F.silu(self.out["0"](h)))
 
 
@@ -463,6 +467,7 @@ def _run_block(
     emb: Tensor,
     text: TextContext,
     injection: Injection,
+    *,
     size: torch.Size | None = None,
 ) -> Tensor:
     """Evaluate one block; an upsampling part enlarges to ``size``."""

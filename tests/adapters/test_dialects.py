@@ -165,7 +165,7 @@ def test_the_bundled_embeddings_of_onetrainer_come_along(tmp_path: Path) -> None
     adapter = read(tensors, tmp_path / "x.safetensors")
     assert not adapter.unmatched and adapter.embeddings.keys() == {"my-word", "two"}
     assert torch.equal(adapter.embeddings["my-word"], word) and torch.equal(adapter.embeddings["two"], two)
-    assert "brings the embeddings my-word, two" in adapter.report()
+    assert "contains the embeddings my-word, two" in adapter.report()
 
 
 @pytest.mark.parametrize("algorithm", every_algorithm())

@@ -165,7 +165,7 @@ def half_skew(data: Tensor) -> Tensor:
 
 
 def constrained(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the skew-symmetric ``oft_blocks`` ``(..., n, b, b)``, shortened where their norm exceeds the constraint.
+    """Return the skew-symmetric ``oft_blocks`` ``(..., n, b, b)``, shortened if their norm exceeds the constraint.
 
     The stored constraint (``alpha``) is per output of the layer.
     """
