@@ -53,7 +53,7 @@ def unet_parts(transformer_only: bool = False) -> dict[str, Parts]:
         path: {
             "down": tensors[f"{kohya_name(path)}.lora_down.weight"],
             "up": tensors[f"{kohya_name(path)}.lora_up.weight"],
-            "alpha": torch.tensor(3.0),  # the rank: for dialects that have no alpha
+            "alpha": torch.tensor(3.0),  # equals the rank, for dialects without alpha
         }
         for path in paths
     }

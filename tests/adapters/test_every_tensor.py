@@ -109,7 +109,7 @@ def test_a_whole_weight_beside_factors_of_its_own_is_told(unet: UNet, tmp_path: 
 
 # Kinds.
 
-# peft 0.21: type, as its authors write it, and a tensor of its files.
+# peft 0.21: type, its authors' spelling, and a tensor of its files.
 KINDS = {
     "MISS": ("MiSS", "miss_block"),
     "C3A": ("C3A", "c3a_kernel"),
@@ -193,7 +193,7 @@ def test_a_wrapper_of_parallel_training_is_looked_through(unet: UNet, tmp_path: 
     whole = {f"module.{key}": tensor for key, tensor in {**checkpoint, **text}.items()}
     torch.save({"state_dict": whole}, tmp_path / "whole.ckpt")
     assert describe(tmp_path / "whole.ckpt").missing == ("autoencoder",)
-    assert not load_adapter(tmp_path / "whole.ckpt", unet).unet  # the base's own weights
+    assert not load_adapter(tmp_path / "whole.ckpt", unet).unet  # the base's weights
     torch.save({**whole, "epoch_loss": r(1)}, tmp_path / "part.ckpt")
     with pytest.raises(CheckpointError, match="^part.ckpt is saved from parallel training"):
         describe(tmp_path / "part.ckpt")

@@ -128,7 +128,7 @@ def test_one_text_encoder_is_te_and_two_are_te1_and_te2() -> None:
     assert one[f"lora_te_{layer}"] == LayerPath(0, path)
     assert two[f"lora_te1_{layer}"] == LayerPath(0, path) and two[f"lora_te2_{layer}"] == LayerPath(1, path)
     assert two["lora_te2_text_projection"] == LayerPath(1, "text_projection")
-    # Some trainers number the encoder even where there is one.
+    # Some trainers number the encoder even if there is only one.
     assert f"lora_te_{layer}" not in two and one[f"lora_te1_{layer}"] == LayerPath(0, path)
 
 

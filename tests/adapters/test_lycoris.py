@@ -1,7 +1,6 @@
 """Every algorithm of LyCORIS: files written by its modules, compared with their computation in training.
 
-What a module's forward pass makes of impulses is taken for the truth: the merged weights that LyCORIS offers besides
-apply the scale of LoHa and LoKr twice.
+The reference is a module's forward pass of impulses: LyCORIS' merged weights apply the scale of LoHa and LoKr twice.
 """
 
 from __future__ import annotations
@@ -44,10 +43,9 @@ from lycoris.modules.lokr import LokrModule
 from lycoris.modules.norms import NormModule
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-BOUND = 1e-5  # relative, of the change of the weight: with an effect as large as the weight itself, of both
+BOUND = 1e-5  # relative to the change of the weight; for an effect as large as the weight, to both
 
-# What each is called here, its class and settings, and what our report calls it.  A constraint is one that every type
-# can store, for it is stored as the weights are.
+# Name, class, settings and reported algorithm.  All dtypes can store the constraint, which has the weights' dtype.
 DORA_ON_INPUT = {"weight_decompose": True, "wd_on_out": False}
 DORA_ON_OUTPUT = {"weight_decompose": True, "wd_on_out": True}
 CASES: dict[str, tuple[type[nn.Module], dict[str, Any], str]] = {
@@ -72,7 +70,7 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any], str]] = {
     "LoKr, DoRA on outputs": (LokrModule, {"lora_dim": 2, **DORA_ON_OUTPUT}, "DoRA on LoKr"),
     "(IA)^3 on outputs": (IA3Module, {}, "(IA)^3"),
     "(IA)^3 on inputs": (IA3Module, {"train_on_input": True}, "(IA)^3"),
-    # A rank-stabilised GLoRA is not here: its files hold alpha alone, and what LyCORIS reads from them is not it.
+    # A rank-stabilised GLoRA is missing: its files have only alpha, from which LyCORIS reads another scale.
     "GLoRA": (GLoRAModule, {}, "GLoRA"),
     "OFT": (DiagOFTModule, {"lora_dim": 8}, "OFT"),
     "OFT, blocks of 2": (DiagOFTModule, {"lora_dim": 2}, "OFT"),
@@ -296,7 +294,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
-# Names and container are no matter of the algorithm: every one of them once.
+# Names and containers do not depend on the algorithm: each is tested once.
 @pytest.mark.parametrize(
     ("network", "prefix", "suffix"),
     [

@@ -1,6 +1,6 @@
 """Files that are damaged, wrong, or made to do harm: each is refused in a sentence, or loads with a report.
 
-Nothing else comes of them: no other exception, no hang, and no memory beyond the file's own size times a small number.
+They cause no other exception, no hang, and no memory use beyond a small multiple of the file's size.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def test_other_contents_are_told(tmp_path: Path) -> None:
         refused(tmp_path / "x.pt", content_, "x.pt")
 
 
-# Bombs: what little files could make a reader allocate.
+# Bombs: small files that could make a reader allocate much memory.
 
 BOMBS = {
     "an expanded tensor": "torch.save({K % 'up': torch.zeros(1, 1).expand(2**17, 2**17), K % 'down': down}, path)",

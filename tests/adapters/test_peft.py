@@ -1,7 +1,7 @@
 """peft's formats: adapters that peft makes, saves and evaluates, read here.
 
-The pinned peft is that of diffusers' time, with torch 2.1; the newest one, in its own environment, has other
-parametrisations of OFT, and BOFT.  What a format is missing in is skipped.
+The pinned peft is as old as the pinned diffusers, with torch 2.1.  The newest one, in a separate environment, has other
+parametrisations of OFT, and BOFT.  Tests skip a peft that lacks their format.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def test_loha(core: bool, tmp_path: Path) -> None:
     check(wrapped, saved(wrapped, tmp_path), "LoHa")
 
 
-# The old peft forgets alpha over the rank in LoKr; a newer one, which reads its files, does not.
+# The old peft omits alpha over the rank in LoKr; newer ones, which read its files, apply it.
 LOKRS: dict[str, dict[str, Any]] = {
     "plain": {"r": 2},
     "with a core": {"r": 2, "use_effective_conv2d": True},
@@ -205,7 +205,7 @@ def test_ia3(feedforward: tuple[str, ...], tmp_path: Path) -> None:
 def test_oft_of_2024(settings: dict[str, Any], tmp_path: Path) -> None:
     wrapped = trained(config("OFT", **{"r": 8, "init_weights": False, **settings}), unet_tree()[0])
     for place in unet_tree()[1].values():
-        wrapped.base_model.model.get_submodule(place).get_delta_weight("default")  # shortens a constrained one
+        wrapped.base_model.model.get_submodule(place).get_delta_weight("default")  # shortens constrained rotations
     check(wrapped, saved(wrapped, tmp_path), "OFT")
 
 

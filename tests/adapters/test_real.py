@@ -156,7 +156,7 @@ def test_what_comfyui_extracts_and_trains(tmp_path: Path) -> None:
     layer = "transformer.text_model.encoder.layers.0."
     found = changed[f"{layer}layer_norm1.weight"] - tower().get_parameter(f"{layer}layer_norm1.weight")
     assert relative_error(found, tensors[f"{text}layer_norm1.diff"]) < 1e-5
-    # With the factors alone, where others choose those.
+    # In the form bypass, which other layers allow.
     attach(base(), [(adapter, 0.5)], "bypass")
     assert torch.isfinite(base()(torch.randn(1, 1, 4, 8, 8), torch.tensor([5.0]), torch.randn(1, 1, 5, 24))).all()
 
@@ -291,7 +291,7 @@ def test_a_lora_of_the_text_encoder_alone_needs_one(tmp_path: Path) -> None:
         load_adapter(tmp_path / "x.safetensors", base())
 
 
-# Inpainting models, and models that predict something else.
+# Inpainting models, and models with another prediction type.
 
 
 def test_a_lora_of_an_inpainting_model_is_used_as_far_as_it_fits(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_an_adapted_model_predicts_what_the_base_does(tmp_path: Path) -> None:
         load_adapter(path, base(), (), "eps")
 
 
-# What a header tells.
+# Headers.
 
 
 def test_a_checkpoint_is_described_by_its_header_until_it_changes(tmp_path: Path, monkeypatch: Any) -> None:

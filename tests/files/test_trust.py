@@ -320,7 +320,7 @@ def test_pickles_in_pickles_are_not_opened(tmp_path: Path) -> None:
     assert "_load_from_bytes" in refusal(out.getvalue(), tmp_path)
 
 
-# What is allowed reads as torch itself would read it.
+# Allowed files read as with torch's loader.
 
 
 def samples() -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from lib_delta.models import taesd
 from tests.support.stand_in_device import DEVICE, OnDevice, stand_in_device
 from tests.support.tiny_unet import randn
 
-# What they say, each in its own words.
+# Their out-of-memory messages.
 SHORT = [
     "CUDA out of memory. Tried to allocate 20.00 MiB",
     "HIP out of memory. Tried to allocate 20.00 MiB",

@@ -71,7 +71,7 @@ def test_the_random_choice_is_the_one_that_torch_would_make_next(block: Transfor
     block.merging = merging = TokenMerging(0.5, queries=True, choice=drawn)
     expected = by_tomesd(block, x, size, merging, generator=torch.default_generator)
     other = by_tomesd(block, x, size, merging, generator=torch.default_generator)
-    for _ in range(2):  # in parts, or for base and adapted in turn, it stays the same
+    for _ in range(2):  # the choice is the same in parts, and for base and adapted in turn
         got = block(x[None], TextContext(TEXT), Injection(), torch.Size(size))[0]
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert (other - expected).norm() > 1e-3 * expected.norm()
