@@ -502,7 +502,7 @@ REFUSALS: dict[str, tuple[dict[str, Tensor], str]] = {
     "a LoRA": ({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(4, 4)}, "is a LoRA"),
     "a VAE": ({"first_stage_model.encoder.conv_in.weight": torch.ones(4, 3, 3, 3)}, "is an autoencoder"),
     "an embedding": ({"emb_params": torch.ones(1, 16)}, "textual inversion"),
-    "a union ControlNet": ({"task_embedding": torch.ones(6, 320)}, "a union ControlNet .not served"),
+    "a union ControlNet": ({"task_embedding": torch.ones(6, 320)}, "a union ControlNet, which is not supported"),
     "ProMax": (
         {"controlnet_down_blocks.0.weight": ONE, "control_add_embedding.linear_1.weight": ONE},
         "union ControlNet",

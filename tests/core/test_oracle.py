@@ -40,18 +40,7 @@ DATA = Path(__file__).parent / "data"
 EPS = Parameterization("eps")
 SIGNS = {True: "positive", False: "negative"}
 
-SD15 = UNetConfig(
-    in_channels=4,
-    out_channels=4,
-    model_channels=32,
-    levels=(32, 64, 128, 128),
-    res_blocks=(2, 2, 2, 2),
-    depth_in=(1, 1, 1, 1, 1, 1, 0, 0),
-    depth_middle=1,
-    depth_out=(0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1),
-    context_width=768,
-    linear_projection=False,
-)
+SD15 = UNetConfig.sd15(width=32)
 SD21 = UNetConfig(**{**vars(SD15), "context_width": 1024, "linear_projection": True, "head_width": 16})
 SDXL = UNetConfig(
     in_channels=4,

@@ -37,22 +37,10 @@ from lib_delta.runtime.placement import Restorable, Stream, copy_to_device
 from lib_delta.runtime.side_model import _store_as
 from tests.gpu.card import MB, Card, own_memory
 
-# What a release of Stable Diffusion 1.5 has.
-SD15 = UNetConfig(
-    in_channels=4,
-    out_channels=4,
-    model_channels=320,
-    levels=(320, 640, 1280, 1280),
-    res_blocks=(2, 2, 2, 2),
-    depth_in=(1, 1, 1, 1, 1, 1, 0, 0),
-    depth_middle=1,
-    depth_out=(0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1),
-    context_width=768,
-    linear_projection=False,
-)
+SD15 = UNetConfig.sd15()
 # The same at a fraction of the width: what fits beside its own reference in fp32, and what a CPU computes in seconds.
-HALF = replace(SD15, model_channels=160, levels=(160, 320, 640, 640))
-FIFTH = replace(SD15, model_channels=64, levels=(64, 128, 256, 256))
+HALF = UNetConfig.sd15(width=160)
+FIFTH = UNetConfig.sd15(width=64)
 # What torch compiles soon enough: one level, one transformer.
 NARROWEST = replace(
     SD15, model_channels=32, levels=(32,), res_blocks=(1,), depth_in=(0,), depth_out=(0, 0), context_width=32

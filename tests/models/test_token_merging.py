@@ -1,4 +1,4 @@
-"""Token merging is that of the package ``tomesd``, by which AUTOMATIC1111 has it, and in the form that Forge has."""
+"""Token merging equals that of the package ``tomesd``, as in AUTOMATIC1111, and Forge's form of it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def block() -> TransformerBlock:
 
 
 def by_tomesd(block: TransformerBlock, x: Tensor, size: tuple[int, int], merging: TokenMerging, **how: Any) -> Tensor:
-    """The block with the package's merging: of all that attends and is attended to, or of queries alone."""
+    """The block with the package's merging: of queries, keys and values, or only of queries."""
     count, stride = int(x.shape[1] * merging.ratio), merging.stride
     normed = block.norm1(x[None])[0]
     compared = normed if merging.queries else x
@@ -72,7 +72,7 @@ def test_the_random_choice_is_the_one_that_torch_would_make_next(block: Transfor
     block.merging = merging = TokenMerging(0.5, queries=True, choice=drawn)
     expected = by_tomesd(block, x, size, merging, generator=torch.default_generator)
     other = by_tomesd(block, x, size, merging, generator=torch.default_generator)
-    for _ in range(2):  # in parts, or for base and adapted in turn, it stays the same
+    for _ in range(2):  # the choice is the same in parts, and for base and adapted in turn
         got = block(x[None], TextContext(TEXT), Injection(), torch.Size(size))[0]
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert (other - expected).norm() > 1e-3 * expected.norm()
