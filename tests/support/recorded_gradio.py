@@ -1,9 +1,10 @@
-"""A stand-in for gradio, which is not installed here: widgets record their arguments and their events."""
+"""A stand-in for gradio, which is not installed here: widgets record their arguments, events and containers."""
 
 import sys
 import types
 
 made, said = [], []
+open_containers = []
 WIDGETS = (
     *("Accordion", "Button", "Checkbox", "Column", "Dropdown", "File", "Group", "HTML"),
     *("Image", "Number", "Radio", "Row", "SelectData", "Slider", "Tab", "Tabs", "Textbox"),
@@ -17,6 +18,7 @@ class Block:
         self.value = values[0] if values else given.get("value")
         self.__dict__.update(given)
         self.given, self.triggers = given, []
+        self.parent = open_containers[-1] if open_containers else None  # as in gradio: set when it is constructed
         made.append(self)
 
     def __getattr__(self, event):
@@ -25,10 +27,11 @@ class Block:
         return lambda fn=None, **about: self.triggers.append((event, fn, about))
 
     def __enter__(self):
+        open_containers.append(self)
         return self
 
     def __exit__(self, *exception):
-        pass
+        open_containers.pop()
 
 
 def update(**changes):

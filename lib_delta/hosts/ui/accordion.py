@@ -78,8 +78,8 @@ class Accordion:
         self.make = FieldWidgets(REQUEST_FIELDS, elem_id)
         self.widgets = self.make.made
         accordion = InputAccordion(False, label=TITLE, elem_id=elem_id("enabled"))
-        inside = gr.Column(elem_classes=["delta-sampling"], elem_id=elem_id("settings"))
-        with accordion as self.widgets["enabled"], inside:
+        column = {"elem_classes": ["delta-sampling"], "elem_id": elem_id("settings")}
+        with accordion as self.widgets["enabled"], gr.Column(**column):
             gr.HTML(help_html(units_shown()))
             self._make_checkpoints()
             self.lora_box = LoraBox(elem_id, self.make)

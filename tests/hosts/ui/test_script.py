@@ -19,7 +19,6 @@ from lib_delta.errors import SettingError
 from lib_delta.page.lambda_curve import draw_lambda
 from lib_delta.request.control_unit import Unit
 from lib_delta.request.fields import REQUEST_FIELDS, SETTINGS, UNIT_FIELDS
-from lib_delta.request.fields import UNIT_FIELDS as UNIT_TABLE
 from lib_delta.request.request import Request
 from lib_delta.request.schema import schema
 
@@ -120,7 +119,7 @@ def test_the_page_gets_a_tooltip_for_each_setting_that_the_field_table_explains(
     assert {name: tooltips.get(name, "") for name in REQUEST_FIELDS} == {
         n: f.tooltip for n, f in REQUEST_FIELDS.items()
     }
-    for name, field in UNIT_TABLE.items():
+    for name, field in UNIT_FIELDS.items():
         assert [tooltips.get(f"unit{number}_{name}", "") for number in (1, 2, 3)] == [field.tooltip] * 3
     assert "unit4_model" not in tooltips
 
@@ -135,6 +134,17 @@ def test_numbers_labels_and_choices_come_from_the_field_table(webui):
             assert given["choices"][: len(field.choices)] == list(field.choices)
         if field.label:
             assert given["label"] == field.label
+
+
+def test_all_widgets_are_inside_the_accordion(webui):
+    runner = webui.runner()
+
+    def containers(block):
+        return [] if block.parent is None else [block.parent, *containers(block.parent)]
+
+    for widget in runner.inputs[1:]:
+        ids = [container.given.get("elem_id") for container in containers(widget)]
+        assert ids[-3:-1] == [f"script_txt2img_delta_sampling_{name}" for name in ("settings", "enabled")], widget.label
 
 
 def test_the_widgets_can_be_made_again_as_the_api_does(webui):
