@@ -5,14 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lib_delta.controls.control_map import ResizeMode
-from lib_delta.controls.guides import Mode, WeightType
 from lib_delta.errors import SettingError
 from lib_delta.request import control_unit
 from lib_delta.request.control_unit import Unit, format_units, parse_units, read_unit
@@ -191,10 +189,6 @@ def test_units_are_active_in_their_part_of_the_run() -> None:
     assert [request.differs_at(progress) for progress in (0, 0.2, 0.6, 0.7)] == [False, True, True, False]
     assert request.has_units and not request.always_differs
     assert not Request(enabled=True, units=(replace(CANNY, weight=0.0),)).differs_at(0.4)
-
-
-def test_the_choices_equal_those_of_the_engine() -> None:
-    assert get_args(Mode) == MODES and get_args(ResizeMode) == RESIZES and get_args(WeightType) == WEIGHT_TYPES
 
 
 def test_importing_units_imports_no_torch() -> None:

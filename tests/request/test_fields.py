@@ -5,19 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import fields
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from lib_delta.core.delta_reuse import Quality
-from lib_delta.core.strength import Curve, covers
+from lib_delta.core.strength import covers
 from lib_delta.page.tooltips import accordion_tooltips, unit_tooltips
 from lib_delta.request import request as request_module
 from lib_delta.request.control_unit import Unit
 from lib_delta.request.fields import REQUEST_FIELDS, UNIT_FIELDS, Field
 from lib_delta.request.passes import Passes
 from lib_delta.request.request import Request
-from lib_delta.request.setting_choices import CURVES, QUALITIES
 
 ENTRIES = [*REQUEST_FIELDS.values(), *UNIT_FIELDS.values()]
 
@@ -58,10 +56,6 @@ def test_values_are_checked_by_type_limits_and_choices(field: Field, good: list[
 def test_each_setting_with_a_tooltip_is_in_the_pages_tooltips() -> None:
     assert {name for name, f in REQUEST_FIELDS.items() if f.tooltip} < {*accordion_tooltips()}
     assert {*UNIT_FIELDS} - {"enabled"} < {*unit_tooltips()}
-
-
-def test_the_choices_equal_those_of_the_core() -> None:
-    assert get_args(Curve) == CURVES and get_args(Quality) == QUALITIES
 
 
 def test_loras_are_parsed_once_for_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:

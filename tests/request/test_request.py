@@ -156,12 +156,6 @@ def test_a_picture_whose_text_names_no_bridge_restores_the_legacy_bridge():
         assert from_infotext(Request(enabled=True, bridge=bridge).infotext(), "bridge") == bridge
 
 
-def test_the_choices_equal_those_of_the_engine():
-    from lib_delta.bridges import BRIDGE_FORMS
-
-    assert BRIDGES == BRIDGE_FORMS
-
-
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
 def test_infotext_without_a_finite_number_gives_the_default(text: str) -> None:
     assert from_infotext({"Delta lambda": text}, "strength") == 1.0
