@@ -241,7 +241,7 @@ def test_without_steps_the_status_says_so(webui: WebUI, files: Files) -> None:
 def test_a_plain_run_is_the_last_run(webui: WebUI, files: Files) -> None:
     webui.generate(files.delta())
     webui.generate()
-    assert status(webui)[-1] == "Last run: no delta was asked for"
+    assert status(webui)[-1] == "Last run: no delta was requested"
 
 
 @pytest.mark.parametrize(

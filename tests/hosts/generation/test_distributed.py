@@ -1,4 +1,4 @@
-"""Workers of stable-diffusion-webui-distributed get the same picture: what it sends them holds all that is asked for.
+"""Workers of stable-diffusion-webui-distributed get the same picture: its request has all settings.
 
 It packs the values of each script's widgets, or what an API call gave in their place, by the script's title into
 ``alwayson_scripts``; the worker's API puts these in the place of its own defaults.
@@ -36,7 +36,7 @@ def from_the_api() -> list[Any]:
 
 
 def sent(arguments: list[Any]) -> list[Any]:
-    """Return what a worker's API is given."""
+    """Return the arguments of a worker's API."""
     payload = {"alwayson_scripts": {"Delta Sampling": {"args": list(arguments)}}}
     received: list[Any] = json.loads(json.dumps(payload))["alwayson_scripts"]["Delta Sampling"]["args"]
     return received

@@ -1,8 +1,9 @@
-"""What WebUIs do around the delta: they move its model in inference mode, have autocast on, and swallow errors."""
+"""The WebUIs' environment of the delta: inference mode, autocast, and swallowed errors."""
 
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -44,7 +45,7 @@ def at_each_step(webui: WebUI, do: Any, delta: dict[str, Any] | None = None) -> 
 def test_weights_change_on_another_device_from_generation_to_generation(
     webui: WebUI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ranges of LoRAs change the merged weights in mid-run as well."""
+    """Ranges of LoRAs also change the merged weights in mid-run."""
     deltas = [{**DELTA, "loras": recipe} for recipe in ("ink", "ink:0.5", "ink:0.5:end=0.4", "ink")]
     wanted = [webui.latents(delta) for delta in deltas]
     webui.host.unload()
@@ -87,12 +88,12 @@ def test_whatever_is_wrong_with_the_arguments_comes_out(webui: WebUI, on_error: 
         webui.generate({**DELTA, **delta})
 
 
-@pytest.mark.parametrize("hook", ["_axes_of", "_of_batch"])
-def test_a_bug_in_any_hook_comes_out(webui: WebUI, monkeypatch: pytest.MonkeyPatch, hook: str) -> None:
+@pytest.mark.parametrize("function", ["request_fields", "read_passes"])
+def test_a_bug_in_any_hook_comes_out(webui: WebUI, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(webui.host, hook, fail)
+    monkeypatch.setattr(sys.modules[type(webui.host.lifecycle).__module__], function, fail)
     p = webui.p(DELTA)
     with pytest.raises(DeltaError, match=r"ZeroDivisionError: a bug"):
         webui.processing.process_images(p)
@@ -142,7 +143,7 @@ SIDE = {"prompt": "a red boat", "negative_prompt": "green"}
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
 def test_equal_main_prompts_leave_the_side_models_guidance(webui: WebUI, sampler: str) -> None:
-    """The target's two estimates are the same then, which is not because its guidance was left out."""
+    """The target's two estimates are equal then, although its guidance was not skipped."""
     changes = {"prompt": "a cat", "negative_prompt": "a cat", "sampler_name": sampler, "steps": 2}
     asked: list[bool] = []
     original = Source.deltas
