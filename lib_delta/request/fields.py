@@ -313,7 +313,7 @@ class RequestFields:
         "",
         Field(
             infotext="Delta adapted prompt",
-            help=f"prompt of only the adapted model; empty is the base's, for which {MAIN_PROMPT} stands",
+            help=f"prompt for only the adapted model; empty is the base's, for which {MAIN_PROMPT} stands",
             label="Prompt of the adapted model alone",
             placeholder=f"empty: the base's; {MAIN_PROMPT} stands for it",
             tooltip="A prompt for only the adapted model: the difference between two prompts can be the delta, too.",
@@ -334,7 +334,7 @@ class RequestFields:
         Field(
             infotext="Delta CFG",
             help="guidance scale of the side model; "
-            "0: the main one's, or 3 beside a model of another family that runs below",
+            "0: the main one's, or 3 if that is less and the main model is of another family",
             label="Side model CFG (0: automatic)",
             minimum=0,
             maximum=30,

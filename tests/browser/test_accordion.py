@@ -212,7 +212,7 @@ def test_a_closed_accordion_adds_nothing(open_page):
 
 def test_a_wrong_setting_is_told_in_one_sentence(tab):
     tab.type("loras", "moxin:much")
-    assert tab.generate() == "SettingError: LoRA pick 'moxin:much' has weight 'much': a number is needed"
+    assert tab.generate() == "Error: LoRA pick 'moxin:much' has weight 'much': a number is needed"
 
 
 def test_pasting_a_picture_restores_everything_and_generates_the_same(open_page):

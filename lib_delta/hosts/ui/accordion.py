@@ -1,4 +1,4 @@
-"""The accordion: the widgets of all settings, and what connects them."""
+"""The accordion: the widgets of all settings, and the events between them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ RESTORE = {name: partial(restore, name) for name in REQUEST_FIELDS}
 class Accordion:
     """The accordion of one tab.
 
-    ``widgets`` has the widget of each field of :class:`Request` but the units, which ``units`` has.
+    ``widgets`` has the widgets of all fields of :class:`Request` except ``units``.
     """
 
     def __init__(self, elem_id: ElemId, is_img2img: bool) -> None:

@@ -423,8 +423,8 @@ def test_schema_and_status_are_served_and_axes_are_there_without_a_user_interfac
         answers[path] = answer
         guards.append(dependencies)
 
-    own = SimpleNamespace(path="/sdapi/v1/options", dependencies=guard)
-    webui.callbacks.call("app_started", None, SimpleNamespace(routes=[own], add_api_route=add_api_route))
+    options = SimpleNamespace(path="/sdapi/v1/options", dependencies=guard)
+    webui.callbacks.call("app_started", None, SimpleNamespace(routes=[options], add_api_route=add_api_route))
     assert answers["/delta-sampling/schema"]() == schema()
     assert answers["/delta-sampling/status"]() == {"host": "stand-in", "status": ["nothing is loaded"]}
     assert guards == [guard, guard]
