@@ -25,6 +25,7 @@ from lib_delta.core.conditioning import Conditioning
 from lib_delta.core.deltas import Deltas
 from lib_delta.core.guidance import DeltaDenoiser, DeltaGuidance, DeltaSource
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.core.strength import Strength
 from lib_delta.diffusion.families import Family
 from lib_delta.diffusion.parameterization import Parameterization, denoiser
@@ -124,8 +125,8 @@ class ToySource:
     def at_progress(self, progress: float) -> ToySource:
         return self
 
-    def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Deltas:
-        base, adapted = (guided(network, cfg_scale)(x, sigma) for network in self.networks)
+    def deltas(self, step: SourceStep) -> Deltas:
+        base, adapted = (guided(network, step.cfg_scale)(step.x, step.sigma) for network in self.networks)
         delta = adapted - base
         return Deltas(delta, delta)
 

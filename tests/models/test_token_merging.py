@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lib_delta.core.conditioning import Conditioning
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.diffusion.parameterization import Parameterization
 from lib_delta.models.injection import Injection
 from lib_delta.models.token_merging import RandomChoice, TokenMerging
@@ -104,10 +105,10 @@ def test_base_and_adapted_model_each_merge_what_is_alike_in_them() -> None:
         return unet, weights
 
     unet, weights = merged()
-    base = Source(unet, Parameterization(), told).denoised(x, sigma, 3.0)
+    base = Source(unet, Parameterization(), told).denoised(SourceStep(x, sigma, 3.0))
     unet.load_state_dict(weights, strict=False)
-    adapted = Source(unet, Parameterization(), told).denoised(x, sigma, 3.0)
+    adapted = Source(unet, Parameterization(), told).denoised(SourceStep(x, sigma, 3.0))
     forked, weights = merged()
-    both = Source(adapt(forked, weights), Parameterization(), told).denoised(x, sigma, 3.0)
+    both = Source(adapt(forked, weights), Parameterization(), told).denoised(SourceStep(x, sigma, 3.0))
     torch.testing.assert_close(both, torch.cat((base, adapted)), atol=1e-3, rtol=1e-3)
     assert (adapted - base).norm() > 1e-3 * base.norm()

@@ -18,7 +18,7 @@ from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
 from torch import Tensor
 
 from lib_delta.core.deltas import PromptWeights, map_changes, select_images
-from lib_delta.core.guidance import DenoiseStep
+from lib_delta.core.steps import DenoiseStep
 from lib_delta.devices import free_memory, indexed
 from lib_delta.diffusion.families import Family
 from lib_delta.diffusion.parameterization import denoised_of, from_timestep_space, per_image

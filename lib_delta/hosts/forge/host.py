@@ -19,7 +19,7 @@ import torch
 from modules import script_callbacks, shared
 from torch import Tensor
 
-from lib_delta.core.guidance import DenoiseStep
+from lib_delta.core.steps import DenoiseStep
 from lib_delta.devices import indexed
 from lib_delta.diffusion.latent_spaces import LATENT_STRIDE
 from lib_delta.errors import DeltaError

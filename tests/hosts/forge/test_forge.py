@@ -16,6 +16,7 @@ pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose s
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
 
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.diffusion.families import Family
 from lib_delta.errors import DeltaError, SettingError
 from tests.support.stand_in_device import DEVICE, stand_in_device
@@ -86,7 +87,7 @@ def test_other_extensions_functions_come_before_and_stay(webui: WebUI) -> None:
         webui.shared.sd_model = None
         webui.use("base")
     assert len(called) == 3
-    assert webui.host.status().endswith("; the main model alone has what test_forge does")
+    assert webui.host.status().endswith("; test_forge changes only the main model")
     webui.generate(DELTA)
     assert "alone" not in webui.host.status()
 
@@ -135,9 +136,9 @@ def test_guidance_that_another_extension_leaves_out(
     steps, left_out = itertools.count(), []
     original = Source.deltas
 
-    def deltas(self: Source, x: Any, sigma: Any, cfg_scale: float, step: int, *skipped: bool) -> Any:
-        left_out.append(skipped[0])
-        return original(self, x, sigma, cfg_scale, step, *skipped)
+    def deltas(self: Source, step: SourceStep) -> Any:
+        left_out.append(step.uncond_skipped)
+        return original(self, step)
 
     def leave_out(model: Any, cond: Any, uncond: Any, *others: Any) -> tuple[Any, ...]:
         return model, cond, None if next(steps) % 3 in in_steps else uncond, *others

@@ -14,6 +14,7 @@ pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose s
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
 
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.errors import SettingError
 from tests.support.stand_in_webui import FORGES, WebUI, relative
 
@@ -30,9 +31,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, float, floa
     seen: list[tuple[torch.Size, float, float]] = []
     original = Source.deltas
 
-    def deltas(self: Source, x: Any, sigma: Any, cfg_scale: float, *more: Any) -> Any:
-        seen.append((x.shape, float(sigma.max()), cfg_scale))
-        return original(self, x, sigma, cfg_scale, *more)
+    def deltas(self: Source, step: SourceStep) -> Any:
+        seen.append((step.x.shape, float(step.sigma.max()), step.cfg_scale))
+        return original(self, step)
 
     monkeypatch.setattr(Source, "deltas", deltas)
     return seen

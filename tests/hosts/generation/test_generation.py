@@ -13,6 +13,7 @@ pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose s
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
 
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.errors import CheckpointError, DeltaError, SettingError
 from tests.support.generations import DELTA, HIRES, assert_exact, init_latents
 from tests.support.small_files import Files
@@ -27,9 +28,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     asked: list[int] = []
     original = Source.deltas
 
-    def deltas(self: Source, x: Any, sigma: Any, cfg_scale: float, step: int = 0, *skipped: bool) -> Any:
-        asked.append(step)
-        return original(self, x, sigma, cfg_scale, step, *skipped)
+    def deltas(self: Source, step: SourceStep) -> Any:
+        asked.append(step.step)
+        return original(self, step)
 
     monkeypatch.setattr(Source, "deltas", deltas)
     return asked
@@ -308,9 +309,9 @@ def test_what_the_infotext_says(webui: WebUI) -> None:
 def deltas_with(monkeypatch: pytest.MonkeyPatch, at_step: int, what: Any) -> None:
     original = Source.deltas
 
-    def deltas(self: Source, x: Any, sigma: Any, cfg_scale: float, step: int = 0, *skipped: bool) -> Any:
-        deltas = original(self, x, sigma, cfg_scale, step, *skipped)
-        if step < at_step:
+    def deltas(self: Source, step: SourceStep) -> Any:
+        deltas = original(self, step)
+        if step.step < at_step:
             return deltas
         if isinstance(what, BaseException):
             raise what
@@ -386,10 +387,10 @@ def test_a_fault_in_the_hires_pass_takes_the_claim_back(webui: WebUI, monkeypatc
     webui.shared.opts.delta_sampling_on_error = "go on without"
     original = Source.deltas
 
-    def deltas(self: Source, x: Any, *rest: Any) -> Any:
-        if x.shape[-1] > 8:
+    def deltas(self: Source, step: SourceStep) -> Any:
+        if step.x.shape[-1] > 8:
             raise MemoryError
-        return original(self, x, *rest)
+        return original(self, step)
 
     monkeypatch.setattr(Source, "deltas", deltas)
     made = webui.generate(DELTA, **HIRES)

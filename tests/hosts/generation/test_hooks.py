@@ -15,6 +15,7 @@ pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose s
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
 
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.errors import DeltaError
 from tests.support.stand_in_device import DEVICE, stand_in_device
 from tests.support.stand_in_webui import WebUI, relative
@@ -62,10 +63,10 @@ def test_autocast_around_the_sampling_changes_nothing_of_the_delta(webui: WebUI)
     asked: list[torch.Tensor] = []
     original = Source.deltas
 
-    def deltas(self: Source, *given: Any, **named: Any) -> Any:
+    def deltas(self: Source, step: SourceStep) -> Any:
         x, sigma = torch.full((1, 4, 8, 8), 0.5), torch.tensor([2.0])
-        asked.append(original(self, x, sigma, 4.0)[0])
-        return original(self, *given, **named)
+        asked.append(original(self, SourceStep(x, sigma, 4.0))[0])
+        return original(self, step)
 
     recipe = {**DELTA, "loras": "ink:0.7:end=0.4"}
     with pytest.MonkeyPatch.context() as patch:
@@ -112,8 +113,8 @@ def test_a_fault_lets_go_of_what_the_step_had_computed(webui: WebUI, monkeypatch
     webui.shared.opts.delta_sampling_on_error = "go on without"
     left: list[weakref.ref[torch.Tensor]] = []
 
-    def deltas(self: Source, x: torch.Tensor, *given: Any, **named: Any) -> Any:
-        activations = torch.zeros_like(x)
+    def deltas(self: Source, step: SourceStep) -> Any:
+        activations = torch.zeros_like(step.x)
         left.append(weakref.ref(activations))
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
@@ -147,9 +148,9 @@ def test_equal_main_prompts_leave_the_side_models_guidance(webui: WebUI, sampler
     asked: list[bool] = []
     original = Source.deltas
 
-    def deltas(self: Source, x: Any, sigma: Any, cfg_scale: float, *given: Any, **named: Any) -> Any:
-        asked.append(bool(given[1] if len(given) > 1 else named.get("uncond_skipped", False)))
-        return original(self, x, sigma, cfg_scale, *given, **named)
+    def deltas(self: Source, step: SourceStep) -> Any:
+        asked.append(step.uncond_skipped)
+        return original(self, step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Source, "deltas", deltas)

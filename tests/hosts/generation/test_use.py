@@ -181,7 +181,7 @@ NOTHING: dict[str, dict[str, Any]] = {
 def test_a_delta_of_zero_is_not_claimed(webui: WebUI, delta: dict[str, Any]) -> None:
     made = webui.generate({**DELTA, **delta})
     assert torch.equal(made.images, webui.latents()) and "Delta" not in made.infotexts[0]
-    assert "nothing told the base and the adapted model apart" in said(made)
+    assert "the base and the adapted model did not differ" in said(made)
     assert "nothing told" in webui.host.status().splitlines()[-1]
 
 
@@ -241,9 +241,9 @@ def test_errors_are_shown_as_sentences(webui: WebUI) -> None:
 NO_STEP: dict[str, tuple[dict[str, Any], str]] = {
     "between two steps": ({"start": 0.9, "end": 0.95}, "no step lies between start 0.9 and end 0.95"),
     "at one point": ({"start": 0.4, "end": 0.4}, "they are at 0, 0.33, 0.67, 1)"),
-    "no hires pass": ({"hires": "hires pass"}, "the delta is wanted in the hires pass alone, and there was none"),
-    "a curve of 0": ({"curve": "linear", "curve_start": 0.0, "curve_end": 0.0}, "the curve leaves nothing"),
-    "no LoRA": ({"loras": "ink:1:start=0.4:end=0.4"}, "no LoRA counts"),
+    "no hires pass": ({"hires": "hires pass"}, "the delta is enabled only for the hires pass, and there was none"),
+    "a curve of 0": ({"curve": "linear", "curve_start": 0.0, "curve_end": 0.0}, "the curve makes lambda 0"),
+    "no LoRA": ({"loras": "ink:1:start=0.4:end=0.4"}, "no LoRA and no unit is active"),
 }
 
 
@@ -505,7 +505,7 @@ def test_the_status_names_who_changes_the_main_models_inside(
     monkeypatch.setattr(attention, "forward", around(attention.forward, REGIONS))
     monkeypatch.setattr(holder, "apply_model", around(holder.apply_model, MIXTURE))
     webui.generate(DELTA, **changes)
-    said = "the main model alone has what multidiffusion-upscaler, sd-webui-regional-prompter do"
+    said = "multidiffusion-upscaler, sd-webui-regional-prompter change only the main model"
     assert said in webui.host.status() and webui.callbacks.swallowed == []
 
 
