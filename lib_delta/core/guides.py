@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lib_delta.core.strength import PROGRESS_TOLERANCE
+from lib_delta.core.strength import covers
 from lib_delta.errors import SettingError
 from lib_delta.models.injection import Injection
 
@@ -69,6 +69,4 @@ class TimedGuide:
 
 def is_active(guide: Guide, progress: float) -> bool:
     """Return whether a guide is active at ``progress`` (0 to 1); only a :class:`TimedGuide` can be inactive."""
-    if not isinstance(guide, TimedGuide):
-        return True
-    return guide.start - PROGRESS_TOLERANCE <= progress <= guide.end + PROGRESS_TOLERANCE
+    return not isinstance(guide, TimedGuide) or covers(guide.start, guide.end, progress)

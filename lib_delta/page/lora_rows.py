@@ -16,7 +16,7 @@ from typing import Any
 
 from lib_delta.errors import SettingError
 from lib_delta.request.lora_recipe import Pick, format_picks, parse_picks, quoted, written
-from lib_delta.request.request import MAIN_PROMPT
+from lib_delta.request.setting_choices import MAIN_PROMPT
 
 WEIGHT_STEP = 0.05
 

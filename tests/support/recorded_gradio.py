@@ -1,4 +1,4 @@
-"""Stands in for gradio where it is not installed: widgets remember what they were made of and what they trigger."""
+"""A stand-in for gradio, which is not installed here: widgets record their arguments and their events."""
 
 import sys
 import types
@@ -37,7 +37,7 @@ def update(**changes):
 
 
 def use_recorded_gradio():
-    """Put it in the place of gradio."""
+    """Install the stand-in as the module ``gradio``."""
     module = types.ModuleType("gradio")
     module.__version__ = "3.41.2"
     for name in WIDGETS:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lib_delta.controls.control_map import ControlMap
 from lib_delta.controls.picture_file import pixels, pixels_of, read_picture
 from lib_delta.errors import SettingError, shown
-from lib_delta.request.control_unit import RESIZES
+from lib_delta.request.setting_choices import RESIZES, ResizeChoice
 
 LONGEST_PATH = 4096  # in characters; what is longer is base64
 JUST_RESIZE = 3  # img2img's resize modes are those of units, and one more: resized as latents
@@ -75,7 +75,7 @@ def _decoded_base64(text: str, name: str) -> bytes:
         ) from error
 
 
-def own_pictures(p: Any) -> tuple[list[Tensor], str]:
+def own_pictures(p: Any) -> tuple[list[Tensor], ResizeChoice]:
     """Return img2img's own pictures as they are sampled, and how they are brought to size; none in txt2img."""
     taken = [pixels_of(picture, "img2img's picture", WHITE) for picture in getattr(p, "init_images", None) or []]
     region = _region(p)

@@ -113,9 +113,9 @@ class Units:
             unit.weight,
             unit.start,
             unit.end,
-            unit.mode,  # type: ignore[arg-type]
+            unit.mode,
             resize,
-            unit.weight_type,  # type: ignore[arg-type]
+            unit.weight_type,
             encoders(),
             own_mask(p),
             larger,

@@ -15,7 +15,8 @@ from lib_delta.hosts.generation.state import axes_of
 from lib_delta.hosts.settings import option
 from lib_delta.request.lora_recipe import format_picks
 from lib_delta.request.passes import Passes
-from lib_delta.request.request import NONE, Request
+from lib_delta.request.request import Request
+from lib_delta.request.setting_choices import NONE
 
 LORA_WEIGHT_AXIS = "lora_weight"
 # Axes whose cells may be left with no adaptation.

@@ -13,8 +13,9 @@ from lib_delta.hosts.files.catalog import Catalog
 from lib_delta.hosts.generation.state import axes_of, request_of
 from lib_delta.hosts.generation.xyz_cell import is_xyz_cell, write_infotext_of_grid
 from lib_delta.request.control_unit import format_units
+from lib_delta.request.infotext import LORA_HASHES, NOT_APPLIED, infotext_labels
 from lib_delta.request.passes import Passes
-from lib_delta.request.request import LORA_HASHES, NOT_APPLIED, Request, infotext_labels
+from lib_delta.request.request import Request
 
 
 class Infotext:

@@ -23,8 +23,9 @@ from lib_delta.hosts.generation.nested_runs import LastRun
 from lib_delta.hosts.generation.state import REQUEST_ATTRIBUTE, RUN_ATTRIBUTE, clear_request, request_of
 from lib_delta.hosts.generation.xyz_cell import LastCell, error_images, is_xyz_cell
 from lib_delta.hosts.settings import max_cached_bases, one_of
+from lib_delta.request.infotext import NOT_APPLIED
 from lib_delta.request.passes import Passes
-from lib_delta.request.request import NOT_APPLIED, Request
+from lib_delta.request.request import Request
 from lib_delta.request.setting_choices import ON_ERROR, STOP
 
 if TYPE_CHECKING:

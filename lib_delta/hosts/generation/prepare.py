@@ -19,9 +19,9 @@ from lib_delta.hosts.generation.run import Run
 from lib_delta.hosts.prompts.encoder import CachedEncoder
 from lib_delta.hosts.prompts.pass_prompts import prompts_per_pass, side_prompts, without_networks
 from lib_delta.hosts.settings import one_of, option, warn_once
-from lib_delta.request.lora_recipe import Pick
+from lib_delta.request.lora_recipe import Active, Pick
 from lib_delta.request.passes import Passes
-from lib_delta.request.request import Active, Request
+from lib_delta.request.request import Request
 from lib_delta.request.setting_choices import ADAPTER_FORMS
 from lib_delta.runtime.compiling import compile_unet
 from lib_delta.runtime.side_model import AdapterPick, SideModel
@@ -106,7 +106,7 @@ def _set_controls(host: Host, p: Any, passes: Passes, model: SideModel, request:
         bridge = choose_bridge(
             model.report.family,
             family,
-            form=request.bridge,  # type: ignore[arg-type]
+            form=request.bridge,
             size=request.side_size,
             autoencoders=host.tiny_autoencoders(),
         )

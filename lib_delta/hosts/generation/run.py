@@ -27,8 +27,8 @@ from lib_delta.errors import DeltaError, NotFiniteError
 from lib_delta.hosts.generation.main_model import MainModel
 from lib_delta.models.forked_layers import set_tiling
 from lib_delta.models.unet import merge_tokens
+from lib_delta.request.lora_recipe import Active
 from lib_delta.request.passes import Passes
-from lib_delta.request.request import Active
 from lib_delta.runtime.side_model import SideModel, user_error
 
 # The settings page's name of each precision, and the precisions with a wider range.

@@ -16,7 +16,9 @@ import pytest
 pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose samplers the stand-ins run")
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
 
-from lib_delta.request.request import NONE, SETTINGS, Request
+from lib_delta.request.fields import SETTINGS
+from lib_delta.request.request import Request
+from lib_delta.request.setting_choices import NONE
 from tests.support.small_files import Files, make_files
 from tests.support.stand_in_webui import WebUI, running
 
