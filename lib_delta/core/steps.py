@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ class SourceStep:
     sigma: Tensor
     cfg_scale: float
     step: int = 0
+    _: KW_ONLY
     uncond_skipped: bool = False
     uncond_zero: bool = False
 
@@ -56,10 +57,13 @@ class DenoiseStep:
     cfg_scale: float
     progress: float
     step: int = 0
+    _: KW_ONLY
     uncond_skipped: bool = False
     uncond_zero: bool = False
     levels: int = 0
 
     def for_source(self, x: Tensor, sigma: Tensor) -> SourceStep:
         """Return the step for the source, whose latents are ``x`` ``(N, C, H, W)`` at ``sigma`` ``(N,)``."""
-        return SourceStep(x, sigma, self.cfg_scale, self.step, self.uncond_skipped, self.uncond_zero)
+        return SourceStep(
+            x, sigma, self.cfg_scale, self.step, uncond_skipped=self.uncond_skipped, uncond_zero=self.uncond_zero
+        )

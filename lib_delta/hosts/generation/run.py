@@ -20,7 +20,7 @@ from lib_delta.core.pass_delta import PassDelta
 from lib_delta.core.source import Source
 from lib_delta.core.step_stats import PendingStats, StepStats, Stopwatch
 from lib_delta.core.steps import DenoiseStep
-from lib_delta.core.strength import PROGRESS_TOLERANCE
+from lib_delta.core.strength import covers
 from lib_delta.devices import without_autocast
 from lib_delta.diffusion.families import Family
 from lib_delta.errors import DeltaError, NotFiniteError
@@ -152,14 +152,15 @@ class Run:
         with self.guarded(f"step {step.step + 1} of Delta Sampling"), without_autocast(step.x.device):
             source, main = self._activate(step.progress, hires), target()
             self._follow(main)
+            bridge = self.bridge(main)
             changes = self._pass_delta(hires).changes(
                 replace(step, levels=self.levels.get(hires, 0)),
                 main,
                 source=source,
-                bridge=self.bridge(main),
+                bridge=bridge,
                 stopwatch=stopwatch,
             )
-            self.bridge_line = describe_bridge(self.bridge(main), main.family, *step.x.shape[-2:])
+            self.bridge_line = describe_bridge(bridge, main.family, *step.x.shape[-2:])
             self.steps += 1
         return changes
 
@@ -258,7 +259,7 @@ class Run:
             return f"the delta is enabled only for the {only} pass, and there was none"
         pass_delta = self._pass_deltas[hires]
         points = sorted(set(pass_delta.points))
-        if not any(request.start - PROGRESS_TOLERANCE <= point <= request.end + PROGRESS_TOLERANCE for point in points):
+        if not any(covers(request.start, request.end, point) for point in points):
             at = ", ".join(f"{point:.2g}" for point in points[:8]) + (", ..." if len(points) > 8 else "")
             return f"no step lies between start {request.start:g} and end {request.end:g} (they are at {at})"
         if not any(pass_delta.strength.at(point) for point in points):
