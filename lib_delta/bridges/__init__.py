@@ -5,10 +5,8 @@ noise is known.  A bridge maps the clean part into the source's latent and noise
 no second state is carried along and every sampler of the target works as it is.
 """
 
-from lib_delta.bridges.base import Bridge, Crossing
+from lib_delta.bridges.base import Bridge, BridgeForm, BridgeSettings, Crossing
 from lib_delta.bridges.choose import (
-    BRIDGE_FORMS,
-    BridgeForm,
     SideSize,
     bridge_status,
     choose_bridge,
@@ -19,13 +17,14 @@ from lib_delta.bridges.composed import Composed
 from lib_delta.bridges.identity import IdentityBridge
 from lib_delta.bridges.learned import LearnedBridge
 from lib_delta.bridges.noise_limit import NoiseLimitBridge
+from lib_delta.bridges.registry import form_names
 from lib_delta.bridges.resolution import Noise, ResolutionBridge
 from lib_delta.bridges.scale import ScaleBridge
 
 __all__ = [
-    "BRIDGE_FORMS",
     "Bridge",
     "BridgeForm",
+    "BridgeSettings",
     "Composed",
     "Crossing",
     "IdentityBridge",
@@ -38,5 +37,6 @@ __all__ = [
     "bridge_status",
     "choose_bridge",
     "describe_bridge",
+    "form_names",
     "reachable_spaces",
 ]

@@ -34,3 +34,6 @@ class IdentityBridge(SameSize):
 
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
         return delta
+
+
+SAME_SIZE = IdentityBridge()

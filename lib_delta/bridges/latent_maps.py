@@ -75,8 +75,6 @@ class StateMap(nn.Module, ABC):
     Some know the source's latent of the picture at half the size as well, which no average is.
     """
 
-    label = "learned bridge"
-
     @property
     @abstractmethod
     def channels(self) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -11,8 +11,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lib_delta.bridges.base import Bridge, Crossing
-from lib_delta.bridges.identity import IdentityBridge
+from lib_delta.bridges.base import Bridge, BridgeForm, BridgeSettings, Crossing
+from lib_delta.bridges.identity import SAME_SIZE
 from lib_delta.bridges.int8_weights import unpacked
 from lib_delta.bridges.latent_maps import DifferenceMap, set_circular, state_map
 from lib_delta.devices import without_autocast
@@ -23,14 +23,12 @@ from lib_delta.files.weight_file import WeightFile
 from lib_delta.models.loading import load_weights
 
 WEIGHTS = Path(__file__).with_name("weights")
-SAME_SIZE = IdentityBridge()
+LABEL = "learned bridge"
 MapT = TypeVar("MapT", bound=nn.Module)
 
 
 class StateMapping(Protocol):
     """A module of torch that maps a target's clean latents ``(N, A, H, W)`` to the source's ``(N, B, h, w)``."""
-
-    label: str
 
     @property
     def channels(self) -> tuple[int, int]:
@@ -55,10 +53,7 @@ class LearnedBridge:
     difference: DifferenceMap
     name: str = "learned"
     resolution: Bridge = SAME_SIZE
-
-    @property
-    def label(self) -> str:
-        return self.state.label
+    label: str = LABEL
 
     def source_size(self, height: int, width: int) -> tuple[int, int]:
         return self.resolution.source_size(height, width)
@@ -122,6 +117,15 @@ def load_bridge(path: Path, tiled: bool = False) -> LearnedBridge:
         set_circular(state)
         set_circular(difference)
     return LearnedBridge(state, difference, path.stem)
+
+
+def learned_bridge(settings: BridgeSettings) -> LearnedBridge:
+    """Return the bridge whose maps come with the extension."""
+    bridge = load_bridge(weights_path(settings.source, settings.target), settings.tiled)
+    return replace(bridge, resolution=settings.resolution)
+
+
+LEARNED = BridgeForm("learned", LABEL, learned_bridge)
 
 
 def _loaded_map(map_of: Callable[[Shapes], MapT], file: WeightFile, name: str) -> MapT:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from lib_delta.bridges.base import Crossing
+from lib_delta.bridges.base import BridgeForm, BridgeSettings, Crossing
 from lib_delta.bridges.identity import SameSize
 from lib_delta.errors import SettingError
 
@@ -35,7 +35,7 @@ class ScaleBridge(SameSize):
 
     @property
     def label(self) -> str:
-        return f"scale alone ({self.form})"
+        return _label(self.form)
 
     def to_source(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor, Crossing]:
         if self.form == "same_snr":
@@ -44,3 +44,23 @@ class ScaleBridge(SameSize):
 
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
         return delta / self.k
+
+
+def _label(form: ScaleForm) -> str:
+    return f"scale only ({form})"
+
+
+def _scale_form(name: ScaleForm) -> BridgeForm:
+    def make(settings: BridgeSettings) -> ScaleBridge:
+        start, end = settings.source, settings.target
+        if start.channels != end.channels:
+            raise SettingError(
+                f"latents of {start.label} and {end.label} differ in more than scale: "
+                f"the form must be learned or taesd, not {name}"
+            )
+        return ScaleBridge(start.scale_factor / end.scale_factor, name)
+
+    return BridgeForm(name, _label(name), make, resizes=False)
+
+
+PUBLISHED, SAME_SNR = _scale_form("published"), _scale_form("same_snr")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib_delta.bridges.area_average import averaged
-from lib_delta.bridges.base import Bridge
+from lib_delta.bridges.base import BridgeForm, BridgeSettings
 from lib_delta.bridges.latent_maps import set_circular
 from lib_delta.bridges.learned import LearnedBridge, load_bridge, weights_path
 from lib_delta.diffusion.latent_spaces import Space
@@ -19,6 +19,7 @@ from lib_delta.errors import CheckpointError, SettingError
 from lib_delta.files.weight_file import FileState
 from lib_delta.models import taesd
 
+LABEL = "TAESD bridge"
 TINY = {Space.SD1: "taesd", Space.SDXL: "taesdxl", Space.SD3: "taesd3", Space.FLUX1: "taef1"}
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
 # A picture that has gone through a pair that belongs together agrees with itself by .89 and more, and one through a
@@ -31,8 +32,6 @@ class ThroughPixels(nn.Module):
 
     The picture is averaged to the size that is wanted, for pictures can be where latents cannot.
     """
-
-    label = "TAESD bridge"
 
     def __init__(self, decoder: nn.Module, encoder: nn.Module, channels: tuple[int, int]) -> None:
         super().__init__()
@@ -50,18 +49,22 @@ class ThroughPixels(nn.Module):
         return encoded
 
 
-def taesd_bridge(
-    source: Space, target: Space, folder: Path | None, resolution: Bridge, tiled: bool = False
-) -> LearnedBridge:
+def taesd_bridge(settings: BridgeSettings) -> LearnedBridge:
     """Return the bridge over the tiny autoencoders of a folder, whose files are read once while they stay the same.
 
     Deltas go back by the learned map, which carries them better than pictures do.
     Raises :class:`SettingError` where one is missing, and :class:`CheckpointError` where one is another file than its
     name says.
     """
-    files = tuple(FileState.of(_taesd_file(folder, *wanted)) for wanted in ((target, "decoder"), (source, "encoder")))
-    difference = load_bridge(weights_path(source, target), tiled).difference
-    return LearnedBridge(_loaded(*files, source, target, tiled), difference, "taesd", resolution)
+    source, target, folder = settings.source, settings.target, settings.autoencoders
+    decoder = FileState.of(_taesd_file(folder, target, "decoder"))
+    encoder = FileState.of(_taesd_file(folder, source, "encoder"))
+    state = _loaded(decoder, encoder, source, target, tiled=settings.tiled)
+    difference = load_bridge(weights_path(source, target), settings.tiled).difference
+    return LearnedBridge(state, difference, "taesd", settings.resolution, LABEL)
+
+
+TAESD = BridgeForm("taesd", LABEL, taesd_bridge)
 
 
 def _taesd_file(folder: Path | None, space: Space, part: str) -> Path:
@@ -78,7 +81,7 @@ def _taesd_file(folder: Path | None, space: Space, part: str) -> Path:
 
 
 @lru_cache(maxsize=8)
-def _loaded(decoder: FileState, encoder: FileState, source: Space, target: Space, tiled: bool) -> ThroughPixels:
+def _loaded(decoder: FileState, encoder: FileState, source: Space, target: Space, *, tiled: bool) -> ThroughPixels:
     parts = _part(decoder.path, "decoder", target), _part(encoder.path, "encoder", source)
     _check_fit(*parts, source, target, f"{decoder.path.name} and {encoder.path.name}")
     state = ThroughPixels(*parts, (target.channels, source.channels))

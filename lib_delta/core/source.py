@@ -55,7 +55,9 @@ class Source:
         self.guides = tuple(guides)
         self._evaluator = Evaluator(unet, self.guides)
         self._schedules = [as_schedule(base)] if adapted is None else [as_schedule(base), as_schedule(adapted)]
-        self._joined: LRUCache[tuple[int, ...], tuple[tuple[Conditioning, ...], JoinedConditioning]] = LRUCache()
+        self._joined: LRUCache[tuple[int, ...], tuple[tuple[Conditioning, ...], JoinedConditioning]] = LRUCache(
+            max_count=MAX_CACHED_PROMPTS
+        )
         # The source with only some of its guides, by which of them are active.
         self._at_progress: dict[tuple[bool, ...], Source] = {}
 
@@ -126,5 +128,4 @@ class Source:
             # The conditioning is cached too, so that no other object gets its id.
             cached = conditioning, join_branches(list(conditioning), batch)
             self._joined.put(key, cached)
-            self._joined.evict(MAX_CACHED_PROMPTS)
         return cached[1]

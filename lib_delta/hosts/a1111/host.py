@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,9 +130,15 @@ class Automatic1111(Host):
         If a hires pass follows, ``p.sample`` decodes, enlarges and encodes in between.  WebUIs before 1.10 do not
         call this; there the side model leaves after ``p.sample``.
         """
-        run, sampler = run_of(p), getattr(p, "sampler", None)
-        if run is not None and sampler is not None:
-            _call_at_end(sampler, lambda: run.afterwards(OFFLOADING, lambda: self._end_pass(run, p)))
+        sampler = getattr(p, "sampler", None)
+        if run_of(p) is not None and sampler is not None:
+            # Without the run: the traceback of an error in it would keep the side model in memory.
+            _call_at_end(sampler, partial(self._sampler_ended, p))
+
+    def _sampler_ended(self, p: Any) -> None:
+        run = run_of(p)
+        if run is not None:
+            run.afterwards(OFFLOADING, partial(self._end_pass, run, p))
 
     def _move_to_device(self, run: Run, latents: Tensor) -> None:
         """Move the side model to its device, whole or block by block; ``latents`` are the main model's."""

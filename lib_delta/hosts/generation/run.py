@@ -133,8 +133,8 @@ class Run:
                 self.model.report.family,
                 target.family,
                 limit,
-                request.bridge,
-                request.side_size,
+                form=request.bridge,
+                size=request.side_size,
                 tiled=target.tiled,
                 autoencoders=self.autoencoders,
             )
