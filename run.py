@@ -1,13 +1,13 @@
 """Run one part of this repository.
 
-    python run.py demo|train|evaluate|bench|test|test-newest|test-browser|test-gpu|lint [arguments of the part]
+    python run.py demo|train|evaluate|bench|test|test-newest|test-browser|test-quick|test-gpu|lint [arguments]
 
 The first call makes a virtual environment beside this file (.venv) and installs pinned requirements into it; later
-calls start at once. `test` without arguments runs on all cores. It ends with `test-newest`, the same tests in a second
-environment, on the newest torch, and with `test-browser`, the accordion in Chromium on the gradio of each WebUI, which
-has an environment for each. `test-gpu` checks what only a card can tell, in minutes, and prints a table;
-`tests/gpu/check.py` is the same for a WebUI's own Python. Only the standard library is used, in words that an old
-Python understands, so that it can say what is needed.
+calls start at once. `test` without arguments uses all cores, and then runs `test-newest` (the same tests on the newest
+torch) and `test-browser` (the accordion in Chromium, on the gradio of each WebUI), each in its own environment.
+`test-quick` runs the tests that need no torch, in seconds. `test-gpu` checks the graphics card in a few minutes and
+prints a table; `tests/gpu/check.py` does the same with a WebUI's Python. This script uses only the standard library and
+syntax that an old Python understands, so that it can say which Python is needed.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-SERVED = ("3.11", "3.10")  # torch 2.1.2, which the WebUIs run, has no wheels for later ones
+SUPPORTED = ("3.11", "3.10")  # the WebUIs' torch 2.1.2 has no wheels for later ones
 
-# What each part needs (a file in requirements/) and runs.
+# Each part: its requirements (a file in requirements/), and its commands.
 PARTS = {
     "demo": ("demo", [["-m", "demo"]]),
     "train": ("demo", [["-m", "demo.train"]]),
@@ -29,24 +29,26 @@ PARTS = {
     "bench": ("demo", [["-m", "bench"]]),
     "test": ("test", [["-m", "pytest"]]),
     "test-gpu": ("test", [["tests/gpu/check.py"]]),
-    "lint": ("test", [["-m", "ruff", "check"], ["-m", "mypy"]]),
+    "lint": ("test", [["-m", "ruff", "check"], ["-m", "ruff", "format", "--check"], ["-m", "mypy"]]),
 }
 
-# More environments for tests: requirements, the Pythons they are for, and what is tested there if nothing is named.
+# Tests in other environments: requirements, supported Pythons, and the default arguments.
 MORE_TESTS = {
-    "test-newest": [("newest", SERVED[:1], [])],
-    "test-browser": [("gradio3", SERVED, ["tests/browser"]), ("gradio4", SERVED, ["tests/browser"])],
+    "test-newest": [("newest", SUPPORTED[:1], [])],
+    "test-browser": [("gradio3", SUPPORTED, ["tests/browser"]), ("gradio4", SUPPORTED, ["tests/browser"])],
+    "test-quick": [("quick", ("3.13", "3.12", *SUPPORTED), ["tests/request", "tests/page"])],
 }
+AFTER_TEST = ("test-newest", "test-browser")  # `test` without arguments runs these as well
 NO_TESTS = 5  # pytest's status where none could run; its output says why
 
-# Threads of OpenMP and of BLAS spin while they wait, so where processes outnumber cores they keep each other from
-# work: all parts but demo, which draws alone, have one a process. torch reads this when it is imported.
+# Threads of OpenMP and BLAS spin while they wait. If processes outnumber cores, they slow each other down, so every
+# part but demo (a single process) runs one thread per process. torch reads these variables when it is imported.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-MOST_WORKERS = 8  # each holds a torch and models of its own, up to 2 GB
+MAX_WORKERS = 8  # each loads torch and its models, up to 2 GB
 
 
 class UnavailableError(Exception):
-    """An environment that cannot be had here; the message says what is needed."""
+    """An environment that can't be made here; the message says what is needed."""
 
 
 def main() -> int:
@@ -55,7 +57,7 @@ def main() -> int:
     if name not in PARTS and name not in MORE_TESTS:
         print("usage: python run.py " + "|".join([*PARTS, *MORE_TESTS]) + " [arguments of the part]")
         return 0 if name in ("-h", "--help") else 2
-    # Ctrl-C reaches the part as well, which may have work to save: wait for it instead of dying first.
+    # Ctrl-C also reaches the part, which may have work to save: wait for it.
     signal.signal(signal.SIGINT, lambda *_: None)
     try:
         status = run_more(name, arguments) if name in MORE_TESTS else run_part(name, arguments)
@@ -63,7 +65,7 @@ def main() -> int:
         say(str(error))
         return 1
     if name == "test" and not arguments:
-        for more in MORE_TESTS:
+        for more in AFTER_TEST:
             status = status or run_more_where_possible(more)
     return status
 
@@ -71,7 +73,7 @@ def main() -> int:
 def run_part(name: str, arguments: list) -> int:
     """Run every command of a part, and return the first exit status that is not 0."""
     requirements, commands = PARTS[name]
-    python = environment(".venv", requirements, SERVED)
+    python = environment(".venv", requirements, SUPPORTED)
     # Files named on the command line are the caller's; tests and lint are about this folder.
     folder = ROOT if requirements == "test" else Path.cwd()
     if name == "test" and not arguments:
@@ -82,7 +84,7 @@ def run_part(name: str, arguments: list) -> int:
 
 
 def run_more(name: str, arguments: list) -> int:
-    """Run tests in environments of their own; those that need a package not there skip themselves."""
+    """Run tests in other environments; tests skip themselves if a package is missing there."""
     status = 0
     for requirements, versions, default in MORE_TESTS[name]:
         python = environment(".venv-" + requirements, requirements, versions)
@@ -92,9 +94,9 @@ def run_more(name: str, arguments: list) -> int:
 
 
 def side_by_side() -> list:
-    """Return what has pytest run a process for each core; a file's tests stay together, and so what they share."""
-    # A running WebUI is one, and knows one caller at a time.
-    workers = 1 if os.environ.get("WEBUI_URL") else min(cores(), MOST_WORKERS)
+    """Return pytest's arguments for one process per core; the tests of a file share a process and their fixtures."""
+    # There is only one running WebUI, and it answers one caller at a time.
+    workers = 1 if os.environ.get("WEBUI_URL") else min(cores(), MAX_WORKERS)
     return ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
 
 
@@ -104,7 +106,7 @@ def cores() -> int:
 
 
 def run_more_where_possible(name: str) -> int:
-    """Run further tests; only CI insists that what they need can be had."""
+    """Run tests in other environments; only CI fails if their packages can't be installed."""
     try:
         status = run_more(name, [])
     except UnavailableError as error:
@@ -114,7 +116,7 @@ def run_more_where_possible(name: str) -> int:
 
 
 def environment(folder: str, requirements: str, versions: tuple) -> str:
-    """Return the Python of an environment that has what requirements/<requirements>.txt names, made if need be."""
+    """Return the Python of an environment with requirements/<requirements>.txt, and make it if necessary."""
     venv, wanted = ROOT / folder, ROOT / "requirements" / f"{requirements}.txt"
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp, digest = venv / f"installed-{requirements}", hashlib.sha256(wanted.read_bytes()).hexdigest()
@@ -123,8 +125,8 @@ def environment(folder: str, requirements: str, versions: tuple) -> str:
     if not python.exists() or not any(venv.glob("installed-*")):  # none, or one that was left half made
         make_venv(venv, versions)
     say(f"installing requirements/{wanted.name} into {folder} (this once)")
-    # The files list all that is needed, so nothing else may come along: k-diffusion asks for wandb, and wandb for more.
-    # Modules are compiled when they are imported; all that is in packages would be a third of the installation's time.
+    # The files list every dependency. --no-deps keeps out wandb, which k-diffusion requires and only its training uses.
+    # --no-compile saves a third of the time; modules are compiled when they are imported.
     install = ["-m", "pip", "install", "--disable-pip-version-check", "--no-compile", "--no-deps", "-r", str(wanted)]
     if call([str(python), *install], ROOT, {}):
         raise UnavailableError(
@@ -136,7 +138,7 @@ def environment(folder: str, requirements: str, versions: tuple) -> str:
 
 
 def make_venv(venv: Path, versions: tuple) -> None:
-    """Make an empty virtual environment with one of the Python versions, in place of what is there."""
+    """Make an empty virtual environment with one of the Python versions; replace an existing one."""
     python = find_python(versions)
     say(f"making {venv.name} with " + " ".join(python))
     if call([*python, "-m", "venv", "--clear", str(venv)], ROOT, {}):
@@ -144,7 +146,7 @@ def make_venv(venv: Path, versions: tuple) -> None:
 
 
 def find_python(versions: tuple) -> list:
-    """Return a command that starts one of the Python versions: this Python, or else one that is found by its name."""
+    """Return a command that starts one of the Python versions: this Python if it fits, else one found by name."""
     running = "{}.{}".format(*sys.version_info)
     if running in versions:
         return [sys.executable]
@@ -157,24 +159,24 @@ def find_python(versions: tuple) -> list:
 
 
 def can_make_venv(python: list) -> bool:
-    """Tell whether a Python starts (a version manager's stub may not) and has the parts that some systems leave out."""
+    """Return whether a Python starts (a version manager's stub may not) and has venv (some systems leave it out)."""
     check = [*python, "-c", "import ensurepip, venv"]
     return subprocess.run(check, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def call(command: list, folder: Path, variables: dict) -> int:
-    """Run a command in a folder, with this repository's modules in reach, and return its exit status.
+    """Run a command in a folder, with this repository on Python's path, and return its exit status.
 
-    ``variables`` of the environment are those that the caller's does not have.
+    ``variables`` are environment variables to set unless the caller has set them.
     """
     environment = {**variables, **os.environ, "PYTHONPATH": str(ROOT)}
-    # Packages are installed without bytecode. Where nobody may leave it, each process compiles torch for itself.
+    # Packages are installed without bytecode. Without this line, every process would compile torch again.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     return subprocess.run(command, cwd=str(folder), env=environment).returncode
 
 
 def say(line: str) -> None:
-    """Print a line of this script's own, in order with those of the commands that it runs."""
+    """Print a line of this script, in order with the lines of its commands."""
     print("run.py: " + line, flush=True)
 
 

@@ -59,13 +59,13 @@ def test_changed_requirements_are_installed_into_the_same_environment(calls: Cal
 
 
 def test_an_environment_that_was_left_half_made_is_made_again(calls: Calls) -> None:
-    run.make_venv(run.ROOT / ".venv", run.SERVED)
+    run.make_venv(run.ROOT / ".venv", run.SUPPORTED)
     run.run_part("demo", [])
     assert words(calls[1:]) == ["venv", "install", "demo"]
 
 
 def test_a_failed_install_is_one_sentence_and_is_tried_again(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    run.make_venv(run.ROOT / ".venv", run.SERVED)
+    run.make_venv(run.ROOT / ".venv", run.SUPPORTED)
     monkeypatch.setattr(run, "call", lambda command, *_: int("install" in command))
     for _ in range(2):
         with pytest.raises(run.UnavailableError, match=r"pip could not install requirements/demo\.txt"):
@@ -76,7 +76,7 @@ def test_another_python_hears_which_are_served(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "version_info", (3, 13, 0))
     monkeypatch.setattr(run.shutil, "which", lambda name: None)
     with pytest.raises(run.UnavailableError, match=r"Python 3\.10 or 3\.11 is needed, this is 3\.13"):
-        run.find_python(run.SERVED)
+        run.find_python(run.SUPPORTED)
 
 
 @pytest.mark.parametrize(("ci", "status"), [("true", run.NO_TESTS), ("", 0)])
@@ -101,7 +101,7 @@ def test_the_accordion_is_tried_on_both_gradio_versions(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("failing", ["ruff", "mypy"])
-def test_lint_runs_both_checks_and_fails_with_either(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lint_runs_all_checks_and_fails_with_any(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: Calls = []
 
     def call(command: list[str], *_: object) -> int:
@@ -111,7 +111,7 @@ def test_lint_runs_both_checks_and_fails_with_either(failing: str, monkeypatch: 
     monkeypatch.setattr(run, "environment", lambda *names: "python")
     monkeypatch.setattr(run, "call", call)
     assert run.run_part("lint", []) == 1
-    assert len(ran) == 2
+    assert len(ran) == 3
 
 
 @pytest.fixture

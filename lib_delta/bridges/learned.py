@@ -135,5 +135,5 @@ def _loaded_map(map_of: Callable[[Shapes], MapT], file: WeightFile, name: str) -
             module = map_of(file.shapes)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{name} holds no bridge (no usable entry {error})") from error
-    load_weights(module, unpacked(file), name, torch.float32, "cpu")
+    load_weights(module, unpacked(file), name)
     return module

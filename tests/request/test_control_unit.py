@@ -15,18 +15,12 @@ from lib_delta.controls.control_map import ResizeMode
 from lib_delta.controls.guides import Mode, WeightType
 from lib_delta.errors import SettingError
 from lib_delta.request import control_unit
-from lib_delta.request.control_unit import (
-    MODES,
-    RESIZES,
-    UNIT_FIELDS,
-    WEIGHT_TYPES,
-    Unit,
-    format_units,
-    parse_units,
-    read_unit,
-)
-from lib_delta.request.request import SETTINGS, Request, from_infotext
+from lib_delta.request.control_unit import Unit, format_units, parse_units, read_unit
+from lib_delta.request.fields import SETTINGS, UNIT_FIELDS
+from lib_delta.request.infotext import from_infotext
+from lib_delta.request.request import Request
 from lib_delta.request.schema import schema
+from lib_delta.request.setting_choices import MODES, RESIZES, WEIGHT_TYPES
 
 CANNY = Unit(True, model="control_v11p_sd15_canny", preprocessor="canny", weight=0.8, end=0.6)
 
@@ -101,9 +95,9 @@ def test_what_cannot_be_read_is_told(recipe: str, sentence: str) -> None:
     [
         ({"weight": 3}, "unit 2 has weight 3: a number from 0 to 2 is needed"),
         ({"weight": None}, "unit 2 has weight null"),
-        ({"start": 0.8, "end": 0.2}, "unit 2 is to count from 0.8 to 0.2"),
+        ({"start": 0.8, "end": 0.2}, "unit 2 has start 0.8 and end 0.2"),
         ({"mode": "strong"}, 'unit 2 has mode "strong"'),
-        ({"resolution": 8}, "unit 2 has resolution 8: a number from 64 to 4096, or -1 for its own, is needed"),
+        ({"resolution": 8}, "unit 2 has resolution 8: a number from 64 to 4096, or -1 for the"),
         ({"weight_type": 7}, "unit 2 has weight_type 7"),
         ({"pixel_perfect": "yes"}, 'unit 2 has pixel_perfect "yes": true or false is needed'),
     ],

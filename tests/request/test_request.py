@@ -12,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib_delta.errors import SettingError
+from lib_delta.request.fields import SETTINGS, UNITS
+from lib_delta.request.infotext import from_infotext, infotext_labels
 from lib_delta.request.passes import Passes
-from lib_delta.request.request import BRIDGES, Request, from_infotext, infotext_labels
+from lib_delta.request.request import Request
 from lib_delta.request.schema import schema
+from lib_delta.request.setting_choices import BRIDGES
 
 
 def test_named_and_positional_arguments_say_the_same():
@@ -52,7 +55,7 @@ def test_wrong_arguments_give_a_sentence_that_names_the_key(arguments, sentence)
 
 def test_the_schema_knows_every_key_and_accepts_the_defaults():
     described = schema()["properties"]
-    assert list(described) == [f.metadata["key"] for f in fields(Request)]
+    assert list(described) == [f.key for f in (*SETTINGS, UNITS)]
     defaults = {key: about["default"] for key, about in described.items()}
     assert Request.from_named(json.loads(json.dumps(defaults))) == Request(enabled=True)
 
