@@ -1,4 +1,4 @@
-"""The published code's assumption about SDXL: latents that differ by a factor."""
+"""The published code's assumption about SDXL: its latents differ by a factor only."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ ScaleForm = Literal["same_snr", "published"]
 
 @dataclass(frozen=True)
 class ScaleBridge(SameSize):
-    """The latents agree up to their scale factors, which is not so of the released SD 1.x and SDXL.
+    """Assume that latents agree up to their scale factors, which is wrong for the released SD 1.x and SDXL.
 
-    It is kept for parity with the published code, and to compare.  ``k`` is the source's scale factor
-    over the target's.  The ``same_snr`` form scales the whole state, ``x_s = k * x`` at ``k * sigma``.
-    The ``published`` form (the node that comes with arXiv 2512.03056) keeps the noise level:
-    ``x_s = k * denoised + sigma * noise`` at ``sigma``.
+    This form exists for parity with the published code, and for comparison.  ``k`` is the source's scale factor divided
+    by the target's.  "same_snr" scales the whole state: ``x_s = k * x`` at ``k * sigma``.  "published" (the node that
+    comes with arXiv 2512.03056) preserves the noise level: ``x_s = k * denoised + sigma * noise`` at ``sigma``.
     """
 
     k: float

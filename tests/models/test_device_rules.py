@@ -199,7 +199,7 @@ def manual_cast(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("space", [Space.SDXL, Space.SD3, Space.FLUX1])
 def test_a_host_that_casts_by_hand_leaves_bridges_as_they_are(space: Space, tiled: bool) -> None:
-    bridge = load_bridge(weights_path(Space.SD1, space), tiled)
+    bridge = load_bridge(weights_path(Space.SD1, space), tiled=tiled)
     state, difference = bridge.state, bridge.difference
     assert isinstance(state, nn.Module)
     before = {name: weight.clone() for part in (state, difference) for name, weight in part.state_dict().items()}
