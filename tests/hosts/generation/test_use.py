@@ -500,7 +500,7 @@ def test_the_status_names_who_changes_the_main_models_inside(
     walk = host_module.patched_forwards
     monkeypatch.setattr(host_module, "patched_forwards", lambda model: walked.append(model) or walk(model))
     webui.generate(DELTA, **changes)
-    assert "change only the main model" not in webui.host.status()
+    assert "only the main model" not in webui.host.status()
     assert len(walked) == (2 if changes else 1), "once for each pass, and not for each step"
     monkeypatch.setattr(attention, "forward", around(attention.forward, REGIONS))
     monkeypatch.setattr(holder, "apply_model", around(holder.apply_model, MIXTURE))
