@@ -15,7 +15,7 @@ from lib_delta.hosts.files.catalog import Catalog
 from lib_delta.hosts.generation.lifecycle import Lifecycle
 from lib_delta.hosts.generation.main_model import MainModel
 from lib_delta.hosts.generation.prompt_tags import register_tag
-from lib_delta.hosts.prompts.text_engine import TextEngine, TextEngineCache
+from lib_delta.hosts.prompts.text_engine import TextEngine
 from lib_delta.hosts.settings import base_cache_bytes, max_cached_bases, one_of
 from lib_delta.request.presets import Presets
 from lib_delta.request.setting_choices import FP8, PLACEMENTS, PRECISIONS, STREAMED
@@ -36,7 +36,7 @@ class Host(ABC):
         self.catalog = Catalog(self.units.files)
         self.lifecycle = Lifecycle(self)
         self._models: SideModels | None = None
-        self._text_engines = TextEngineCache(self.make_text_engine)
+        self._text_engine: tuple[SideModel, TextEngine] | None = None
 
     # What differs from WebUI to WebUI.
 
@@ -90,7 +90,8 @@ class Host(ABC):
 
     def forget(self, dropped: Sequence[SideModel]) -> None:
         """Drop all references to these side models."""
-        self._text_engines.forget(dropped)
+        if self._text_engine is not None and any(self._text_engine[0] is model for model in dropped):
+            self._text_engine = None
 
     # The script's hooks.
 
@@ -119,7 +120,9 @@ class Host(ABC):
 
     def text_engine(self, model: SideModel) -> TextEngine:
         """Return the WebUI's prompt code around the side model's text encoder, made once for each model."""
-        return self._text_engines.get(model)
+        if self._text_engine is None or self._text_engine[0] is not model:
+            self._text_engine = model, self.make_text_engine(model)
+        return self._text_engine[1]
 
     def side_device(self) -> torch.device:
         """Return the device that the side model computes on."""
