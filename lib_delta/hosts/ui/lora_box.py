@@ -10,7 +10,7 @@ import gradio as gr
 from modules.ui_components import FormRow
 
 from lib_delta.hosts import host
-from lib_delta.hosts.ui.widgets import QUIET, refresh_button
+from lib_delta.hosts.ui.widgets import HIDDEN, QUIET, ROW, refresh_button
 from lib_delta.page.lora_rows import BoxTexts, add_lora, apply_edit, render_rows
 from lib_delta.request.request import NONE
 
@@ -20,7 +20,7 @@ class LoraBox:
 
     def __init__(self, elem_id: Callable[[str], str], default: str) -> None:
         """Make them; ``elem_id`` completes a name to the id of an element of the tab."""
-        with gr.Row(elem_classes=["delta-sampling-row"]):
+        with gr.Row(**ROW):
             with gr.Column(min_width=240), FormRow():
                 self.loras = gr.Textbox(
                     label="LoRAs",
@@ -47,10 +47,9 @@ class LoraBox:
         gr.Checkbox(label="A click on a LoRA's card adds it here", value=False, elem_id=elem_id("cards"))
         # The script of the page writes what was done with a row or a card into the box, and clicks the first button;
         # the second when an answer that came late has left the rows of an older text.
-        hidden = {"elem_classes": ["delta-sampling-hidden"]}
-        self.edit = gr.Textbox(label="Edit of the LoRAs", elem_id=elem_id("edit"), **hidden)
-        self.apply = gr.Button("Edit the LoRAs", elem_id=elem_id("apply_edit"), **hidden)
-        self.redraw = gr.Button("Show the LoRAs anew", elem_id=elem_id("redraw_picked"), **hidden)
+        self.edit = gr.Textbox(label="Edit of the LoRAs", elem_id=elem_id("edit"), **HIDDEN)
+        self.apply = gr.Button("Edit the LoRAs", elem_id=elem_id("apply_edit"), **HIDDEN)
+        self.redraw = gr.Button("Show the LoRAs anew", elem_id=elem_id("redraw_picked"), **HIDDEN)
         self.edit.do_not_save_to_config = True
 
     def connect(self, prompt: Any, negative_prompt: Any, prompts: Any) -> None:

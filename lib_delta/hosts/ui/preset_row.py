@@ -14,7 +14,7 @@ from lib_delta.hosts import host
 from lib_delta.hosts.settings import option, units_shown
 from lib_delta.hosts.ui import unit_box
 from lib_delta.hosts.ui.unit_box import UnitBox, restoring
-from lib_delta.hosts.ui.widgets import QUIET, refresh_button
+from lib_delta.hosts.ui.widgets import HIDDEN, MESSAGE, QUIET, ROW, refresh_button
 from lib_delta.request.control_unit import RECIPE_FIELDS, UNIT_FIELDS
 from lib_delta.request.presets import SAVED
 from lib_delta.request.request import NONE, Request
@@ -27,7 +27,7 @@ class PresetRow:
 
     def __init__(self, elem_id: Callable[[str], str]) -> None:
         """Make them; ``elem_id`` completes a name to the id of an element of the tab."""
-        with gr.Row(elem_classes=["delta-sampling-row"]):
+        with gr.Row(**ROW):
             with gr.Column(min_width=240), FormRow():
                 self.name = gr.Dropdown(
                     label="Preset",
@@ -44,11 +44,9 @@ class PresetRow:
                     label="Save preset as", placeholder="a name", lines=1, elem_id=elem_id("preset_name")
                 )
                 self.save = ToolButton(SAVE, elem_id=elem_id("save_preset"))
-        self.said = gr.HTML("", elem_id=elem_id("preset_said"), elem_classes=["delta-sampling-said"])
+        self.said = gr.HTML("", elem_id=elem_id("preset_said"), **MESSAGE)
         # The script of the page clicks it once, when the page is there.
-        self.default = gr.Button(
-            "Load the default preset", elem_id=elem_id("default_preset"), elem_classes=["delta-sampling-hidden"]
-        )
+        self.default = gr.Button("Load the default preset", elem_id=elem_id("default_preset"), **HIDDEN)
         for widget in (self.name, self.saved_as):
             widget.do_not_save_to_config = True
 

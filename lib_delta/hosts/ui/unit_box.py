@@ -13,7 +13,7 @@ from modules.ui_components import FormRow
 from lib_delta.errors import DeltaError
 from lib_delta.hosts import host
 from lib_delta.hosts.settings import units_shown
-from lib_delta.hosts.ui.widgets import GRADIO_4, QUIET, ROW, refresh_button
+from lib_delta.hosts.ui.widgets import GRADIO_4, MESSAGE, QUIET, ROW, refresh_button
 from lib_delta.request.control_unit import (
     MAX_UNIT_WEIGHT,
     MODES,
@@ -83,7 +83,7 @@ class UnitTab:
             w["enabled"] = gr.Checkbox(label=f"Enable unit {number}", value=False, elem_id=elem_id("enabled"))
             self._checkbox("pixel_perfect", "Pixel perfect map", default)
             preview = gr.Button("Preview the map", size="sm", elem_id=elem_id("preview"))
-        said = gr.HTML("", elem_id=elem_id("said"), elem_classes=["delta-sampling-said"])
+        said = gr.HTML("", elem_id=elem_id("said"), **MESSAGE)
         self._files(default)
         with gr.Row(**ROW):
             self._slider("weight", "Weight", MAX_UNIT_WEIGHT, default)

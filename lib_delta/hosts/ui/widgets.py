@@ -1,4 +1,4 @@
-"""What several parts of the accordion share."""
+"""Parts that several boxes of the accordion share."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 import gradio as gr
 from modules.ui_common import create_refresh_button
 
-QUIET = {"queue": False, "show_progress": "hidden"}
+GRADIO_4 = int(gr.__version__.split(".")[0]) >= 4
+QUIET = {"queue": False, "show_progress": "hidden"}  # arguments of an event
+# Arguments of a row; of a widget that only the page's script uses; of a line with a message.
+ROW = {"elem_classes": ["delta-sampling-row"]}
+HIDDEN = {"elem_classes": ["delta-sampling-hidden"]}
+MESSAGE = {"elem_classes": ["delta-sampling-said"]}
 
 
 def refresh_button(dropdown: Any, refresh: Callable[[], None], choices: Callable[[], list[str]], elem_id: str) -> None:
-    """Make the WebUI's button that looks for what a dropdown offers anew."""
+    """Make the WebUI's refresh button for a dropdown.  ``refresh`` updates the list that ``choices`` returns."""
 
-    def fresh() -> dict[str, Any]:  # in the form that the widget has them in: gradio 4 keeps a label with each
+    def update() -> dict[str, Any]:  # with labels if the dropdown has them: gradio 4 stores (label, value) pairs
         labelled = any(isinstance(choice, tuple) for choice in dropdown.choices)
         return {"choices": [(choice, choice) if labelled else choice for choice in choices()]}
 
-    create_refresh_button(dropdown, refresh, fresh, elem_id)
-
-
-GRADIO_4 = int(gr.__version__.split(".")[0]) >= 4
-ROW = {"elem_classes": ["delta-sampling-row"]}
+    create_refresh_button(dropdown, refresh, update, elem_id)

@@ -229,15 +229,16 @@ def test_the_default_preset_is_loaded_when_the_page_is_there(webui):
 
 
 def test_prompts_unfold_when_a_picture_has_filled_them(webui):
-    unfold = webui.module().unfold
+    unfold = webui.hosts("accordion").unfold_prompts
     assert unfold({"Delta lambda": "1", "Delta prompt": "ink"})["open"] is True
     assert "open" not in unfold({"Delta lambda": "1"})
 
 
 def test_the_status_is_text_and_not_markup(webui):
     webui.host.loaded = ["<b>"]
-    assert webui.module().status_html() == "<div>loaded: &lt;b&gt; on cpu, 1.6 GB</div>"
-    assert webui.module().unload_html() == "<div>1.6 GB were given back</div><div>nothing is loaded</div>"
+    accordion = webui.hosts("accordion")
+    assert accordion.status_html() == "<div>loaded: &lt;b&gt; on cpu, 1.6 GB</div>"
+    assert accordion.unload_html() == "<div>1.6 GB were given back</div><div>nothing is loaded</div>"
 
 
 def test_the_settings_page_has_the_documented_defaults(webui):
@@ -282,16 +283,16 @@ def test_checkpoints_that_cannot_be_a_base_are_behind_all(webui):
 
 
 def test_adetailers_passes_run_the_script_unless_the_user_does_not_want_it(webui):
-    opts, module = webui.shared.opts, webui.module()
-    module.join_adetailer()
+    opts, app = webui.shared.opts, SimpleNamespace(routes=[])
+    webui.callbacks.call("app_started", None, app)
     assert "ad_script_names" not in opts.data, "without ADetailer there is no list"
     opts.data_labels["ad_script_names"] = SimpleNamespace(default="dynamic_prompting,wildcards")
     opts.data["delta_sampling_adetailer"] = False
-    module.join_adetailer()
+    webui.callbacks.call("app_started", None, app)
     assert "ad_script_names" not in opts.data
     opts.data["delta_sampling_adetailer"] = True
     for _ in range(2):
-        module.join_adetailer()
+        webui.callbacks.call("app_started", None, app)
     assert opts.data["ad_script_names"] == "dynamic_prompting,wildcards,delta_sampling"
 
 
