@@ -1,14 +1,12 @@
-"""Bridges: the target's noisy state seen in the source's latent space, and the delta carried back.
+"""Bridges show the target's noisy state to the source in the source's latent space, and carry the delta back.
 
-The target's own step gives all that is needed: from ``x``, ``sigma`` and its denoised estimate, the
-noise is known.  A bridge maps the clean part into the source's latent and noises it again there, so
-no second state is carried along and every sampler of the target works as it is.
+The target's step holds all the information: ``x``, ``sigma`` and the denoised estimate determine the noise. A bridge
+maps the clean part to the source's latent space and adds noise again there. So no second state is carried along, and
+every sampler of the target works unchanged.
 """
 
-from lib_delta.bridges.base import Bridge, Crossing
+from lib_delta.bridges.base import Bridge, BridgeForm, BridgeSettings, Crossing
 from lib_delta.bridges.choose import (
-    BRIDGE_FORMS,
-    BridgeForm,
     SideSize,
     bridge_status,
     choose_bridge,
@@ -19,13 +17,14 @@ from lib_delta.bridges.composed import Composed
 from lib_delta.bridges.identity import IdentityBridge
 from lib_delta.bridges.learned import LearnedBridge
 from lib_delta.bridges.noise_limit import NoiseLimitBridge
+from lib_delta.bridges.registry import form_names
 from lib_delta.bridges.resolution import Noise, ResolutionBridge
 from lib_delta.bridges.scale import ScaleBridge
 
 __all__ = [
-    "BRIDGE_FORMS",
     "Bridge",
     "BridgeForm",
+    "BridgeSettings",
     "Composed",
     "Crossing",
     "IdentityBridge",
@@ -38,5 +37,6 @@ __all__ = [
     "bridge_status",
     "choose_bridge",
     "describe_bridge",
+    "form_names",
     "reachable_spaces",
 ]

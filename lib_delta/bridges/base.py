@@ -1,19 +1,23 @@
-"""What a bridge is: the target's noisy state seen in the source's latent space, and the delta carried back."""
+"""The interface of bridges, and how a form of bridge declares itself."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from lib_delta.diffusion.latent_spaces import Space
+
 
 @dataclass(frozen=True)
 class Crossing:
-    """What a bridge remembers of one step.
+    """A bridge's record of one step, which carries the delta back.
 
-    ``denoised`` is the source's clean part, ``target`` what it was made from where the way back needs
-    its size, ``parts`` the crossings of a bridge's parts, if it has parts.
+    ``denoised`` is the clean part in the source's space.  ``target`` is the clean part in the target's space, if the
+    way back needs it.  ``parts`` are the crossings of a composed bridge's parts.
     """
 
     denoised: Tensor
@@ -21,21 +25,21 @@ class Crossing:
     target: Tensor | None = None
 
     def of(self, images: Tensor) -> Crossing:
-        """Return the crossing of as many states as ``images`` ``(M,)`` has numbers, each one's that of its image."""
+        """Return the crossing of the rows ``images`` ``(M,)``, which are numbers of images."""
         images = images.to(self.denoised.device)
         target = None if self.target is None else self.target[images]
         return Crossing(self.denoised[images], tuple(part.of(images) for part in self.parts), target)
 
 
 class Bridge(Protocol):
-    """The way from the target's latent to the source's and back, for one step at a time.
+    """The way from the target's latent space to the source's and back, for one step at a time.
 
-    Bridges are pure functions: what a step needs of its state travels in the crossing.
+    Bridges are pure functions: the state of a step travels in its :class:`Crossing`.
     """
 
     @property
     def label(self) -> str:
-        """What the status line calls it; empty for one that leaves latents as they are."""
+        """The bridge's name in the status line; empty for a bridge that only changes size or noise."""
         ...
 
     def to_source(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor, Crossing]:
@@ -43,9 +47,38 @@ class Bridge(Protocol):
         ...
 
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
-        """Map the delta found in the source's latent to the target's."""
+        """Map a delta in the source's space to the target's."""
         ...
 
     def source_size(self, height: int, width: int) -> tuple[int, int]:
-        """Tell how large the source's latents are for a target's of ``height`` and ``width``."""
+        """Return height and width of the source's latents for the target's ``height`` and ``width``."""
         ...
+
+
+@dataclass(frozen=True)
+class BridgeSettings:
+    """The settings from which a bridge between two different spaces is made.
+
+    ``resolution`` changes the size of latents.  ``tiled`` says whether the image's edges meet across from each other.
+    ``autoencoders`` is the folder of tiny autoencoders.
+    """
+
+    source: Space
+    target: Space
+    resolution: Bridge
+    tiled: bool = False
+    autoencoders: Path | None = None
+
+
+@dataclass(frozen=True)
+class BridgeForm:
+    """A form of bridge: its name in requests, its label in the status line, and the function that makes it.
+
+    ``resizes`` says whether the bridge applies ``resolution`` itself.  Such a bridge is fitted to latents of real
+    images, so it maps the target's full noise, and the side model's size may be automatic.
+    """
+
+    name: str
+    label: str
+    make: Callable[[BridgeSettings], Bridge]
+    resizes: bool = True

@@ -1,4 +1,4 @@
-"""The maps that learned bridges are made of: from one latent space to another, for states and for differences."""
+"""The networks of learned bridges, which map states and differences from one latent space to another."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lib_delta.files.stored_file import Shapes
 from lib_delta.models import taesd
 from lib_delta.models.unpatched import Conv2d
 
-REGRESSION_RIDGE = 0.01  # of latents, whose variance is about 1
+REGRESSION_RIDGE = 0.01  # relative to the variance of latents, about 1
 
 
 class Filter(nn.Module):
-    """A linear filter over a latent's surroundings: ``(N, A, H, W)`` to ``(N, B, H, W)``.
+    """A linear filter over a latent's neighbourhood: ``(N, A, H, W)`` to ``(N, B, H, W)``.
 
-    Beyond its edges a latent is continued by them, or by what lies at the other one (:func:`set_circular`).  With a
-    ``stride`` of 2 what comes out is half as large along each side.
+    The edges are padded by replication, or circularly after :func:`set_circular`. A ``stride`` of 2 halves the size
+    along each side.
     """
 
     edges = "replicate"
@@ -37,7 +37,7 @@ class Filter(nn.Module):
 
 
 def set_circular(module: nn.Module) -> None:
-    """Have the convolutions of a map see beyond an edge what lies at the other one, for pictures that can be tiled."""
+    """Make the convolutions of a map pad circularly, for images that can be tiled."""
     for layer in module.modules():
         if isinstance(layer, Filter):
             layer.edges = "circular"
@@ -46,7 +46,7 @@ def set_circular(module: nn.Module) -> None:
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions, and what came in added."""
+    """Two 3x3 convolutions with a skip connection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -64,34 +64,32 @@ def _network(channels_in: int, hidden: int, blocks: int) -> nn.Sequential:
 
 
 def _network_shape(shapes: Shapes) -> tuple[int, int]:
-    """Read width and blocks of a network off its weights' shapes; 0 where there is none."""
+    """Read width and number of blocks of a network off its weight shapes; 0 and 0 if there is no network."""
     blocks = sum(1 for key in shapes if key.startswith("network.") and key.endswith("conv1.weight"))
     return shapes.get("network.0.weight", (0,))[0], blocks
 
 
 class StateMap(nn.Module, ABC):
-    """A target's clean latent ``(N, A, H, W)`` as the source's ``(N, B, H, W)``.
+    """Map the target's clean latent ``(N, A, H, W)`` to the source's ``(N, B, H, W)``.
 
-    Some know the source's latent of the picture at half the size as well, which no average is.
+    Some maps also predict the source's latent of the image at half the size, which differs from an average of latents.
     """
-
-    label = "learned bridge"
 
     @property
     @abstractmethod
     def channels(self) -> tuple[int, int]:
-        """The channels of the target's latents, and of the source's."""
+        """The number of channels of the target's latents, and of the source's."""
 
     @abstractmethod
     def at_same_size(self, z: Tensor) -> Tensor:
-        """Map a latent to one as large."""
+        """Map a latent to one of the same size."""
 
     @abstractmethod
     def at_half_size(self, z: Tensor) -> Tensor | None:
-        """Map a latent to that of the picture at half the size; None where that is not known."""
+        """Map a latent to that of the image at half the size; return None if the map cannot."""
 
     def forward(self, z: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Map a latent, to another ``size`` than its own where one is given."""
+        """Map a latent, and resize it to ``size`` if given."""
         full = tuple(z.shape[-2:])
         if size is not None and full == (2 * size[0], 2 * size[1]) and (halved := self.at_half_size(z)) is not None:
             return halved
@@ -100,7 +98,7 @@ class StateMap(nn.Module, ABC):
 
 
 class FilteredState(StateMap):
-    """A state map that is a filter, and what a small network adds."""
+    """A state map that adds the output of a small network to that of a filter."""
 
     def __init__(
         self, channels_in: int, channels_out: int, width: int = 5, hidden: int = 0, blocks: int = 0, half: int = 0
@@ -113,7 +111,7 @@ class FilteredState(StateMap):
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> FilteredState:
-        """Read the sizes off weight shapes; raises ``KeyError`` or ``ValueError`` if they are of something else."""
+        """Read the sizes off weight shapes; raises ``KeyError`` or ``ValueError`` for another module's."""
         channels_out, channels_in, width, _ = shapes["filter.weight"]
         half = shapes.get("halving.weight", (0,))[-1]
         return cls(channels_in, channels_out, width, *_network_shape(shapes), half)
@@ -132,11 +130,11 @@ class FilteredState(StateMap):
 
 
 class StitchedState(StateMap):
-    """A state map of two tiny autoencoders, without the pictures between them.
+    """A state map of two tiny autoencoders that skips the image between them.
 
-    The first layers of the target's decoder work at the latents' size, as the last of the source's encoder do: a
-    filter leads from what the ones know to what the others need, in place of drawing the picture and looking at it
-    (stitching: Lenc & Vedaldi 2015).  A second one, with a stride of 2, leads to the picture at half the size.
+    The first layers of the target's decoder and the last of the source's encoder work at the latents' size. A filter
+    maps the decoder's features to the encoder's, which replaces drawing the image and encoding it (stitching: Lenc &
+    Vedaldi 2015). A second filter, with a stride of 2, maps to the image at half the size.
     """
 
     def __init__(self, channels_in: int, channels_out: int, reading: int, writing: int, width: int, half: int) -> None:
@@ -148,7 +146,7 @@ class StitchedState(StateMap):
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> StitchedState:
-        """Read the sizes off weight shapes; raises ``KeyError`` or ``ValueError`` if they are of something else."""
+        """Read the sizes off weight shapes; raises ``KeyError`` or ``ValueError`` for another module's."""
         reading, writing = (
             sum(1 for key in shapes if key.startswith(part) and key.endswith("conv.0.weight"))
             for part in ("reading.", "writing.")
@@ -163,7 +161,7 @@ class StitchedState(StateMap):
         return self.middle.weight.shape[1] - taesd.CHANNELS, last.weight.shape[0]
 
     def known(self, z: Tensor) -> Tensor:
-        """Return what the filters are given of a latent: what the decoder's layers read in it, and itself."""
+        """Return the filters' input: the features of the decoder's layers, and the latent."""
         return torch.cat((self.reading(z), z), 1)
 
     def at_same_size(self, z: Tensor) -> Tensor:
@@ -176,17 +174,17 @@ class StitchedState(StateMap):
 
 
 def state_map(shapes: Shapes) -> StateMap:
-    """Return the state map, of either kind, that has weights of these shapes; raises as its ``from_shapes`` does."""
+    """Return the state map, of either kind, for weights of these shapes; raises the errors of its ``from_shapes``."""
     kind = StitchedState if "middle.weight" in shapes else FilteredState
     return kind.from_shapes(shapes)
 
 
 class DifferenceMap(nn.Module):
-    """A difference of source latents ``(N, A, H, W)`` as one of the target's ``(N, B, H, W)``.
+    """Map a difference of source latents ``(N, A, H, W)`` to one of target latents ``(N, B, H, W)``.
 
-    A filter without offset, and, where there is one, a second that is given besides what the change has in common
-    with the target's latent (:func:`regress_on_state`), whose detail the source's latent lacks.  Both are linear, so
-    that a delta may be of any size, and nothing stays exactly nothing.
+    A filter without bias maps the difference. A second filter, if there is one, also receives the part of it that
+    follows the target's latent (:func:`regress_on_state`), which adds detail that the source's latent lacks. Both are
+    linear in the difference: a delta may have any size, and a delta of 0 stays exactly 0.
     """
 
     def __init__(self, channels_in: int, channels_out: int, width: int = 5, detailed: bool = False) -> None:
@@ -196,12 +194,12 @@ class DifferenceMap(nn.Module):
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> DifferenceMap:
-        """Read the sizes off weight shapes; raises ``KeyError`` or ``ValueError`` if they are of something else."""
+        """Read the sizes off weight shapes; raises ``KeyError`` or ``ValueError`` for another module's."""
         channels_out, channels_in, width, _ = shapes["filter.weight"]
         return cls(channels_in, channels_out, width, "detail.weight" in shapes)
 
     def forward(self, difference: Tensor, target: Tensor) -> Tensor:
-        """Map a difference where the target's clean latent is ``target`` ``(N, B, H, W)``."""
+        """Map a difference at the target's clean latent ``target`` ``(N, B, H, W)``."""
         carried: Tensor = self.filter(difference)
         if self.detail is None:
             return carried
@@ -210,26 +208,28 @@ class DifferenceMap(nn.Module):
 
 
 def regress_on_state(change: Tensor, state: Tensor, edges: str = "replicate") -> Tensor:
-    """Return the part of a change ``(N, B, H, W)`` that follows the state ``(N, B, H, W)``, with the state's detail.
+    """Return the part of a change ``(N, B, H, W)`` that is linear in the state ``(N, B, H, W)``, with the state's
+    detail.
 
-    It is the change's regression, one for each image, on the state and on its average over 3x3 points: where an
-    edit makes of the same colours the same others, as to grey does, this is nearly all of it.
+    For each image, the change is regressed on the state and on its 3x3 average. If an edit maps equal colours to equal
+    colours, as a change to grey does, this part is nearly the whole change.
     """
     soft = F.avg_pool2d(F.pad(state, [1] * 4, mode=edges), 3, 1)
-    known = torch.cat((state, soft), 1).flatten(2).transpose(1, 2)
-    wanted = change.flatten(2).transpose(1, 2)
-    known, mean = known - known.mean(1, keepdim=True), wanted.mean(1, keepdim=True)
-    gram = known.transpose(1, 2) @ known / known.shape[1]
-    moment = known.transpose(1, 2) @ (wanted - mean) / known.shape[1]
+    features = torch.cat((state, soft), 1).flatten(2).transpose(1, 2)
+    changes = change.flatten(2).transpose(1, 2)
+    mean = changes.mean(1, keepdim=True)
+    features = features - features.mean(1, keepdim=True)
+    gram = features.transpose(1, 2) @ features / features.shape[1]
+    moment = features.transpose(1, 2) @ (changes - mean) / features.shape[1]
     ridged = gram + REGRESSION_RIDGE * torch.eye(gram.shape[-1], device=gram.device)
-    return (known @ solve_positive_definite(ridged, moment) + mean).transpose(1, 2).reshape(change.shape)
+    return (features @ solve_positive_definite(ridged, moment) + mean).transpose(1, 2).reshape(change.shape)
 
 
 def solve_positive_definite(matrix: Tensor, right: Tensor) -> Tensor:
-    """Return ``(N, n, m)`` that positive definite matrices ``(N, n, n)`` map to ``right`` ``(N, n, m)``.
+    """Solve ``matrix @ x = right`` for positive definite ``(N, n, n)`` and ``(N, n, m)``; return x ``(N, n, m)``.
 
-    By Gauss-Jordan elimination, which needs no pivots here: not every device has a solver, and those that have one
-    may wait for the device to look whether it succeeded.
+    Uses Gauss-Jordan elimination, which needs no pivots for such matrices. Not every device has a solver, and solvers
+    may wait for the device to check for success.
     """
     count, rows = matrix.shape[-1], torch.cat((matrix, right), 2)
     unit = torch.eye(count, device=matrix.device)

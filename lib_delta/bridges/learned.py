@@ -1,9 +1,9 @@
-"""Bridges between latent spaces of autoencoders that were trained apart, fitted on pairs of encodings."""
+"""Bridges between latent spaces of independently trained autoencoders, fitted on pairs of encodings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -11,8 +11,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lib_delta.bridges.base import Bridge, Crossing
-from lib_delta.bridges.identity import IdentityBridge
+from lib_delta.bridges.base import Bridge, BridgeForm, BridgeSettings, Crossing
+from lib_delta.bridges.identity import SAME_SIZE
 from lib_delta.bridges.int8_weights import unpacked
 from lib_delta.bridges.latent_maps import DifferenceMap, set_circular, state_map
 from lib_delta.devices import without_autocast
@@ -23,18 +23,16 @@ from lib_delta.files.weight_file import WeightFile
 from lib_delta.models.loading import load_weights
 
 WEIGHTS = Path(__file__).with_name("weights")
-SAME_SIZE = IdentityBridge()
+LABEL = "learned bridge"
 MapT = TypeVar("MapT", bound=nn.Module)
 
 
 class StateMapping(Protocol):
-    """A module of torch that maps a target's clean latents ``(N, A, H, W)`` to the source's ``(N, B, h, w)``."""
-
-    label: str
+    """A torch module that maps the target's clean latents ``(N, A, H, W)`` to the source's ``(N, B, h, w)``."""
 
     @property
     def channels(self) -> tuple[int, int]:
-        """A and B."""
+        """The numbers of channels A and B."""
         ...
 
     def __call__(self, z: Tensor, size: tuple[int, int] | None = None) -> Tensor: ...
@@ -44,21 +42,18 @@ class StateMapping(Protocol):
 
 @dataclass(frozen=True)
 class LearnedBridge:
-    """Two maps fitted on the same pictures encoded by both autoencoders (``README.md`` beside this file).
+    """Two maps, fitted on the same images encoded by both autoencoders (see ``weights/README.md``).
 
-    ``state`` maps the target's clean latent ``(N, A, H, W)`` to the source's ``(N, B, h, w)``, of which ``resolution``
-    says how large it is, and what becomes of the noise; ``difference`` maps the source's delta to the target's
-    latent, where that is known.  Both compute in float32, whatever autocast a host runs under.
+    ``state`` maps the target's clean latent ``(N, A, H, W)`` to the source's ``(N, B, h, w)``. ``resolution`` sets h
+    and w, and resizes the noise. ``difference`` maps the source's delta to the target's space, given the target's clean
+    latent. Both maps compute in float32, even if the host runs under autocast.
     """
 
     state: StateMapping
     difference: DifferenceMap
     name: str = "learned"
     resolution: Bridge = SAME_SIZE
-
-    @property
-    def label(self) -> str:
-        return self.state.label
+    label: str = LABEL
 
     def source_size(self, height: int, width: int) -> tuple[int, int]:
         return self.resolution.source_size(height, width)
@@ -87,10 +82,10 @@ class LearnedBridge:
 
 
 def with_channels(noise: Tensor, channels: int) -> Tensor:
-    """Return white noise ``(N, channels, H, W)`` made of white noise ``(N, C, H, W)`` of the same variance.
+    """Return white noise ``(N, channels, H, W)`` made of white noise ``(N, C, H, W)``, of the same variance.
 
-    More channels than are needed are summed in groups; fewer are repeated from elsewhere in the
-    picture, so that no two agree in any place.
+    Surplus channels are summed in groups. Missing channels repeat the noise, shifted so that no two channels agree at
+    any point.
     """
     count = noise.shape[1]
     if channels == count:
@@ -105,15 +100,16 @@ def with_channels(noise: Tensor, channels: int) -> Tensor:
 
 
 def weights_path(source: Space, target: Space) -> Path:
-    """Return where the maps of an ordered pair of spaces are."""
+    """Return the file of the maps for an ordered pair of spaces."""
     return WEIGHTS / f"{source.key}-{target.key}.safetensors"
 
 
 @cache
 def load_bridge(path: Path, tiled: bool = False) -> LearnedBridge:
-    """Read a bridge's file; while the process lives, it is read once for pictures that can be ``tiled``, and once else.
+    """Read a bridge's file; cached for the lifetime of the process, by path and ``tiled``.
 
-    Raises :class:`CheckpointError` if the file is damaged or of another kind.
+    ``tiled`` makes the maps pad circularly, for images that can be tiled. Raises :class:`CheckpointError` for a damaged
+    file or one of another kind.
     """
     with WeightFile.open(path) as file:
         state = _loaded_map(state_map, file.below("state."), path.name)
@@ -122,6 +118,15 @@ def load_bridge(path: Path, tiled: bool = False) -> LearnedBridge:
         set_circular(state)
         set_circular(difference)
     return LearnedBridge(state, difference, path.stem)
+
+
+def learned_bridge(settings: BridgeSettings) -> LearnedBridge:
+    """Return the bridge of the maps that come with the extension."""
+    bridge = load_bridge(weights_path(settings.source, settings.target), settings.tiled)
+    return replace(bridge, resolution=settings.resolution)
+
+
+LEARNED = BridgeForm("learned", LABEL, learned_bridge)
 
 
 def _loaded_map(map_of: Callable[[Shapes], MapT], file: WeightFile, name: str) -> MapT:

@@ -1,4 +1,4 @@
-"""The published code's assumption about SDXL: latents that differ by a factor."""
+"""The published code's assumption about SDXL: its latents differ by a factor only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from lib_delta.bridges.base import Crossing
+from lib_delta.bridges.base import BridgeForm, BridgeSettings, Crossing
 from lib_delta.bridges.identity import SameSize
 from lib_delta.errors import SettingError
 
@@ -16,12 +16,11 @@ ScaleForm = Literal["same_snr", "published"]
 
 @dataclass(frozen=True)
 class ScaleBridge(SameSize):
-    """The latents agree up to their scale factors, which is not so of the released SD 1.x and SDXL.
+    """Assume that latents agree up to their scale factors, which is wrong for the released SD 1.x and SDXL.
 
-    It is kept for parity with the published code, and to compare.  ``k`` is the source's scale factor
-    over the target's.  The ``same_snr`` form scales the whole state, ``x_s = k * x`` at ``k * sigma``.
-    The ``published`` form (the node that comes with arXiv 2512.03056) keeps the noise level:
-    ``x_s = k * denoised + sigma * noise`` at ``sigma``.
+    This form exists for parity with the published code, and for comparison. ``k`` is the source's scale factor divided
+    by the target's. "same_snr" scales the whole state: ``x_s = k * x`` at ``k * sigma``. "published" (the node that
+    comes with arXiv 2512.03056) preserves the noise level: ``x_s = k * denoised + sigma * noise`` at ``sigma``.
     """
 
     k: float
@@ -35,7 +34,7 @@ class ScaleBridge(SameSize):
 
     @property
     def label(self) -> str:
-        return f"scale alone ({self.form})"
+        return _label(self.form)
 
     def to_source(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor, Crossing]:
         if self.form == "same_snr":
@@ -44,3 +43,23 @@ class ScaleBridge(SameSize):
 
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
         return delta / self.k
+
+
+def _label(form: ScaleForm) -> str:
+    return f"scale only ({form})"
+
+
+def _scale_form(name: ScaleForm) -> BridgeForm:
+    def make(settings: BridgeSettings) -> ScaleBridge:
+        start, end = settings.source, settings.target
+        if start.channels != end.channels:
+            raise SettingError(
+                f"latents of {start.label} and {end.label} differ in more than scale: "
+                f"the form must be learned or taesd, not {name}"
+            )
+        return ScaleBridge(start.scale_factor / end.scale_factor, name)
+
+    return BridgeForm(name, _label(name), make, resizes=False)
+
+
+PUBLISHED, SAME_SNR = _scale_form("published"), _scale_form("same_snr")

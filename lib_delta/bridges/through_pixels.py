@@ -1,4 +1,4 @@
-"""States carried over as pictures: decoded by one tiny autoencoder, encoded by another."""
+"""Map states through pixels: one tiny autoencoder decodes them, another encodes the image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib_delta.bridges.area_average import averaged
-from lib_delta.bridges.base import Bridge
+from lib_delta.bridges.base import BridgeForm, BridgeSettings
 from lib_delta.bridges.latent_maps import set_circular
 from lib_delta.bridges.learned import LearnedBridge, load_bridge, weights_path
 from lib_delta.diffusion.latent_spaces import Space
@@ -19,20 +19,19 @@ from lib_delta.errors import CheckpointError, SettingError
 from lib_delta.files.weight_file import FileState
 from lib_delta.models import taesd
 
+LABEL = "TAESD bridge"
 TINY = {Space.SD1: "taesd", Space.SDXL: "taesdxl", Space.SD3: "taesd3", Space.FLUX1: "taef1"}
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
-# A picture that has gone through a pair that belongs together agrees with itself by .89 and more, and one through a
-# pair of which one is of another space by .77 and less.
+# Measured agreement of a test image with itself after encoding and decoding: at least .89 for autoencoders of the
+# right spaces, at most .77 if one belongs to another space.
 MIN_AGREEMENT = 0.83
 
 
 class ThroughPixels(nn.Module):
-    """A target's clean latent is decoded to a picture, and that encoded in the source's space, one at a time.
+    """Decode the target's clean latent to an image and encode that in the source's space, one image at a time.
 
-    The picture is averaged to the size that is wanted, for pictures can be where latents cannot.
+    The image is averaged to the requested size; unlike latents, images can be averaged.
     """
-
-    label = "TAESD bridge"
 
     def __init__(self, decoder: nn.Module, encoder: nn.Module, channels: tuple[int, int]) -> None:
         super().__init__()
@@ -50,24 +49,27 @@ class ThroughPixels(nn.Module):
         return encoded
 
 
-def taesd_bridge(
-    source: Space, target: Space, folder: Path | None, resolution: Bridge, tiled: bool = False
-) -> LearnedBridge:
-    """Return the bridge over the tiny autoencoders of a folder, whose files are read once while they stay the same.
+def taesd_bridge(settings: BridgeSettings) -> LearnedBridge:
+    """Return the bridge through the tiny autoencoders of a folder; unchanged files are read once.
 
-    Deltas go back by the learned map, which carries them better than pictures do.
-    Raises :class:`SettingError` where one is missing, and :class:`CheckpointError` where one is another file than its
-    name says.
+    Deltas return by the learned map, which is more accurate for them than images are. Raises :class:`SettingError` for
+    a missing file, and :class:`CheckpointError` for one whose content does not match its name.
     """
-    files = tuple(FileState.of(_taesd_file(folder, *wanted)) for wanted in ((target, "decoder"), (source, "encoder")))
-    difference = load_bridge(weights_path(source, target), tiled).difference
-    return LearnedBridge(_loaded(*files, source, target, tiled), difference, "taesd", resolution)
+    source, target, folder = settings.source, settings.target, settings.autoencoders
+    decoder = FileState.of(_taesd_file(folder, target, "decoder"))
+    encoder = FileState.of(_taesd_file(folder, source, "encoder"))
+    state = _loaded(decoder, encoder, source, target, tiled=settings.tiled)
+    difference = load_bridge(weights_path(source, target), settings.tiled).difference
+    return LearnedBridge(state, difference, "taesd", settings.resolution, LABEL)
+
+
+TAESD = BridgeForm("taesd", LABEL, taesd_bridge)
 
 
 def _taesd_file(folder: Path | None, space: Space, part: str) -> Path:
     name = f"{TINY[space]}_{part}"
-    found = (folder / f"{name}{ending}" for ending in WEIGHT_SUFFIXES) if folder is not None else ()
-    file = next((path for path in found if path.is_file()), None)
+    candidates = (folder / f"{name}{ending}" for ending in WEIGHT_SUFFIXES) if folder is not None else ()
+    file = next((path for path in candidates if path.is_file()), None)
     if file is None:
         place = "the folder VAE-taesd of the WebUI's models" if folder is None else folder
         raise SettingError(
@@ -78,7 +80,7 @@ def _taesd_file(folder: Path | None, space: Space, part: str) -> Path:
 
 
 @lru_cache(maxsize=8)
-def _loaded(decoder: FileState, encoder: FileState, source: Space, target: Space, tiled: bool) -> ThroughPixels:
+def _loaded(decoder: FileState, encoder: FileState, source: Space, target: Space, *, tiled: bool) -> ThroughPixels:
     parts = _part(decoder.path, "decoder", target), _part(encoder.path, "encoder", source)
     _check_fit(*parts, source, target, f"{decoder.path.name} and {encoder.path.name}")
     state = ThroughPixels(*parts, (target.channels, source.channels))
@@ -100,14 +102,14 @@ def _part(path: Path, part: str, space: Space) -> nn.Module:
 
 @torch.no_grad()
 def _check_fit(decoder: nn.Module, encoder: nn.Module, source: Space, target: Space, names: str) -> None:
-    """Raise :class:`CheckpointError` unless both are of their spaces, which shapes do not tell.
+    """Raise :class:`CheckpointError` unless both belong to their spaces, which shapes do not show.
 
-    A picture is encoded, mapped to the target's space by the learned map and decoded.
+    A test image is encoded, mapped to the target's space by the learned map, and decoded.
     """
     picture = _probe()
     mapped = load_bridge(weights_path(target, source)).state(encoder(picture))
-    both = torch.cat((decoder(mapped), picture)).flatten(2)
-    agreement = float(F.cosine_similarity(*(both - both.mean(2, keepdim=True)).flatten(1).split(1)))
+    images = torch.cat((decoder(mapped), picture)).flatten(2)
+    agreement = float(F.cosine_similarity(*(images - images.mean(2, keepdim=True)).flatten(1).split(1)))
     if not agreement > MIN_AGREEMENT:
         raise CheckpointError(
             f"{names} do not fit together as those of {target.label} and of {source.label} do (a picture that goes "
@@ -116,7 +118,7 @@ def _check_fit(decoder: nn.Module, encoder: nn.Module, source: Space, target: Sp
 
 
 def _probe(side: int = 96) -> Tensor:
-    """Return a picture ``(1, 3, side, side)`` of soft colours."""
+    """Return a test image ``(1, 3, side, side)`` of smooth colours."""
     down, across = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
     waves = 5 * across + 2 * down, math.pi / 2 - 3 * across + 4 * down, 7 * (across - 0.5) ** 2 + 6 * down
     return torch.stack([0.5 + 0.4 * wave.sin() for wave in waves])[None]

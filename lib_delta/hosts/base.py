@@ -407,7 +407,7 @@ class Host(ABC):
             bridge = choose_bridge(
                 model.report.family,
                 family,
-                form=request.bridge,  # type: ignore[arg-type]
+                form=request.bridge,
                 size=request.side_size,
                 autoencoders=self.tiny_autoencoders(),
             )

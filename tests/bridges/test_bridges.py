@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from lib_delta.bridges import (
+    BridgeForm,
+    BridgeSettings,
     Composed,
     IdentityBridge,
     NoiseLimitBridge,
@@ -19,6 +21,8 @@ from lib_delta.bridges import (
     ScaleBridge,
     bridge_status,
     choose_bridge,
+    form_names,
+    registry,
 )
 from lib_delta.bridges.int8_weights import pack, unpacked
 from lib_delta.bridges.latent_maps import FilteredState, StitchedState, state_map
@@ -28,6 +32,7 @@ from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.errors import CheckpointError, SettingError
 from lib_delta.files.weight_file import WeightFile
 from lib_delta.models import taesd
+from lib_delta.request.request import BRIDGES
 from tests.support.tiny_unet import randn
 
 CLEAN, NOISE = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
@@ -196,7 +201,27 @@ def test_the_status_line_tells_space_bridge_and_size() -> None:
     assert bridge_status(Family.SD1, Family.SDXL, 112, 144) == "SDXL latents: learned bridge, 72 x 56"
     assert bridge_status(Family.SD1, Family.CHROMA, 64, 64) == "FLUX.1 latents: learned bridge, 64 x 64"
     assert bridge_status(Family.SD1, Family.SD2, 96, 64) == "SD 1.x/2.x latents: same as the side model's, 64 x 96"
-    assert "scale alone (published)" in bridge_status(Family.SD1, Family.SDXL, 64, 64, form="published")
+    assert "scale only (published)" in bridge_status(Family.SD1, Family.SDXL, 64, 64, form="published")
+
+
+def test_requests_offer_the_forms_of_the_registry() -> None:
+    assert form_names() == BRIDGES
+    assert [form.label for form in registry.FORMS if form.name != "taesd"] == [
+        choose_bridge(Family.SD1, Family.SDXL, form=name, size="picture").label
+        for name in form_names()
+        if name != "taesd"
+    ]
+
+
+def test_a_form_is_added_by_a_line_in_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(settings: BridgeSettings) -> ScaleBridge:
+        assert (settings.source.key, settings.target.key, settings.tiled) == ("sd1", "sdxl", True)
+        return ScaleBridge(3.0)
+
+    added = BridgeForm("threefold", "scale only (threefold)", make)
+    monkeypatch.setattr(registry, "FORMS", (*registry.FORMS, added))
+    made = choose_bridge(Family.SD1, Family.SDXL, 5.0, form="threefold", tiled=True)
+    assert made == Composed((ScaleBridge(3.0), NoiseLimitBridge(5.0)))
 
 
 def test_latents_that_no_bridge_leads_to_are_refused() -> None:

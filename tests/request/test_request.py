@@ -153,12 +153,6 @@ def test_a_picture_that_is_silent_about_the_bridge_was_made_with_latents_that_we
         assert from_infotext(Request(enabled=True, bridge=bridge).infotext(), "bridge") == bridge
 
 
-def test_the_forms_of_bridges_are_those_that_there_are():
-    from lib_delta.bridges import BRIDGE_FORMS
-
-    assert BRIDGES == BRIDGE_FORMS
-
-
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
 def test_a_picture_whose_text_states_no_number_gives_the_default(text: str) -> None:
     assert from_infotext({"Delta lambda": text}, "strength") == 1.0

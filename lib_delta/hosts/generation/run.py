@@ -119,8 +119,8 @@ class Run:
                 self.model.report.family,
                 target.family,
                 limit,
-                request.bridge,  # type: ignore[arg-type]
-                request.side_size,
+                form=request.bridge,
+                size=request.side_size,
                 tiled=target.tiled,
                 autoencoders=self.autoencoders,
             )

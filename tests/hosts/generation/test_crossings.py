@@ -23,7 +23,7 @@ pytest.importorskip("transformers", reason="transformers is not installed, whose
 from k_diffusion import external
 from safetensors.torch import load_file
 
-from lib_delta.bridges import choose_bridge, learned, through_pixels
+from lib_delta.bridges import learned, through_pixels
 from lib_delta.errors import SettingError
 from lib_delta.models import taesd
 from tests.support.small_files import Files, checkpoint, write
@@ -293,7 +293,7 @@ def test_tiles_are_tiles_for_the_bridge(webui: WebUI, monkeypatch: pytest.Monkey
     has_latents_of(monkeypatch, webui, "sdxl")
     seen = []
     original = learned.load_bridge
-    monkeypatch.setattr(choose_bridge, "load", lambda path, tiled=False: seen.append(tiled) or original(path, tiled))
+    monkeypatch.setattr(learned, "load_bridge", lambda path, tiled=False: seen.append(tiled) or original(path, tiled))
     for tiling in (True, False, None):
         seen.clear()
         webui.generate(DELTA, steps=1, tiling=tiling)
