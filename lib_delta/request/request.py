@@ -33,7 +33,7 @@ HIRES_PASSES = ("both", "first pass", "hires pass")
 SIDE_SIZES = ("automatic", "picture")
 OFFERED_SIZES = (*SIDE_SIZES, "512", "640", "768")  # other numbers of pixels can be typed
 # The forms of lib_delta.bridges; pictures of versions that knew no other were made with the last.
-BRIDGES = ("learned", "taesd", "published", "same_snr")
+BRIDGES = ("stitched", "learned", "taesd", "published", "same_snr")
 # The plans of lib_delta.core.delta_reuse, which needs torch.
 QUALITIES = ("exact", "balanced", "fast")
 BETWEEN = ("automatic", "held", "linear")
@@ -106,11 +106,11 @@ class Request:
         sizes=(64, 4096),
     )
     bridge: str = _setting(
-        "learned",
+        BRIDGES[0],
         "bridge",
         "Delta bridge",
-        "how latents of another kind are carried over: by learned maps, over pictures by the WebUI's TAESD files, "
-        "or by scale alone in one of two forms",
+        "how latents of another kind are carried over: stitched (SDXL: a stronger map of the delta; elsewhere as learned), "
+        "learned, taesd (over pictures, by the WebUI's TAESD files), or by scale alone in one of two forms",
         choices=BRIDGES,
     )
     quality: str = _setting(
