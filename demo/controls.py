@@ -36,9 +36,10 @@ from demo.pipeline import (
     with_delta,
 )
 from lib_delta.controls.control_file import load_control
-from lib_delta.controls.control_map import ControlMap, read_picture
+from lib_delta.controls.control_map import ControlMap
 from lib_delta.controls.guides import follow, prompt_by
 from lib_delta.controls.image_encoder import image_tokens, load_image_encoder
+from lib_delta.controls.picture_file import read_picture
 from lib_delta.core.guides import Guide
 from lib_delta.core.strength import Strength
 

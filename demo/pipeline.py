@@ -16,9 +16,10 @@ from lib_delta.adapters.adapter_file import load_adapter
 from lib_delta.adapters.attach import AdaptedTextEncoder, AdapterForm, adapted_text_parameters, attach
 from lib_delta.bridges import Bridge, choose_bridge
 from lib_delta.controls.control_file import load_control
-from lib_delta.controls.control_map import ControlMap, read_picture
+from lib_delta.controls.control_map import ControlMap
 from lib_delta.controls.guides import Mode, follow, prompt_by
 from lib_delta.controls.image_encoder import image_tokens, load_image_encoder
+from lib_delta.controls.picture_file import read_picture
 from lib_delta.core.conditioning import Conditioning
 from lib_delta.core.guidance import DeltaDenoiser, DeltaGuidance
 from lib_delta.core.guides import Guide

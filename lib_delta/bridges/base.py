@@ -17,7 +17,8 @@ class Crossing:
     """A bridge's record of one step, which carries the delta back.
 
     ``denoised`` is the clean part in the source's space.  ``target`` is the clean part in the target's space, if the
-    way back needs it, and ``known`` its reading by the state map, if the way back shares it.  ``parts`` are the crossings of a composed bridge's parts.
+    way back needs it.  ``parts`` are the crossings of a composed bridge's parts.  ``known`` is the state map's reading
+    of ``target``, if the way back shares it.
     """
 
     denoised: Tensor

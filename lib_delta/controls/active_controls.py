@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from lib_delta.controls.control_file import ControlFile, load_control
 from lib_delta.controls.control_map import ControlMap, MapSize, ResizeMode
 from lib_delta.controls.guides import Mode, WeightType, follow, prompt_by
 from lib_delta.controls.image_encoder import choose_encoder, image_tokens, load_image_encoder
+from lib_delta.controls.picture_file import picture_digest
 from lib_delta.core.guides import TimedGuide
 from lib_delta.errors import SettingError
 from lib_delta.files.weight_file import FileState
@@ -107,7 +107,7 @@ class ActiveControls:
         if not isinstance(file.model, IPAdapter):
             return None
         encoder = FileState.of(choose_encoder(file, pick.encoders))
-        key = state, _digest(pick.pictures), encoder
+        key = state, picture_digest(pick.pictures), encoder
         tokens = self._tokens.get(key)
         if tokens is None:
             tokens = image_tokens(file, load_image_encoder(encoder.path), pick.pictures)
@@ -121,11 +121,3 @@ def _combined(file: ControlFile, pictures: Sequence[Tensor]) -> Tensor:
     if len(sizes) > 1:
         raise SettingError(f"the maps for {file.name} are of several sizes, and maps for a batch need the same one")
     return torch.cat(list(pictures))
-
-
-def _digest(pictures: Sequence[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for picture in pictures:
-        digest.update(repr(tuple(picture.shape)).encode())
-        digest.update(picture.detach().cpu().contiguous().float().numpy().tobytes())
-    return digest.hexdigest()

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import math
-import struct
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,14 +14,10 @@ from torch import Tensor
 from lib_delta.controls.line_art import redrawn, two_levels
 from lib_delta.errors import SettingError
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 MapSize = tuple[int, int]  # height first
 ToSize = Callable[[Tensor, int, int], Tensor]
 ResizeMode = Literal["just resize", "crop and resize", "resize and fill"]
 FEW_COLOURS = 200  # up to so many a map has labels for colours (a segmentation), between which there is nothing
-MAX_PIXELS = 64_000_000  # pixels of a picture that is read
 
 
 @dataclass(frozen=True)
@@ -118,79 +109,3 @@ def _few_colours(pictures: Tensor) -> bool:
     assert isinstance(mixed, Tensor)
     count = len(mixed.unique())
     return levels.shape[0] >= 3 and not bool((levels[0] == levels[1]).all()) and 2 < count <= FEW_COLOURS
-
-
-def read_picture(source: Path | bytes, name: str = "", ground: float = 0.0) -> Tensor:
-    """Read a picture file, or what one holds, as ``(1, 3, H, W)`` in [0, 1].
-
-    What is transparent becomes ``ground``: black, as maps have it, or white (1), as pictures of things are seen.
-    Raises :class:`SettingError` for a file that is no picture, or is too large.
-    """
-    from PIL import Image
-
-    named = name or (source.name if isinstance(source, Path) else "a picture")
-    told = str(source) if isinstance(source, Path) else named
-    with _reading(told), Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as picture:
-        return pixels_of(picture, named, ground)
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Turn what PIL raises over a picture's content into :class:`SettingError`."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        yield
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        # The message of this one shows the object that was read from, not what is wrong with it.
-        reason = "it has no format that is known" if isinstance(error, UnidentifiedImageError) else error
-        raise SettingError(f"{name} cannot be read as a picture ({reason}): a .png, .jpg or .webp is needed") from error
-
-
-def pixels_of(picture: Image, name: str, ground: float = 0.0) -> Tensor:
-    """Turn an image of PIL's into ``(1, 3, H, W)`` in [0, 1], upright; as :func:`read_picture`."""
-    if picture.width * picture.height > MAX_PIXELS:
-        raise SettingError(
-            f"{name} has {picture.width} x {picture.height} pixels, and up to {MAX_PIXELS // 10**6} million"
-            " are read: make it smaller"
-        )
-    with _reading(name):
-        array = np.asarray(_plain_mode(_upright(picture)))
-    return pixels(array, ground)
-
-
-def _upright(picture: Image) -> Image:
-    """Turn a picture as its EXIF says; one whose EXIF is broken stays as it is, as in the WebUIs."""
-    from PIL import ImageOps
-
-    try:
-        return ImageOps.exif_transpose(picture)
-    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error):
-        return picture
-
-
-def _plain_mode(picture: Image) -> Image:
-    if picture.mode.startswith(("I", "F")):
-        return picture
-    return picture.convert("RGBA" if "A" in picture.mode or "transparency" in picture.info else "RGB")
-
-
-def pixels(array: np.ndarray, ground: float = 0.0) -> Tensor:  # type: ignore[type-arg]
-    """Turn an array of pixels, ``(H, W)`` or ``(H, W, 1, 3 or 4)``, into ``(1, 3, H, W)`` in [0, 1].
-
-    8 bits, 16 bits (also in 32), and floats in [0, 1] are told apart by type and range.  What is transparent
-    becomes ``ground``.
-    """
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or not array.size:
-        raise SettingError(f"a picture has shape {array.shape}: height, width and 1, 3 or 4 channels are needed")
-    values = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-    if not torch.isfinite(values).all():
-        raise SettingError("a picture has pixels that are no numbers: an ordinary picture is needed")
-    if array.dtype.kind in "iu":
-        values = values / (255.0 if array.dtype == np.uint8 or values.max() <= 255 else 65535.0)
-    values = values.clamp(0, 1)
-    if values.shape[2] == 4:
-        values = values[..., :3] * values[..., 3:] + ground * (1 - values[..., 3:])
-    return values.expand(-1, -1, 3).permute(2, 0, 1)[None].contiguous()

@@ -29,8 +29,9 @@ from lib_delta.models.text import TextEncoder, load_towers
 from lib_delta.models.unet import UNet
 from lib_delta.runtime.placement import CPU, Restorable, Stream, Visit, copy_to_device
 
-# How much of adapter files stays in CPU memory when others are attached, in bytes: a few LoRAs, no checkpoints.
+# Adapter files cached in CPU memory while others are attached: room for a few LoRAs, but no checkpoint.
 ADAPTER_CACHE_BYTES = 512 * 2**20
+MAX_CACHED_PROMPTS_PER_BASE = 16  # passes whose encoded prompts are cached
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,12 @@ class SideModel:
         self.adapters: tuple[AdapterFile, ...] = ()
         self._picks: tuple[AdapterPick, ...] = ()
         self._form: AdapterForm = "merged"
-        self._files: LRUCache[tuple[FileState, int | None], AdapterFile] = LRUCache(AdapterFile.memory)
+        self._files: LRUCache[tuple[FileState, int | None], AdapterFile] = LRUCache(size_of=AdapterFile.memory)
         self._attached: object = None
         self._copy: Restorable | None = None
         self._states: tuple[FileState, ...] = ()
         # What prompts were encoded to, by all that this depends on; for hosts to use.
-        self.prompt_cache: LRUCache[object, Any] = LRUCache(lambda _prompts: 0)
+        self.prompt_cache: LRUCache[object, Any] = LRUCache(max_count=MAX_CACHED_PROMPTS_PER_BASE)
         self.controls = ActiveControls(self.unet)
         # What has to be on the device to sample: the UNet, and the networks of controls, if there are any.
         self.network: nn.Module = self.unet
@@ -115,13 +116,13 @@ class SideModel:
             wanted = [(state, pick.rank) for state, pick in zip(states, picks)]
             found = {key: self._files.get(key) for key in wanted}
             # Large ones that are no longer needed make room before others are read.
-            self._files.evict(ADAPTER_CACHE_BYTES, least=sum(file is not None for file in found.values()))
+            self._files.evict(max_size=ADAPTER_CACHE_BYTES, min_count=sum(file is not None for file in found.values()))
             for state, rank in wanted:
                 read = found[state, rank] or self._read(state.path).with_rank(rank)
                 found[state, rank] = read
                 self._files.put((state, rank), read)
             self.adapters = tuple(file for key in wanted if (file := found[key]) is not None)
-            self._files.evict(ADAPTER_CACHE_BYTES, least=len(found))
+            self._files.evict(max_size=ADAPTER_CACHE_BYTES, min_count=len(found))
         except BaseException:
             self._release()
             raise
@@ -268,7 +269,7 @@ class SideModels:
 
     def __init__(self, let_go: Callable[[Sequence[SideModel]], None] = lambda _dropped: None) -> None:
         self._let_go = let_go
-        self._models: LRUCache[object, SideModel] = LRUCache(lambda model: model.memory)
+        self._models: LRUCache[object, SideModel] = LRUCache(size_of=lambda model: model.memory)
 
     def get(
         self,
@@ -287,18 +288,18 @@ class SideModels:
         model = self._models.get(key)
         if model is None:
             # Room first: two bases at once may be more than fits.  A file is at least about what it takes.
-            self._shrink(room - state.size, limit - 1, least=0)
+            self._evict(max_size=room - state.size, max_count=limit - 1, min_count=0)
             model = SideModel(path, dtype, storage)
             self._models.put(key, model)
-        self._shrink(room, limit)
+        self._evict(max_size=room, max_count=limit)
         return model
 
     def clear(self) -> None:
         """Give everything back."""
-        self._shrink(0, 0, least=0)
+        self._evict(max_size=0, max_count=0, min_count=0)
 
-    def _shrink(self, room: float, limit: float, least: int = 1) -> None:
-        dropped = self._models.evict(room, limit, least)
+    def _evict(self, *, max_size: float, max_count: float, min_count: int = 1) -> None:
+        dropped = self._models.evict(max_size=max_size, max_count=max_count, min_count=min_count)
         if dropped:
             self._let_go(dropped)
             dropped.clear()

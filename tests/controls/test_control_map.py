@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_delta.controls import control_map
-from lib_delta.controls.control_map import ControlMap, pixels, pixels_of, read_picture
+from lib_delta.controls import picture_file
+from lib_delta.controls.control_map import ControlMap
+from lib_delta.controls.picture_file import pixels, pixels_of, read_picture
 from lib_delta.errors import SettingError
 from tests.support.tiny_unet import randn
 
@@ -58,7 +59,7 @@ def test_files_that_are_no_pictures_or_too_large_are_refused(tmp_path: Path, mon
         with pytest.raises(SettingError, match="cannot be read as a picture"):
             read_picture(tmp_path / name)
     Image.fromarray(GREY).save(tmp_path / "large.png")
-    monkeypatch.setattr(control_map, "MAX_PIXELS", 40)
+    monkeypatch.setattr(picture_file, "MAX_PIXELS", 40)
     with pytest.raises(SettingError, match="large.png has 8 x 6 pixels"):
         read_picture(tmp_path / "large.png")
 

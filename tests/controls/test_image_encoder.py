@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib_delta.controls.control_file import load_control
-from lib_delta.controls.control_map import pixels
 from lib_delta.controls.image_encoder import DEVIATION, MEAN, ImageEncoder, image_tokens, load_image_encoder
+from lib_delta.controls.picture_file import pixels
 from lib_delta.errors import AdapterError, CheckpointError, SettingError
 from tests.support.controls import image_tensors, save, their_encoder, transformers
 from tests.support.stand_in_device import DEVICE, stand_in_device

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lib_delta.adapters.attach import AdapterForm, Merged, attach
 from lib_delta.core.source import Source
-from lib_delta.lru_cache import LRUCache
 from lib_delta.models.forked_layers import ForkedLayer
 from lib_delta.models.unet import UNet
 from lib_delta.runtime.placement import CPU, Restorable, Stream, copy_to_device
@@ -141,24 +140,6 @@ def test_fp8_takes_about_half_of_half_precision() -> None:
     _store_as(unet, torch.float8_e4m3fn)
     assert sum(p.nbytes for p in unet.parameters()) < 0.6 * before
     assert unet(X[None].bfloat16(), SIGMA, randn(1, 2, 7, 16).bfloat16()).dtype == torch.bfloat16
-
-
-# What is kept.
-
-
-def test_what_was_used_last_stays_as_far_as_there_is_room() -> None:
-    kept: LRUCache[str, int] = LRUCache(int)
-    for size in (3, 4, 5):
-        kept.put(str(size), size)
-    assert kept.get("3") == 3 and kept.get("7") is None
-    kept.evict(8)
-    assert list(kept) == [5, 3]
-    kept.evict(100, count=1)
-    assert list(kept) == [3]
-    kept.evict(0)
-    assert list(kept) == [3], "what is in use stays, however large it is"
-    kept.evict(0, least=0)
-    assert len(kept) == 0
 
 
 def test_home_is_cpu_memory() -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from lib_delta.controls.control_map import ControlMap, pixels, pixels_of, read_picture
+from lib_delta.controls.control_map import ControlMap
+from lib_delta.controls.picture_file import pixels, pixels_of, read_picture
 from lib_delta.errors import SettingError, shown
 from lib_delta.request.control_unit import RESIZES
 
@@ -123,12 +122,3 @@ def same_size(pictures: Sequence[Tensor], resize: Any, height: int, width: int) 
     if len({picture.shape for picture in pictures}) <= 1:
         return list(pictures)
     return [ControlMap(picture, resize).at(height, width, 3) for picture in pictures]
-
-
-def digest(pictures: Sequence[Tensor]) -> str:
-    """Return a short hash of pictures, the same for the same pixels."""
-    found = hashlib.sha256()
-    for picture in pictures:
-        found.update(repr(tuple(picture.shape)).encode())
-        found.update((picture * 65535).round().to(torch.int32).contiguous().numpy().tobytes())
-    return found.hexdigest()[:10]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lib_delta.diffusion.latent_spaces import LATENT_STRIDE
 from lib_delta.errors import SettingError
 from lib_delta.hosts.files.control_files import ControlFiles, encoders
+from lib_delta.lru_cache import LRUCache
 from lib_delta.request.control_unit import Unit
 from lib_delta.request.passes import Passes
 from lib_delta.request.request import Request
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 # What a picture says besides the recipe: which files these were, and which maps.
 UNIT_HASHES, MAP_HASHES = "Delta unit hashes", "Delta map hashes"
+HASH_LENGTH = 10  # characters of a map's hash in the infotext
 # Axes of the XYZ plot, by the field of the unit that each sets.
 UNIT_AXES = {"unit_weight": "weight", "unit_start": "start", "unit_end": "end", "unit_model": "model"}
-MAX_CACHED_MAPS = 8  # maps
+MAX_CACHED_MAPS = 8
 PixelSize = tuple[int, int]  # in pixels, height first
 Frame = tuple[PixelSize, PixelSize]  # of what the side model works at, and of the picture
 SideSizeOf = Callable[[int, int], PixelSize]
@@ -35,7 +36,7 @@ class Units:
 
     def __init__(self) -> None:
         self.files = ControlFiles()
-        self._maps: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+        self._maps: LRUCache[tuple[Any, ...], Tensor] = LRUCache(max_count=MAX_CACHED_MAPS)
 
     def preprocessors(self) -> list[str]:
         """Return the names of what makes maps here."""
@@ -92,7 +93,8 @@ class Units:
     def _pick(self, p: Any, number: int, unit: Unit, frames: Sequence[Frame]) -> tuple[ControlPick, str]:
         from lib_delta.controls.active_controls import ControlPick
         from lib_delta.controls.control_file import prompts_with_pictures
-        from lib_delta.hosts.control_units.pictures import digest, own_mask, same_size
+        from lib_delta.controls.picture_file import picture_digest
+        from lib_delta.hosts.control_units.pictures import own_mask, same_size
 
         file = self._file(number, unit)
         if prompts_with_pictures(file):
@@ -102,7 +104,7 @@ class Units:
         if unit.preprocessor:
             pictures, *others = ([self.map_of(unit, picture, size) for picture in pictures] for size, _ in frames)
             # Those that are made for a hires pass, where it asks for others than the first.
-            larger = [] if not others or digest(others[0]) == digest(pictures) else others[0]
+            larger = [] if not others or picture_digest(others[0]) == picture_digest(pictures) else others[0]
         if not prompts_with_pictures(file):
             pictures, larger = same_size(pictures, resize, *frames[0][1]), same_size(larger, resize, *frames[-1][1])
         pick = ControlPick(
@@ -119,7 +121,7 @@ class Units:
             larger,
             frames,
         )
-        return pick, digest(pictures)
+        return pick, picture_digest(pictures)[:HASH_LENGTH]
 
     def _file(self, number: int, unit: Unit) -> Path:
         if not unit.model:
@@ -157,25 +159,23 @@ class Units:
 
         Without a size a pixel-perfect map is as large as the picture.
         """
-        from lib_delta.controls.control_map import pixels
+        from lib_delta.controls.picture_file import picture_digest, pixels
         from lib_delta.hosts.control_units import preprocessors
-        from lib_delta.hosts.control_units.pictures import digest, in_bytes
+        from lib_delta.hosts.control_units.pictures import in_bytes
 
         resolution = int(unit.resolution)
         if unit.pixel_perfect:
             height, width = picture.shape[-2:]
             fill = unit.resize == "resize and fill"
             resolution = preprocessors.pixel_perfect(height, width, size or (height, width), fill)
-        key = unit.preprocessor, resolution, unit.threshold_a, unit.threshold_b, digest([picture])
-        if key not in self._maps:
-            made = preprocessors.run(
-                unit.preprocessor, in_bytes(picture), resolution, unit.threshold_a, unit.threshold_b
-            )
-            self._maps[key] = pixels(made)
-        self._maps.move_to_end(key)
-        while len(self._maps) > MAX_CACHED_MAPS:
-            self._maps.popitem(last=False)
-        return self._maps[key]
+        key = unit.preprocessor, resolution, unit.threshold_a, unit.threshold_b, picture_digest([picture])
+        cached = self._maps.get(key)
+        if cached is not None:
+            return cached
+        made = preprocessors.run(unit.preprocessor, in_bytes(picture), resolution, unit.threshold_a, unit.threshold_b)
+        control_map = pixels(made)
+        self._maps.put(key, control_map)
+        return control_map
 
 
 def _without_encoder(unit: Unit) -> Unit:

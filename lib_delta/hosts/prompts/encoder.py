@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,6 @@ ENCODING_OPTIONS = (
     *("CLIP_stop_at_last_layers", "emphasis", "enable_emphasis", "use_old_emphasis_implementation"),
     *("comma_padding_backtrack", "pad_cond_uncond", "pad_cond_uncond_v0", "use_old_scheduling"),
 )
-# So many runs' prompts stay, of each base.
-MAX_CACHED_PROMPTS_PER_BASE = 16
 
 
 class CachedEncoder(ExitStack):
@@ -53,5 +50,4 @@ class CachedEncoder(ExitStack):
             tower = base if active is None else model.adapted_tower(active)
             found = self._engine.encode(tower, prompts, pass_prompts)
             model.prompt_cache.put(key, found)
-            model.prompt_cache.evict(math.inf, MAX_CACHED_PROMPTS_PER_BASE)
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modules import prompt_parser, shared
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from lib_delta.hosts.prompts.schedules import Padding
     from lib_delta.models.text import TextEncoder
+    from lib_delta.runtime.side_model import SideModel
 
 
 class TextEngine(ABC):
@@ -45,6 +46,25 @@ class TextEngine(ABC):
     @abstractmethod
     def get_learned_conditioning(self, texts: Texts) -> Tensor:
         """Encode texts without AND and prompt editing, as the prompt parser asks for it."""
+
+
+class TextEngineCache:
+    """Makes text engines, and caches the one of the side model that was used last."""
+
+    def __init__(self, make: Callable[[SideModel], TextEngine]) -> None:
+        self._make = make
+        self._cached: tuple[SideModel, TextEngine] | None = None
+
+    def get(self, model: SideModel) -> TextEngine:
+        """Return the side model's text engine."""
+        if self._cached is None or self._cached[0] is not model:
+            self._cached = model, self._make(model)
+        return self._cached[1]
+
+    def forget(self, dropped: Sequence[SideModel]) -> None:
+        """Drop the text engine of a side model that is about to leave memory."""
+        if self._cached is not None and any(self._cached[0] is model for model in dropped):
+            self._cached = None
 
 
 def _limits(pass_prompts: PassPrompts) -> tuple[Any, ...]:
