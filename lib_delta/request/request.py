@@ -109,8 +109,8 @@ class Request:
         BRIDGES[0],
         "bridge",
         "Delta bridge",
-        "how latents of another kind are carried over: stitched (SDXL: a stronger map of the delta; elsewhere as learned), "
-        "learned, taesd (over pictures, by the WebUI's TAESD files), or by scale alone in one of two forms",
+        "how latents of another kind are carried over: by stitched maps (learned ones for pairs without), by learned "
+        "maps, over pictures by the WebUI's TAESD files, or by scale alone in one of two forms",
         choices=BRIDGES,
     )
     quality: str = _setting(

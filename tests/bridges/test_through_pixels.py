@@ -120,7 +120,9 @@ def moved(x: torch.Tensor, by: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", ["picture", 64])
-@pytest.mark.parametrize(("form", "target"), [*[("learned", to) for to in LEARNED], ("stitched", Family.SDXL), ("taesd", Family.SDXL)])
+@pytest.mark.parametrize(
+    ("form", "target"), [*[("learned", to) for to in LEARNED], ("stitched", Family.SDXL), ("taesd", Family.SDXL)]
+)
 def test_where_a_tile_begins_makes_no_difference(folder: Path, form: str, target: Family, size: object) -> None:
     """A tile that is moved, with what leaves at one edge coming in at the other, gets the delta moved."""
 
