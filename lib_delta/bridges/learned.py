@@ -69,8 +69,8 @@ class LearnedBridge:
         noise = with_channels(x.float() - target, channels)
         noise, sigma, resized = self.resolution.to_source(noise, sigma, torch.zeros_like(noise))
         with without_autocast(x.device):
-            clean, known = self._source_state(target, (noise.shape[-2], noise.shape[-1]))
-        return clean + noise, sigma, Crossing(clean, (resized,), target, known)
+            clean, reading = self._source_state(target, (noise.shape[-2], noise.shape[-1]))
+        return clean + noise, sigma, Crossing(clean, (resized,), target, reading)
 
     def _source_state(self, target: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Return the source's clean latent, and the reading of the target's if the way back needs it."""
