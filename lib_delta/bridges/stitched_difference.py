@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lib_delta.bridges.base import BridgeForm, BridgeSettings, Crossing
 from lib_delta.bridges.latent_maps import Filter, StateMap, set_circular, stitched_blocks
-from lib_delta.bridges.learned import WEIGHTS, LearnedBridge, learned_bridge, load_bridge, load_map, weights_path
+from lib_delta.bridges.learned import WEIGHTS, LearnedBridge, learned_bridge, load_map
 from lib_delta.devices import without_autocast
 from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.files.stored_file import Shapes
@@ -155,7 +155,8 @@ def stitched_path(source: Space, target: Space) -> Path:
 
 @cache
 def load_stitched(path: Path, tiled: bool = False) -> StitchedDifference:
-    """Read the file of a stitched map; cached as :func:`load_bridge` is, and raises as it does."""
+    """Read the file of a stitched map; cached and refused as by
+    :func:`lib_delta.bridges.learned.load_bridge`."""
     with WeightFile.open(path) as file:
         stitched = load_map(StitchedDifference.from_shapes, file.below("stitched."), path.name)
     if tiled:
@@ -165,16 +166,15 @@ def load_stitched(path: Path, tiled: bool = False) -> StitchedDifference:
 
 def stitched_bridge(settings: BridgeSettings) -> LearnedBridge:
     """Return the bridge with the pair's stitched map; the learned bridge for a pair without one."""
-    path = stitched_path(settings.source, settings.target)
+    path, learned = stitched_path(settings.source, settings.target), learned_bridge(settings)
     if not path.exists():
-        return learned_bridge(settings)
-    learned = load_bridge(weights_path(settings.source, settings.target), settings.tiled)
+        return learned
     assert isinstance(learned.state, StateMap)
     return StitchedBridge(
         state=learned.state,
         difference=learned.difference,
         name=learned.name,
-        resolution=settings.resolution,
+        resolution=learned.resolution,
         stitched=load_stitched(path, settings.tiled),
     )
 
