@@ -92,17 +92,21 @@ class StitchedDifference(nn.Module):
             linear: the features of the linear map, ``(N, 2 * B, H, W)``: see :meth:`DifferenceMap.features`.
         """
         half = difference.shape[-2:] != linear.shape[-2:]
-        changed = self._written(difference, source, known, linear, half)
+        changed = self.written(difference, source, known, linear, half)
         last = self.half_out if half else self.out
         carried: Tensor = last(torch.cat((changed, linear), 1))
         # Devices may evaluate the two rows of a pair with other roundings.
         is_zero = (difference == 0).flatten(1).all(1)
         return carried.masked_fill(is_zero[:, None, None, None], 0)
 
-    def _written(self, difference: Tensor, source: Tensor, known: Tensor, linear: Tensor, half: bool) -> Tensor:
-        """Return what the encoder's layers write of the change, ``(N, B, H, W)``."""
+    def read(self, difference: Tensor, source: Tensor) -> Tensor:
+        """Return what the decoder's layers read of the change, and the change: ``(N, 64 + A, h, w)``."""
         with_change, without = self.reading(torch.cat((source + difference, source))).chunk(2)
-        read = torch.cat((with_change - without, difference), 1)
+        return torch.cat((with_change - without, difference), 1)
+
+    def written(self, difference: Tensor, source: Tensor, known: Tensor, linear: Tensor, half: bool) -> Tensor:
+        """Return what the encoder's layers write of the change, ``(N, B, H, W)``."""
+        read = self.read(difference, source)
         if half:
             change = self.half_mix(F.pixel_shuffle(self.half_seam(read), 2)) + self.half_linear(linear)
         else:

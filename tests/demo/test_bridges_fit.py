@@ -25,6 +25,7 @@ from demo.train.common import Run
 from demo.train.data import Emoji
 from lib_delta.bridges.latent_maps import DifferenceMap, FilteredState, StitchedState
 from lib_delta.bridges.learned import LearnedBridge, load_bridge, weights_path
+from lib_delta.bridges.stitched_difference import load_stitched, stitched_path
 from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.errors import CheckpointError
 from lib_delta.files.checkpoint import UNET_PREFIX, VAE_PREFIX
@@ -140,9 +141,13 @@ def test_the_stage_writes_a_bridge_for_every_pair(tmp_path: Path, monkeypatch: p
     folder = tiny_folder(tmp_path)
     monkeypatch.setattr(stage, "generated", lambda emoji: lambda rng: draw(rng, Sizes(32, 1), None))
     options = Namespace(autoencoders=None, taesd=folder, out=tmp_path / "out", pictures=16, steps=1, cache=tmp_path)
+    options.pair, options.stitch = None, ["sd1-sdxl", "sdxl-sd3"]
     stage.run(options, lambda: Emoji([], {name: torch.zeros(0, 3, 64, 64).byte() for name in ("flat", "noto")}))
     pairs = list(itertools.permutations(TINY, 2))
-    assert len(list(options.out.iterdir())) == len(pairs) == 12
+    assert len(list(options.out.iterdir())) == len(pairs) + 2 == 14
+    for source, target, knows_half in ((Space.SD1, Space.SDXL, True), (Space.SDXL, Space.SD3, False)):
+        stitched_map = load_stitched(options.out / stitched_path(source, target).name)
+        assert stitched_map.maps((4, 4), (8, 8)) == knows_half and stitched_map.maps((8, 8), (8, 8))
     for source, target in pairs:
         bridge = load_bridge(options.out / weights_path(source, target).name)
         latent, delta = randn(1, target.channels, 8, 8), randn(1, source.channels, 8, 8)
