@@ -84,12 +84,10 @@ def run(options: argparse.Namespace, load: Callable[[], Emoji]) -> None:
         print(f"{source.key} and {target.key}: written")
     for name in options.stitch if bench is not None else ():
         source, target = (Space[key.upper()] for key in name.split("-"))
-        pair, bridge = (
-            TinyPair.of_folder(options.taesd, source, target),
-            options.out / weights_path(source, target).name,
-        )
+        pair = TinyPair.of_folder(options.taesd, source, target)
+        bridge = load_bridge(options.out / weights_path(source, target).name)
         size = FULL_ONLY if source is not Space.SD1 else LARGE if target is Space.SDXL else SMALL
-        stitch(options, pair, load_bridge(bridge), size, picture_of, options.out / stitched_path(source, target).name)
+        stitch(options, pair, bridge, size, picture_of, options.out / stitched_path(source, target).name)
 
 
 def run_pair(options: argparse.Namespace, picture_of: Callable[[Generator], Array]) -> None:
@@ -146,7 +144,7 @@ class StitchBench:
         layers: Layers,
         key: str = "pair",
     ) -> LearnedBridge:
-        """Fit the bridge to a target of this ``decoder``, on latents ``(N, 2, C, h, w)`` of both and of half the size."""
+        """Fit the bridge to a target, on latents ``(N, 2, C, h, w)`` of both spaces and of half the size."""
         linear = linear_bridge(source, wanted)
         z, same, half = (each.flatten(0, 1) for each in (wanted, source, halves))
         seen = len(self.seam.same)
