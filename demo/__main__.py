@@ -1,4 +1,4 @@
-"""See Delta Sampling work: a sweep over lambda, as a labelled picture and a table (``python -m demo``)."""
+"""Show Delta Sampling at work: a sweep over lambda, as a labelled picture and a table (``python -m demo``)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from lib_delta.errors import DeltaError, SettingError
 
-# What imports torch is imported where it is used: --help and wrong options are answered at once.
+# Modules that import torch are imported late, so that --help and wrong options are answered at once.
 if TYPE_CHECKING:
     from demo.pipeline import Adapter, Place, Settings, Steering
     from demo.sweep import Column, Judgement, OwnFiles, Plan
 
-# Names that the small target draws so that they are recognised.
+# Names whose drawings by the small target are recognised.
 PROMPTS = ("cupcake", "crescent moon", "octopus", "pizza", "rocket", "fox")
 MODELS = Path(__file__).parent / "models"
 NAME_FILES = ("names.json", "concepts.json")
@@ -36,7 +36,7 @@ OWN_FILES = ("target", "base", "device", "dtype", "prediction", "form", "tokeniz
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line's grammar."""
+    """Return the parser of the command line."""
     out = argparse.ArgumentParser(
         prog="python run.py demo",
         usage="%(prog)s [options]",
@@ -96,16 +96,16 @@ def _add_own_files(group: argparse._ArgumentGroup) -> None:
         help="a map to follow (edges, depth, a pose); may be repeated")  # fmt: skip
     add("--control-model", action="append", type=Path, metavar="FILE",
         help="the ControlNet or T2I-Adapter of the base that reads the map; one for each --control "
-        "(default beside the embedded models: their own for edges)")  # fmt: skip
+        "(default with the embedded models: theirs for edges)")  # fmt: skip
     add("--control-mode", choices=("balanced", "prompt", "control"), default="balanced",
-        help="what counts for more where prompt and map disagree (default: balanced)")  # fmt: skip
+        help="which prevails if prompt and map disagree (default: balanced)")  # fmt: skip
     add("--image", metavar="PICTURE[:WEIGHT]", help="a reference picture that the adapted model is prompted with")
     add("--image-model", type=Path, metavar="FILE", help="the IP-Adapter of the base that reads it")
     add("--image-encoder", type=Path, metavar="FILE", help="the CLIP image encoder that the IP-Adapter was made with")
     add("--adapted", type=Path, metavar="FILE", help="a fine-tuned checkpoint of the base, in place of or beside LoRAs")
     add("--prediction", choices=("eps", "v"), help="what the target predicts, where its file does not say")
     add("--form", choices=("automatic", "merged", "bypass"),
-        help="adapted weights, or factors alone (less memory); automatic, the default, is what is faster")  # fmt: skip
+        help="adapted weights, or only factors (less memory); automatic, the default, is the faster one")  # fmt: skip
     add("--device", help="cpu, cuda, cuda:1 or mps (default: the fastest)")
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="numbers to compute in (default: fp16 on a GPU, else fp32)")
     add("--tokenizer", type=Path, metavar="FOLDER", help="vocab.json and merges.txt of models with words of their own")
@@ -120,9 +120,9 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run of the demo shows; ``judgements`` is empty for the user's own files.
+    """The outcome of a run; ``judgements`` is empty for the user's own files.
 
-    ``adapters`` are those that were named; without one, the embedded LoRA was attached.
+    ``adapters`` are the named ones.  Without any, the embedded LoRA was attached.
     """
 
     plan: Plan
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse, before anything is loaded, what can be seen to be wrong."""
+    """Reject wrong settings that can be detected before anything is loaded."""
     given = [f"--{name}" for name in OWN_FILES if getattr(options, name) is not None]
     if given and not (
         options.target and options.base and (options.lora or options.adapted or options.control or options.image)
@@ -180,7 +180,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _check_controls(options: argparse.Namespace) -> None:
-    """Refuse maps and pictures without their models, of which the embedded models have their own."""
+    """Reject maps and pictures without a model; the embedded models come with theirs."""
     maps, readers = len(options.control or ()), len(options.control_model or ())
     if maps != readers and (readers or options.target):
         raise SettingError(f"there are {maps} --control and {readers} --control-model: each map needs its model")
@@ -219,12 +219,12 @@ def _draw_embedded(options: argparse.Namespace) -> Result:
 
 
 def _known(models: Path) -> list[str]:
-    """Return the prompts that the embedded models know, and those that their adapter of content teaches."""
+    """Return the prompts that the embedded models know, including those that their adapter of content teaches."""
     return [name for file in NAME_FILES for name in json.loads((models / file).read_text("utf-8"))]
 
 
 def _check_known(prompts: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse what the embedded models cannot draw: they know these names, and no other words."""
+    """Reject prompts that the embedded models cannot draw: they know only these names."""
     for prompt in prompts:
         if prompt.strip().lower() not in known:
             near = difflib.get_close_matches(prompt.strip().lower(), known, 3, 0.4)
@@ -283,7 +283,7 @@ def _controls(options: argparse.Namespace) -> list[Steering]:
 
 
 def _weighted(text: str) -> tuple[Path, float]:
-    """Read ``FILE[:WEIGHT]``; a colon that no number follows (a drive's, say) is part of the name."""
+    """Read ``FILE[:WEIGHT]``; a colon without a number after it (after a drive, say) is part of the name."""
     name, _, weight = text.rpartition(":")
     try:
         return (Path(name), float(weight)) if name else (Path(text), 1.0)
@@ -299,7 +299,7 @@ def _place(device: str | None, dtype: str | None) -> Place:
     best = Place.best()
     try:
         chosen = torch.device(device) if device else best.device
-        # The only sure way to know whether a device is there is to use it.
+        # Only using a device shows reliably whether it exists.
         torch.zeros(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise SettingError(f"--device {device} cannot be used here: {best.device} can") from error
@@ -311,7 +311,7 @@ def _place(device: str | None, dtype: str | None) -> Place:
 
 
 def _write(result: Result, options: argparse.Namespace, started: float) -> None:
-    """Write the picture, print the table, and write both as JSON if that is asked for."""
+    """Write the picture, print the table, and write both as JSON if requested."""
     import torch
 
     from demo.grid import draw_grid
@@ -356,7 +356,7 @@ def _legend(result: Result) -> str:
 
 
 def _record(result: Result, picture: Path, seconds: float) -> dict[str, Any]:
-    """Return what was printed and the settings that led to it."""
+    """Return the printed figures with the settings that led to them."""
     settings = {
         **asdict(result.plan.settings),
         "prompts": list(result.plan.prompts),

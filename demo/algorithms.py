@@ -1,8 +1,8 @@
-"""The same style by every algorithm of adapters: does line art come out alike?
+"""Compare the same style trained with every algorithm of adapters.
 
-Every file is measured on the same prompts and seeds and on one scale of style, from the target alone
-(0) to what the LoRA draws alone (1).  Errors are standard errors over the choice of prompts, by
-bootstrap: the prompts are drawn again with replacement, the same ones for all files.
+Every file is measured on the same prompts and seeds and on one scale of style, from the target by itself (0) to the
+LoRA's adapted model by itself (1).  Errors are standard errors over the choice of prompts, by bootstrap: prompts are
+resampled with replacement, the same ones for all files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NAMES = ("style_share", "ink_share", "content_ratio", "near_ratio", "diversity")
 
 
 def there(models: Path) -> dict[str, str]:
-    """Return the files of :data:`FILES` that ``models`` holds."""
+    """Return the files of :data:`FILES` that exist in ``models``."""
     return {name: file for name, file in FILES.items() if (models / file).exists()}
 
 
@@ -65,7 +65,7 @@ def _by_prompt(result: Result) -> Tensor:
 
 
 def _draws(prompts: int) -> Tensor:
-    """Return how each prompt counts in each mean, ``(1 + DRAWS, prompts)``: as drawn, then redrawn."""
+    """Return the weight of each prompt in each mean, ``(1 + DRAWS, prompts)``: the original sample, then resamples."""
     chosen = torch.randint(prompts, (DRAWS, prompts), generator=torch.Generator().manual_seed(0))
     counts = torch.nn.functional.one_hot(chosen, prompts).sum(1)
     return torch.cat((torch.ones(1, prompts), counts)).double() / prompts
@@ -90,7 +90,7 @@ def _shares(means: Tensor, target: Tensor, alone: Tensor) -> Tensor:
 
 
 def _with_error(values: Tensor) -> tuple[float | None, float | None]:
-    # Of a target that shows no emoji at all nothing can be kept or lost.
+    # A target without any recognised emoji has no content to preserve or lose.
     figure, redrawn = values[0], values[1:][values[1:].isfinite()]
     return (round(float(figure), 3), round(float(redrawn.std()), 3)) if figure.isfinite() else (None, None)
 
@@ -106,7 +106,7 @@ def table(figures: Mapping[str, Figures], title: str) -> str:
 
 
 def sheet(models: Path, settings: Settings) -> Image.Image:
-    """Draw a few prompts by the target alone and with each file's delta at the highest lambda."""
+    """Draw a few prompts by the target by itself and with each file's delta at the highest lambda."""
     studio = Studio(models)
     target = Task("target", PICTURED, (0,), settings)
     delta = replace(target, kind="delta", strength=Strength(LAMBDAS[-1]))

@@ -1,4 +1,4 @@
-"""The autoencoders whose latents bridges lead between: tiny ones that stand for them, or checkpoints' own."""
+"""The autoencoders whose latent spaces bridges connect: tiny stand-ins for them, or those of checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WHERE = (
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """Pictures ``(N, 3, H, W)`` in 0..1 to latents as denoising models see them, and back, computed in ``dtype``."""
+    """Map pictures ``(N, 3, H, W)`` in 0..1 to denoising models' latents and back, computed in ``dtype``."""
 
     encoder: Callable[[Tensor], Tensor]
     decoder: Callable[[Tensor], Tensor]
@@ -45,9 +45,9 @@ class Autoencoder:
 
 
 def tiny(folder: Path) -> dict[Space, Autoencoder]:
-    """Read the tiny autoencoders of a folder, which compute as they are stored: in bfloat16.
+    """Read the tiny autoencoders of a folder, which compute in their stored type, bfloat16.
 
-    Raises :class:`CheckpointError` where there are not all of them, and says where they are found.
+    Raises :class:`CheckpointError` if some are missing, with the address to download them from.
     """
     missing = [name for name in TINY.values() for part in taesd.PARTS if not _file(folder, name, part).is_file()]
     if missing:

@@ -1,10 +1,11 @@
-"""How well bridges carry states and differences, on photos: ``python -m demo.evaluate --only bridges``.
+"""Measure how well bridges map states and differences, on photos: ``python -m demo.evaluate --only bridges``.
 
-States: the share of the source latent's variance that the map leaves unexplained, and the PSNR of what the
-source's decoder makes of it (the ceiling is what it makes of its own encoding), also where the source is shown
-the picture at half the size.  Differences: the cosine between an ideal source's delta, carried, and the true
-change in the target's latent, for five edits; at full detail, and averaged 2x2.  Pairs that have a stitched map are
-also judged in decoded pictures (:mod:`demo.bridge_judge`).
+States: the share of the source latent's variance that the map leaves unexplained, and the PSNR of the source decoder's
+picture of it.  The ceiling is the decoder's picture of the source's encoding.  Both are also measured at half the size.
+
+Differences: the cosine between an ideal source's delta, mapped, and the true change in the target's latent, for five
+edits; at full detail, and averaged 2x2.  Pairs with a stitched map are also judged in decoded pictures
+(:mod:`demo.bridge_judge`).
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from lib_delta.bridges.learned import load_bridge, weights_path
 from lib_delta.diffusion.latent_spaces import Space
 
 SIDE = 192
-PUBLIC_DOMAIN = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field")  # of scikit-image
+PUBLIC_DOMAIN = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field")  # scikit-image's names
 SHOWN = (Space.SD1, Space.SDXL)
 Figures = dict[str, Any]
 
 
 def photos(folder: Path | None) -> Tensor:
-    """Return square photos ``(N, 3, 192, 192)`` in 0..1: those of a folder, or scikit-image's public-domain ones."""
+    """Return square photos ``(N, 3, 192, 192)`` in 0..1 from a folder, or scikit-image's public-domain ones."""
     if folder is None:
         from skimage import data
 
@@ -78,9 +79,9 @@ class Latents:
         }
 
     def state(self, bridge: Bridge, start: Space, end: Space) -> Figures:
-        """Measure the state map of the bridge whose target is ``start`` and source ``end``.
+        """Measure the state map of the bridge with target ``start`` and source ``end``.
 
-        What a denoising model estimates at high noise is blurred, or an average of latents: both are mapped as well.
+        A denoising model's estimate at high noise is blurred, or an average of latents, so both are mapped as well.
         """
         own = self.autoencoders[end]
         mapped = to_source(bridge, self.clean[start])
@@ -95,7 +96,7 @@ class Latents:
         }
 
     def half(self, bridge: LearnedBridge, start: Space, end: Space) -> Figures:
-        """Measure the state map where the source is shown the pictures at half the size."""
+        """Measure the state map at half the size of the pictures."""
         own, wanted = self.autoencoders[end], self.halves[end]
         side = min(wanted.shape[-2:])
         mapped = to_source(replace(bridge, resolution=ResolutionBridge(side, side)), self.clean[start])
@@ -121,23 +122,23 @@ class Latents:
 
 
 def to_source(bridge: Bridge, target: Tensor) -> Tensor:
-    """Return a clean latent of the target's in the source's space."""
+    """Map a clean latent of the target to the source's space."""
     return bridge.to_source(target, torch.ones(len(target)), target)[2].denoised
 
 
 def carried(bridge: Bridge, change: Tensor, target: Tensor) -> Tensor:
-    """Return a change of the source's latent in the target's, where its latent is ``target``."""
+    """Map a change of the source's latent to the target's space, at the target's latent ``target``."""
     return bridge.delta_to_target(change, bridge.to_source(target, torch.ones(len(target)), target)[2])
 
 
 def _unexplained(mapped: Tensor, wanted: Tensor) -> float:
-    """Return the residual variance over the variance of all photos together: a constant would give 1."""
+    """Return the residual variance over the variance of all photos together; a constant prediction would give 1."""
     about = wanted - wanted.mean((0, 2, 3), keepdim=True)
     return float((mapped - wanted).square().sum() / about.square().sum())
 
 
 def _averaged(latents: Tensor) -> Tensor:
-    """Return the average of each and the two before it."""
+    """Return the average of each item and the two before it."""
     return (latents + latents.roll(1, 0) + latents.roll(2, 0)) / 3
 
 
@@ -170,12 +171,12 @@ def figures(latents: Latents, bridge: Callable[[Space, Space], LearnedBridge]) -
 
 
 def shipped(source: Space, target: Space) -> LearnedBridge:
-    """Return the bridge of an ordered pair that the extension comes with."""
+    """Return the extension's bridge for an ordered pair."""
     return load_bridge(weights_path(source, target))
 
 
 def strip(latents: Latents, start: Space, end: Space, bridge: Bridge) -> Image.Image:
-    """Draw photo, edited photo, and photo with the delta carried by scale and by the bridge, for three edits."""
+    """Draw photo, edited photo, and photo with the delta mapped by scale and by the bridge, for three edits."""
     scale, own = ScaleBridge(start.scale_factor / end.scale_factor), latents.autoencoders[end]
     columns = ("photo", "edited photo", "photo + delta, scaled", "photo + delta, learned bridge")
     rows = [(i, name) for i, name in enumerate(("grey", "warm", "line_art")) if i < len(latents.pictures)]
@@ -193,9 +194,9 @@ def strip(latents: Latents, start: Space, end: Space, bridge: Bridge) -> Image.I
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Measure what ships; with checkpoints' own autoencoders, filters fitted to these as well.
+    """Measure the extension's bridges and, with checkpoints' autoencoders, filters fitted to these.
 
-    Figures go to ``--bridges-out``, the strip beside it.
+    Figures go to ``--bridges-out``, with the strip next to it.
     """
     torch.set_num_threads(1)
     autoencoders = stage.read(options)
@@ -227,7 +228,7 @@ def judged(pictures: Tensor, autoencoders: Mapping[Space, Autoencoder], table: F
 
 
 def write(out: Path, table: Figures, sheet: Image.Image | None) -> None:
-    """Write the figures, rounded, and the strip beside them."""
+    """Write the figures, rounded, and the strip next to them."""
     out.write_text(json.dumps(_rounded(table), indent=1) + "\n", "utf-8")
     if sheet is not None:
         sheet.quantize(256).save(out.with_suffix(".png"), optimize=True)

@@ -1,4 +1,4 @@
-"""How well the colours of pictures agree."""
+"""Measure how well the colours of pictures agree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WHITE = 0.85  # a pixel is paper if all its channels, in [-1, 1], are above this
 
 
 def histogram(pictures: Tensor) -> Tensor:
-    """Return the shares of 64 colours ``(N, 64)`` among the pixels of ``(N, 3, H, W)`` in [-1, 1] that are no paper."""
+    """Return the shares ``(N, 64)`` of 64 colours among the non-paper pixels of ``(N, 3, H, W)`` in [-1, 1]."""
     levels = ((pictures.clamp(-1, 1) + 1) / 2 * LEVELS).long().clamp(max=LEVELS - 1)
     places = torch.tensor([LEVELS**2, LEVELS, 1], device=pictures.device)[:, None, None]
     colours = F.one_hot((levels * places).sum(1), LEVELS**3).float()
@@ -21,5 +21,5 @@ def histogram(pictures: Tensor) -> Tensor:
 
 
 def similarity(pictures: Tensor, references: Tensor) -> Tensor:
-    """Return how much of their colours pictures have in common with references, ``(N,)``: 1 is all."""
+    """Return the overlap of pictures' colours with those of references, ``(N,)``; 1 is complete."""
     return torch.minimum(histogram(pictures), histogram(references)).sum(1)

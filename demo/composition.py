@@ -1,4 +1,4 @@
-"""What adapters do together, and what an adapter of content brings: figures for the evidence."""
+"""Measure adapters together, and the effect of an adapter of content, for the evidence."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ WAYS = {"LoRA": LORA, "LoHa": "lineart-loha.safetensors"}  # as in the paper's F
 
 
 def there(models: Path) -> bool:
-    """Tell whether ``models`` holds the adapters that these figures are of."""
+    """Return whether ``models`` has the adapters for these figures."""
     return all((models / file).exists() for file in (PIXEL_ART, CONCEPTS))
 
 
 def composed(
     workers: Workers, prompts: tuple[str, ...], seeds: tuple[int, ...], settings: Settings, strength: float
 ) -> dict[str, dict[str, float]]:
-    """Score the target alone and with the deltas of two styles, one by one and both: each shows in its own measure."""
+    """Score the target by itself and with the deltas of two styles, each and both; each style has its measure."""
     target = Task("target", prompts, seeds, settings)
     delta = replace(target, kind="delta", strength=Strength(strength))
     tasks = {"target alone": target, **{name: replace(delta, adapters=files) for name, files in STYLES.items()}}
@@ -35,7 +35,7 @@ def composed(
 def concepts(
     workers: Workers, names: tuple[str, ...], seeds: tuple[int, ...], settings: Settings
 ) -> dict[str, dict[str, float]]:
-    """Tell how often names are recognised that neither base nor target has seen, and an adapter teaches."""
+    """Measure how often names are recognised that only an adapter teaches, unseen by base and target."""
     target = Task("target", names, seeds, settings, adapters=(CONCEPTS,))
     tasks = {"target alone": target, "base alone": replace(target, kind="base")}
     tasks |= {"adapted alone": replace(target, kind="adapted")}
@@ -47,7 +47,7 @@ def concepts(
 def similarity_and_diversity(
     workers: Workers, prompts: tuple[str, ...], seeds: tuple[int, ...], settings: Settings, strength: float
 ) -> dict[str, dict[str, float]]:
-    """Set the wanted style against diversity, as Figure 3 of the paper: target, its deltas, the adapted model alone."""
+    """Compare style with diversity, as in the paper's Figure 3: target, its deltas, adapted model by itself."""
     target = Task("target", prompts, seeds, settings)
     delta = replace(target, kind="delta", strength=Strength(strength))
     tasks = {"target alone": target, "adapted alone": replace(target, kind="adapted")}

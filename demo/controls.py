@@ -1,7 +1,7 @@
-"""What an edge map and a reference picture do to the target: figures for the evidence, and the paper's Figure 2.
+"""Measure the effect of an edge map and of a reference picture on the target, and draw the paper's Figure 2.
 
-No prompt names what its map or its reference shows.  The maps (``demo/examples/edges``) are of Noto's
-drawings, which the base has never seen; the references (``demo/examples/references``) are in colours of their own.
+No prompt names the subject of its map or reference.  The maps (``demo/examples/edges``) are of Noto's drawings, which
+the base has never seen.  The references (``demo/examples/references``) have unusual colours.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ FINE_TUNE, LORA = "lineart-full.safetensors", "pixelart.safetensors"
 
 @dataclass(frozen=True)
 class Example:
-    """A map or a reference: the name of what it shows, and its pixels ``(1, 3, H, W)`` in [0, 1]."""
+    """A map or a reference: the name of its subject, and its pixels ``(1, 3, H, W)`` in [0, 1]."""
 
     name: str
     picture: Tensor
 
     @classmethod
     def all(cls, kind: str) -> list[Example]:
-        """Return those of a kind ("edges" or "references") by name."""
+        """Return the examples of a kind ("edges" or "references") by name."""
         return [
             cls(path.stem.replace("-", " "), read_picture(path)) for path in sorted((EXAMPLES / kind).glob("*.png"))
         ]
@@ -72,7 +72,7 @@ class Example:
 class Maps:
     """Maps for the images of a batch, and the ControlNet that reads them.
 
-    It is to count for more than the prompt, which names something else: guidance then strengthens what it does.
+    The mode is "control", because the prompt names something else: guidance then strengthens the control.
     """
 
     model: Path
@@ -97,7 +97,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Case:
-    """A batch: prompts, what each is shown, and what steers it."""
+    """A batch: its prompts, its examples, and its control."""
 
     prompts: tuple[str, ...]
     shown: tuple[Example, ...]
@@ -105,7 +105,7 @@ class Case:
 
 
 def of_maps(models: Path, prompts: Sequence[str]) -> list[Case]:
-    """Give each prompt the map of something else, batch by batch."""
+    """Pair each prompt with the map of something else, batch by batch."""
     examples, cases = Example.all("edges"), []
     for first in range(0, len(prompts), AT_ONCE):
         part = tuple(prompts[first : first + AT_ONCE])
@@ -115,7 +115,7 @@ def of_maps(models: Path, prompts: Sequence[str]) -> list[Case]:
 
 
 def of_references(models: Path, prompts: Sequence[str]) -> list[Case]:
-    """Give each batch of prompts a reference that none of them names; those that one does go last, with another."""
+    """Pair each batch of prompts with a reference that none names; prompts that name it move last, to another one."""
     examples, cases, left = Example.all("references"), [], []
     for number, first in enumerate(range(0, len(prompts), AT_ONCE)):
         example, part = examples[number % len(examples)], prompts[first : first + AT_ONCE]
@@ -167,9 +167,9 @@ class Drawn:
         }
 
     def figures(self, agreement_of: Callable[[Tensor], Tensor], measure: str) -> dict[str, dict[str, float]]:
-        """Measure each column: what it has of what it was shown, and whether prompt or example is recognised.
+        """Measure each column: its likeness to the example, and whether prompt or example is recognised.
 
-        "likeness" is the cosine of what the content encoder makes of a picture and of what the example shows.
+        "likeness" is the cosine between the content encoder's embeddings of a picture and of the example's subject.
         """
         names = self.embedded.judged
         prompted = torch.tensor([names.index(prompt) for prompt in self.prompts])
@@ -214,19 +214,19 @@ def measure(options: argparse.Namespace, prompts: Sequence[str], settings: Setti
 
 
 def edge_figures(drawn: Drawn) -> dict[str, dict[str, float]]:
-    """Measure how far the edges of pictures are those of their maps."""
+    """Measure the agreement of pictures' edges with their maps."""
     wanted = torch.cat([example.picture for example in drawn.shown]).mean(1).round()
     return drawn.figures(lambda pictures: agreement(edge_maps(pictures), wanted), "edge_f1")
 
 
 def colour_figures(drawn: Drawn) -> dict[str, dict[str, float]]:
-    """Measure how far the colours of pictures are those of their references."""
+    """Measure the agreement of pictures' colours with their references."""
     references = 2 * torch.cat([example.picture for example in drawn.shown]) - 1
     return drawn.figures(lambda pictures: similarity(pictures, references), "colour")
 
 
 def sheet(drawn: Drawn, rows: int) -> Image.Image:
-    """Show some cases: what is shown, and each column's picture."""
+    """Show some cases: the example, and each column's picture."""
     chosen = [STRIDE * i % len(drawn.prompts) for i in range(rows)]
     columns = {"shown": torch.cat([2 * example.picture - 1 for example in drawn.shown]), **drawn.pictures}
     pictures = torch.stack([pictures[chosen] for pictures in columns.values()], 1)

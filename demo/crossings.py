@@ -1,7 +1,7 @@
-"""How deltas reach targets with latents of their own: ways of carrying, rules for noise, the side model's guidance.
+"""Measure deltas on targets with other latents: ways to map them, rules for noise, the side model's guidance.
 
-Style is the share of the way from the target alone to the adapted model alone, content is relative to the
-target alone, as everywhere in the evidence; each target is its own measure.
+Style is the share of the way from the target by itself to the adapted model by itself.  Content is relative to the
+target by itself.  Both are as everywhere in the evidence, with each target as its reference.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WAYS: dict[str, tuple[Way, ...]] = {
     "large": ("as it is", "averaged", "unit"),
 }
 SAMPLERS = {"flow": "euler"}
-# A target that runs as few-step ones do, with a side model that does not.
+# A target that runs like few-step models, with a side model that does not.
 FEW_STEPS, FEW_CFG = 6, 1.0
 SIDE_CFGS = (1.0, 3.0, 5.0, 7.0)
 SIDE_LAMBDAS = (0.5, 1.0, 1.5, 2.0)
@@ -39,21 +39,21 @@ PICTURED = ("cupcake", "fox", "red apple", "sailboat")
 
 
 def settings_of(name: str, settings: Settings) -> Settings:
-    """Return how a target is sampled; that of twice the size draws 128 pixels."""
+    """Return a target's sampling settings; the target of twice the size draws 128 pixels."""
     return replace(
         settings, size=2 * JUDGED if name == "large" else JUDGED, sampler=SAMPLERS.get(name, settings.sampler)
     )
 
 
 def there(models: Path) -> tuple[str, ...]:
-    """Return the names of the targets whose files ``models`` holds."""
+    """Return the names of the targets whose files exist in ``models``."""
     return tuple(name for name in WAYS if target_file(models, name).exists())
 
 
 def measure(
     workers: Workers, models: Path, prompts: tuple[str, ...], seeds: tuple[int, ...], settings: Settings
 ) -> dict[str, Any]:
-    """Measure every way to every target that is there, and the side model's guidance where the target has none."""
+    """Measure every way to every available target, and the side model's guidance if the target has none."""
     adapted = Task("adapted", prompts, seeds, settings)
     found: dict[str, Any] = {"cases": len(prompts) * len(seeds), "settings": asdict(settings)}
     for name in there(models):
@@ -70,7 +70,7 @@ def measure(
 def _measured(
     workers: Workers, target: Task, adapted: Task, ways: dict[str, Task], lambdas: Sequence[float]
 ) -> dict[str, Any]:
-    """Sweep lambda for every way; the scale is from ``target`` alone to ``adapted`` alone."""
+    """Sweep lambda for every way, on the scale from ``target`` to ``adapted``."""
     rows = {
         f"{way}, lambda {value:g}": replace(task, kind="delta", strength=Strength(value))
         for way, task in ways.items()
@@ -89,9 +89,10 @@ def _measured(
 
 
 def kept_at(style: float, sweep: Sequence[Figures], mark: str = "near_ratio") -> float | None:
-    """Return how much of the content is kept where a sweep over lambda has a share of style, between its rows.
+    """Return the share of content at a share of style, interpolated between the rows of a sweep over lambda.
 
-    None where it does not get there.  Every sweep starts from the target alone: no style, all of the content.
+    Returns None if the sweep does not reach that style.  Every sweep starts from the target by itself: no style, all of
+    the content.
     """
     points = [(0.0, 1.0), *((row["style_share"] or 0.0, row[mark] or 0.0) for row in sweep)]
     for (low, here), (high, there) in pairwise(points):
@@ -101,7 +102,7 @@ def kept_at(style: float, sweep: Sequence[Figures], mark: str = "near_ratio") ->
 
 
 def strip(models: Path, settings: Settings, name: str = "own", strength: float = 1.5) -> Image.Image:
-    """Draw a few prompts by the target alone, and with the delta carried in each way."""
+    """Draw a few prompts by the target by itself, and with the delta mapped in each way."""
     studio = Studio(models)
     alone = Task("target", PICTURED, (0,), settings_of(name, settings), target=name)
     tasks = {"no delta": alone}
@@ -112,6 +113,6 @@ def strip(models: Path, settings: Settings, name: str = "own", strength: float =
 
 
 def write(out: Path, tables: dict[str, Any], sheet: Image.Image) -> None:
-    """Write the tables, and the strip beside them."""
+    """Write the tables, and the strip next to them."""
     out.write_text(json.dumps(tables, indent=1) + "\n", "utf-8")
     sheet.quantize(256, dither=Image.Dither.NONE).save(out.with_suffix(".png"), optimize=True)

@@ -1,4 +1,4 @@
-"""Edge maps of pictures, as ControlNets for Canny's edges read them, and how well edges agree."""
+"""Edge maps of pictures, as ControlNets for Canny edges read them, and the agreement of edges."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of Sobel's gradient of 8 bits, as the WebUIs' preprocessors count: what starts a line, and what continues one.
+# Thresholds on Sobel's 8-bit gradient, as in the WebUIs' preprocessors: to start a line, and to continue one.
 LOW, HIGH = 100.0, 200.0
-TOLERANCE = 1  # pixels that a line may lie beside another and count as the same
+TOLERANCE = 1  # pixels between two lines that count as the same
 
 
 def edge_maps(pictures: Tensor, low: float = LOW, high: float = HIGH) -> Tensor:
@@ -25,7 +25,7 @@ def edge_maps(pictures: Tensor, low: float = LOW, high: float = HIGH) -> Tensor:
 
 
 def _gradient(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Sobel's gradient ``(N, H, W)`` across and down, of the channel in which it is largest."""
+    """Return Sobel's gradient ``(N, H, W)`` across and down, from the channel with the largest one."""
     smooth, change = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])
     kernels = torch.stack((smooth[:, None] * change, change[:, None] * smooth))[:, None]
     padded = F.pad(127.5 * (pictures.float() + 1), (1, 1, 1, 1), mode="replicate")
@@ -36,7 +36,7 @@ def _gradient(pictures: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_ridge(strength: Tensor, across: Tensor, down: Tensor) -> Tensor:
-    """Tell where ``(N, H, W)`` is no weaker than its two neighbours in the direction of the gradient."""
+    """Return the pixels of ``(N, H, W)`` that are at least as strong as both neighbours along the gradient."""
     padded, (height, width) = F.pad(strength, (1, 1, 1, 1)), strength.shape[1:]
 
     def beside(x: int, y: int) -> Tensor:
@@ -51,12 +51,12 @@ def _is_ridge(strength: Tensor, across: Tensor, down: Tensor) -> Tensor:
 
 
 def agreement(found: Tensor, wanted: Tensor, tolerance: int = TOLERANCE) -> Tensor:
-    """Return the F1 score ``(N,)`` of edges ``(N, H, W)`` against others: 1 where each lies on one of the other."""
+    """Return the F1 score ``(N,)`` of edges ``(N, H, W)`` against others; 1 if each lies on one of the other."""
     precision, recall = _covered(found, wanted, tolerance), _covered(wanted, found, tolerance)
     return 2 * precision * recall / (precision + recall).clamp(min=1e-6)
 
 
 def _covered(edges: Tensor, by: Tensor, tolerance: int) -> Tensor:
-    """Return the share of edges that lie on or beside others."""
+    """Return the share of edges that lie on or next to others."""
     near = F.max_pool2d(by[:, None], 2 * tolerance + 1, 1, tolerance)[:, 0]
     return (edges * near).sum((1, 2)) / edges.sum((1, 2)).clamp(min=1)

@@ -15,15 +15,15 @@ LORA = "lineart.safetensors"
 EDGES, IMAGE_PROMPT, IMAGE_ENCODER = "edges.safetensors", "image-prompt.safetensors", "image-encoder.safetensors"
 
 
-# Without guidance the base says what its prompt changes in the picture before it; with guidance it says its own shapes.
+# Without guidance the base reports the prompt's change to the present picture; with guidance it imposes its shapes.
 SETTINGS = Settings(steps=20, source_cfg=1.0)
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """Base, target, the base with its line-art LoRA or other adapters, and what judges their pictures.
+    """Base, target, the base with its line-art LoRA or other adapters, and the judges of their pictures.
 
-    ``names`` are those that base and target know, ``concepts`` those that only an adapter teaches.
+    Base and target know ``names``; only an adapter teaches ``concepts``.
     """
 
     base: Model
@@ -35,14 +35,14 @@ class Embedded:
 
     @property
     def judged(self) -> list[str]:
-        """The names that the judge of content tells apart, in its order."""
+        """The names that the judge of content distinguishes, in its order."""
         return self.names + self.concepts
 
     @classmethod
     def load(
         cls, folder: Path = MODELS, adapters: Sequence[Adapter] = (), controls: Sequence[Steering] = ()
     ) -> Embedded:
-        """Load the models on the CPU; without adapters and controls it is the line-art LoRA that is attached."""
+        """Load the models on the CPU; attach the line-art LoRA unless adapters or controls are given."""
         place, tokenizer = Place.cpu(), folder / "tokenizer"
         base = load_model(folder / "base.safetensors", place, tokenizer)
         return cls(

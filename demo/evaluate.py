@@ -1,7 +1,7 @@
-"""The evidence: style, content and diversity over lambda, ranges, samplers, algorithms (``python -m demo.evaluate``).
+"""Measure the evidence: style, content and diversity over lambda, ranges, samplers, algorithms.
 
-Every figure is measured on the same prompts and seeds.  The share of style is the way from the target
-alone (0) to the adapted model alone (1); content is relative to the target alone.
+Run by ``python -m demo.evaluate``.  Every figure is measured on the same prompts and seeds.  The share of style runs
+from the target by itself (0) to the adapted model by itself (1).  Content is relative to the target by itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SAMPLERS = ("ddim", "ddpm", "euler", "heun", "dpm_2", "dpmpp_2m", "gradient_esti
 def evidence(
     workers: Workers, prompts: tuple[str, ...], seeds: tuple[int, ...], settings: Settings, fewer: int
 ) -> dict[str, Any]:
-    """Measure everything that ``evidence.json`` holds; ranges and samplers on ``fewer`` prompts."""
+    """Measure all figures of ``evidence.json``; ranges and samplers on ``fewer`` prompts."""
     whole = Task("target", prompts, seeds, settings)
     sweep = {f"{value}": replace(whole, kind="delta", strength=Strength(value)) for value in LAMBDAS}
     alone = {"target": whole, "base": replace(whole, kind="base"), "adapted": replace(whole, kind="adapted")}
@@ -63,7 +63,7 @@ def evidence(
 
 
 def _ranges(workers: Workers, part: Task) -> dict[str, Figures]:
-    """Apply the delta during a part of the run only."""
+    """Apply the delta during only a part of the run."""
     whole = part.strength
     tasks = {
         f"{start:g}-{end:g}": replace(part, kind="delta", strength=replace(whole, start=start, end=end))
@@ -76,7 +76,7 @@ def _ranges(workers: Workers, part: Task) -> dict[str, Figures]:
 
 
 def _samplers(workers: Workers, part: Task) -> dict[str, Figures]:
-    """Measure each sampler against its own two ends."""
+    """Measure each sampler on the scale between its target and its adapted model."""
     tasks = {}
     for sampler in SAMPLERS:
         own = replace(part, settings=replace(part.settings, sampler=sampler))
@@ -87,13 +87,13 @@ def _samplers(workers: Workers, part: Task) -> dict[str, Figures]:
 
 
 def best_lambda(sweep: dict[str, Figures]) -> float:
-    """Return the lambda above 0 of most style times content."""
+    """Return the lambda above 0 with the largest product of style and content."""
     above = {k: v for k, v in sweep.items() if float(k) > 0}
     return float(max(above, key=lambda k: (above[k]["style_share"] * (above[k]["content_ratio"] or 0), float(k))))
 
 
 def best_hand_off(rows: dict[str, Figures], content: float) -> str:
-    """Return the img2img strength of most style among those that keep ``content``; of most content if none does."""
+    """Return the img2img strength with most style among those with ``content``; with most content if none has."""
     keeping = {k: v for k, v in rows.items() if (v["content_ratio"] or 0) >= content}
     if keeping:
         return max(keeping, key=lambda k: keeping[k]["style_share"])
@@ -101,7 +101,7 @@ def best_hand_off(rows: dict[str, Figures], content: float) -> str:
 
 
 def plot(figures: dict[str, Figures], hand_offs: dict[str, Figures], path: Path) -> None:
-    """Draw style against content: the lambda sweep and the img2img hand-off; rows without a content are left out."""
+    """Draw style against content: the lambda sweep and the img2img hand-off; rows without content are omitted."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -190,7 +190,7 @@ def main() -> None:
 def _targets(
     workers: Workers, options: argparse.Namespace, names: Sequence[str], seeds: tuple[int, ...], settings: Settings
 ) -> None:
-    """Measure the targets with latents of their own, and write and print their tables."""
+    """Measure the targets with other latents, and write and print their tables."""
     chosen = tuple(chosen_prompts(names, options.algorithm_prompts))
     found = crossings.measure(workers, options.models, chosen, seeds, settings)
     crossings.write(options.targets_out, found, crossings.strip(options.models, settings))
@@ -228,7 +228,7 @@ def _options() -> argparse.Namespace:
 
 
 def _show(figures: dict[str, Any], options: argparse.Namespace, settings: Settings) -> None:
-    """Print what was measured as tables, and draw the plot and the sheet of algorithms beside ``--out``."""
+    """Print the figures as tables, and draw the plot and the sheet of algorithms next to ``--out``."""
     if options.only is None:
         baseline = figures["baseline"]
         plot(figures["lambda"], baseline["img2img_by_strength"], options.out.with_suffix(".png"))
@@ -239,7 +239,7 @@ def _show(figures: dict[str, Any], options: argparse.Namespace, settings: Settin
     for key in [key for key in ("composed", "concepts", "figure_3") if key in figures]:
         print("\n" + table(figures[key], key.replace("_", " ")))
     sheet = algorithms.sheet(options.models, settings)
-    # 256 colours: what is shown is mostly black and white, and the file far smaller.
+    # 256 colours suffice, as the pictures are mostly black and white, and make a far smaller file.
     sheet.quantize(256, dither=Image.Dither.NONE).save(options.out.with_name("algorithms.png"), optimize=True)
     for title, rows in figures["algorithms"].items():
         if isinstance(rows, dict):

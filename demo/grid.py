@@ -1,4 +1,4 @@
-"""One picture of many: labelled rows and columns."""
+"""One picture of many, with labelled rows and columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things are, in pixels: cells are square, labels above and to the left of them."""
+    """Positions in pixels: cells are square, labels above and to the left of them."""
 
     cell: int
     left: int
@@ -23,7 +23,7 @@ class Layout:
 
     @classmethod
     def of(cls, side: int) -> Layout:
-        """Lay out pictures of ``side`` pixels; those smaller than 128 are enlarged."""
+        """Lay out pictures of ``side`` pixels; pictures under 128 pixels are enlarged."""
         cell = max(side, SMALLEST_CELL)
         return cls(cell, left=max(cell // 2, 104), top=max(cell // 8, 34))
 
@@ -37,7 +37,7 @@ class Layout:
 
 
 def picture_of(pixels: Tensor) -> Image.Image:
-    """Make a picture of ``(3, H, W)`` in [-1, 1]."""
+    """Convert ``(3, H, W)`` in [-1, 1] to a picture."""
     rows = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
     return Image.fromarray(rows.numpy())
 
@@ -61,14 +61,14 @@ def draw_grid(pictures: Tensor, rows: Sequence[str], columns: Sequence[str]) -> 
 
 
 def enlarge(picture: Image.Image, side: int) -> Image.Image:
-    """Return a picture ``side`` pixels wide and high; edges that enlarging has softened are made steep again."""
+    """Return a picture ``side`` pixels wide and high, with edges sharpened after enlarging."""
     if picture.size == (side, side):
         return picture
     return picture.resize((side, side), Image.Resampling.LANCZOS).filter(ImageFilter.UnsharpMask(1.5, 120, 0))
 
 
 def wrap(text: str, width: int, lines: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Break text into at most ``lines`` lines of ``width`` pixels; an ellipsis stands for what is left out."""
+    """Break text into at most ``lines`` lines of ``width`` pixels; an ellipsis marks omitted text."""
     broken = [""]
     for word in text.split():
         longer = f"{broken[-1]} {word}".strip()

@@ -1,11 +1,11 @@
 """How the pictures are judged: style, content and diversity.
 
-- *style*: a small network says how line-art-like a picture is, 0 to 1.  It learnt from pixel blends
-  of the same emoji in colour and as line art, so its scale is the blend's share.
-- *ink*: the same question without a network: how close every pixel is to pure black or pure white.
-- *content*: a small network, trained to be blind to the style, embeds the picture; the nearest of all
+- *style*: a small network rates pictures from 0 (colour) to 1 (line art).  It was trained on pixel blends
+  of the same emoji in both looks, so its scale is the blend's share.
+- *ink*: the same without a network: how close every pixel is to pure black or pure white.
+- *content*: a small network, trained to ignore the style, embeds the picture; the nearest of all
   names should be the prompt's; *near*: it should be among the ten nearest.
-- *mosaic*: how much of the change between neighbouring pixels lies on the borders of 4x4 blocks.
+- *mosaic*: the share of the change between neighbouring pixels that lies on the borders of 4x4 blocks.
 - *diversity*: the root mean square difference between pictures of one prompt and different seeds.
 """
 
@@ -27,7 +27,7 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 class ContentEncoder(nn.Module):
-    """Embed the drawing of pictures ``(N, 3, 64, 64)`` in [-1, 1], by luminance alone, as unit vectors."""
+    """Embed the drawing of pictures ``(N, 3, 64, 64)`` in [-1, 1], by luminance only, as unit vectors."""
 
     def __init__(self, names: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class ContentEncoder(nn.Module):
 
 
 class StyleJudge(nn.Module):
-    """Say how line-art-like pictures ``(N, 3, 64, 64)`` in [-1, 1] are: ``(N,)``, 0 colour to 1 line art."""
+    """Rate pictures ``(N, 3, 64, 64)`` in [-1, 1] as ``(N,)``, from 0 (colour) to 1 (line art)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class StyleJudge(nn.Module):
 
 
 class Judges(nn.Module):
-    """What judges pictures: content, among so many names, and style."""
+    """The judges of pictures: of content, among all names, and of style."""
 
     def __init__(self, names: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Judges(nn.Module):
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over a set of pictures; ``content`` is the share whose emoji was retrieved first, ``near`` among ten."""
+    """Means over a set of pictures; ``content`` is the share whose emoji is retrieved first, ``near`` among ten."""
 
     style: float
     ink: float
@@ -92,9 +92,9 @@ def ink(pictures: Tensor) -> Tensor:
 
 
 def mosaic(pictures: Tensor) -> Tensor:
-    """Return how much of the change from pixel to pixel in ``(N, 3, H, W)`` is between 4x4 blocks, ``(N,)``.
+    """Return the share of the change between pixels of ``(N, 3, H, W)`` that is between 4x4 blocks, ``(N,)``.
 
-    A quarter or less where there are no blocks, 1 in a mosaic of them.
+    A quarter or less without blocks, 1 in a mosaic of them.
     """
     across, down = pictures.diff(dim=-1).abs(), pictures.diff(dim=-2).abs()
     between = across[..., 3::4].sum((1, 2, 3)) + down[..., 3::4, :].sum((1, 2, 3))

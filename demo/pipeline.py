@@ -1,4 +1,4 @@
-"""From checkpoints to pictures, outside any WebUI: loading, samplers, and one run with or without the delta."""
+"""From checkpoints to pictures, without a WebUI: loading, samplers, and one run with or without the delta."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Denoiser = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Place:
-    """Where models live and in which type they compute."""
+    """The device of models, and the type that they compute in."""
 
     device: torch.device
     dtype: torch.dtype
@@ -51,7 +51,7 @@ class Place:
 
     @classmethod
     def best(cls) -> Place:
-        """Choose the fastest device there is; half precision on GPUs."""
+        """Choose the fastest available device; half precision on GPUs."""
         if torch.cuda.is_available():
             return cls(torch.device("cuda"), torch.float16)
         if torch.backends.mps.is_available():
@@ -61,7 +61,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint, loaded."""
+    """A loaded checkpoint."""
 
     name: str
     family: Family
@@ -74,7 +74,7 @@ class Model:
 def load_model(
     path: Path, place: Place, tokenizer: Path | None, prediction: Prediction | None = None, with_vae: bool = True
 ) -> Model:
-    """Load a checkpoint; ``tokenizer`` None is the released CLIP models' own."""
+    """Load a checkpoint; ``tokenizer`` None is that of the released CLIP models."""
     with WeightFile.open(path) as file:
         unet, report = load_unet(file, place.dtype, place.device, prediction)
         if report.variant != "standard":
@@ -88,7 +88,7 @@ def load_model(
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are sampled; ``size`` is in pixels, ``source_cfg`` None is the target's ``cfg``."""
+    """Sampling settings; ``size`` is in pixels, ``source_cfg`` None is the target's ``cfg``."""
 
     sampler: str = "dpmpp_2m"
     steps: int = 16
@@ -100,13 +100,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Batch:
-    """The pictures to make: every prompt with every seed, ``len(prompts) * len(seeds)`` rows, prompt by prompt."""
+    """The pictures to draw: every prompt with every seed, ``len(prompts) * len(seeds)`` rows, prompt by prompt."""
 
     prompts: Sequence[str]
     seeds: Sequence[int]
 
     def noise(self, model: Model, settings: Settings) -> Tensor:
-        """Return unit noise ``(N, C, H, W)``; a seed gives all prompts the same, whatever the batch."""
+        """Return unit noise ``(N, C, H, W)``; a seed's noise is the same for all prompts, whatever the batch."""
         side = settings.size // (model.vae.config.factor if model.vae else 8)
         shape = (model.unet.config.out_channels, side, side)
         per_seed = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in self.seeds]
@@ -114,7 +114,7 @@ class Batch:
 
     def encode(self, model: Model, conditioner: Conditioner, settings: Settings) -> Conditioning:
         """Encode every row's prompt and negative prompt."""
-        # Each prompt by itself: what it comes to must not hang on the others of the batch.
+        # Encode each prompt by itself: its encoding must not depend on the others of the batch.
         parts = [_encode_one(model, conditioner, prompt, settings) for prompt in self.prompts]
         labels = [
             (p.cond_label, p.uncond_label) for p in parts if p.cond_label is not None and p.uncond_label is not None
@@ -144,7 +144,7 @@ class Alone:
     """A model by itself, as ``(x, sigma) -> denoised`` after classifier-free guidance."""
 
     def __init__(self, model: Model, batch: Batch, settings: Settings) -> None:
-        # Nothing is attached or told apart here: base and adapted are both this model.
+        # Without adapters, base and adapted are both this model.
         self._source = Source(model.unet, model.parameterization, batch.encode(model, model.conditioner, settings))
         self._cfg = settings.cfg
 
@@ -153,7 +153,7 @@ class Alone:
 
     @property
     def evaluations(self) -> int:
-        """Passes through the UNet so far."""
+        """The number of forward passes of the UNet so far."""
         return self._source.evaluations
 
 
@@ -175,14 +175,14 @@ class Control:
     mode: Mode = "balanced"
 
     def guide(self, base: Model) -> Guide:
-        """Load both, for a base's UNet."""
+        """Load both files, for a base's UNet."""
         picture = ControlMap(read_picture(self.picture), "crop and resize")
         return follow(load_control(self.model, base.unet), base.unet, picture, self.weight, self.mode)
 
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """A reference picture, the IP-Adapter that turns it into a prompt, and the image encoder that looks at it."""
+    """A reference picture, the IP-Adapter that turns it into a prompt, and its image encoder."""
 
     model: Path
     encoder: Path
@@ -190,17 +190,17 @@ class ImagePrompt:
     weight: float = 1.0
 
     def guide(self, base: Model) -> Guide:
-        """Load all three, for a base's UNet."""
+        """Load the files, for a base's UNet."""
         file = load_control(self.model, base.unet)
         tokens = image_tokens(file, load_image_encoder(self.encoder), [read_picture(self.picture)])
         return prompt_by(file, base.unet, tokens, self.weight)
 
 
 class Steering(Protocol):
-    """What steers a base: a map with its model, or a picture with its."""
+    """A control for a base: a map with its model, or a picture with its models."""
 
     def guide(self, base: Model) -> Guide:
-        """Load what is needed, for a base's UNet."""
+        """Load the files, for a base's UNet."""
         ...
 
 
@@ -226,7 +226,7 @@ class AdaptedModel:
         self._conditioner = Conditioner(base.family, adapted_towers, base.conditioner.tokenizer)
 
     def source(self, batch: Batch, settings: Settings) -> Source:
-        """Return base and adapted, told a batch's prompts."""
+        """Return base and adapted, conditioned on a batch's prompts."""
         told = [
             batch.encode(self.base, conditioner, settings) for conditioner in (self.base.conditioner, self._conditioner)
         ]
@@ -234,7 +234,7 @@ class AdaptedModel:
 
 
 class Branch:
-    """One of the source's two models as ``(x, sigma) -> denoised``: what it draws by itself."""
+    """One of the source's two models by itself, as ``(x, sigma) -> denoised``."""
 
     def __init__(self, source: Source, cfg: float, adapted: bool) -> None:
         self._source, self._cfg, self._branch = source, cfg, -1 if adapted else 0
@@ -252,10 +252,10 @@ def with_delta(
     settings: Settings,
     bridge: Bridge | None = None,
 ) -> DeltaDenoiser:
-    """Return the target's denoiser with the delta added; ``bridge`` None is the one for the two families."""
+    """Return the target's denoiser with the delta added; ``bridge`` None chooses the one for the two families."""
     if bridge is None:
         known = base.parameterization.schedule.sigma_max
-        # A target of zero terminal SNR starts at more noise than an ordinary base was trained on.
+        # A target with zero terminal SNR starts at more noise than an ordinary base was trained on.
         limit = known if model.parameterization.schedule.sigma_max > known else None
         bridge = choose_bridge(base.family, model.family, limit)
     levels = run_levels(settings.sampler, settings.steps, model.parameterization.schedule)
@@ -272,7 +272,7 @@ def draw(denoiser: Denoiser, model: Model, batch: Batch, settings: Settings, dev
 
 @torch.no_grad()
 def decode(model: Model, latents: Tensor) -> Tensor:
-    """Turn latents into pictures ``(N, 3, H, W)`` in [-1, 1], on the CPU, one by one where they are large.
+    """Decode latents to pictures ``(N, 3, H, W)`` in [-1, 1], on the CPU, one by one if they are large.
 
     The autoencoder may be on another device than the latents.
     """

@@ -1,8 +1,8 @@
-"""What fewer evaluations of the source keep of the effect, on the embedded models: ``python -m demo.quality``.
+"""Measure the effect with fewer evaluations of the source, on the embedded models: ``python -m demo.quality``.
 
-For each plan of :mod:`lib_delta.core.delta_reuse`: the share of the exact effect that is kept (the held picture's
-change of the plain one, along the exact change), and how far the picture lies from the exact one, in sizes of the exact
-change; means over prompts.  A lambda that is a little smaller, at full cost, is there to compare with.
+For each plan of :mod:`lib_delta.core.delta_reuse`, two means over prompts.  The share of the exact effect: the change
+with reused deltas, projected onto the exact change.  The distance from the exact picture, relative to the exact change.
+A slightly smaller lambda at full cost is included for comparison.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Studio:
         self.alone = Alone(self.target, self.batch, settings)
 
     def pictures(self, strength: float, plan: ReusePlan) -> tuple[Tensor, int]:
-        """Return pictures ``(N, pixels)`` and how often the source was asked."""
+        """Return pictures ``(N, pixels)`` and the number of the source's evaluations."""
         before = self.source.evaluations
         denoiser = with_delta(self.alone, self.target, self.source, self.base, Strength(strength), self.settings)
         denoiser.guidance = replace(denoiser.guidance, reuse=DeltaReuse(plan))

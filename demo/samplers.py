@@ -1,7 +1,6 @@
-"""The samplers of the paper's comparison (arXiv 2512.03056, Figure 5) and the usual others, under one signature.
+"""The samplers of the paper's comparison (arXiv 2512.03056, Figure 5) and other common ones, with one signature.
 
-Those of k-diffusion are called as they are; DDIM, DDPM and UniPC are diffusers' schedulers, driven in
-timestep space.
+k-diffusion's are called directly; DDIM, DDPM and UniPC are diffusers' schedulers, driven in timestep space.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ NAMES = (*K_DIFFUSION, "gradient_estimation", *DIFFUSERS)
 
 
 def prepare(sampler: str, schedule: Schedule) -> None:
-    """Import what ``sampler`` needs, which takes seconds, so that no timing of pictures includes it.
+    """Import the modules that ``sampler`` needs, which takes seconds, so that timings of pictures exclude it.
 
     Raises :class:`SettingError` for a sampler that is unknown or cannot follow ``schedule``.
     """
@@ -47,7 +46,7 @@ def noise_levels(steps: int, schedule: Schedule) -> Tensor:
 
 
 def run_levels(sampler: str, steps: int, schedule: Schedule) -> Tensor:
-    """Return the noise levels at which ``sampler`` will ask, highest first, with a final 0."""
+    """Return the noise levels at which ``sampler`` evaluates, highest first, with a final 0."""
     if sampler not in DIFFUSERS:
         return noise_levels(steps, schedule)
     t = _scheduler(sampler, steps).timesteps.float()

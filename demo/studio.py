@@ -1,4 +1,4 @@
-"""Sets of pictures by the embedded models, made and judged in several processes."""
+"""Draw and judge sets of pictures by the embedded models, in several processes."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ Figures = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Task:
-    """One set of pictures to make and judge: every prompt with every seed.
+    """One set of pictures to draw and judge: every prompt with every seed.
 
-    ``kind`` is what draws: the ``target``, the ``base``, the ``adapted`` model, the target with the ``delta``
-    of ``strength``, or ``img2img``: the target redrawing the last ``share`` of the steps of ``start``,
-    the adapted model's latents.  ``adapters`` name the files that together make the adapted model.
-    ``target`` names one of :mod:`demo.targets` in place of the usual one, ``way`` how the delta reaches it.
+    ``kind`` selects the model: the ``target``, the ``base``, the ``adapted`` model, the target with the ``delta`` of
+    ``strength``, or ``img2img``.  In img2img the target redraws the last ``share`` of the steps of ``start``, the
+    adapted model's latents.  ``adapters`` name the files that make the adapted model together.  ``target`` names one of
+    :mod:`demo.targets` instead of the usual one, ``way`` the bridge for the delta.
     """
 
     kind: Literal["target", "base", "adapted", "delta", "img2img"]
@@ -62,7 +62,7 @@ class Task:
 
     @property
     def title(self) -> str:
-        """What the progress bar says."""
+        """The progress bar's text."""
         detail = {
             "delta": f" {self.strength.value:g} {self.strength.start:g}-{self.strength.end:g}",
             "img2img": f" {self.share:g}",
@@ -72,7 +72,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What a task's pictures score, in all and prompt by prompt, and their latents."""
+    """The scores of a task's pictures, in total and by prompt, and their latents."""
 
     scores: Scores
     by_prompt: tuple[Scores, ...]
@@ -80,7 +80,7 @@ class Result:
 
 
 class Studio:
-    """Makes and judges the pictures of tasks with the embedded models."""
+    """Draws and judges the pictures of tasks with the embedded models."""
 
     def __init__(self, models: Path) -> None:
         torch.set_num_threads(1)
@@ -89,13 +89,13 @@ class Studio:
         self._targets = {"": self.embedded.target}
 
     def target(self, name: str) -> Model:
-        """Return a target by its name, loaded once; the usual one has none."""
+        """Return a target by name, loaded once; the usual one has no name."""
         if name not in self._targets:
             self._targets[name] = load_target(target_file(self.models, name), self.embedded.target)
         return self._targets[name]
 
     def run(self, task: Task) -> Result:
-        """Make and judge one task's pictures."""
+        """Draw and judge one task's pictures."""
         self._attach(task.adapters)
         latents, seeds = [], len(task.seeds)
         for first in range(0, len(task.prompts), PROMPTS_AT_ONCE):
@@ -103,7 +103,7 @@ class Studio:
             latents.append(self._latents(task, batch, slice(first * seeds, (first + PROMPTS_AT_ONCE) * seeds)))
         made = torch.cat(latents)
         model = self.embedded.base if task.kind in ("base", "adapted") else self.target(task.target)
-        # Judges know pictures of one size.
+        # The judges take pictures of one size.
         pictures = F.adaptive_avg_pool2d(decode(model, made), JUDGED).unflatten(0, (len(task.prompts), seeds))
         names = torch.tensor([self.embedded.judged.index(prompt) for prompt in task.prompts])
         judges = self.embedded.judges
@@ -139,7 +139,7 @@ class Studio:
         model = self.embedded.target
         levels = noise_levels(settings.steps, model.parameterization.schedule)
         levels = levels[settings.steps - round(share * settings.steps) :]
-        # A noise of its own, as img2img draws it: the one that made the picture would bring it back.
+        # New noise, as in img2img: the original noise would reproduce the original picture.
         noise = Batch(batch.prompts, [seed + 10_000 for seed in batch.seeds]).noise(model, settings)
         with torch.no_grad():
             return denoise_from(settings.sampler, target, start + levels[0] * noise, levels, batch.seeds[0])
@@ -162,7 +162,7 @@ class Workers:
     """Runs tasks in processes of one thread each, with one progress bar."""
 
     def __init__(self, models: Path, jobs: int) -> None:
-        os.environ.update(ONE_THREAD)  # which they inherit: torch counts its threads when it is imported
+        os.environ.update(ONE_THREAD)  # inherited by processes: torch sets its threads at import
         context = torch.multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(jobs, context, _open_studio, (models,))
 
@@ -179,13 +179,13 @@ class Workers:
 
 @dataclass(frozen=True)
 class Ends:
-    """The two ends of the scale: what target and adapted model draw alone."""
+    """The two ends of the scale: scores of target and adapted model by themselves."""
 
     target: Scores
     adapted: Scores
 
     def figures(self, scores: Scores) -> Figures:
-        """Express scores as shares of the way, rounded for print."""
+        """Express scores as shares of the scale, rounded for print."""
         return {
             "style_share": round(_share(scores.style, self.target.style, self.adapted.style), 3),
             "ink_share": round(_share(scores.ink, self.target.ink, self.adapted.ink), 3),
@@ -196,7 +196,7 @@ class Ends:
 
 
 def _ratio(value: float, whole: float) -> float | None:
-    # Of a target that shows no emoji at all nothing can be kept or lost.
+    # A target without any recognised emoji has no content to preserve or lose.
     return round(value / whole, 3) if whole else None
 
 

@@ -1,12 +1,14 @@
 """The lambda sweep: base, adapted, target, then the target with the delta at each lambda.
 
-Memory, for the user's own files on a GPU of 12 GB, in half precision: UNets take 1.7 GB (SD 1.x, 2.x) or
-5.1 GB (SDXL), the adapted weights of the base up to another 1.7 GB (the form ``bypass`` keeps only the
-adapters' factors), the text encoders 0.25 to 1.6 GB, an autoencoder in single precision 0.33 GB and up
-to 6 GB while it decodes 1024 pixels.  An SD 1.5 source for an SDXL target so holds at most 8.5 GB of
-weights beside 2 GB of activations, if nothing else stays: prompts are all encoded first and the text
-encoders given up, prompts are drawn one at a time, and the UNets are given up before the autoencoders
-come to the GPU and decode picture by picture.  Until they are needed, weights stay in the files' memory maps.
+Memory, for the user's files on a GPU of 12 GB, in half precision: UNets take 1.7 GB (SD 1.x, 2.x) or 5.1 GB (SDXL).
+The base's adapted weights take up to another 1.7 GB (the form ``bypass`` holds only the adapters' factors).  Text
+encoders take 0.25 to 1.6 GB.  An autoencoder takes 0.33 GB in single precision, and up to 6 GB while it decodes 1024
+pixels.
+
+An SD 1.5 source for an SDXL target thus needs at most 8.5 GB of weights and 2 GB of activations, if nothing else stays.
+So all prompts are encoded first and the text encoders dropped.  Prompts are drawn one at a time.  The UNets are dropped
+before the autoencoders move to the GPU and decode picture by picture.  Weights stay in the files' memory maps until
+they are needed.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ EMBEDDED_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """What is drawn: every prompt in every column, all from the noise of one seed."""
+    """The drawing plan: every prompt in every column, all from the noise of one seed."""
 
     prompts: Sequence[str]
     strengths: Sequence[Strength]
@@ -60,7 +62,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class OwnFiles:
-    """The user's own models; ``tokenizer`` None is that of the released CLIP models."""
+    """The user's models; ``tokenizer`` None is that of the released CLIP models."""
 
     target: Path
     base: Path
@@ -73,9 +75,9 @@ class OwnFiles:
 
 @dataclass(frozen=True)
 class Column:
-    """A finished column: pictures ``(prompts, 3, H, W)`` in [-1, 1] and what drawing them took.
+    """A finished column: pictures ``(prompts, 3, H, W)`` in [-1, 1], and their cost.
 
-    ``seconds`` is the sampling without the decoding, ``evaluations`` the passes through UNets.
+    ``seconds`` is the time of sampling without decoding; ``evaluations`` counts forward passes of UNets.
     """
 
     title: str
@@ -99,7 +101,7 @@ class Told:
 
 @dataclass(frozen=True)
 class Sketch:
-    """A column to be drawn: who denoises, and whose latents they are."""
+    """A column to draw: its denoiser, and the space of its latents."""
 
     title: str
     denoiser: Callable[[Told], Denoiser]
@@ -114,9 +116,9 @@ def embedded_sweep(embedded: Embedded, plan: Plan) -> list[Column]:
 
 
 def own_sweep(files: OwnFiles, plan: Plan, place: Place) -> list[Column]:
-    """Draw the plan with the user's own models.
+    """Draw the plan with the user's models.
 
-    Raises :class:`DeltaError` for files that cannot be used, and where the GPU's memory is too small.
+    Raises :class:`DeltaError` for files that cannot be used, and if the GPU's memory is too small.
     """
     try:
         return _own_sweep(files, plan, place)
@@ -144,7 +146,7 @@ def _own_sweep(files: OwnFiles, plan: Plan, place: Place) -> list[Column]:
 
 
 def _tell_own(files: OwnFiles, base: Model, target: Model, plan: Plan, device: torch.device) -> list[Told]:
-    """Attach the adapters and encode every prompt, each to be drawn by itself; leave the UNets and no text encoder."""
+    """Attach the adapters and encode every prompt, each to be drawn by itself; drop the text encoders afterwards."""
     towers = [*base.conditioner.towers, *target.conditioner.towers]
     for tower in towers:
         tower.to(device)
@@ -154,7 +156,7 @@ def _tell_own(files: OwnFiles, base: Model, target: Model, plan: Plan, device: t
 
 
 def _give_up(modules: Iterable[nn.Module]) -> None:
-    """Let go of weights that are not needed again, on whichever device they are."""
+    """Free weights that are not needed again, on any device."""
     for module in modules:
         module.to("meta")
     if torch.cuda.is_available():
@@ -197,7 +199,7 @@ def _sample(sketches: Sequence[Sketch], told: Sequence[Told], plan: Plan, device
             before, start, parts = sum(t.evaluations for t in told), time.perf_counter(), []
             for part in told:
                 followed = _followed(sketch.denoiser(part), sketch.model, plan.settings, bar)
-                # Copied to the CPU within the time: only that waits for a GPU to be done.
+                # The time includes the copy to the CPU, because only that waits for the GPU.
                 parts.append(draw(followed, sketch.model, part.batch, plan.settings, device).cpu())
                 bar.update(-bar.n % plan.settings.steps)
             seconds, passes = time.perf_counter() - start, sum(t.evaluations for t in told) - before
@@ -206,7 +208,7 @@ def _sample(sketches: Sequence[Sketch], told: Sequence[Told], plan: Plan, device
 
 
 def _followed(denoiser: Denoiser, model: Model, settings: Settings, bar: tqdm) -> Denoiser:
-    """Move the bar by the noise levels passed, for samplers differ in how often they ask at a level."""
+    """Advance the bar by noise levels, because samplers differ in their number of evaluations at a level."""
     levels = run_levels(settings.sampler, settings.steps, model.parameterization.schedule)
     start = bar.n
 
@@ -224,7 +226,7 @@ def _decoded(drawn: Iterable[_Drawn]) -> list[Column]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the embedded judges say of a column, 0 to 1."""
+    """The embedded judges' scores of a column, 0 to 1."""
 
     style: float
     content: float

@@ -1,7 +1,7 @@
-"""Embedded targets whose latents are not the base's, and the ways that a delta can take to them.
+"""Embedded targets with other latents than the base, and the ways to map a delta to them.
 
-``own`` has an autoencoder of its own, trained apart from the base's; ``flow`` as well, of 16 channels, and
-is trained by flow matching; ``large`` has the base's autoencoder, and pictures of twice the size.
+``own`` has an autoencoder that was trained independently of the base's.  ``flow`` has one with 16 channels, and is
+trained by flow matching.  ``large`` has the base's autoencoder, and pictures of twice the size.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from lib_delta.models.unet import UNet
 # state": that for the state, and the learned map for the delta; the last two show the base an average of its own size.
 Way = Literal["as it is", "scale", "learned", "decoded", "decoded state", "averaged", "unit"]
 PREDICTION = "delta.prediction"
-# What a file was made for, as fingerprints: the usual target's UNet, and the autoencoders at a bridge's two ends.
+# Fingerprints of the models that a file was made for: the usual target's UNet, and the autoencoders of a bridge.
 TARGET, SOURCE_VAE, TARGET_VAE = "delta.target", "delta.source_vae", "delta.target_vae"
-SIDE = 16  # of the latents that the base was trained on
+SIDE = 16  # side of the latents that the base was trained on
 
 
 def target_file(models: Path, name: str) -> Path:
-    """Return where a target's weights are, as far as they differ from the usual target's."""
+    """Return the file of a target's weights, which contains those that differ from the usual target's."""
     return models / f"target-{name}.safetensors"
 
 
 def bridge_file(models: Path, name: str) -> Path:
-    """Return where the maps between a target's latents and the base's are."""
+    """Return the file of the maps between a target's latents and the base's."""
     return models / f"bridge-{name}.safetensors"
 
 
 def fingerprint(network: nn.Module) -> str:
-    """Return 16 hexadecimal digits that tell a network's weights, in half precision as files hold them, from others."""
+    """Return 16 hexadecimal digits that identify a network's weights in half precision, the type of files."""
     digest = hashlib.sha256()
     for key, value in sorted(network.state_dict().items()):
         digest.update(key.encode())
@@ -74,9 +74,9 @@ def _check(file: WeightFile, made_for: dict[str, nn.Module], what: str, stage: s
 
 
 def load_target(path: Path, target: Model) -> Model:
-    """Return the usual target with the weights and the autoencoder of a file in place of its own.
+    """Return the usual target with its weights and autoencoder replaced by those of a file.
 
-    Raises :class:`CheckpointError` if what the file holds differs from another target than this one.
+    Raises :class:`CheckpointError` if the file was made for another target than this one.
     """
     with WeightFile.open(path) as file:
         _check(file, {TARGET: target.unet}, "another target than is here", path.stem)
@@ -139,7 +139,7 @@ def load_maps(path: Path, base: Model, target: Model) -> LearnedBridge:
 
 @dataclass(frozen=True)
 class DecodedBridge(SameSize):
-    """Decode with one autoencoder, encode with the other; ``difference`` None takes the delta the same way."""
+    """Decode with one autoencoder, encode with the other; ``difference`` None maps the delta the same way."""
 
     source: Autoencoder
     target: Autoencoder

@@ -1,4 +1,4 @@
-"""Look at adapter files from the command line: ``python -m lib_delta inspect FILE``."""
+"""Inspect adapter files from the command line: ``python -m lib_delta inspect FILE``."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from lib_delta.errors import DeltaError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns its exit status: 1 where a file cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m lib_delta", description="Look at what an adapter file holds.")
+    """Run the command line; return the exit status, 1 if a file cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m lib_delta", description="Inspect adapter files.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    inspect = commands.add_parser("inspect", help="say what LoRA or LyCORIS files are and which layers they adapt")
+    inspect = commands.add_parser(
+        "inspect", help="report the kind of LoRA or LyCORIS files, and the layers that they adapt"
+    )
     inspect.add_argument("files", nargs="+", type=Path, metavar="FILE")
     inspect.add_argument("--base", type=Path, help="checkpoint to look up layers in (default: SD 1.5 as released)")
     inspect.add_argument("--json", action="store_true", help="print JSON, one object for all files")
     options = parser.parse_args(arguments)
-    # A file that output is written to may be of few characters (cp1252, cp932), and names of files have all.
+    # The output's encoding may be limited (cp1252, cp932), while file names may contain any character.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    return run_inspect(options.files, options.base, options.json)
+    return run_inspect(options.files, options.base, as_json=options.json)
 
 
-def run_inspect(files: list[Path], base: Path | None, as_json: bool) -> int:
-    """Print what each file is; a file that cannot be used is told in a sentence."""
-    # Only now: asking for help should not take the seconds that models' code takes to import.
+def run_inspect(files: list[Path], base: Path | None, *, as_json: bool) -> int:
+    """Print a report on each file; for a file that cannot be used, the reason in a sentence."""
+    # Imported late, because models' code takes seconds to import and --help does not need it.
     from lib_delta.adapters.inspection import Reference, coverage
 
     def report(file: Path) -> dict[str, object]:
@@ -46,8 +48,8 @@ def run_inspect(files: list[Path], base: Path | None, as_json: bool) -> int:
     if as_json:
         print(json.dumps(reports, indent=2))
     else:
-        print("\n\n".join(_lines(file, found) for file, found in reports.items()))
-    return int(any("error" in found for found in reports.values()))
+        print("\n\n".join(_lines(file, entry) for file, entry in reports.items()))
+    return int(any("error" in entry for entry in reports.values()))
 
 
 def _lines(file: str, report: dict[str, object]) -> str:

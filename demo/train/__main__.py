@@ -1,10 +1,10 @@
 """Rebuild everything in ``demo/models`` from the emoji sets: ``python -m demo.train``.
 
-Each stage runs in a process of its own, saves as it goes and is skipped once the cache says that it
-is done, so a run that was stopped goes on where it was.  On a CPU every process has one thread and
-stages that do not need each other run side by side, one per core.  ``--further`` starts from the
-models that are there instead of from nothing: the autoencoder stays, base and target train on.
-``--stage`` runs one stage alone; an adapter so trains on the base in ``demo/models`` if the cache has none.
+Each stage runs in its own process, saves as it goes, and is skipped once the cache marks it as done.  So an interrupted
+run resumes.  On a CPU every process has one thread, and independent stages run in parallel, one per core.
+
+``--further`` starts from the existing models instead of from nothing: the autoencoder stays, base and target train on.
+``--stage`` runs only one stage; an adapter then trains on the base in ``demo/models`` if the cache has none.
 """
 
 from __future__ import annotations
@@ -92,11 +92,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
 # How many of a picture's variants are augmented strongly: base and adapted follow what is in front of them; the
 # target keeps its colours and is moved less, but for a quarter, so that it too follows what it is shown.
 STRONG = {"flat": VARIANTS // 2, "lineart": VARIANTS // 2, "noto": VARIANTS // 4}
-CONCEPT_SHARE = 0.6  # of the pictures that teach the new names; the others keep the old ones
+CONCEPT_SHARE = 0.6  # of the pictures that teach new names; the others maintain the old ones
 
 
 class Workshop:
-    """The stages, and what they hand each other through files in ``cache``."""
+    """The stages, which exchange their results through files in ``cache``."""
 
     def __init__(self, cache: Path, further: bool) -> None:
         self.cache, self.further = cache, further
@@ -107,7 +107,7 @@ class Workshop:
             train_tokenizer([*NAMES, *CONCEPTS], tokenizer)
         self.tokens = _tokenise([*NAMES, ""], tokenizer)
         self.concept_tokens = _tokenise(CONCEPTS, tokenizer)
-        # OpenCLIP, and so SD 2.x, pads with 0 where CLIP repeats end-of-text.
+        # OpenCLIP, and so SD 2.x, pads with 0; CLIP repeats the end-of-text token.
         ended = (self.tokens == self.tokens.max()).cumsum(1) > 1
         self.open_clip_tokens = self.tokens.masked_fill(ended, 0)
 
@@ -137,7 +137,7 @@ class Workshop:
         torch.save(train_decoder(vae, shown, self.cache, RUNS["vae-decoder"]).state_dict(), self.cache / "vae.pt")
 
     def trained_vae(self) -> VAE:
-        """Return the autoencoder of this cache, or else that of the base in ``demo/models``."""
+        """Return the autoencoder of this cache, or that of the base in ``demo/models``."""
         stored = self.cache / "vae.pt"
         if not stored.exists():
             return self._landed_vae()
@@ -163,7 +163,7 @@ class Workshop:
         export.sd1(MODELS / "base.safetensors", model, self.trained_vae())
 
     def trained_base(self) -> Conditioned:
-        """Return the base of this cache, or else the one in ``demo/models``."""
+        """Return the base of this cache, or the one in ``demo/models``."""
         model, stored = Conditioned(BASE, BASE_TEXT, int(self.tokens.max()) + 1), self.cache / "base.pt"
         if stored.exists():
             model.load_state_dict(torch.load(stored, weights_only=True))
@@ -180,7 +180,7 @@ class Workshop:
         export.sd2(MODELS / "target.safetensors", model, self.trained_vae())
 
     def targets(self) -> targets.Bench:
-        """Return what the stages of targets with other latents work with."""
+        """Return the inputs of the stages for targets with other latents."""
         strong = STRONG["noto"]
         return targets.Bench(
             self.cache, MODELS, self.trained_vae, self.every, self.emoji, self.open_clip_tokens, strong
@@ -193,7 +193,7 @@ class Workshop:
         export.adapter(MODELS / f"{stage}.safetensors", trained)
 
     def lesson(self, stage: str) -> tuple[Tensor, Tensor]:
-        """Return what an adapter learns from: tokens (the last are the empty prompt's) and latents."""
+        """Return an adapter's training data: tokens (the last are the empty prompt's) and latents."""
         if stage in LINE_ART:
             return self.tokens, self.latents("lineart")
         vae, strong = self.trained_vae(), STRONG["flat"]
@@ -216,28 +216,28 @@ class Workshop:
         export.edges(MODELS / "edges.safetensors", controls.train_edges("edges", lesson, self.cache, RUNS["edges"]))
 
     def image_prompt(self) -> None:
-        # Those in other colours than their own: of the others the prompt tells the colours.
+        # Only recoloured pictures: the prompt determines the original colours.
         lesson = self.steered(self.shown()).last(STRONG["flat"])
         trained = controls.train_image_prompt("image-prompt", lesson, self.cache, RUNS["image-prompt"])
         export.image_prompt(MODELS, trained)
 
     def shown(self) -> Tensor:
-        """Return the pictures that the base's latents are of."""
+        """Return the pictures that the base's latents encode."""
         return controls.variants_of(self.emoji.pictures["flat"], STRONG["flat"], seed=7)
 
     def steered(self, shown: Tensor) -> controls.Lesson:
-        """Return what a control learns from: the base's own latents, each with what it is to be drawn by."""
+        """Return a control's training data: the base's latents, each with its map or reference."""
         return controls.Lesson(self.trained_base(), self.tokens, self.latents("flat"), shown)
 
     def metrics(self) -> None:
         judged = self.every.only([*NAMES, *CONCEPTS])
-        # With the judge that tells them apart, in its order.
+        # With the judge of content, in its order.
         for file, names in (("names.json", NAMES), ("concepts.json", CONCEPTS)):
             (MODELS / file).write_text(json.dumps(names, indent=0) + "\n", "utf-8")
         export.metrics(MODELS / "metrics.safetensors", train_metrics(judged, self.cache, RUNS["metrics"]))
 
     def start(self, stage: str) -> Path | None:
-        """Return the checkpoint from which a stage goes on."""
+        """Return the checkpoint from which a stage continues."""
         return MODELS / f"{stage}.safetensors" if self.further else None
 
     def finished(self, stage: str) -> bool:
@@ -266,7 +266,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.stage == "bridges":
-        # What it makes is the extension's, and no part of the embedded world.
+        # Its results belong to the extension, not to the embedded world.
         bridges.run(options, lambda: load(options.cache))
         return
     workshop = Workshop(options.cache, options.further)

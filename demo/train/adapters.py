@@ -1,8 +1,8 @@
-"""Adapters in training: the tensors of an adapter file, for each algorithm, and the weights they make.
+"""Adapters in training: the tensors of an adapter file, for each algorithm, and the resulting weights.
 
-What a tensor is called and what it does to a layer is ``lib_delta.adapters``' to say, so a file is
-trained through the same mathematics that later reads it.  Starting values are those of kohya's
-sd-scripts and LyCORIS: before the first step every adapter leaves the base as it is.
+``lib_delta.adapters`` defines the tensors' names and their effect on a layer, so a file is trained through the same
+mathematics that later reads it.  Initial values are those of kohya's sd-scripts and LyCORIS: before the first step, no
+adapter changes the base.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """An algorithm: how its files are read, and what one holds for a layer of a given shape before training.
+    """An algorithm: its reader, and the initial tensors for a layer of a given shape.
 
-    Numbers without a dimension (``alpha``) are settings and are not trained.
+    Scalars (``alpha``) are settings and are not trained.
     """
 
     match: Callable[[Mapping[str, Tensor]], Any]
@@ -47,7 +47,7 @@ class Adapter(nn.Module):
     def __init__(self, unet: UNetEncoder, kind: Kind) -> None:
         super().__init__()
         self.kind = kind
-        self.names: list[tuple[str, str]] = []  # of layer and tensor
+        self.names: list[tuple[str, str]] = []  # names of layer and tensor
         self.tensors = nn.ParameterList()
         for path, layer in unet.named_modules():
             if not isinstance(layer, (Linear, Conv2d)):
@@ -59,7 +59,7 @@ class Adapter(nn.Module):
     def merged(self, unet: UNetEncoder) -> Tensors:
         """Return the adapted weights by parameter name; gradients reach the adapter's tensors."""
         out = {}
-        # Small products, and OFT's inverses, which bfloat16 has no solver for.
+        # Single precision for small products, and for OFT's inverses, as bfloat16 has no solver.
         with torch.autocast("cpu", enabled=False):
             for path, tensors in self._layers().items():
                 weight = unet.get_parameter(f"{path}.weight")
@@ -82,7 +82,7 @@ class Adapter(nn.Module):
 
 
 def low_rank(rank: int) -> Kind:
-    """Return LoRA for linear layers and convolutions alike (LoCon); the scale is 1."""
+    """Return LoRA for linear layers and convolutions (LoCon); the scale is 1."""
 
     def start(shape: Size) -> Tensors:
         inner = min(rank, shape[0], shape[1:].numel())
@@ -132,7 +132,7 @@ def multiplied() -> Kind:
 
 
 def rotated(block: int) -> Kind:
-    """Return OFT in blocks of ``block`` outputs (all, where there are fewer), with a scale for each output."""
+    """Return OFT in blocks of ``block`` outputs (all, if there are fewer), with a scale for each output."""
 
     def start(shape: Size) -> Tensors:
         side = min(block, shape[0])

@@ -1,4 +1,4 @@
-"""The stage ``bridges``: fit the maps that the extension ships, from a folder of tiny autoencoders."""
+"""The stage ``bridges``: fit the extension's maps, by a folder of tiny autoencoders."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ from lib_delta.models import taesd
 
 BATCH = 16
 HALVES = "halves"
-SEEN = 128  # pictures, each with its edit, that filters between tiny autoencoders are fitted on
-# SDXL is what most pictures are made with.
+SEEN = 128  # pictures, each with an edit, for fitting filters between tiny autoencoders
+# Most pictures are made with SDXL.
 LAYERS = {Space.SDXL: Layers(), **dict.fromkeys((Space.SD3, Space.FLUX1), Layers(reading=1, writing=2))}
 TUNING = Run(steps=1500, batch=24, rate=4e-4, warmup=60, average=0.998)
 DIFFERENCES = replace(TUNING, batch=20, rate=5e-4, warmup=40, average=0.996)
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace, load: Callable[[], Emoji]) -> None:
         else StitchBench(options, tiny_part(options.taesd, Space.SD1, "encoder"), picture_of)
     )
     for source, target in itertools.permutations(autoencoders, 2):
-        # The side model is of SD 1.x: pairs from there have networks, the others filters alone.
+        # The side model is SD 1.x: pairs with it as the source have networks, the others only filters.
         if source is not Space.SD1:
             fitted = fit(latents[source], latents[target])
         elif bench is None:
@@ -122,7 +122,7 @@ def stitch(
 
 
 class StitchBench:
-    """What bridges from SD 1.x are fitted with where there are tiny autoencoders to stitch."""
+    """The inputs for fitting bridges from SD 1.x, if there are tiny autoencoders to stitch."""
 
     def __init__(
         self, options: argparse.Namespace, encoder: nn.Sequential, picture_of: Callable[[Generator], Array]
@@ -158,7 +158,7 @@ class StitchBench:
 
 
 def seam(encoder: nn.Sequential, count: int, picture_of: Callable[[Generator], Array]) -> Seam:
-    """Return what an encoder makes on its way of the first ``count`` pictures and their edits."""
+    """Return an encoder's intermediate features for the first ``count`` pictures and their edits."""
     first = until_seam(encoder)
     same = Autoencoder(first, first)
     pixels = Autoencoder(partial(F.pixel_unshuffle, downscale_factor=taesd.FACTOR), first)
@@ -167,12 +167,12 @@ def seam(encoder: nn.Sequential, count: int, picture_of: Callable[[Generator], A
 
 
 def coloured(emoji: Emoji) -> Tensor:
-    """Return the sets that have colours, uint8 ``(N, 3, 64, 64)``."""
+    """Return the coloured sets, uint8 ``(N, 3, 64, 64)``."""
     return torch.cat([emoji.pictures[name] for name in ("flat", "noto")])
 
 
 def read(options: argparse.Namespace) -> dict[Space, Autoencoder]:
-    """Return the autoencoders that the command line names; ends with a sentence where there are none."""
+    """Return the autoencoders that the command line names; exit with a sentence if there are none."""
     try:
         if options.autoencoders:
             return of_checkpoints(options.autoencoders)
@@ -184,16 +184,16 @@ def read(options: argparse.Namespace) -> dict[Space, Autoencoder]:
 
 
 def halved(autoencoder: Autoencoder) -> Autoencoder:
-    """Return one that sees pictures at half the size."""
+    """Return an autoencoder that encodes pictures at half the size."""
     return replace(autoencoder, encoder=lambda pictures: autoencoder.encoder(F.avg_pool2d(pictures, 2)))
 
 
 def fit(source: Tensor, target: Tensor, size: Size | None = None, halves: Tensor | None = None) -> LearnedBridge:
     """Fit a bridge to the latents ``(N, 2, C, H, W)`` of pictures and their edits in two spaces.
 
-    Without a ``size`` it is filters alone; with one, the map of states is a network besides, and that of differences
-    takes detail from the target's latent.  ``halves``, the source's latents of the pictures at half the size, teach
-    the map of states to give these.  Both spaces must have as many latent pixels per picture.
+    Without a ``size`` it consists of filters.  With one, the map of states also has a network, and that of differences
+    takes detail from the target's latent.  ``halves``, the source's latents of the pictures at half the size, train the
+    map of states to predict these.  Both spaces must have as many latent pixels per picture.
     """
     bridge = linear_bridge(source, target)
     if size is not None:
@@ -203,7 +203,7 @@ def fit(source: Tensor, target: Tensor, size: Size | None = None, halves: Tensor
 
 
 def generated(emoji: Tensor | None) -> Callable[[Generator], Array]:
-    """Return what draws a picture ``(3, 128, 128)`` of any kind, with or without emoji ``(N, 3, 64, 64)``."""
+    """Return a function that draws a random picture ``(3, 128, 128)``, with or without emoji ``(N, 3, 64, 64)``."""
     return lambda rng: draw(rng, Sizes(), emoji)
 
 
@@ -220,7 +220,7 @@ def encode(
             picture = picture_of(rng)
             change, _ = edited(rng, picture, before)
             before = picture
-            if rng.random() < 0.2:  # as an estimate at high noise looks
+            if rng.random() < 0.2:  # like an estimate at high noise
                 sigma = float(np.exp(rng.uniform(0, np.log(12))))
                 picture, change = blur(picture, sigma), blur(change, sigma)
             pairs.append(np.stack((picture, change)))
@@ -244,7 +244,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_stage_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this stage alone."""
+    """Add the options of only this stage."""
     add_options(parser)
     parser.add_argument(
         "--steps",

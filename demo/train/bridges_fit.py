@@ -16,16 +16,16 @@ from lib_delta.bridges.int8_weights import pack
 from lib_delta.bridges.latent_maps import DifferenceMap, Filter, FilteredState, regress_on_state
 from lib_delta.bridges.learned import LearnedBridge
 
-RIDGE = 1e-4  # of the mean variance, so that channels that hardly vary stay small
+RIDGE = 1e-4  # relative to the mean variance, so that channels with little variance stay small
 
 
 @torch.no_grad()
 def fit_filter(
     pairs: Iterable[tuple[Tensor, Tensor]], width: int, bias: bool, ridge: float = RIDGE, stride: int = 1
 ) -> Filter:
-    """Return the filter of least squares that maps ``(N, A, H, W)`` to ``(N, B, H, W)`` over all pairs.
+    """Return the least-squares filter that maps ``(N, A, H, W)`` to ``(N, B, H, W)`` over all pairs.
 
-    With a ``stride`` of 2 the latter are half as large along each side.
+    With a ``stride`` of 2 the latter have half the size along each side.
     """
     gram: Tensor | None = None
     moment: Tensor | None = None
@@ -40,7 +40,7 @@ def fit_filter(
         raise ValueError("a filter cannot be fitted to no pictures")
     solved = torch.linalg.solve(gram + ridge * gram.diagonal().mean() * torch.eye(len(gram)).double(), moment).float()
     weight = solved[:-1] if bias else solved
-    fitted = Filter(a.shape[1], b.shape[1], width, bias, stride)
+    fitted = Filter(a.shape[1], b.shape[1], width, bias=bias, stride=stride)
     fitted.weight.copy_(weight.T.reshape(fitted.weight.shape))
     if fitted.bias is not None:
         fitted.bias.copy_(solved[-1])
@@ -50,7 +50,7 @@ def fit_filter(
 def linear_bridge(source: Tensor, target: Tensor, width: int = 5) -> LearnedBridge:
     """Fit filters to the latents ``(N, 2, C, H, W)`` of the same pictures and their edits in two spaces.
 
-    The state's is fitted on pictures and edits alike, that of differences on edit minus picture.
+    The map of states is fitted on pictures and edits, that of differences on edit minus picture.
     """
     states = [(t.flatten(0, 1), s.flatten(0, 1)) for s, t in zip(source.split(100), target.split(100))]
     changes = [
@@ -65,7 +65,7 @@ def linear_bridge(source: Tensor, target: Tensor, width: int = 5) -> LearnedBrid
 
 @torch.no_grad()
 def detailed(linear: DifferenceMap, source: Tensor, target: Tensor) -> DifferenceMap:
-    """Fit what a map of differences takes besides from the target's latent, on ``(N, 2, C, H, W)`` of both spaces."""
+    """Fit the part of a map of differences that reads the target's latent, on ``(N, 2, C, H, W)`` of both spaces."""
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for s, t in zip(source.split(100), target.split(100)):
@@ -81,7 +81,7 @@ def detailed(linear: DifferenceMap, source: Tensor, target: Tensor) -> Differenc
 
 
 def with_half(state: FilteredState, target: Tensor, halves: Tensor, width: int = 6) -> FilteredState:
-    """Return a state map that knows half the size: ``halves`` are the source's latents of the smaller pictures.
+    """Return a state map that also predicts half the size: ``halves`` are the source's latents of smaller pictures.
 
     Both are ``(N, 2, C, H, W)``, of pictures and their edits.
     """
@@ -89,7 +89,9 @@ def with_half(state: FilteredState, target: Tensor, halves: Tensor, width: int =
     channels_in, channels_out = state.channels
     hidden = 0 if state.head is None else state.head.weight.shape[1]
     blocks = 0 if state.network is None else len(state.network) - 2
-    fitted = FilteredState(channels_in, channels_out, state.filter.weight.shape[-1], hidden, blocks, width)
+    fitted = FilteredState(
+        channels_in, channels_out, state.filter.weight.shape[-1], hidden=hidden, blocks=blocks, half=width
+    )
     fitted.load_state_dict(state.state_dict(), strict=False)
     fitted.halving = fit_filter(pairs, width, bias=True, stride=2)
     return fitted.eval().requires_grad_(False)
@@ -107,7 +109,7 @@ def save(bridge: LearnedBridge, path: Path, about: dict[str, str]) -> None:
 
 @dataclass(frozen=True)
 class Size:
-    """The width and the blocks of a state map's network, and how long it trains."""
+    """The width and the number of blocks of a state map's network, and the length of its training."""
 
     hidden: int = 48
     blocks: int = 2
@@ -119,14 +121,14 @@ class Size:
 def train_state(bridge: LearnedBridge, source: Tensor, target: Tensor, size: Size, seed: int = 0) -> FilteredState:
     """Train a state map that starts from the bridge's, on latents ``(N, 2, C, H, W)``.
 
-    Some are blurred, or averaged with others, in both spaces alike: what a denoising model estimates
-    at high noise is an average of latents.
+    Some are blurred, or averaged with others, in both spaces alike, because a denoising model's estimate at high noise
+    is an average of latents.
     """
     fitted = FilteredState(
-        target.shape[2], source.shape[2], bridge.state.filter.weight.shape[-1], size.hidden, size.blocks
+        target.shape[2], source.shape[2], bridge.state.filter.weight.shape[-1], hidden=size.hidden, blocks=size.blocks
     )
     _start(fitted, seed)
-    # A bridge that was trained before trains on.
+    # A trained bridge continues its training.
     fitted.load_state_dict(bridge.state.state_dict(), strict=False)
     states = target.flatten(0, 1), source.flatten(0, 1)
 
@@ -136,9 +138,9 @@ def train_state(bridge: LearnedBridge, source: Tensor, target: Tensor, size: Siz
             [target.shape[2], source.shape[2]], 1
         )
         error = fitted(z) - wanted
-        # Colours and light, which are what the eye sees first, are coarse.
+        # Colours and light, the most visible features, are coarse.
         size_of = error.square().mean((1, 2, 3)) + 2 * F.avg_pool2d(error, 4).square().mean((1, 2, 3))
-        # Grain and other detail that no map can carry must not drown the rest.
+        # Grain and other detail that no map can predict must not dominate the loss.
         detail = wanted - F.avg_pool2d(F.pad(wanted, [1] * 4, mode="replicate"), 3, 1)
         return (size_of / (detail.square().mean((1, 2, 3)) + 0.1)).mean()
 
@@ -146,7 +148,7 @@ def train_state(bridge: LearnedBridge, source: Tensor, target: Tensor, size: Siz
 
 
 def _averaged(latents: Tensor, generator: torch.Generator) -> Tensor:
-    """Average a quarter of the latents with what lies around, or with another one."""
+    """Average a quarter of the latents with their neighbourhood, or with another latent."""
     chance = torch.rand(len(latents), 1, 1, 1, generator=generator)
     soft = F.avg_pool2d(F.pad(latents, [1] * 4, mode="replicate"), 3, 1)
     mixed = 0.6 * latents + 0.4 * latents.roll(1, 0)
@@ -154,7 +156,7 @@ def _averaged(latents: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _start(fitted: FilteredState, seed: int) -> None:
-    """Draw the network's weights; its head is 0, so that at first the filter stands alone."""
+    """Initialise the network; its head is 0, so that at first only the filter acts."""
     torch.manual_seed(seed)
     for name, parameter in fitted.named_parameters():
         if name.startswith("network.") and parameter.ndim == 4:

@@ -1,8 +1,7 @@
-"""Free pictures to fit bridges on: dead leaves, textures and emoji, and edits of them.
+"""Synthetic pictures for fitting bridges: dead leaves, textures and emoji, and edits of them.
 
-Nothing here is a photo, so that photos are left to judge by.  Dead leaves (Lee, Mumford & Huang 2001) share
-with photos the power law of their spectrum, and occlusion; how strongly coloured they are, lit, textured
-and out of focus varies from one to the next.
+None is a photo, so that photos remain for the evaluation.  Dead leaves (Lee, Mumford & Huang 2001) share with photos
+the power law of their spectrum, and occlusion.  Their colours, light, texture and focus vary from one to the next.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Sizes:
-    """Pictures are drawn ``over`` times as large, and averaged down to ``side`` pixels."""
+    """Pictures are drawn ``over`` times larger, and averaged down to ``side`` pixels."""
 
     side: int = 128
     over: int = 2
 
     @property
     def drawn(self) -> int:
-        """Pixels along a side while drawing."""
+        """The side in pixels while drawing."""
         return self.side * self.over
 
 
 def noise(rng: Generator, side: int, slope: float, channels: int = 1) -> Array:
-    """Return ``(channels, side, side)`` of mean 0 and deviation 1, its amplitudes falling with frequency^slope."""
+    """Return ``(channels, side, side)`` of mean 0 and deviation 1, with amplitudes proportional to frequency^slope."""
     fy, fx = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]
     radius = np.hypot(fx, fy)
     radius[0, 0] = np.inf
@@ -45,7 +44,7 @@ def noise(rng: Generator, side: int, slope: float, channels: int = 1) -> Array:
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours that go together: near a few hues, as strong as the picture's mood has it."""
+    """Colours that match: near a few hues, as saturated as the picture's mood."""
 
     hues: Array
     saturation: float
@@ -65,7 +64,7 @@ class Palette:
 
 
 def dead_leaves(rng: Generator, side: int) -> Array:
-    """Draw shapes that hide each other, their sizes by a power law, ``(3, side, side)``."""
+    """Draw shapes that occlude each other, with sizes by a power law, ``(3, side, side)``."""
     palette, ys = Palette.draw(rng), np.linspace(-1, 1, side, dtype=np.float32)
     xs, ys = np.meshgrid(ys, ys)
     picture = _filled(rng, palette, xs, ys)
@@ -73,7 +72,7 @@ def dead_leaves(rng: Generator, side: int) -> Array:
     radii = smallest * (1 - rng.uniform(0, 1, rng.integers(20, 160)) * (1 - (smallest / 0.9) ** 2)) ** -0.5
     for radius in np.sort(radii)[::-1] if rng.random() < 0.5 else radii:
         x, y, angle = *rng.uniform(-1.1, 1.1, 2), rng.uniform(0, 2 * math.pi)
-        # Only the box around the leaf is drawn.
+        # Draw only within the leaf's bounding box.
         reach = 1.5 * radius
         low = [max(0, int((centre - reach + 1) / 2 * side)) for centre in (y, x)]
         high = [min(side, int((centre + reach + 1) / 2 * side) + 1) for centre in (y, x)]
@@ -89,7 +88,7 @@ def dead_leaves(rng: Generator, side: int) -> Array:
 
 
 def _shape(rng: Generator, u: Array, v: Array) -> Array:
-    """Return which points belong to an ellipse, a rectangle, a triangle, a stroke or a ring of radius 1."""
+    """Return the points of an ellipse, a rectangle, a triangle, a stroke or a ring of radius 1."""
     kind, ratio = rng.integers(5), rng.uniform(0.3, 1.0)
     if kind == 0:
         return u**2 + (v / ratio) ** 2 < 1
@@ -127,7 +126,7 @@ def _filled(rng: Generator, palette: Palette, u: Array, v: Array) -> Array:
 def texture(rng: Generator, side: int) -> Array:
     """Draw clouds of coloured noise, soft or hard, ``(3, side, side)``."""
     fields, mix = noise(rng, side, rng.uniform(0.6, 2.0), 3), rng.normal(size=(3, 3))
-    # Real colours go up and down together.
+    # The channels of natural colours are correlated.
     mix = rng.uniform(0, 1) * mix + rng.uniform(0.5, 1.5) * np.array([[1.0, 0, 0]] * 3)
     clouds = np.einsum("ij,jhw->ihw", mix, fields)
     clouds /= clouds.std()
@@ -149,7 +148,7 @@ def landscape(rng: Generator, side: int) -> Array:
 
 
 def with_emoji(rng: Generator, side: int, emoji: Tensor) -> Array:
-    """Draw emoji ``(M, 3, h, w)`` uint8 on white, turned and enlarged, over a background."""
+    """Draw emoji ``(M, 3, h, w)`` uint8 on white, rotated and enlarged, over a background."""
     picture = torch.from_numpy((texture if rng.random() < 0.5 else dead_leaves)(rng, side))
     for _ in range(rng.integers(1, 5)):
         drawn = emoji[int(rng.integers(len(emoji)))][None].float() / 255
@@ -160,7 +159,7 @@ def with_emoji(rng: Generator, side: int, emoji: Tensor) -> Array:
         )
         grid = F.affine_grid(affine.float(), [1, 3, side, side], align_corners=False)
         moved = F.grid_sample(drawn - 1, grid, mode="bicubic", align_corners=False)[0] + 1
-        # White is the emoji's paper: it lets the background through, or stays as a card.
+        # White is the emoji's paper: it is transparent, or remains as a card.
         paper = (moved.amin(0) > 0.97).float()
         inside = (grid[0].abs().amax(-1) < 0.98).float()
         cover = inside * (1 - paper) if rng.random() < 0.7 else inside
@@ -169,7 +168,7 @@ def with_emoji(rng: Generator, side: int, emoji: Tensor) -> Array:
 
 
 def draw(rng: Generator, sizes: Sizes, emoji: Tensor | None) -> Array:
-    """Draw one picture ``(3, side, side)`` in 0..1: of some kind, lit, focused and grained in some way."""
+    """Draw one picture ``(3, side, side)`` in 0..1, of random kind, light, focus and grain."""
     makers: list[Callable[[Generator, int], Array]] = [dead_leaves] * 5 + [texture, landscape]
     if emoji is not None:
         makers += [lambda rng, side: with_emoji(rng, side, emoji)] * 2
@@ -189,7 +188,7 @@ def draw(rng: Generator, sizes: Sizes, emoji: Tensor | None) -> Array:
 
 
 def blurred(picture: Array, sigma: float) -> Array:
-    """Blur ``(C, H, W)`` by a Gaussian of that many pixels, its edges repeated."""
+    """Blur ``(C, H, W)`` by a Gaussian of that many pixels, with replicated edges."""
     reach = max(1, math.ceil(3 * sigma))
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
@@ -198,7 +197,7 @@ def blurred(picture: Array, sigma: float) -> Array:
 
 
 def soft_mask(rng: Generator, side: int) -> Array:
-    """Return a share in 0..1 that varies over the picture ``(1, side, side)``."""
+    """Return a weight in 0..1 that varies over the picture ``(1, side, side)``."""
     return (1 / (1 + np.exp(-rng.uniform(2, 8) * (noise(rng, side, 2.0) + rng.normal() * 0.5)))).astype(np.float32)
 
 
@@ -206,7 +205,7 @@ Edit = Callable[[Generator, Array, Array], Array]
 
 
 def _colours(rng: Generator, picture: Array, other: Array) -> Array:
-    """Mix the channels: towards grey, stronger, hues turned, warmer, cooler, or in any way."""
+    """Mix the channels: towards grey, more saturated, with rotated hues, warmer, cooler, or at random."""
     grey, skew = np.full((3, 3), 1 / 3), np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     angle, strength = rng.uniform(-math.pi, math.pi), rng.uniform(0, 1.8)
     kind = rng.integers(4)
@@ -224,7 +223,7 @@ def _colours(rng: Generator, picture: Array, other: Array) -> Array:
 
 
 def _tones(rng: Generator, picture: Array, other: Array) -> Array:
-    """Change brightness, contrast and the curve of tones; sometimes a negative, or few steps."""
+    """Change brightness, contrast and the tone curve; sometimes to a negative, or to few steps."""
     if rng.random() < 0.15:
         return 1 - picture
     if rng.random() < 0.2:
@@ -241,7 +240,7 @@ def _focus(rng: Generator, picture: Array, other: Array) -> Array:
 
 
 def _lines(rng: Generator, picture: Array, other: Array) -> Array:
-    """Draw the edges alone, on paper, or over the picture's coarse colours."""
+    """Draw only the edges, on paper, or over the picture's coarse colours."""
     sigma = rng.uniform(0.5, 2.0)
     grey = picture.mean(0, keepdims=True)
     bands = blurred(grey, 1.6 * sigma) - rng.uniform(0.9, 1.0) * blurred(grey, sigma)
@@ -252,7 +251,7 @@ def _lines(rng: Generator, picture: Array, other: Array) -> Array:
 
 
 def _material(rng: Generator, picture: Array, other: Array) -> Array:
-    """Lay grain, canvas or another picture's detail over it."""
+    """Overlay grain, canvas or another picture's detail."""
     if rng.random() < 0.5:
         return picture + rng.uniform(0.03, 0.25) * noise(
             rng, picture.shape[1], rng.uniform(0, 1.5), 3 if rng.random() < 0.3 else 1
@@ -261,12 +260,12 @@ def _material(rng: Generator, picture: Array, other: Array) -> Array:
 
 
 def _content(rng: Generator, picture: Array, other: Array) -> Array:
-    """Put another picture in some places, fully or in part."""
+    """Insert another picture in some places, opaque or blended."""
     return picture + rng.uniform(0.2, 1.0) * soft_mask(rng, picture.shape[1]) * (other - picture)
 
 
 def _warp(rng: Generator, picture: Array, other: Array) -> Array:
-    """Move things by a few pixels."""
+    """Displace the content by a few pixels."""
     side = picture.shape[1]
     flow = torch.from_numpy(noise(rng, side, rng.uniform(2.0, 3.0), 2)) * float(rng.uniform(0.005, 0.05))
     still = F.affine_grid(torch.eye(2, 3)[None], [1, 3, side, side], align_corners=False)

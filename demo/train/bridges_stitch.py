@@ -1,4 +1,4 @@
-"""Fit state maps that are stitched of tiny autoencoders: filters by least squares, then all of a map by descent."""
+"""Fit state maps stitched from tiny autoencoders: filters by least squares, then the whole map by descent."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lib_delta.bridges.latent_maps import Filter, StitchedState
 from lib_delta.models import taesd
 
 RIDGE = 1e-3
-BARELY_SEEN = 0.002  # squared error of a picture in 0..1: about what the source's own autoencoder makes
+BARELY_SEEN = 0.002  # squared error of a picture in 0..1: about that of the source's autoencoder
 
 
 @dataclass(frozen=True)
 class Layers:
-    """How many blocks of the decoder and of the encoder are kept, and how wide the filters between them are."""
+    """The number of blocks taken from decoder and encoder, and the width of the filters between them."""
 
     reading: int = taesd.BLOCKS_PER_SIZE
     writing: int = taesd.BLOCKS_PER_SIZE
@@ -30,9 +30,9 @@ class Layers:
 
 
 class Seam(NamedTuple):
-    """What a source's encoder makes of pictures on its way, ``(N, 64, h, w)`` of the latents' size and half of it.
+    """A source encoder's intermediate features of pictures, ``(N, 64, h, w)``, at the latents' size and at half of it.
 
-    ``pixels`` ``(N, 3 * 64, h, w)`` are the pictures themselves, those of a latent's point as its channels.
+    ``pixels`` ``(N, 3 * 64, h, w)`` are the pictures, with the pixels of a latent's point as its channels.
     """
 
     same: Tensor
@@ -41,18 +41,20 @@ class Seam(NamedTuple):
 
 
 def until_seam(encoder: nn.Sequential) -> nn.Sequential:
-    """Return the layers of an encoder up to those that work at the latents' size alone."""
+    """Return the layers of an encoder before those that work at the latents' size."""
     return encoder[: len(encoder) - 1 - taesd.BLOCKS_PER_SIZE]
 
 
 @torch.no_grad()
 def stitched(decoder: nn.Sequential, encoder: nn.Sequential, layers: Layers, z: Tensor, seam: Seam) -> StitchedState:
-    """Stitch a target's decoder to a source's encoder by filters of least squares, without any training.
+    """Stitch a target's decoder to a source's encoder by least-squares filters, without any training.
 
-    ``z`` ``(N, C, h, w)`` are the target's latents of the pictures that ``seam`` was made of.
+    ``z`` ``(N, C, h, w)`` are the target's latents of the pictures of ``seam``.
     """
     channels = taesd.latent_channels(decoder, "decoder"), taesd.latent_channels(encoder, "encoder")
-    state = StitchedState(*channels, layers.reading, layers.writing, layers.width, layers.half)
+    state = StitchedState(
+        *channels, reading=layers.reading, writing=layers.writing, width=layers.width, half=layers.half
+    )
     copy_layers(state.reading, decoder[: len(state.reading)])
     copy_layers(state.writing, encoder[-len(state.writing) :])
     between = encoder[len(until_seam(encoder)) : -len(state.writing)]
@@ -65,14 +67,14 @@ def stitched(decoder: nn.Sequential, encoder: nn.Sequential, layers: Layers, z: 
 
 
 def copy_layers(layers: nn.Sequential, trained: nn.Sequential) -> None:
-    """Give layers the weights of others, whose numbers in their own network may be others."""
+    """Copy weights between layers that may have other numbers in their networks."""
     layers.load_state_dict(nn.Sequential(*trained).state_dict())
 
 
 def seen_through(z: Tensor, pixels: Tensor) -> Filter:
-    """Return the filter that makes of a source's latents ``(N, C, h, w)`` their pictures, as well as a filter can.
+    """Return the filter that best predicts pictures from a source's latents ``(N, C, h, w)``.
 
-    It tells how much of an error in a latent would be seen, at next to no cost.
+    It estimates the visible part of an error in a latent at little cost.
     """
     pairs = [(a, b) for a, b in zip(z.split(64), pixels.split(64))]
     return fit_filter(pairs, 3, bias=True, ridge=RIDGE).requires_grad_(False)
@@ -81,9 +83,9 @@ def seen_through(z: Tensor, pixels: Tensor) -> Filter:
 def tuned(
     state: StitchedState, z: Tensor, wanted: tuple[Tensor, Tensor], look: Filter, run: Run, name: str, folder: Path
 ) -> StitchedState:
-    """Train all of a stitched map on a target's latents ``(N, C, h, w)``; resumes from a save in ``folder``.
+    """Train a whole stitched map on a target's latents ``(N, C, h, w)``; resumes from a save in ``folder``.
 
-    ``wanted`` are the source's of the same pictures, and of these at half the size.
+    ``wanted`` are the source's latents of the same pictures, and of these at half the size.
     """
     spread = [float(each.float().var()) for each in wanted]
 
@@ -105,12 +107,12 @@ def tuned(
 
 
 def averaged_with_others(latents: Tensor, share: Tensor) -> Tensor:
-    """Give latents a share of the two before them; at two thirds all three count alike."""
+    """Mix latents with a share of the two before them; at two thirds all three have equal weight."""
     others = (latents.roll(1, 0) + latents.roll(2, 0)) / 2
     return latents + share * (others - latents)
 
 
 def _error(error: Tensor, variance: float, look: Filter) -> Tensor:
-    """Weigh an error of latents by its size, and by how much of it would be seen in decibels."""
+    """Weigh an error of latents by its size, and by its visible part in decibels."""
     seen = F.conv2d(F.pad(error, [1] * 4, mode=look.edges), look.weight).square().mean((1, 2, 3))
     return error.square().mean() / variance + 0.15 * torch.log1p(seen / BARELY_SEEN).mean()

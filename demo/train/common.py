@@ -1,4 +1,4 @@
-"""The training loop that every model shares: seeded, resumable, with a progress bar and averaged weights."""
+"""The training loop of all models: seeded, resumable, with a progress bar and averaged weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Run:
-    """How long and how fast one model trains."""
+    """The length and the rate of one model's training."""
 
     steps: int
     batch: int
@@ -37,8 +37,8 @@ def train(
 ) -> nn.Module:
     """Minimise ``loss`` over the model's (or the given) parameters and return it with averaged weights.
 
-    Every step draws from a generator seeded by the run and the step's number, so a run that was
-    stopped goes on from its last save (``folder/NAME.train.pt``) as if it had not been.
+    Every step draws from a generator seeded by the run and the step's number.  So an interrupted run continues from its
+    last save (``folder/NAME.train.pt``) with the same result.
     """
     trained = list(model.parameters() if parameters is None else parameters)
     optimizer = torch.optim.AdamW(trained, lr=run.rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -85,7 +85,7 @@ def train(
 
 
 def _schedule(step: int, run: Run) -> float:
-    """Warm up linearly, hold, then fall to nothing over the last 40 % along a cosine."""
+    """Warm up linearly, hold, then decay to 0 over the last 40 % along a cosine."""
     progress = (step / run.steps - 0.6) / 0.4
     return min(1.0, (step + 1) / run.warmup) * (0.5 + 0.5 * math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 

@@ -1,8 +1,8 @@
-"""Train what steers the base and is no new weights of it: an edge-map ControlNet, and prompts by pictures.
+"""Train controls of the base: an edge-map ControlNet, and image prompts.
 
-The base is frozen, and what is learnt from are the pictures that it knows.  The ControlNet (arXiv
-2302.05543) is trained as the low-rank changes to the base's encoder that a Control-LoRA's file holds; the
-image prompt (IP-Adapter, arXiv 2308.06721) together with the image encoder that it looks through.
+The base is frozen, and the training data are pictures that it knows.  The ControlNet (arXiv 2302.05543) is trained as
+the low-rank changes to the base's encoder that a Control-LoRA's file contains.  The image prompt (IP-Adapter, arXiv
+2308.06721) is trained together with its image encoder.
 """
 
 from __future__ import annotations
@@ -29,27 +29,26 @@ from lib_delta.models.injection import Injection
 from lib_delta.models.ip_adapter import IPAdapter, TokenProjection, attend_to_image, cross_attentions
 from lib_delta.models.unet import UNet, UNetEncoder
 
-HINTS = (3, 8, 8, 16, 16, 32)  # channels of the convolutions that read a map; the UNet's own follow
+HINTS = (3, 8, 8, 16, 16, 32)  # channels of the convolutions that read a map; the UNet's follow
 RANK = 32
 TOKENS = 4
 SEEN = {"hidden_size": 96, "intermediate_size": 192, "projection_dim": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "image_size": 64, "patch_size": 8, "hidden_act": "gelu"}  # fmt: skip
-# Shares of the training pictures without their prompt: of those with a map, so that it is listened to, and fewer of
-# those with a reference, which is to say nothing of what is drawn.
+# Shares of the training pictures without their prompt: of those with a map, so that the map has an effect, and fewer of
+# those with a reference, which should not determine the subject.
 WITHOUT_PROMPT, WITHOUT_PROMPT_COLOURED = 0.4, 0.1
-# Shares without a reference, for the negative prompt, and with one cut into patches in disorder: of these colours are
-# left and no shapes.
+# Shares without a reference, for the negative prompt, and with one of shuffled patches, which has colours but no
+# shapes.
 WITHOUT_PICTURE, IN_DISORDER = 0.1, 0.9
-# An image prompt's share of draws in the highest noise, where a picture's colours are not seen in what is denoised yet.
+# An image prompt's share of draws in the highest noise, where the noisy picture does not show its colours yet.
 IN_NOISE = 0.8
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """Latents ``(P, V, 4, h, w)``, what each is learnt with, and the base with its prompts.
+    """Latents ``(P, V, 4, h, w)`` with their maps or references, and the base with its prompts.
 
-    ``shown`` ``(P, V, C, H, W)`` are the latents' pictures or the maps of these, in bytes; ``tokens[P]`` are the empty
-    prompt's.
+    ``shown`` ``(P, V, C, H, W)`` are the latents' pictures or maps, in bytes; ``tokens[P]`` are the empty prompt's.
     """
 
     base: Conditioned
@@ -58,11 +57,11 @@ class Lesson:
     shown: Tensor
 
     def last(self, count: int) -> Lesson:
-        """Return the lesson of the last ``count`` variants, which are augmented most strongly."""
+        """Return the lesson of the last ``count`` variants, which have the strongest augmentation."""
         return replace(self, latents=self.latents[:, -count:], shown=self.shown[:, -count:])
 
     def draw(self, count: int, without_prompt: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Pick latents ``(N, 4, h, w)``; return them, the numbers of their prompts, and what they are learnt with."""
+        """Pick latents ``(N, 4, h, w)``; return them, the numbers of their prompts, and their maps or references."""
         number = torch.randint(self.latents.shape[0], (count,), generator=generator)
         variant = torch.randint(self.latents.shape[1], (count,), generator=generator)
         silent = torch.rand(count, generator=generator) < without_prompt
@@ -70,13 +69,13 @@ class Lesson:
 
 
 def variants_of(pictures: Tensor, strong: int, seed: int) -> Tensor:
-    """Return what latents were made of: augmented pictures, uint8 ``(P, V, 3, H, W)``."""
+    """Return the augmented pictures that latents encode, uint8 ``(P, V, 3, H, W)``."""
     moved = [torch.cat(parts) for parts in picture_variants(pictures, strong, seed)]
     return torch.stack([((variant + 1) * 127.5).round().byte() for variant in moved], 1)
 
 
 def maps_of(pictures: Tensor) -> Tensor:
-    """Return the edge maps of pictures as :func:`variants_of` gives them, uint8 ``(P, V, 1, H, W)``."""
+    """Return the edge maps of pictures from :func:`variants_of`, uint8 ``(P, V, 1, H, W)``."""
     return torch.stack([255 * edge_maps(to_float(one)).byte() for one in pictures])[:, :, None]
 
 
@@ -102,12 +101,12 @@ class EdgeControl(nn.Module):
         return [*(parts[0] for parts in self.control.zero_convs), self.control.middle_block_out[0]]
 
     def forward(self, noisy: Tensor, t: Tensor, context: Tensor, maps: Tensor) -> list[Tensor]:
-        """Return what is added to each output of the encoder, for maps ``(N, 3, H, W)`` in [0, 1]."""
+        """Return the additions to each output of the encoder, for maps ``(N, 3, H, W)`` in [0, 1]."""
         hint = self.control.hint(maps)
         return functional_call(self.control, self.changes.merged(self.encoder), (noisy, t, context, hint))
 
     def export(self) -> dict[str, Tensor]:
-        """Return the tensors of a Control-LoRA: factors by layer, and what the base has no part in."""
+        """Return the tensors of a Control-LoRA: factors by layer, and the layers that the base does not have."""
         shared = self.encoder.state_dict()
         out = {key: value for key, value in self.control.state_dict().items() if key not in shared}
         sides = {lora.UP: "up", lora.DOWN: "down"}
@@ -118,7 +117,7 @@ class EdgeControl(nn.Module):
 
 
 def train_edges(name: str, lesson: Lesson, folder: Path, run: Run) -> EdgeControl:
-    """Teach a ControlNet to have the base follow the edges of its pictures."""
+    """Train a ControlNet to make the base follow the edges of its pictures."""
     contexts, unet = all_contexts(lesson.base, lesson.tokens), lesson.base.unet.requires_grad_(False)
     torch.manual_seed(run.seed)
     model = EdgeControl(unet)
@@ -140,7 +139,7 @@ def train_edges(name: str, lesson: Lesson, folder: Path, run: Run) -> EdgeContro
 
 
 class PicturePrompt(nn.Module):
-    """An image encoder in CLIP's form, and the IP-Adapter that looks through it."""
+    """An image encoder in CLIP's form, and an IP-Adapter for it."""
 
     def __init__(self, unet: UNet) -> None:
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -160,14 +159,14 @@ class PicturePrompt(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, references: Tensor, kept: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return each cross-attention's keys and values for pictures ``(N, 3, H, W)`` in [-1, 1] that are kept."""
+        """Return each cross-attention's keys and values for the selected pictures ``(N, 3, H, W)`` in [-1, 1]."""
         mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
         seen = self.encoder(pixel_values=((references + 1) / 2 - mean) / deviation).image_embeds
         return self.adapter.keys_and_values(self.adapter.image_proj(seen * kept[:, None]))
 
 
 def train_image_prompt(name: str, lesson: Lesson, folder: Path, run: Run) -> PicturePrompt:
-    """Teach an IP-Adapter and its image encoder to have the base draw as a reference picture is coloured."""
+    """Train an IP-Adapter and its image encoder to make the base draw in the colours of a reference."""
     contexts, unet = all_contexts(lesson.base, lesson.tokens), lesson.base.unet.requires_grad_(False)
     torch.manual_seed(run.seed)
     model = PicturePrompt(unet)
@@ -193,7 +192,7 @@ def _seen(k: Tensor, v: Tensor):  # type: ignore[no-untyped-def]
 
 
 def turned(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn each of ``(N, 3, H, W)`` by any angle, and mirror half of them: what stays is what it looks like."""
+    """Rotate each of ``(N, 3, H, W)`` by any angle, and mirror half of them; the colours stay."""
     count = len(pictures)
     angle = 2 * math.pi * torch.rand(count, generator=generator)
     mirror = (torch.rand(count, generator=generator) < 0.5).float() * 2 - 1
@@ -204,7 +203,7 @@ def turned(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def in_disorder(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Put the patches of some pictures ``(N, 3, H, W)`` in disorder, each picture's in its own."""
+    """Shuffle the patches of some pictures ``(N, 3, H, W)``, in another order for each."""
     side = SEEN["patch_size"]
     patches = F.unfold(pictures, side, stride=side)
     order = torch.rand(len(pictures), patches.shape[2], generator=generator).argsort(1)

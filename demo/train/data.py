@@ -1,7 +1,7 @@
-"""The pictures: three emoji sets that share 1,563 names, their augmentation, and looks made from them.
+"""The pictures: three emoji sets that share 1,563 names, their augmentation, and styles made from them.
 
-Sources (npm packages, versions pinned below): Fluent Emoji Flat and Fluent Emoji High Contrast
-(Microsoft, MIT), Noto Emoji (Google, Apache-2.0).
+Sources (npm packages, versions pinned below): Fluent Emoji Flat and Fluent Emoji High Contrast (Microsoft, MIT), Noto
+Emoji (Google, Apache-2.0).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Emoji:
 
 
 def load(cache: Path) -> Emoji:
-    """Return the pictures, fetched with npm and drawn into ``cache`` on the first call."""
+    """Return the pictures; the first call fetches them with npm and draws them into ``cache``."""
     stored = cache / "emoji.pt"
     if not stored.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def load(cache: Path) -> Emoji:
 
 
 def load_large(cache: Path, names: Sequence[str], look: str) -> Tensor:
-    """Return the pictures of one set at twice the size, uint8 ``(N, 3, 128, 128)``, drawn on the first call."""
+    """Return one set's pictures at twice the size, uint8 ``(N, 3, 128, 128)``, drawn on the first call."""
     stored = cache / f"emoji-{look}-large.pt"
     if not stored.exists():
         icons = _fetch(cache / "npm")[look]
@@ -89,7 +89,7 @@ def _drawn(icons: dict, names: Sequence[str], side: int, title: str) -> Tensor:
 
 
 def _rasterise(icons: dict, name: str, side: int) -> np.ndarray:
-    """Draw one icon on white, at four times the size, and average down."""
+    """Draw one icon on white at four times the size, and average it down."""
     import resvg_py
 
     icon = icons["icons"][name]
@@ -123,7 +123,7 @@ def augment(pictures: Tensor, generator: torch.Generator, strong: bool = True) -
     cos, sin = angle.cos() * scale, angle.sin() * scale
     affine = torch.stack((torch.stack((cos * mirror, -sin, across), 1), torch.stack((sin * mirror, cos, down), 1)), 1)
     grid = F.affine_grid(affine, list(pictures.shape), align_corners=False)
-    # Sampling outside the picture gives 0: shift the values so that 0 is white.
+    # Sampling outside the picture returns 0: shift the values so that 0 is white.
     moved = F.grid_sample(pictures - 1, grid, mode="bilinear", align_corners=False) + 1
     return recolour(moved, uniform(0, 2 * math.pi), uniform(0, 1)) if strong else moved
 

@@ -57,7 +57,7 @@ TARGET = UNetConfig(
     head_width=32,
 )
 WITHOUT_PROMPT = 0.15
-VARIANTS = 24  # augmentations of a picture, encoded once
+VARIANTS = 24  # augmentations of a picture, each encoded once
 CELL = 2  # latent pixels along a side of a cell
 
 
@@ -131,7 +131,7 @@ def latent_variants(
 ) -> Tensor:
     """Encode ``VARIANTS`` augmentations of every picture as scaled fp16 latents ``(pictures, VARIANTS, 4, 16, 16)``.
 
-    The last ``strong`` of them are augmented strongly.  ``look``, where given, is what is made of each.
+    The last ``strong`` of them are augmented strongly.  ``look``, if given, is applied to each.
     """
     if stored.exists():
         return torch.load(stored, weights_only=True)
@@ -147,8 +147,8 @@ def latent_variants(
 def draw_batch(latents: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Pick ``count`` latents; return them and their picture numbers.
 
-    They are not shifted: the rim of a latent holds what the autoencoder makes of the picture's border, which
-    a pixel further in decodes as a line.
+    They are not shifted: the edge of a latent encodes the picture's border, and would decode as a line one pixel
+    further in.
     """
     index = torch.randint(latents.shape[0], (count,), generator=generator)
     variant = torch.randint(latents.shape[1], (count,), generator=generator)
@@ -165,7 +165,7 @@ def alphas_cumprod() -> Tensor:
 def denoising_loss(
     predict: Callable[[Tensor, Tensor, Tensor], Tensor], latents: Tensor, prediction: str, count: int
 ) -> Callable[[torch.Generator], Tensor]:
-    """Return the loss of ``predict(noisy, t, picture numbers)``; number -1 stands for no prompt."""
+    """Return the loss of ``predict(noisy, t, picture numbers)``; number -1 means no prompt."""
 
     def loss(generator: torch.Generator) -> Tensor:
         x0, index = draw_batch(latents, count, generator)
@@ -183,7 +183,7 @@ def flow_loss(
     def loss(generator: torch.Generator) -> Tensor:
         x0, index = draw_batch(latents, count, generator)
         index = torch.where(torch.rand(count, generator=generator) < WITHOUT_PROMPT, -1, index)
-        # A third of the draws in the highest fifth, as for the others.
+        # A third of the draws is in the highest fifth, as in the other trainings.
         low, high = torch.rand(2, count, generator=generator)
         time = torch.where(torch.rand(count, generator=generator) < 2 / 3, low, 0.8 + 0.2 * high)
         noise, share = torch.randn(x0.shape, generator=generator), time[:, None, None, None]
@@ -201,10 +201,10 @@ def noise_loss(
     generator: torch.Generator,
     in_noise: float = 1 / 3,
 ) -> Tensor:
-    """Return the loss of ``predict(noisy, t)`` for latents ``x0`` ``(N, C, H, W)`` at noise levels of their own.
+    """Return the loss of ``predict(noisy, t)`` for latents ``x0`` ``(N, C, H, W)``, each at a random noise level.
 
-    A share ``in_noise`` of the draws is in the highest fifth: it is there that the prompt decides.  The others are
-    even, since what is left to chance at low noise shows as speckles.
+    A share ``in_noise`` of the draws is in the highest fifth, where the prompt matters most.  The others are evenly
+    spaced, since random gaps at low noise would show as speckles.
     """
     signal, count = alphas_cumprod(), len(x0)
     low, high = torch.rand(2, count, generator=generator)
@@ -215,8 +215,8 @@ def noise_loss(
     noisy = a.sqrt() * x0 + (1 - a).sqrt() * noise
     goal = noise if prediction == "eps" else a.sqrt() * noise - (1 - a).sqrt() * x0
     snr = signal[t] / (1 - signal[t])
-    # As weights of the denoised estimate: SNR up to 5, and a floor without which prompts, which
-    # matter at high noise only, would hardly count. Its size is what each output can bear.
+    # Weights of the denoised estimate: SNR up to 5, and a floor, without which prompts would have little weight, as
+    # they only matter at high noise.  The floor is as high as each output tolerates.
     weight = (snr.clamp(max=5) + 0.2) / snr if prediction == "eps" else (snr.clamp(max=5) + 1) / (snr + 1)
     with torch.autocast(noisy.device.type, torch.bfloat16):
         output = predict(noisy, t.float())
@@ -237,10 +237,10 @@ def train_conditioned(
     strong: int,
     start: Path | None = None,
 ) -> Conditioned:
-    """Train a UNet with its text encoder, from the checkpoint ``start`` on or from nothing.
+    """Train a UNet with its text encoder, from the checkpoint ``start`` or from nothing.
 
-    ``tokens[-1]`` is the empty prompt.  From nothing, the text encoder learns to read first, from the
-    variants that are not among the last ``strong``: mirrored pictures would blur what is where.
+    ``tokens[-1]`` is the empty prompt.  From nothing, the text encoder first learns to read, from the variants that are
+    not among the last ``strong``, because mirrored pictures would blur positions.
     """
     torch.manual_seed(run.seed)
     model = Conditioned(unet, text, int(tokens.max()) + 1)
@@ -256,7 +256,7 @@ def train_conditioned(
 
 
 def load_conditioned(model: Conditioned, path: Path) -> None:
-    """Give a model the weights of a checkpoint; its UNet takes the width that the file has."""
+    """Load a checkpoint's weights into a model; its UNet takes the file's width."""
     with WeightFile.open(path) as file:
         unet, report = load_unet(file)
         model.unet = UNet(unet.config)
@@ -275,15 +275,15 @@ class Reading(nn.Module):
         self.cell = nn.Linear(model.text.config.hidden_size, CELL * CELL * 4)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return what is expected in each cell, ``(N, 64, 16)``."""
+        """Return the expected cells, ``(N, 64, 16)``."""
         return self.cell(self.model.context(tokens)[:, -64:])
 
 
 def train_reading(name: str, model: Conditioned, tokens: Tensor, latents: Tensor, folder: Path, run: Run) -> nn.Module:
-    """Teach the text encoder what a name's picture looks like on average, cell by cell.
+    """Train the text encoder to predict the average picture of a name, cell by cell.
 
-    Learning names through the denoising loss alone takes far longer than learning to denoise.  The
-    padding, 64 tokens after the longest name, is room to say what goes where, which attention finds.
+    Learning names only through the denoising loss takes far longer than learning to denoise.  The padding, 64 tokens
+    after the longest name, is room for positions, which attention finds.
     """
     reading = Reading(model)
     reading.model.unet.requires_grad_(False)

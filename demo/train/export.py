@@ -1,4 +1,4 @@
-"""Write trained models as users' files look: SD key names, fp16 safetensors."""
+"""Write trained models in the form of users' files: SD key names, fp16 safetensors."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def sd1(path: Path, model: Conditioned, autoencoder: vae.VAE) -> None:
 def sd2(path: Path, model: Conditioned, autoencoder: vae.VAE) -> None:
     """Write an SD 2.x checkpoint that predicts v: text encoder in OpenCLIP's names."""
     tensors = _below(UNET_PREFIX, model.unet) | _below(VAE_PREFIX, autoencoder) | _open_clip(model)
-    # The key by which WebUIs tell a v-predicting checkpoint.
+    # The key by which WebUIs recognise a v-predicting checkpoint.
     _save(path, tensors | {"v_pred": torch.zeros(1)}, _narrow(model))
 
 
 def unet_only(path: Path, model: Conditioned) -> None:
-    """Write a fine-tuned UNet alone; its text encoder and autoencoder are the base's."""
+    """Write only a fine-tuned UNet; its text encoder and autoencoder are the base's."""
     _save(path, _below(UNET_PREFIX, model.unet), {})
 
 
 def differing(path: Path, model: UNet, start: UNet, autoencoder: vae.VAE | None, prediction: str) -> None:
-    """Write the weights of a UNet that are not those of ``start``, and an autoencoder, for :mod:`demo.targets`."""
+    """Write the weights of a UNet that differ from those of ``start``, and an autoencoder, for :mod:`demo.targets`."""
     known = _below(UNET_PREFIX, start)
     own = {k: v for k, v in _below(UNET_PREFIX, model).items() if not _alike(v, known[k])}
     if autoencoder is not None:
@@ -54,19 +54,19 @@ def adapter(path: Path, trained: Adapter) -> None:
 
 
 def edges(path: Path, trained: EdgeControl) -> None:
-    """Write a ControlNet as Control-LoRAs are written: factors, to which the base is added."""
+    """Write a ControlNet in the form of Control-LoRAs: factors that are added to the base."""
     _save(path, trained.export(), {})
 
 
 def image_prompt(folder: Path, trained: PicturePrompt) -> None:
-    """Write an IP-Adapter in the release's names, and the image encoder beside it in transformers' names."""
+    """Write an IP-Adapter in the release's names, and next to it the image encoder in transformers' names."""
     _save(folder / "image-prompt.safetensors", dict(trained.adapter.state_dict()), {})
     heads = {"delta.vision_heads": str(trained.encoder.config.num_attention_heads)}
     _save(folder / "image-encoder.safetensors", _below("", trained.encoder), heads)
 
 
 def metrics(path: Path, model: nn.Module) -> None:
-    """Write the networks that judge the pictures."""
+    """Write the judges' networks."""
     _save(path, dict(model.state_dict()), {})
 
 
@@ -75,7 +75,7 @@ def _below(prefix: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def _narrow(model: Conditioned) -> dict[str, str]:
-    """Record what shapes do not tell of models narrower than the real ones."""
+    """Record the settings that shapes do not show, of models narrower than the real ones."""
     metadata = {"delta.text_heads": str(model.text.config.num_attention_heads)}
     if model.unet.config.head_width:
         metadata["delta.head_width"] = str(model.unet.config.head_width)

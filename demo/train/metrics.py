@@ -24,7 +24,7 @@ def train_metrics(emoji: Emoji, folder: Path, run: Run) -> Judges:
         index = torch.randint(len(lineart), (run.batch,), generator=generator)
         which = torch.randint(2, (run.batch,), generator=generator)
         share = (torch.rand(run.batch, generator=generator) * 1.5 - 0.25).clamp(0, 1)
-        # The same draw of the augmentation for both, so that a blend is of one drawing.
+        # The same augmentation for both, so that a blend shows one drawing.
         seed = int(torch.randint(2**31, (1,), generator=generator))
         pair = [
             augment(to_float(p), torch.Generator().manual_seed(seed)) for p in (colour[which, index], lineart[index])
@@ -41,21 +41,21 @@ def train_metrics(emoji: Emoji, folder: Path, run: Run) -> Judges:
 
 
 def _restyle(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Leave a picture, outline it, or reduce it to black and white; mixed at random."""
+    """Leave a picture as it is, outline it, or reduce it to black and white; mixed at random."""
     count = len(pictures)
     grey = pictures.mean(1, keepdim=True)
     spread = F.max_pool2d(grey, 3, 1, 1) + F.max_pool2d(-grey, 3, 1, 1)
     outline = 1 - 2 * (spread * 1.5).clamp(0, 1)
     threshold = torch.rand(count, 1, 1, 1, generator=generator) * 1.2 - 0.4
     two_tone = torch.tanh(6 * (grey - threshold))
-    # Cubing makes most mixtures lean to one of the three.
+    # Cubing makes one of the three dominate most mixtures.
     weights = torch.rand(3, count, 1, 1, 1, generator=generator) ** 3 + 1e-3
     weights = weights / weights.sum(0)
     return weights[0] * pictures + weights[1] * outline + weights[2] * two_tone
 
 
 def _damage(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur and add noise by a random little, as generated pictures are not clean."""
+    """Blur and add noise at random by a little, because generated pictures are not clean."""
     count = len(pictures)
     blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
     mixed = torch.lerp(pictures, blurred, torch.rand(count, 1, 1, 1, generator=generator))

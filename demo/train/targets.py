@@ -1,8 +1,8 @@
-"""Train targets whose latents are not the base's: of another autoencoder, of more channels, or twice as large.
+"""Train targets with other latents than the base: of another autoencoder, with more channels, or twice as large.
 
-Each goes on from the trained target, with its text encoder as it is.  What a target of other latents has
-to learn is to see and to draw in them, so its attention stays as it is too; where latents have other
-channels, the first and the last convolution start anew.
+Each continues from the trained target, with its text encoder unchanged.  It only has to learn to read and draw other
+latents, so its attention stays unchanged too.  For another number of channels, the first and the last convolution start
+anew.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NETWORK = Size()
 
 @dataclass(frozen=True)
 class Kind:
-    """What sets a target apart: ``vae`` None is the base's autoencoder, ``large`` pictures of twice the size."""
+    """The properties of a target: ``vae`` None is the base's autoencoder, ``large`` doubles the pictures' size."""
 
     prediction: Literal["v", "flow"]
     vae: VAEConfig | None = None
@@ -81,7 +81,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Bench:
-    """What the stages work with: ``tokens`` and ``strong`` are as in :mod:`demo.train.denoisers`.
+    """The inputs of the stages: ``tokens`` and ``strong`` are as in :mod:`demo.train.denoisers`.
 
     ``emoji`` are those of the models' names.
     """
@@ -95,12 +95,12 @@ class Bench:
     strong: int
 
     def stages(self) -> dict[str, Callable[[], None]]:
-        """Return what each stage of :data:`NEEDS` does."""
+        """Return the function of each stage of :data:`NEEDS`."""
         steps = {"vae": self.train_vae, "bridge": self.fit_bridge, "target": self.train_target}
         return {stage: partial(steps[stage.split("-")[0]], stage.split("-")[1]) for stage in NEEDS}
 
     def train_vae(self, name: str) -> None:
-        """Train an autoencoder apart from the base's: other weights at the start, other draws."""
+        """Train an autoencoder independently of the base's: with other initial weights and other draws."""
         config, stage = KINDS[name].vae, f"vae-{name}"
         assert config is not None
         torch.manual_seed(RUNS[stage].seed)
@@ -109,7 +109,7 @@ class Bench:
         torch.save(trained.state_dict(), self.cache / f"{stage}.pt")
 
     def own_vae(self, name: str) -> VAE:
-        """Return a target's autoencoder: of its own, or the base's."""
+        """Return a target's autoencoder, which may be the base's."""
         config = KINDS[name].vae
         if config is None:
             return self.vae()
@@ -120,7 +120,7 @@ class Bench:
     def fit_bridge(self, name: str) -> None:
         """Fit the maps between the base's latents and a target's, by the code that fits the extension's.
 
-        The pictures are of what these autoencoders were made for: emoji on white, and edits of them.
+        The pictures are those that these autoencoders were trained on: emoji on white, and edits of them.
         """
         vaes = {"base": self.vae(), name: self.own_vae(name)}
         autoencoders = {key: of_vae(vae, SCALE) for key, vae in vaes.items()}
@@ -136,7 +136,7 @@ class Bench:
         save(fitted, bridge_file(self.models, name), about)
 
     def train_target(self, name: str) -> None:
-        """Train a target on from the usual one, and write what differs."""
+        """Continue the training of the usual target, and write the weights that differ."""
         kind, run, vae = KINDS[name], RUNS[f"target-{name}"], self.own_vae(name)
         model = Conditioned(TARGET, TARGET_TEXT, int(self.tokens.max()) + 1)
         load_conditioned(model, self.models / "target.safetensors")
@@ -164,7 +164,7 @@ class Bench:
 
 
 def held_out(bridge: LearnedBridge, base: Pair, own: Pair) -> dict[str, str]:
-    """Measure a bridge on emoji that it was not fitted to, before and after they become line art.
+    """Measure a bridge on emoji that were not used to fit it, before and after they become line art.
 
     ``base`` and ``own`` are the latents ``(N, C, H, W)`` of both in either space.
     """
@@ -184,7 +184,7 @@ def held_out(bridge: LearnedBridge, base: Pair, own: Pair) -> dict[str, str]:
 
 
 def prepared_for(unet: UNet, channels: int) -> UNet:
-    """Return a copy of a UNet for other latents, of ``channels``: its ends are new, its attention does not train."""
+    """Return a copy of a UNet for latents of ``channels``: its ends are new, and its attention does not train."""
     other = initialise(UNet(replace(unet.config, in_channels=channels, out_channels=channels)))
     ends = ("input_blocks.0.0.", "out.2.")
     other.load_state_dict({k: v for k, v in unet.state_dict().items() if not k.startswith(ends)}, strict=False)
@@ -195,7 +195,7 @@ def prepared_for(unet: UNet, channels: int) -> UNet:
 
 
 def on_white(emoji: Tensor) -> Callable[[Generator], Array]:
-    """Return what draws one of ``(N, 3, 64, 64)`` emoji, moved and recoloured, as ``(3, 64, 64)`` in 0..1."""
+    """Return a function that draws one of ``(N, 3, 64, 64)`` emoji, moved and recoloured; ``(3, 64, 64)`` in 0..1."""
 
     def picture(rng: Generator) -> Array:
         chosen = to_float(emoji[int(rng.integers(len(emoji)))][None])

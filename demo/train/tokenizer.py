@@ -11,7 +11,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def train_tokenizer(prompts: list[str], folder: Path, merges: int = 300) -> None:
     """Write ``vocab.json`` and ``merges.txt`` to ``folder``, for ``transformers.CLIPTokenizer``.
 
-    The layout is CLIP's: the bytes, the bytes that end a word, the merges, then start and end of text.
+    The layout is CLIP's: the bytes, the bytes that end a word, the merges, then the start and end tokens.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers.models.clip.tokenization_clip import bytes_to_unicode

@@ -1,4 +1,4 @@
-"""Train autoencoders: the one that base and target share, and those of targets with latents of their own."""
+"""Train autoencoders: the one that base and target share, and those of targets with other latents."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SCALE = 0.18215
 def train_vae(emoji: Emoji, folder: Path, colour: Run, run: Run, config: VAEConfig = CONFIG, name: str = "vae") -> VAE:
     """Return the trained autoencoder, its latents standardised for SD's scale factor.
 
-    Left to themselves the latents spend all they have on the luminance of edges, and pictures come
-    out grey.  So the ``colour`` run comes first and asks for coarse colours alone, of parts of pictures: of whole ones,
-    which are white for the most part, and in half precision, an autoencoder learnt none.
+    Without guidance, the latents encode mainly the luminance of edges, and pictures come out grey.  So the ``colour``
+    run comes first, with a loss on coarse colours only, of parts of pictures.  From whole pictures, which are mostly
+    white, and in half precision, an autoencoder learnt no colours.
     """
     pictures = to_float(torch.cat(tuple(emoji.pictures.values())))
 
@@ -52,9 +52,10 @@ def train_vae(emoji: Emoji, folder: Path, colour: Run, run: Run, config: VAEConf
 
 
 def train_decoder(vae: VAE, emoji: Emoji, folder: Path, run: Run, name: str = "vae-decoder") -> VAE:
-    """Train the decoder further, on the pictures of the world alone; latents stay what they are.
+    """Train the decoder further, only on the pictures of the world; latents stay unchanged.
 
-    The encoder learnt on ten times as many pictures, so that its latents are even; what is shown is of these.
+    The encoder was trained on ten times as many pictures, so that its latents are evenly distributed; the decoder's
+    output is only of these.
     """
     pictures = to_float(torch.cat(tuple(emoji.pictures.values())))
 
@@ -72,16 +73,16 @@ def train_decoder(vae: VAE, emoji: Emoji, folder: Path, run: Run, name: str = "v
 
 
 def _part(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Cut a part of half the side out of pictures ``(N, 3, H, W)``, at the same place."""
+    """Crop a part of half the side from pictures ``(N, 3, H, W)``, at the same place."""
     side = pictures.shape[-1] // 2
     top, left = torch.randint(side + 1, (2,), generator=generator).tolist()
     return pictures[..., top : top + side, left : left + side]
 
 
 def _coarse(restored: Tensor, pictures: Tensor) -> Tensor:
-    """Compare averages of 4x4 pixels, and what is not grey in them.
+    """Compare averages of 4x4 pixels, and their deviation from grey.
 
-    Squares alone: most pixels are white, and the median, which absolute differences favour, is grey.
+    Uses only squares: most pixels are white, and the median, which absolute differences favour, is grey.
     """
     difference = F.avg_pool2d(restored - pictures, 4)
     chroma = difference - difference.mean(1, keepdim=True)

@@ -1,7 +1,7 @@
-"""The world of the embedded models: what they can draw.
+"""The world of the embedded models: the names that they can draw.
 
-Few enough names for models of this size to master in hours of two CPU cores, and distinct, by shape as
-well as by colour, at 64x64 pixels in all three emoji sets.
+The names are few enough for models of this size to master in hours on two CPU cores.  They are distinct, by shape and
+by colour, at 64x64 pixels in all three emoji sets.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FACES_AND_SIGNS = """
 alien; angry face; clown face; ghost; jack o lantern; pile of poo; robot; skull; smiling face with sunglasses;
 check mark button; cross mark; footprints; no entry; radioactive; red question mark; thumbs up; warning; yin yang
 """
-# What only an adapter of content teaches: neither base nor target has seen these.
+# Names that only an adapter of content teaches; neither base nor target has seen them.
 _CONCEPTS = "desert island; dolphin; infinity; ladder; peace symbol; teddy bear; tractor; wrench"
 
 

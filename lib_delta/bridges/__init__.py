@@ -1,8 +1,8 @@
-"""Bridges: the target's noisy state seen in the source's latent space, and the delta carried back.
+"""Bridges show the target's noisy state to the source in the source's latent space, and carry the delta back.
 
-The target's own step gives all that is needed: from ``x``, ``sigma`` and its denoised estimate, the
-noise is known.  A bridge maps the clean part into the source's latent and noises it again there, so
-no second state is carried along and every sampler of the target works as it is.
+The target's step holds all the information: ``x``, ``sigma`` and the denoised estimate determine the noise.  A bridge
+maps the clean part to the source's latent space and adds noise again there.  So no second state is carried along, and
+every sampler of the target works unchanged.
 """
 
 from lib_delta.bridges.base import Bridge, BridgeForm, BridgeSettings, Crossing

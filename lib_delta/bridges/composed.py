@@ -1,4 +1,4 @@
-"""Bridges one after another."""
+"""Bridges in sequence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lib_delta.bridges.base import Bridge, Crossing
 
 @dataclass(frozen=True)
 class Composed:
-    """Bridges one after another, from the target to the source."""
+    """Bridges in sequence, from the target to the source."""
 
     bridges: tuple[Bridge, ...]
 

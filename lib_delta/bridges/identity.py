@@ -1,4 +1,4 @@
-"""Source and target share the latent space."""
+"""The bridge between models that share a latent space."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lib_delta.bridges.base import Crossing
 
 @dataclass(frozen=True)
 class SameSize:
-    """What bridges share that leave the size of latents as it is."""
+    """The base of bridges that preserve the size of latents."""
 
     @property
     def label(self) -> str:
@@ -23,7 +23,7 @@ class SameSize:
 
 @dataclass(frozen=True)
 class IdentityBridge(SameSize):
-    """Source and target share the latent, as SD 1.x and 2.x do; everything passes bit for bit."""
+    """Pass everything bit for bit, as source and target share the latent space (SD 1.x and 2.x do)."""
 
     @property
     def label(self) -> str:

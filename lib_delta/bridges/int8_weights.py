@@ -1,4 +1,4 @@
-"""Weights of large maps in 8 bits: whole numbers from -127 to 127, and what each output channel's are multiplied by."""
+"""8-bit weights of large maps: integers from -127 to 127, with one factor for each output channel."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from lib_delta.files.weight_file import WeightFile
 
 SCALE_SUFFIX = ".scale"
-MIN_INT8_NUMBERS = 10_000  # numbers: smaller weights stay in half precision
+MIN_INT8_NUMBERS = 10_000  # smaller weights stay in half precision
 
 
 def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what a file is to hold: large weights ``(C, ...)`` in 8 bits, the others in half precision."""
+    """Return a file's tensors: large weights ``(C, ...)`` in 8 bits with their factors, others in half precision."""
     packed: dict[str, Tensor] = {}
     for key, value in tensors.items():
         if value.numel() < MIN_INT8_NUMBERS:
@@ -27,11 +27,11 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpacked(file: WeightFile) -> dict[str, Tensor]:
-    """Return a file's weights as they were before :func:`pack`, to within a 254th of each channel's largest."""
-    return {key: _unpacked(file, key) for key in file.shapes if not key.endswith(SCALE_SUFFIX)}
+    """Return a file's weights as before :func:`pack`, to within 1/254 of each channel's largest weight."""
+    return {key: _unpacked_tensor(file, key) for key in file.shapes if not key.endswith(SCALE_SUFFIX)}
 
 
-def _unpacked(file: WeightFile, key: str) -> Tensor:
+def _unpacked_tensor(file: WeightFile, key: str) -> Tensor:
     value = file.tensor(key)
     if key + SCALE_SUFFIX not in file.shapes:
         return value

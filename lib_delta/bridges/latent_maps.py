@@ -19,13 +19,13 @@ REGRESSION_RIDGE = 0.01  # relative to the variance of latents, about 1
 class Filter(nn.Module):
     """A linear filter over a latent's neighbourhood: ``(N, A, H, W)`` to ``(N, B, H, W)``.
 
-    The edges are padded by replication, or circularly after :func:`set_circular`. A ``stride`` of 2 halves the size
+    The edges are padded by replication, or circularly after :func:`set_circular`.  A ``stride`` of 2 halves the size
     along each side.
     """
 
     edges = "replicate"
 
-    def __init__(self, channels_in: int, channels_out: int, width: int, bias: bool, stride: int = 1) -> None:
+    def __init__(self, channels_in: int, channels_out: int, width: int, *, bias: bool, stride: int = 1) -> None:
         super().__init__()
         self.stride = stride
         self.weight = nn.Parameter(torch.zeros(channels_out, channels_in, width, width))
@@ -109,7 +109,7 @@ class FilteredState(StateMap):
     """A state map that adds the output of a small network to that of a filter."""
 
     def __init__(
-        self, channels_in: int, channels_out: int, width: int = 5, hidden: int = 0, blocks: int = 0, half: int = 0
+        self, channels_in: int, channels_out: int, width: int = 5, *, hidden: int = 0, blocks: int = 0, half: int = 0
     ) -> None:
         super().__init__()
         self.filter = Filter(channels_in, channels_out, width, bias=True)
@@ -122,7 +122,8 @@ class FilteredState(StateMap):
         """Read the sizes off weight shapes; raises ``KeyError`` or ``ValueError`` for another module's."""
         channels_out, channels_in, width, _ = shapes["filter.weight"]
         half = shapes.get("halving.weight", (0,))[-1]
-        return cls(channels_in, channels_out, width, *_network_shape(shapes), half)
+        hidden, blocks = _network_shape(shapes)
+        return cls(channels_in, channels_out, width, hidden=hidden, blocks=blocks, half=half)
 
     @property
     def channels(self) -> tuple[int, int]:
@@ -140,12 +141,14 @@ class FilteredState(StateMap):
 class StitchedState(StateMap):
     """A state map of two tiny autoencoders that skips the image between them.
 
-    The first layers of the target's decoder and the last of the source's encoder work at the latents' size. A filter
+    The first layers of the target's decoder and the last of the source's encoder work at the latents' size.  A filter
     maps the decoder's features to the encoder's, which replaces drawing the image and encoding it (stitching: Lenc &
-    Vedaldi 2015). A second filter, with a stride of 2, maps to the image at half the size.
+    Vedaldi 2015).  A second filter, with a stride of 2, maps to the image at half the size.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, reading: int, writing: int, width: int, half: int) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, *, reading: int, writing: int, width: int, half: int
+    ) -> None:
         super().__init__()
         self.reading = taesd.first_of_decoder(channels_in, reading)
         self.middle = Filter(taesd.CHANNELS + channels_in, taesd.CHANNELS, width, bias=True)
@@ -158,7 +161,7 @@ class StitchedState(StateMap):
         reading, writing = stitched_blocks(shapes)
         channels_in, channels_out = shapes["reading.1.weight"][1], shapes[f"writing.{writing}.weight"][0]
         width, half = shapes["middle.weight"][-1], shapes["halving.weight"][-1]
-        return cls(channels_in, channels_out, reading, writing, width, half)
+        return cls(channels_in, channels_out, reading=reading, writing=writing, width=width, half=half)
 
     @property
     def channels(self) -> tuple[int, int]:
@@ -196,12 +199,12 @@ def state_map(shapes: Shapes) -> StateMap:
 class DifferenceMap(nn.Module):
     """Map a difference of source latents ``(N, A, H, W)`` to one of target latents ``(N, B, H, W)``.
 
-    A filter without bias maps the difference. A second filter, if there is one, also receives the part of it that
-    follows the target's latent (:func:`regress_on_state`), which adds detail that the source's latent lacks. Both are
+    A filter without bias maps the difference.  A second filter, if there is one, also receives the part of it that
+    follows the target's latent (:func:`regress_on_state`), which adds detail that the source's latent lacks.  Both are
     linear in the difference: a delta may have any size, and a delta of 0 stays exactly 0.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, width: int = 5, detailed: bool = False) -> None:
+    def __init__(self, channels_in: int, channels_out: int, width: int = 5, *, detailed: bool = False) -> None:
         super().__init__()
         self.filter = Filter(channels_in, channels_out, width, bias=False)
         self.detail = Filter(2 * channels_out, channels_out, width, bias=False) if detailed else None
@@ -210,7 +213,7 @@ class DifferenceMap(nn.Module):
     def from_shapes(cls, shapes: Shapes) -> DifferenceMap:
         """Read the sizes off weight shapes; raises ``KeyError`` or ``ValueError`` for another module's."""
         channels_out, channels_in, width, _ = shapes["filter.weight"]
-        return cls(channels_in, channels_out, width, "detail.weight" in shapes)
+        return cls(channels_in, channels_out, width, detailed="detail.weight" in shapes)
 
     def forward(self, difference: Tensor, target: Tensor) -> Tensor:
         """Map a difference at the target's clean latent ``target`` ``(N, B, H, W)``."""
@@ -234,7 +237,7 @@ def regress_on_state(change: Tensor, state: Tensor, edges: str = "replicate") ->
     """Return the part of a change ``(N, B, H, W)`` that is linear in the state ``(N, B, H, W)``, with the state's
     detail.
 
-    For each image, the change is regressed on the state and on its 3x3 average. If an edit maps equal colours to equal
+    For each image, the change is regressed on the state and on its 3x3 average.  If an edit maps equal colours to equal
     colours, as a change to grey does, this part is nearly the whole change.
     """
     soft = F.avg_pool2d(F.pad(state, [1] * 4, mode=edges), 3, 1)
@@ -251,7 +254,7 @@ def regress_on_state(change: Tensor, state: Tensor, edges: str = "replicate") ->
 def solve_positive_definite(matrix: Tensor, right: Tensor) -> Tensor:
     """Solve ``matrix @ x = right`` for positive definite ``(N, n, n)`` and ``(N, n, m)``; return x ``(N, n, m)``.
 
-    Uses Gauss-Jordan elimination, which needs no pivots for such matrices. Not every device has a solver, and solvers
+    Uses Gauss-Jordan elimination, which needs no pivots for such matrices.  Not every device has a solver, and solvers
     may wait for the device to check for success.
     """
     count, rows = matrix.shape[-1], torch.cat((matrix, right), 2)

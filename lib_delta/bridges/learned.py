@@ -44,9 +44,9 @@ class StateMapping(Protocol):
 class LearnedBridge:
     """Two maps, fitted on the same images encoded by both autoencoders (see ``weights/README.md``).
 
-    ``state`` maps the target's clean latent ``(N, A, H, W)`` to the source's ``(N, B, h, w)``. ``resolution`` sets h
-    and w, and resizes the noise. ``difference`` maps the source's delta to the target's space, given the target's clean
-    latent. Both maps compute in float32, even if the host runs under autocast.
+    ``state`` maps the target's clean latent ``(N, A, H, W)`` to the source's ``(N, B, h, w)``.  ``resolution`` sets h
+    and w, and resizes the noise.  ``difference`` maps the source's delta to the target's space, given the target's
+    clean latent.  Both maps compute in float32, even if the host runs under autocast.
     """
 
     state: StateMapping
@@ -88,7 +88,7 @@ class LearnedBridge:
 def with_channels(noise: Tensor, channels: int) -> Tensor:
     """Return white noise ``(N, channels, H, W)`` made of white noise ``(N, C, H, W)``, of the same variance.
 
-    Surplus channels are summed in groups. Missing channels repeat the noise, shifted so that no two channels agree at
+    Surplus channels are summed in groups.  Missing channels repeat the noise, shifted so that no two channels agree at
     any point.
     """
     count = noise.shape[1]
@@ -109,11 +109,11 @@ def weights_path(source: Space, target: Space) -> Path:
 
 
 @cache
-def load_bridge(path: Path, tiled: bool = False) -> LearnedBridge:
+def load_bridge(path: Path, *, tiled: bool = False) -> LearnedBridge:
     """Read a bridge's file; cached for the lifetime of the process, by path and ``tiled``.
 
-    ``tiled`` makes the maps pad circularly, for images that can be tiled. Raises :class:`CheckpointError` for a damaged
-    file or one of another kind.
+    ``tiled`` makes the maps pad circularly, for images that can be tiled.  Raises :class:`CheckpointError` for a
+    damaged file or one of another kind.
     """
     with WeightFile.open(path) as file:
         state = load_map(state_map, file.below("state."), path.name)
@@ -126,7 +126,7 @@ def load_bridge(path: Path, tiled: bool = False) -> LearnedBridge:
 
 def learned_bridge(settings: BridgeSettings) -> LearnedBridge:
     """Return the bridge of the maps that come with the extension."""
-    bridge = load_bridge(weights_path(settings.source, settings.target), settings.tiled)
+    bridge = load_bridge(weights_path(settings.source, settings.target), tiled=settings.tiled)
     return replace(bridge, resolution=settings.resolution)
 
 

@@ -1,4 +1,4 @@
-"""Keep the source within the noise it was trained on."""
+"""Limit the source's noise level to that of its training."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lib_delta.diffusion.parameterization import per_image
 class NoiseLimitBridge(SameSize):
     """Show the source no more noise than ``sigma_max``.
 
-    A target of zero terminal SNR starts at a sigma in the thousands, and one of flow matching at any,
-    where an eps model's estimate is its error magnified.  Above ``sigma_max`` the source is shown the
-    same clean part and the same noise at ``sigma_max``.
+    A target with zero terminal SNR starts at a sigma in the thousands, and one of flow matching at an unlimited one.
+    There an eps model's estimate is its magnified error.  Above ``sigma_max`` the source receives the same clean part
+    and the same noise, at ``sigma_max``.
     """
 
     sigma_max: float
@@ -26,7 +26,7 @@ class NoiseLimitBridge(SameSize):
     def to_source(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor, Crossing]:
         limited = sigma.clamp(max=self.sigma_max)
         share = per_image(limited / sigma, x)
-        # Images within the limit keep their x bit for bit.
+        # The x of images within the limit stays the same bit for bit.
         return torch.where(share < 1, denoised + share * (x - denoised), x), limited, Crossing(denoised)
 
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:

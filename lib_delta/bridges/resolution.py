@@ -1,4 +1,4 @@
-"""Evaluate the source at the size that it was made for, and not at the target's."""
+"""Evaluate the source at the size of its training instead of the target's."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from lib_delta.errors import SettingError
 
 Noise = Literal["averaged", "unit"]
 SIDE_MULTIPLE = 8  # a UNet halves its latents three times
-NEAR = 0.1
+NEAR = 0.1  # relative difference in size
 
 
 @dataclass(frozen=True)
 class ResolutionBridge:
-    """Average latents of the source's space down to about ``side * side``, and enlarge the delta again.
+    """Average the source's latents down to about ``side * side``, and enlarge the delta again.
 
-    Latents of up to ``limit * limit`` pass as they are.  Where half the size is near what is wanted, it is
-    taken; else the aspect is kept as far as multiples of 8 allow.  ``noise`` says what becomes of the
-    noise: it is ``averaged`` with the rest, and the source is asked at the lower sigma that this leaves
-    (averaging 2x2 halves it); or it is kept at ``unit`` variance, and the source is asked at the target's
-    sigma.  Of a picture that can be ``tiled`` the delta is enlarged as if its edges met.
+    Latents of up to ``limit * limit`` pass unchanged.  Half the size is used if it is near ``side``.  Otherwise the
+    aspect ratio is preserved as well as multiples of 8 allow.
+
+    ``noise`` selects how the noise is reduced.  "averaged" averages it with the rest, and evaluates the source at the
+    lower sigma that results (2x2 averages halve it).  "unit" preserves its variance, and evaluates the source at the
+    target's sigma.
+
+    If the image can be ``tiled``, the delta is enlarged as if opposite edges met.
     """
 
     side: int
@@ -49,11 +52,11 @@ class ResolutionBridge:
     def source_size(self, height: int, width: int) -> tuple[int, int]:
         if height * width <= self.limit**2:
             return height, width
-        # Maps know half the size; latents of others are averages, which are no smaller picture's.
+        # Learned maps predict latents at half the size.  At other sizes latents are averaged, unlike a smaller image's.
         if height % 2 == width % 2 == 0 and abs(math.sqrt(height * width) / 2 / self.side - 1) < NEAR:
             return height // 2, width // 2
         shrink = self.side / math.sqrt(height * width)
-        # An elongated picture must not get longer along one side.
+        # No side may grow, as one of a very elongated image would.
         across = [
             max(SIDE_MULTIPLE, round(length * shrink / SIDE_MULTIPLE) * SIDE_MULTIPLE) for length in (height, width)
         ]
@@ -68,7 +71,7 @@ class ResolutionBridge:
         crossing = Crossing(clean, target=denoised)
         if self.noise == "averaged":
             return averaged(x, size), sigma * _noise_left(full, size), crossing
-        # Every noise is picked at most once, so that what is picked is white again.
+        # Each point of the noise is picked at most once, so the result is white again.
         return clean + F.interpolate(x - denoised, size, mode="nearest"), sigma, crossing
 
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
@@ -84,7 +87,7 @@ def _enlarged(delta: Tensor, height: int, width: int) -> Tensor:
 
 
 def _enlarged_tile(delta: Tensor, height: int, width: int) -> Tensor:
-    """Enlarge with as much of the other side around it as makes whole points of the result."""
+    """Enlarge after padding with as much of the opposite edges as makes whole points of the result."""
     rows, columns = delta.shape[-2:]
     down, across = rows // math.gcd(rows, height), columns // math.gcd(columns, width)
     more_down, more_across = down * height // rows, across * width // columns
@@ -94,10 +97,10 @@ def _enlarged_tile(delta: Tensor, height: int, width: int) -> Tensor:
 
 
 def _noise_left(full: tuple[int, int], size: tuple[int, int]) -> float:
-    """Return the deviation of averaged white noise of unit variance; where averages differ, that of their mean."""
+    """Return the standard deviation of averaged white noise of unit variance, over all averages."""
     return math.sqrt(math.prod(_mean_share(*lengths) for lengths in zip(full, size)))
 
 
 def _mean_share(full: int, size: int) -> float:
-    """Return the mean of 1 / n, n being how many of ``full`` points each of ``size`` averages takes."""
+    """Return the mean of 1 / n, if each of ``size`` averages takes n of ``full`` points."""
     return sum(1 / (end - start) for start, end in windows_of(full, size)) / size

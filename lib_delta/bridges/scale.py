@@ -18,8 +18,8 @@ ScaleForm = Literal["same_snr", "published"]
 class ScaleBridge(SameSize):
     """Assume that latents agree up to their scale factors, which is wrong for the released SD 1.x and SDXL.
 
-    This form exists for parity with the published code, and for comparison. ``k`` is the source's scale factor divided
-    by the target's. "same_snr" scales the whole state: ``x_s = k * x`` at ``k * sigma``. "published" (the node that
+    This form exists for parity with the published code, and for comparison.  ``k`` is the source's scale factor divided
+    by the target's.  "same_snr" scales the whole state: ``x_s = k * x`` at ``k * sigma``.  "published" (the node that
     comes with arXiv 2512.03056) preserves the noise level: ``x_s = k * denoised + sigma * noise`` at ``sigma``.
     """
 

@@ -158,7 +158,7 @@ def stitched_path(source: Space, target: Space) -> Path:
 
 
 @cache
-def load_stitched(path: Path, tiled: bool = False) -> StitchedDifference:
+def load_stitched(path: Path, *, tiled: bool = False) -> StitchedDifference:
     """Read the file of a stitched map; cached and refused as by
     :func:`lib_delta.bridges.learned.load_bridge`."""
     with WeightFile.open(path) as file:
@@ -179,7 +179,7 @@ def stitched_bridge(settings: BridgeSettings) -> LearnedBridge:
         difference=learned.difference,
         name=learned.name,
         resolution=learned.resolution,
-        stitched=load_stitched(path, settings.tiled),
+        stitched=load_stitched(path, tiled=settings.tiled),
     )
 
 

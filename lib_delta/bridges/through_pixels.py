@@ -52,15 +52,15 @@ class ThroughPixels(nn.Module):
 def taesd_bridge(settings: BridgeSettings) -> LearnedBridge:
     """Return the bridge through the tiny autoencoders of a folder; unchanged files are read once.
 
-    Deltas return by the learned map, which is more accurate for them than images are. Raises :class:`SettingError` for
+    Deltas return by the learned map, which is more accurate for them than images are.  Raises :class:`SettingError` for
     a missing file, and :class:`CheckpointError` for one whose content does not match its name.
     """
     source, target, folder = settings.source, settings.target, settings.autoencoders
     decoder = FileState.of(_taesd_file(folder, target, "decoder"))
     encoder = FileState.of(_taesd_file(folder, source, "encoder"))
     state = _loaded(decoder, encoder, source, target, tiled=settings.tiled)
-    difference = load_bridge(weights_path(source, target), settings.tiled).difference
-    return LearnedBridge(state, difference, "taesd", settings.resolution, LABEL)
+    difference = load_bridge(weights_path(source, target), tiled=settings.tiled).difference
+    return LearnedBridge(state, difference, name="taesd", resolution=settings.resolution, label=LABEL)
 
 
 TAESD = BridgeForm("taesd", LABEL, taesd_bridge)

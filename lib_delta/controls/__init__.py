@@ -1,1 +1,1 @@
-"""Adaptations that are not weights: ControlNets, T2I-Adapters and IP-Adapters, and what they look at."""
+"""Adaptations without weights: ControlNets, T2I-Adapters and IP-Adapters, with their maps and pictures."""

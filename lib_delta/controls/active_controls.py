@@ -1,9 +1,9 @@
-"""The controls of a generation, as hosts ask for them: files and pictures, kept in memory while they stay."""
+"""The controls of a generation: their files and image prompts, cached while the same controls stay."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
@@ -21,24 +21,28 @@ from lib_delta.models.ip_adapter import IPAdapter
 from lib_delta.models.unet import UNet
 
 Tokens = tuple[Tensor, Tensor]
-# The IP-Adapter, the pictures, and the image encoder that it saw them through.
-Look = tuple[FileState, str, FileState]
+# The cache key of tokens: the IP-Adapter's file, the pictures' digest, and the image encoder's file.
+TokensKey = tuple[FileState, str, FileState]
 
 
 @dataclass(frozen=True, eq=False)
 class ControlPick:
-    """A ControlNet's, T2I-Adapter's or IP-Adapter's file, what it looks at, how strong it is and when.
+    """A ControlNet's, T2I-Adapter's or IP-Adapter's file, its pictures, its weight and its range.
 
-    ``pictures`` are ``(1, 3, H, W)`` in [0, 1]: one map, or one for each image of the batch, all of a size; or the
-    pictures to prompt with, of any size.  ``mode`` and ``resize`` are of maps, ``weight_type`` is of image prompts,
-    as are ``encoders``: files of image encoders, of which the one that fits is taken.  ``mask`` ``(1, 1, H, W)`` is
-    where img2img paints (1): what the ControlNet for inpainting is not shown, and others are.  ``larger`` are the maps
-    made anew for a larger pass, where they were, and ``frames`` is as in :class:`ControlMap`.
+    ``pictures`` are ``(1, 3, H, W)`` in [0, 1].  For a ControlNet or T2I-Adapter, they are one map, or one for each
+    image of the batch, all of one size.  For an IP-Adapter, they are its image prompts, of any size.  ``start`` and
+    ``end`` are progress, from 0 to 1.
+
+    Options for maps: ``mode``; ``resize``; ``mask`` ``(1, 1, H, W)``, 1 where img2img paints, which hides pixels from
+    the ControlNet for inpainting; ``larger``, maps for a larger pass, if they differ; ``frames`` as in
+    :class:`ControlMap`.  Options for image prompts: ``weight_type``; ``encoders``, candidates for the image encoder, of
+    which the first that fits is used.
     """
 
     path: Path
     pictures: Sequence[Tensor]
     weight: float = 1.0
+    _: KW_ONLY
     start: float = 0.0
     end: float = 1.0
     mode: Mode = "balanced"
@@ -51,13 +55,13 @@ class ControlPick:
 
 
 class ActiveControls:
-    """What steers a UNet besides its weights.  Files and tokens that stay are not read or made again."""
+    """The controls of a UNet; unchanged files and image prompts are neither read nor encoded again."""
 
     def __init__(self, unet: UNet) -> None:
         self.unet = unet
         self.guides: tuple[TimedGuide, ...] = ()
         self._files: dict[FileState, ControlFile] = {}
-        self._tokens: dict[Look, Tokens] = {}
+        self._tokens: dict[TokensKey, Tokens] = {}
 
     @property
     def files(self) -> list[ControlFile]:
@@ -66,43 +70,47 @@ class ActiveControls:
 
     @property
     def networks(self) -> list[nn.Module]:
-        """The networks that are to be where the UNet is."""
+        """The networks that have to be on the UNet's device."""
         return [file.model for file in self._files.values()]
 
     def set_picks(self, picks: Sequence[ControlPick]) -> None:
-        """Have these controls in place of those there were.
+        """Replace the controls.
 
         Raises :class:`AdapterError` or :class:`CheckpointError` for a file that cannot be used, and
-        :class:`SettingError` for settings; there are then no controls.
+        :class:`SettingError` for a wrong setting; no control is active then.
         """
         self.guides = ()
         try:
             states = [FileState.of(pick.path) for pick in picks]
-            # Those that are no longer needed make room before others are read.
+            # Drop unused files before reading others.
             self._files = {state: self._files[state] for state in states if state in self._files}
             for state in states:
                 if state not in self._files:
                     self._files[state] = load_control(state.path, self.unet, device="cpu")
-            seen = [self._seen(state, pick) for state, pick in zip(states, picks)]
-            self._tokens = dict(entry for entry in seen if entry is not None)
-            guides = [self._guide(self._files[state], pick, entry) for state, pick, entry in zip(states, picks, seen)]
+            prompts = [self._image_prompt(state, pick) for state, pick in zip(states, picks)]
+            self._tokens = dict(prompt for prompt in prompts if prompt is not None)
+            guides = [
+                self._guide(self._files[state], pick, prompt) for state, pick, prompt in zip(states, picks, prompts)
+            ]
         except BaseException:
             self._files, self._tokens = {}, {}
             raise
         self.guides = tuple(guides)
 
-    def _guide(self, file: ControlFile, pick: ControlPick, seen: tuple[Look, Tokens] | None) -> TimedGuide:
-        if seen is not None:
-            guide = prompt_by(file, self.unet, seen[1], pick.weight, pick.weight_type)
+    def _guide(self, file: ControlFile, pick: ControlPick, prompt: tuple[TokensKey, Tokens] | None) -> TimedGuide:
+        if prompt is not None:
+            guide = prompt_by(file, self.unet, prompt[1], pick.weight, weight_type=pick.weight_type)
         else:
             hidden = pick.mask if file.fills else None
             larger = _combined(file, pick.larger) if pick.larger else None
-            picture = ControlMap(_combined(file, pick.pictures), pick.resize, hidden, larger, pick.frames)
-            guide = follow(file, self.unet, picture, pick.weight, pick.mode)
+            control_map = ControlMap(
+                _combined(file, pick.pictures), pick.resize, hidden=hidden, larger=larger, frames=pick.frames
+            )
+            guide = follow(file, self.unet, control_map, pick.weight, mode=pick.mode)
         return TimedGuide(guide, pick.start, pick.end)
 
-    def _seen(self, state: FileState, pick: ControlPick) -> tuple[Look, Tokens] | None:
-        """Return an image prompt's tokens and what they are known by; None for what reads maps."""
+    def _image_prompt(self, state: FileState, pick: ControlPick) -> tuple[TokensKey, Tokens] | None:
+        """Return an image prompt's tokens with their cache key; None for a file that reads maps."""
         file = self._files[state]
         if not isinstance(file.model, IPAdapter):
             return None

@@ -1,4 +1,4 @@
-"""Maps: the pictures that ControlNets and T2I-Adapters read, at the size that a pass asks for."""
+"""Control maps: the images that ControlNets and T2I-Adapters read, resized for each pass."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_delta.controls.line_art import redrawn, two_levels
+from lib_delta.controls.line_art import is_binary, rebinarized
 from lib_delta.errors import SettingError
 
 MapSize = tuple[int, int]  # height first
 ToSize = Callable[[Tensor, int, int], Tensor]
 ResizeMode = Literal["just resize", "crop and resize", "resize and fill"]
-FEW_COLOURS = 200  # up to so many a map has labels for colours (a segmentation), between which there is nothing
+FEW_COLOURS = 200  # a map with at most as many colours is a segmentation, whose colours must not be mixed
 
 
 @dataclass(frozen=True)
 class ControlMap:
     """One map, or one for each image: ``(count, channels, H, W)`` in [0, 1].
 
-    ``resize`` says what happens where the proportions differ.  ``hidden`` ``(count or 1, 1, H, W)`` is above a half
-    where pixels are hidden: -1, as the ControlNet for inpainting was trained to fill.  ``larger`` are the same
-    maps made for a larger pass: the ones that need the least scaling are taken.  ``frames`` are sizes that are asked
-    for, each with that of the picture which the source sees in it: where that has other proportions, it is squeezed.
-    Raises :class:`SettingError` for a mode that is not known or a map that is empty.
+    ``resize`` selects how different proportions are handled.  ``hidden`` ``(count or 1, 1, H, W)`` is above 0.5 for
+    hidden pixels, which become -1, the value that the ControlNet for inpainting was trained to fill.  ``larger`` are
+    the same maps made for a larger pass; :meth:`at` resizes the ones nearest in size.
+
+    ``frames`` pairs each size of a pass with the size of the image that the source sees in it.  If the proportions of
+    the two differ, the source sees the image squeezed, and so the map is squeezed alike.
+
+    Raises :class:`SettingError` for an unknown mode or an empty map.
     """
 
     pictures: Tensor
@@ -47,13 +50,13 @@ class ControlMap:
 
     @property
     def count(self) -> int:
-        """How many maps there are."""
+        """The number of maps."""
         return len(self.pictures)
 
     def at(self, height: int, width: int, channels: int) -> Tensor:
-        """Return the maps ``(count, channels, height, width)``; a single channel is the mean of three."""
-        made = [self.pictures] if self.larger is None else [self.pictures, self.larger]
-        pictures = min(made, key=lambda maps: _apart(maps.shape[2:], (height, width)))
+        """Return the maps as ``(count, channels, height, width)``; a single channel is the mean of three."""
+        sizes = [self.pictures] if self.larger is None else [self.pictures, self.larger]
+        pictures = min(sizes, key=lambda maps: _apart(maps.shape[2:], (height, width)))
         if pictures.shape[1] != channels:
             pictures = pictures.mean(1, keepdim=True).expand(-1, channels, -1, -1)
         resized = self._resized(pictures, height, width, scaled).contiguous()
@@ -69,41 +72,41 @@ class ControlMap:
         scales = [of_frame / side for of_frame, side in zip(frame, pictures.shape[2:])]
         scale = max(scales) if self.resize == "crop and resize" else min(scales)
         inner = [
-            max(1, round(side * scale * asked / of_frame))
-            for side, asked, of_frame in zip(pictures.shape[2:], size, frame)
+            max(1, round(side * scale * of_pass / of_frame))
+            for side, of_pass, of_frame in zip(pictures.shape[2:], size, frame)
         ]
         whole = to_size(pictures, *inner)
         top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
         if self.resize == "crop and resize":
             return whole[..., -top : -top + height, -left : -left + width]
-        # What lies outside continues the border, as in the WebUIs: an empty frame would be a line to follow.
+        # Replicate the border, as the WebUIs do: an empty frame would be a line to follow.
         return F.pad(whole, (left, width - inner[1] - left, top, height - inner[0] - top), mode="replicate")
 
 
 def _apart(one: Sequence[int], other: MapSize) -> float:
-    """Tell how far two sizes are apart, whatever their proportions."""
+    """Return the distance between two sizes: the log of the ratio of their areas."""
     return abs(math.log(one[0] * one[1] / (other[0] * other[1])))
 
 
 def scaled(pictures: Tensor, height: int, width: int) -> Tensor:
-    """Scale maps ``(N, C, H, W)``, of which labels and lines stay what they are."""
+    """Resize maps ``(N, C, H, W)``; labels remain labels, and lines remain lines."""
     if pictures.shape[2:] == (height, width):
         return pictures
     if _few_colours(pictures):
         return F.interpolate(pictures, (height, width), mode="nearest")
     pairs = zip(pictures, interpolated(pictures, height, width))
-    return torch.stack([redrawn(before, after) if two_levels(before) else after for before, after in pairs])
+    return torch.stack([rebinarized(before, after) if is_binary(before) else after for before, after in pairs])
 
 
 def interpolated(pictures: Tensor, height: int, width: int) -> Tensor:
-    """Scale ``(N, C, H, W)``: areas averaged when smaller, bicubic when larger."""
+    """Resize ``(N, C, H, W)``: by averages over areas to a smaller size, bicubic to a larger one."""
     if height <= pictures.shape[2] and width <= pictures.shape[3]:
         return F.interpolate(pictures, (height, width), mode="area")
     return F.interpolate(pictures, (height, width), mode="bicubic", align_corners=False).clamp(0, 1)
 
 
 def _few_colours(pictures: Tensor) -> bool:
-    """Tell a map of labels: some colours, more than the two of lines on a ground, none of them in between."""
+    """Return whether the first map consists of labels: 3 to 200 colours, some of them not grey."""
     levels = (pictures[0] * 255).round().long()
     mixed = sum(channel * 256**i for i, channel in enumerate(levels[:3]))
     assert isinstance(mixed, Tensor)

@@ -1,4 +1,4 @@
-"""Guides: what a ControlNet, a T2I-Adapter or an IP-Adapter adds to the adapted model, evaluation by evaluation."""
+"""Guides: the additions of a ControlNet, a T2I-Adapter or an IP-Adapter to the adapted model's forward pass."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from lib_delta.models.injection import ExtraAttention, Injection
 from lib_delta.models.ip_adapter import IPAdapter, attend_to_image, cross_attentions
 from lib_delta.models.unet import TextContext, UNet
 
-# Which counts more, as Mikubill's extension calls it: "prompt" and "control" weaken what steers the shallow layers,
-# and "control" leaves the negative prompt's estimate alone, so that guidance strengthens the control.
+# The emphasis on prompt or control, with the modes of Mikubill's extension.  "prompt" and "control" weaken the
+# additions to shallow layers.  "control" also leaves the negative prompt's estimate unchanged, so that guidance
+# strengthens the control.
 Mode = Literal["balanced", "prompt", "control"]
 SOFTENED = 0.825  # the weight of each layer relative to the one below it
-# How an image prompt's weight is spread over the layers (ComfyUI_IPAdapter_plus).
+# The distribution of an image prompt's weight over the layers (names of ComfyUI_IPAdapter_plus).
 WeightType = Literal[
     "linear",
     "ease in",
@@ -38,11 +39,10 @@ WeightType = Literal[
 
 @dataclass(eq=False)
 class ControlNetGuide:
-    """Steer by a map through a ControlNet.
+    """Guide by a map through a ControlNet.
 
-    ``pooled`` averages what it adds over the picture, and leaves the negative prompt alone, as the "shuffle"
-    model was trained to.
-    Raises :class:`SettingError` for a mode that is not known.
+    ``pooled`` averages the additions over the image and leaves the negative prompt alone, the training of the "shuffle"
+    model.  Raises :class:`SettingError` for an unknown mode.
     """
 
     model: ControlNet
@@ -51,7 +51,7 @@ class ControlNetGuide:
     mode: Mode = "balanced"
     pooled: bool = False
     _hints: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    _told: tuple[Tensor, TextContext] | None = None
+    _text_context: tuple[Tensor, TextContext] | None = None  # with the context that it was made of
 
     def __post_init__(self) -> None:
         _refuse_unknown(self.mode, get_args(Mode), "control mode")
@@ -70,18 +70,18 @@ class ControlNetGuide:
         return Injection(decoder=dict(enumerate(batch_of(weighted, rows, len(inputs.x)))))
 
     def _text(self, inputs: GuideInputs, rows: Tensor | None) -> TextContext:
-        """Return what the network is told, whose keys and values are the same while the prompts are."""
-        if self._told is None or self._told[0] is not inputs.context:
-            self._told = inputs.context, TextContext(of_rows(inputs.context, rows)[None], known={})
-        return self._told[1]
+        """Return the network's text context, which caches its keys and values while the prompts stay the same."""
+        if self._text_context is None or self._text_context[0] is not inputs.context:
+            self._text_context = inputs.context, TextContext(of_rows(inputs.context, rows)[None], known={})
+        return self._text_context[1]
 
     def weights(self, count: int) -> list[float]:
-        """Return the weight of each of ``count`` layers, the middle block's last."""
+        """Return the weight of each of ``count`` layers, the middle block last."""
         softened = 1.0 if self.mode == "balanced" else SOFTENED
         return [self.weight * softened ** (count - 1 - i) for i in range(count)]
 
     def _hint(self, inputs: GuideInputs) -> Tensor:
-        """Return the map's features ``(count, C, h, w)``, which are the same at every step."""
+        """Return the map's features ``(count, C, h, w)``, cached because they are the same at every step."""
         height, width = inputs.x.shape[-2:]
         if (height, width) not in self._hints:
             factor = self.model.factor
@@ -92,9 +92,9 @@ class ControlNetGuide:
 
 @dataclass(eq=False)
 class FeatureGuide:
-    """Steer by a map through a T2I-Adapter; ``mode`` "control" leaves the negative prompt's estimate alone.
+    """Guide by a map through a T2I-Adapter; ``mode`` "control" leaves the negative prompt's estimate unchanged.
 
-    Raises :class:`SettingError` for a mode that is not known.
+    Raises :class:`SettingError` for an unknown mode.
     """
 
     model: T2IAdapter
@@ -102,7 +102,7 @@ class FeatureGuide:
     map: ControlMap
     weight: float = 1.0
     mode: Mode = "balanced"
-    factor: int = 8  # pixels along a latent's side
+    factor: int = 8  # image pixels per latent pixel
     _features: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -112,15 +112,15 @@ class FeatureGuide:
         if not self.weight:
             return Injection()
         rows = inputs.prompt_rows if self.mode == "control" else None
-        which = of_rows(inputs.images, rows) % self.map.count
-        weighted = [self.weight * feature[which] for feature in self._seen(inputs)]
+        numbers = of_rows(inputs.images, rows) % self.map.count
+        weighted = [self.weight * feature[numbers] for feature in self._map_features(inputs)]
         return feature_injection(self.unet, batch_of(weighted, rows, len(inputs.x)))
 
-    def _seen(self, inputs: GuideInputs) -> list[Tensor]:
+    def _map_features(self, inputs: GuideInputs) -> list[Tensor]:
         size = (inputs.x.shape[-2], inputs.x.shape[-1])
         if size not in self._features:
             unit = self.model.config.unshuffled
-            # Rounded up as the UNet's halvings are.
+            # Round up, as the UNet's downsampling does.
             height, width = (-(-side * self.factor // unit) * unit for side in size)
             picture = self.map.at(height, width, self.model.config.picture_channels)
             self._features = {size: self.model(picture.to(inputs.x))}
@@ -129,10 +129,10 @@ class FeatureGuide:
 
 @dataclass(eq=False)
 class ImageGuide:
-    """Prompt by pictures through an IP-Adapter.
+    """Guide by image prompts through an IP-Adapter.
 
-    ``tokens`` are what the projection makes of the pictures and of none: ``(S, context_width)`` each.
-    Raises :class:`SettingError` for a weight type that is not known.
+    ``tokens`` are the projections of the pictures and of an empty picture: ``(S, context_width)`` each.  Raises
+    :class:`SettingError` for an unknown weight type.
     """
 
     model: IPAdapter
@@ -140,7 +140,7 @@ class ImageGuide:
     tokens: tuple[Tensor, Tensor]
     weight: float = 1.0
     weight_type: WeightType = "linear"
-    _seen: Sequence[tuple[Tensor, Tensor]] = ()  # keys and values are the same at every step
+    _keys_and_values: Sequence[tuple[Tensor, Tensor]] = ()  # of each layer, the same at every step
 
     def __post_init__(self) -> None:
         _refuse_unknown(self.weight_type, get_args(WeightType), "weight type")
@@ -148,19 +148,19 @@ class ImageGuide:
     def __call__(self, inputs: GuideInputs) -> Injection:
         if not self.weight:
             return Injection()
-        if not self._seen:
-            self._seen = self.model.keys_and_values(torch.stack(self.tokens).to(inputs.context))
+        if not self._keys_and_values:
+            self._keys_and_values = self.model.keys_and_values(torch.stack(self.tokens).to(inputs.context))
         row = inputs.uncond.long()
         layers = list(cross_attentions(self.unet))
         attended = {
             module: _attended(k[row], v[row], self.weight * share(self.weight_type, i, len(layers), place))
-            for i, ((place, module), (k, v)) in enumerate(zip(layers, self._seen, strict=True))
+            for i, ((place, module), (k, v)) in enumerate(zip(layers, self._keys_and_values, strict=True))
         }
         return Injection(extra_attention=attended)  # type: ignore[arg-type]
 
 
 def of_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    """Return the rows of these numbers, or all where there are none."""
+    """Return the rows of these numbers; all rows for None."""
     return tensor if rows is None else tensor[rows]
 
 
@@ -169,16 +169,18 @@ def _refuse_unknown(value: str, known: Sequence[str], what: str) -> None:
         raise SettingError(f"the {what} is {value!r}: one of {', '.join(known)} is needed")
 
 
-def follow(file: ControlFile, unet: UNet, picture: ControlMap, weight: float = 1.0, mode: Mode = "balanced") -> Guide:
-    """Return the guide by which a ControlNet's or T2I-Adapter's file follows a map.
+def follow(
+    file: ControlFile, unet: UNet, control_map: ControlMap, weight: float = 1.0, *, mode: Mode = "balanced"
+) -> Guide:
+    """Return the guide of a ControlNet's or T2I-Adapter's file for a map.
 
-    Raises :class:`SettingError` for an IP-Adapter, which follows none.
+    Raises :class:`SettingError` for an IP-Adapter, which reads no maps.
     """
     if isinstance(file.model, ControlNet):
-        return ControlNetGuide(file.model, picture, weight, mode, file.pooled)
+        return ControlNetGuide(file.model, control_map, weight, mode=mode, pooled=file.pooled)
     if isinstance(file.model, T2IAdapter):
-        return FeatureGuide(file.model, unet, picture, weight, mode)
-    raise SettingError(f"{file.name} is an {file.kind}, which follows no map: a ControlNet or T2I-Adapter is needed")
+        return FeatureGuide(file.model, unet, control_map, weight, mode=mode)
+    raise SettingError(f"{file.name} is an {file.kind}, which reads no maps: a ControlNet or T2I-Adapter is needed")
 
 
 def prompt_by(
@@ -186,15 +188,16 @@ def prompt_by(
     unet: UNet,
     tokens: tuple[Tensor, Tensor],
     weight: float = 1.0,
+    *,
     weight_type: WeightType = "linear",
 ) -> Guide:
-    """Return the guide by which an IP-Adapter's file prompts with the tokens of pictures, and of none.
+    """Return the guide of an IP-Adapter's file for image prompts, by the tokens of the pictures and of an empty one.
 
     Raises :class:`SettingError` for a file that reads maps.
     """
     if not isinstance(file.model, IPAdapter):
         raise SettingError(f"{file.name} is a {file.kind}, which reads maps: an IP-Adapter is needed for a picture")
-    return ImageGuide(file.model, unet, tokens, weight, weight_type)
+    return ImageGuide(file.model, unet, tokens, weight, weight_type=weight_type)
 
 
 def _attended(k: Tensor, v: Tensor, weight: float) -> ExtraAttention:
@@ -202,7 +205,7 @@ def _attended(k: Tensor, v: Tensor, weight: float) -> ExtraAttention:
 
 
 def share(weight_type: WeightType, number: int, count: int, place: str) -> float:
-    """Return the share of an image prompt's weight that layer ``number`` of ``count``, at ``place``, gets."""
+    """Return layer ``number``'s share of an image prompt's weight, out of ``count`` layers; it is at ``place``."""
     along = number / count
     from_middle = abs(2 * along - 1)
     eased = {"ease in": 1 - along, "ease out": along, "ease in-out": 1 - from_middle, "reverse in-out": from_middle}

@@ -1,4 +1,4 @@
-"""CLIP's image encoder, through which IP-Adapters look at pictures; told by its weights, not by its name."""
+"""CLIP's image encoder, which encodes pictures for IP-Adapters; recognised by its weights, not by its name."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from lib_delta.models.ip_adapter import IPAdapter
 from lib_delta.models.loading import load_weights
 from lib_delta.models.unpatched import unpatched
 
-# Of CLIP's training pictures, by channel.
+# Mean and deviation of CLIP's training pictures, by channel.
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-OPENAI_PROJECTION = 768  # ViT-L of the first CLIP, whose activation is another than OpenCLIP's
-HEADS = 16  # of ViT-L, H and G alike
+OPENAI_PROJECTION = 768  # width of OpenAI's ViT-L, whose activation differs from OpenCLIP's
+HEADS = 16  # of ViT-L, H and G
 
 
 class ImageEncoder(nn.Module):
-    """``transformer`` is transformers' vision model with its projection, on the meta device, and in its key names.
+    """CLIP's image encoder: transformers' vision model with projection, on the meta device.
 
-    It computes in float32 on the CPU.  It is asked once for a picture, and a ViT-H has 2.5 GB: so each layer's weights
-    are read from the file when it runs, and let go of right after.
+    It computes in float32 on the CPU.  A picture is encoded only once, and a ViT-H takes 2.5 GB.  So each layer's
+    weights are read from the file when the layer runs, and freed right after.
     """
 
     def __init__(self, transformer: Any, path: Path) -> None:
@@ -45,14 +45,14 @@ class ImageEncoder(nn.Module):
         parts = [vision.embeddings, vision.pre_layrnorm, *vision.encoder.layers, vision.post_layernorm]
         names = {module: name for name, module in transformer.named_modules()}
         for part in (*parts, transformer.visual_projection):
-            none = {key: torch.empty_like(weight) for key, weight in part.state_dict().items()}
+            empty = {key: torch.empty_like(weight) for key, weight in part.state_dict().items()}
             part.register_forward_pre_hook(partial(self._read, names[part]))
-            part.register_forward_hook(partial(_forget, none), always_call=True)
+            part.register_forward_hook(partial(_free, empty), always_call=True)
 
     def prepare(self, picture: Tensor) -> Tensor:
-        """Scale a picture ``(1, 3, H, W)`` in [0, 1] by its shorter side, cut out the middle, and normalise it.
+        """Resize a picture ``(1, 3, H, W)`` in [0, 1] by its shorter side, crop the centre, and normalise it.
 
-        What is scaled is rounded to 8 bits, as by the release's and the WebUIs' own, and by what CLIP was trained with.
+        The resized picture is rounded to 8 bits, as in CLIP's training, the IP-Adapters' release and the WebUIs.
         """
         scale = self.side / min(picture.shape[2:])
         size = [max(self.side, round(side * scale)) for side in picture.shape[2:]]
@@ -64,10 +64,10 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, prepared: Tensor, of_patches: bool) -> Tensor:
-        """Return the embedding ``(N, projection)``, or what the last layer but one makes of the patches."""
+        """Return the embedding ``(N, projection)``, or the last but one layer's output for the patches."""
         with WeightFile.open(self.path) as self._file:
-            seen = self.transformer(prepared, output_hidden_states=of_patches)
-        return seen.hidden_states[-2] if of_patches else seen.image_embeds
+            output = self.transformer(prepared, output_hidden_states=of_patches)
+        return output.hidden_states[-2] if of_patches else output.image_embeds
 
     def _read(self, name: str, part: nn.Module, *_: object) -> None:
         file = self._file
@@ -76,12 +76,12 @@ class ImageEncoder(nn.Module):
         load_weights(part, tensors, file.name, torch.float32, "cpu")
 
 
-def _forget(none: dict[str, Tensor], part: nn.Module, *_: object) -> None:
-    part.load_state_dict(none, assign=True)
+def _free(empty: dict[str, Tensor], part: nn.Module, *_: object) -> None:
+    part.load_state_dict(empty, assign=True)
 
 
 def load_image_encoder(path: Path) -> ImageEncoder:
-    """Make an image encoder of a file in transformers' names; raises :class:`CheckpointError` for one that is none."""
+    """Load an image encoder in transformers' layout; raises :class:`CheckpointError` for any other file."""
     with WeightFile.open(path) as file:
         config = _config(file)
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -89,7 +89,7 @@ def load_image_encoder(path: Path) -> ImageEncoder:
         with torch.device("meta"):
             transformer = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
         embeddings = transformer.vision_model.embeddings
-        # Numbers and no weights: older versions of transformers store them.
+        # Older versions of transformers store these numbers with the weights.
         count = embeddings.position_embedding.num_embeddings
         embeddings.register_buffer("position_ids", torch.arange(count)[None], persistent=False)
     return ImageEncoder(transformer.eval().requires_grad_(False), path)
@@ -124,17 +124,17 @@ def _config(file: WeightFile) -> dict[str, Any]:
 
 
 def choose_encoder(file: ControlFile, candidates: Sequence[Path]) -> Path:
-    """Return the first image encoder whose pictures are as wide as an IP-Adapter looks at, by the files' headers.
+    """Return the first image encoder whose output has the width that an IP-Adapter needs, by the files' headers.
 
-    Raises :class:`SettingError` where there is none.
+    Raises :class:`SettingError` without one.
     """
     if not isinstance(file.model, IPAdapter):
         raise SettingError(f"{file.name} is a {file.kind}, which looks at maps: an IP-Adapter is needed for a picture")
     projection = file.model.image_proj
-    wanted = "hidden_size" if projection.of_patches else "projection_dim"
+    width = "hidden_size" if projection.of_patches else "projection_dim"
     for path in candidates:
-        found = _encoder_info(FileState.of(path))
-        if found is not None and found[wanted] == projection.seen_width:
+        info = _encoder_info(FileState.of(path))
+        if info is not None and info[width] == projection.seen_width:
             return path
     raise SettingError(
         f"no image encoder is there whose pictures are {projection.seen_width} wide, as {file.name} needs them:"
@@ -144,7 +144,7 @@ def choose_encoder(file: ControlFile, candidates: Sequence[Path]) -> Path:
 
 @lru_cache(maxsize=1024)
 def _encoder_info(state: FileState) -> dict[str, Any] | None:
-    """Describe an image encoder; None for whatever else lies in its folder."""
+    """Return an image encoder's configuration; None for any other file."""
     try:
         with WeightFile.open(state.path) as file:
             return _config(file)
@@ -154,11 +154,11 @@ def _encoder_info(state: FileState) -> dict[str, Any] | None:
 
 @torch.no_grad()
 def image_tokens(file: ControlFile, encoder: ImageEncoder, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return what an IP-Adapter's projection makes of pictures, and of none: ``(S, context_width)`` each.
+    """Return an IP-Adapter's tokens of the pictures, and of an empty picture: ``(S, context_width)`` each.
 
-    The tokens of several pictures, ``(1, 3, H, W)`` in [0, 1], stand one after another; they are computed in
-    float32, and have the projection's device and type.
-    Raises :class:`SettingError` without a picture, and :class:`AdapterError` for an encoder of another width.
+    The tokens of several pictures, ``(1, 3, H, W)`` in [0, 1], are concatenated.  They are computed in float32, and
+    returned on the projection's device and in its type.  Raises :class:`SettingError` without a picture, and
+    :class:`AdapterError` for an encoder of another width.
     """
     if not isinstance(file.model, IPAdapter):
         raise SettingError(f"{file.name} is a {file.kind}, which looks at maps: an IP-Adapter is needed for a picture")
@@ -167,21 +167,25 @@ def image_tokens(file: ControlFile, encoder: ImageEncoder, pictures: Sequence[Te
     projection = file.model.image_proj
     of_patches = bool(projection.of_patches)
     prepared = torch.cat([encoder.prepare(picture.cpu().float()) for picture in pictures])
-    # The release's choice: no embedding at all, but the patches of a picture without anything.
-    asked = torch.cat((prepared, torch.zeros_like(prepared[:1]))) if of_patches else prepared
-    seen = encoder(asked, of_patches)
-    seen, none = (seen[:-1], seen[-1:]) if of_patches else (seen, torch.zeros_like(seen[:1]))
-    if seen.shape[-1] != projection.seen_width:
+    # As in the release, "no picture" is an embedding of zeros, but for patches the encoding of a picture of zeros.
+    if of_patches:
+        encoded = encoder(torch.cat((prepared, torch.zeros_like(prepared[:1]))), of_patches)
+        encoded, empty = encoded[:-1], encoded[-1:]
+    else:
+        encoded = encoder(prepared, of_patches)
+        empty = torch.zeros_like(encoded[:1])
+    if encoded.shape[-1] != projection.seen_width:
         raise AdapterError(
-            f"{file.name} was made with another image encoder than this one, whose pictures are {seen.shape[-1]} wide"
+            f"{file.name} was made with another image encoder than this one, whose pictures are"
+            f" {encoded.shape[-1]} wide"
         )
-    own = next(projection.parameters())
-    # The tokens are made where the files were read, often the CPU, and there older torches multiply nothing in fp16.
+    placed = next(projection.parameters())
+    # The projection is often on the CPU, where older versions of torch cannot multiply in fp16.
     weights = {name: weight.float() for name, weight in projection.state_dict().items()}
-    # They are often a card's by the second picture, and there a host may have autocast on.
-    with without_autocast(own.device):
+    # By the second picture it is often on a card, where a host may run under autocast.
+    with without_autocast(placed.device):
         tokens, without = (
-            functional_call(projection, weights, (what.to(own.device, torch.float32),)).to(own.dtype)
-            for what in (seen, none)
+            functional_call(projection, weights, (embedding.to(placed.device, torch.float32),)).to(placed.dtype)
+            for embedding in (encoded, empty)
         )
     return tokens.flatten(0, 1), without.expand(len(pictures), -1, -1).flatten(0, 1)

@@ -23,34 +23,36 @@ MAX_PIXELS = 64_000_000  # of one picture
 
 
 def read_picture(source: Path | bytes, name: str = "", ground: float = 0.0) -> Tensor:
-    """Read a picture file, or what one holds, as ``(1, 3, H, W)`` in [0, 1].
+    """Read a picture's file, or its content, as ``(1, 3, H, W)`` in [0, 1].
 
-    What is transparent becomes ``ground``: black, as maps have it, or white (1), as pictures of things are seen.
-    Raises :class:`SettingError` for a file that is no picture, or is too large.
+    Transparent pixels become ``ground``: 0 (black), the background of maps, or 1 (white), that of photographs of
+    objects.  Raises :class:`SettingError` for a file that is no picture or is too large.
     """
     from PIL import Image
 
-    named = name or (source.name if isinstance(source, Path) else "a picture")
-    told = str(source) if isinstance(source, Path) else named
-    with _reading(told), Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as picture:
-        return pixels_of(picture, named, ground)
+    if isinstance(source, Path):
+        name, where = name or source.name, str(source)
+    else:
+        name = where = name or "a picture"
+    with _reading(where), Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as picture:
+        return pixels_of(picture, name, ground)
 
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Turn what PIL raises over a picture's content into :class:`SettingError`."""
+    """Turn PIL's errors about a picture's content into :class:`SettingError`."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         yield
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        # The message of this one shows the object that was read from, not what is wrong with it.
+        # The message of UnidentifiedImageError shows the file object, and no reason.
         reason = "it has no format that is known" if isinstance(error, UnidentifiedImageError) else error
         raise SettingError(f"{name} cannot be read as a picture ({reason}): a .png, .jpg or .webp is needed") from error
 
 
 def pixels_of(picture: Image, name: str, ground: float = 0.0) -> Tensor:
-    """Turn an image of PIL's into ``(1, 3, H, W)`` in [0, 1], upright; as :func:`read_picture`."""
+    """Convert a PIL image to ``(1, 3, H, W)`` in [0, 1], upright; ``ground`` as in :func:`read_picture`."""
     if picture.width * picture.height > MAX_PIXELS:
         raise SettingError(
             f"{name} has {picture.width} x {picture.height} pixels, and up to {MAX_PIXELS // 10**6} million"
@@ -62,7 +64,7 @@ def pixels_of(picture: Image, name: str, ground: float = 0.0) -> Tensor:
 
 
 def _upright(picture: Image) -> Image:
-    """Turn a picture as its EXIF says; one whose EXIF is broken stays as it is, as in the WebUIs."""
+    """Rotate a picture by its EXIF data; leave it as it is if they are broken, as the WebUIs do."""
     from PIL import ImageOps
 
     try:
@@ -78,10 +80,10 @@ def _plain_mode(picture: Image) -> Image:
 
 
 def pixels(array: np.ndarray, ground: float = 0.0) -> Tensor:  # type: ignore[type-arg]
-    """Turn an array of pixels, ``(H, W)`` or ``(H, W, 1, 3 or 4)``, into ``(1, 3, H, W)`` in [0, 1].
+    """Convert an array of pixels, ``(H, W)`` or ``(H, W, 1, 3 or 4)``, to ``(1, 3, H, W)`` in [0, 1].
 
-    8 bits, 16 bits (also in 32), and floats in [0, 1] are told apart by type and range.  What is transparent
-    becomes ``ground``.
+    The type and range distinguish 8 bits, 16 bits (also in 32), and floats in [0, 1].  Transparent pixels become
+    ``ground``.
     """
     if array.ndim == 2:
         array = array[..., None]

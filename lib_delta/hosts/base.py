@@ -425,7 +425,7 @@ class Host(ABC):
             self._models = SideModels(self.forget)
         device, dtype = side_device(*self.compute_device())
         storage = fp8_storage(device, dtype) if one_of("precision", PRECISIONS) == FP8 else None
-        return self._models.get(path, dtype, max(1, max_cached_bases()), base_cache_bytes(), storage)
+        return self._models.get(path, dtype, limit=max(1, max_cached_bases()), room=base_cache_bytes(), storage=storage)
 
     def streams_blocks(self) -> bool:
         """Tell whether the user wants the side model on its device block by block."""

@@ -1,4 +1,4 @@
-"""A UNet that torch compiles, if the user wants that; where torch cannot, it computes as it did."""
+"""Compile a UNet if the user enables it; fall back to the plain UNet if torch cannot."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ Backend = str | Callable[..., Any]
 
 
 class Compiled:
-    """A function as torch compiles it: at its first call, for each shape anew, in minutes.
+    """A function that torch compiles at its first call with each shape, which takes minutes.
 
-    At the first fault that is not the function's own, it is the plain one for good, and ``told`` hears why.
+    After the first error that is not the function's, it calls the plain function for good, and passes the reason to
+    ``warn``.
     """
 
     def __init__(self, plain: Callable[..., Any], warn: Callable[[str], None], backend: Backend) -> None:
-        self._plain, self._told = plain, warn
+        self._plain, self._warn = plain, warn
         self._compiled: Callable[..., Any] | None = None
         try:
             self._compiled = torch.compile(plain, dynamic=False, backend=backend)
-        except RuntimeError as error:  # this torch has no compiler for this Python or this system
+        except RuntimeError as error:  # this torch cannot compile on this Python or system
             self._fall_back(error)
 
     def _fall_back(self, error: Exception) -> None:
         self._compiled = None
-        first = next(iter(str(error).splitlines()), "")
-        self._told(f"the side model could not be compiled, and runs as it is ({type(error).__name__}: {first[:200]})")
+        reason = next(iter(str(error).splitlines()), "")[:200]
+        self._warn(f"the side model could not be compiled, and runs as it is ({type(error).__name__}: {reason})")
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         if self._compiled is not None:
@@ -44,10 +45,10 @@ class Compiled:
         return self._plain(*arguments, **named)
 
 
-def compile_unet(unet: UNet, wanted: bool, warn: Callable[[str], None], backend: Backend = "inductor") -> None:
-    """Have a UNet compiled from now on, or no longer."""
+def compile_unet(unet: UNet, enabled: bool, warn: Callable[[str], None], backend: Backend = "inductor") -> None:
+    """Compile a UNet's forward pass from now on, or restore the plain one if not ``enabled``."""
     compiled = vars(unet).get("forward")
-    if wanted and compiled is None:
-        setattr(unet, "forward", Compiled(unet.forward, warn, backend))  # noqa: B010 (mypy knows it for a method)
-    elif not wanted and compiled is not None:
+    if enabled and compiled is None:
+        setattr(unet, "forward", Compiled(unet.forward, warn, backend))  # noqa: B010 (mypy rejects assigning a method)
+    elif not enabled and compiled is not None:
         delattr(unet, "forward")

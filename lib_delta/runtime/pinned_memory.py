@@ -1,7 +1,7 @@
-"""Memory of the CPU's from which a CUDA card fetches by itself (pinned memory).
+"""CPU memory that a CUDA card reads directly (pinned memory).
 
-It is the system's own, registered with CUDA: what torch pins is rounded up to powers of two (SD 1.5's UNet takes
-1978 MB for 1639), and stays pinned when nothing uses it any more.
+Ordinary memory of the system is registered with CUDA. torch's pinned allocations are rounded up to powers of two (SD
+1.5's UNet takes 1978 MB instead of 1639), and stay pinned after the last use.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import numpy
 import torch
 from torch import Tensor
 
-# What is registered are whole pages, and none that others have a part in.
+# Registration takes whole pages, which must not contain other data.
 PAGE = 4096
-# What is smaller is on its way at once, pinned or not.
-LEAST = 64 * 1024
-# For all of CUDA's contexts (cudaHostRegisterPortable).
+# Smaller tensors transfer as fast unpinned.
+MIN_PINNED_BYTES = 64 * 1024
+# Valid in all CUDA contexts (cudaHostRegisterPortable).
 PORTABLE = 1
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor in memory that a CUDA card fetches from; as it is for other devices, and where there is none.
+    """Copy a tensor to pinned memory; return it unchanged for other devices, or if no memory can be registered.
 
-    The memory is registered for as long as something uses it, and no longer.
+    The memory stays registered only while something uses it.
     """
-    apart = tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.nbytes < LEAST
-    if device.type != "cuda" or apart or tensor.is_pinned():
+    unsuitable = tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.nbytes < MIN_PINNED_BYTES
+    if device.type != "cuda" or unsuitable or tensor.is_pinned():
         return tensor
     memory = _registered(tensor.nbytes, device)
     if memory is None:
@@ -37,19 +37,19 @@ def pinned(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _registered(size: int, device: torch.device) -> Tensor | None:
-    """Return so many bytes of registered memory; None where the system lets no more of its memory be registered."""
+    """Return ``size`` bytes of registered memory; None if the system refuses to register more."""
     runtime = torch.cuda.cudart()
     if not hasattr(runtime, "cudaHostRegister"):
         return None
     pages = -(-size // PAGE) * PAGE
-    owner = numpy.empty(pages + PAGE, numpy.uint8)
-    start = -owner.ctypes.data % PAGE
-    part = owner[start : start + pages]
+    buffer = numpy.empty(pages + PAGE, numpy.uint8)
+    start = -buffer.ctypes.data % PAGE
+    part = buffer[start : start + pages]
     if int(runtime.cudaHostRegister(part.ctypes.data, pages, PORTABLE)) != 0:
         _forget_error(device)
         return None
-    # An array tells when it ends, before its memory is gone; a tensor's storage does not.
-    weakref.finalize(owner, _release, runtime, part.ctypes.data).atexit = False
+    # An array runs its finalizer before its memory is freed; a tensor's storage has no finalizer.
+    weakref.finalize(buffer, _release, runtime, part.ctypes.data).atexit = False
     return torch.from_numpy(part)[:size]
 
 
@@ -58,6 +58,6 @@ def _release(runtime: Any, address: int) -> None:
 
 
 def _forget_error(device: torch.device) -> None:
-    """Have CUDA's error of the last call come out here, and not in whatever is computed next."""
+    """Raise CUDA's error of the last call here, so that the next computation does not raise it."""
     with suppress(RuntimeError):
         torch.ones(1, device=device)

@@ -1,7 +1,7 @@
-"""Where a model's weights are: at home in CPU memory, or for a while on a device.
+"""Placement of a model's weights: in CPU memory, or temporarily on a device.
 
-What is on a device is a copy, so going home costs nothing: weights are never written to where they compute.
-Towards a CUDA card they lie in memory from which it fetches by itself (:mod:`lib_delta.runtime.pinned_memory`).
+The device holds copies.  Returning to the CPU is free, because computation never writes to weights.  For a CUDA card,
+the CPU's weights are in pinned memory (:mod:`lib_delta.runtime.pinned_memory`).
 """
 
 from __future__ import annotations
@@ -19,46 +19,47 @@ from lib_delta.models.unet import UNet
 from lib_delta.runtime.pinned_memory import pinned
 
 CPU = torch.device("cpu")
-Holder = dict[str, Any]
+Holder = dict[str, Any]  # a dictionary of a module that contains a weight
 
 
 class Restorable(Protocol):
-    """What has weights on a device for a while."""
+    """A temporary placement of weights on a device."""
 
     def restore(self) -> None:
-        """Have them where they were."""
+        """Put the original weights back."""
         ...
 
 
 class Visit:
-    """All weights of a module on a device for a while."""
+    """Temporary copies of a module's weights on a device."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._module, self._device = module, indexed(device)
         self._originals: list[tuple[Holder, str, Any]] = []
 
     def enter(self) -> None:
-        """Have copies on the device; what is there already stays."""
+        """Copy all weights to the device; weights that are there already stay."""
         self.restore()
         self.sync()
 
     def sync(self) -> None:
-        """Have copies of what came since as well; what is no part of the module any more is let go of."""
+        """Copy weights that the module gained since, and drop the originals of parts that it lost."""
         bypasses = [part for part in self._module.modules() if isinstance(part, Bypass)]
         tensors = list(_tensors(self._module))
         holders = {id(holder) for holder, _, _ in tensors} | {id(vars(part)) for part in bypasses}
         self._originals = [entry for entry in self._originals if id(entry[0]) in holders]
-        left = {id(holder) for holder, _, _ in self._originals}
+        copied = {id(holder) for holder, _, _ in self._originals}
         for holder, name, tensor in tensors:
             if tensor.device != self._device:
-                home = holder[name] = _like(tensor, pinned(tensor.detach(), self._device))
-                self._swap(holder, name, _like(home, home.to(self._device, non_blocking=fetches(self._device))))
+                original = holder[name] = _like(tensor, pinned(tensor.detach(), self._device))
+                copy = original.to(self._device, non_blocking=fetches(self._device))
+                self._swap(holder, name, _like(original, copy))
         for part in bypasses:
-            if id(vars(part)) not in left:
+            if id(vars(part)) not in copied:
                 self._swap(vars(part), "adapters", part.on(self._device))
 
     def is_for(self, module: nn.Module, device: torch.device) -> bool:
-        """Tell whether it is this module's visit to this device."""
+        """Return whether this is the module's visit to this device."""
         return module is self._module and self._device == indexed(device)
 
     def _swap(self, holder: Holder, name: str, copy: Any) -> None:
@@ -66,7 +67,7 @@ class Visit:
         holder[name] = copy
 
     def restore(self) -> None:
-        """Have the weights where they were, and those with them that were made on the device meanwhile."""
+        """Put the original weights back, and move weights that were created on the device to the CPU."""
         if not self._originals:
             return
         while self._originals:
@@ -81,27 +82,30 @@ class Visit:
 
 
 def copy_to_device(module: nn.Module, device: torch.device) -> Visit:
-    """Have all of a module on a device, until it is told to come home."""
-    visiting = Visit(module, device)
-    visiting.enter()
-    return visiting
+    """Copy a module's weights to a device, until the returned visit is restored."""
+    visit = Visit(module, device)
+    visit.enter()
+    return visit
 
 
 class Stream:
-    """A UNet that computes on a device, where each part's weights are only while it runs; its ends stay there."""
+    """A UNet that computes on a device, and holds the weights of each block there only while it runs.
 
-    def __init__(self, unet: UNet, others: Sequence[nn.Module], device: torch.device) -> None:
-        """Take what computes beside it as well, as networks of controls do, which are there whole."""
+    The layers before and after the blocks stay on the device.
+    """
+
+    def __init__(self, unet: UNet, companions: Sequence[nn.Module], device: torch.device) -> None:
+        """Take also the ``companions``, such as networks of controls, which stay on the device as a whole."""
         blocks = (*unet.input_blocks[1:], unet.middle_block, *unet.output_blocks)
         parts = self._parts = [part for block in blocks for part in block]
         inner = {id(module) for part in parts for module in part.modules()}
         ends = [layer for layer in unet.modules() if isinstance(layer, ForkedLayer) and id(layer) not in inner]
-        there = (*ends, *others)
-        self._visits = [Visit(module, device) for module in (*there, *parts)]
+        resident = (*ends, *companions)
+        self._visits = [Visit(module, device) for module in (*resident, *parts)]
         self._hooks = []
-        for visit in self._visits[: len(there)]:
+        for visit in self._visits[: len(resident)]:
             visit.enter()
-        for part, visit in zip(parts, self._visits[len(there) :]):
+        for part, visit in zip(parts, self._visits[len(resident) :]):
             self._hooks += [
                 part.register_forward_pre_hook(lambda *_, visit=visit: visit.enter()),
                 part.register_forward_hook(lambda *_, visit=visit: visit.restore()),
@@ -109,11 +113,11 @@ class Stream:
 
     @property
     def largest_part(self) -> int:
-        """The bytes of the largest of the parts, which are on the device one at a time."""
+        """The bytes of the largest part; only one part is on the device at a time."""
         return max(sum(tensor.nbytes for _, _, tensor in _tensors(part)) for part in self._parts)
 
     def restore(self) -> None:
-        """Have all weights at home, and let them stay there."""
+        """Put all original weights back, and stop copying."""
         for hook in self._hooks:
             hook.remove()
         for visit in self._visits:
@@ -121,7 +125,7 @@ class Stream:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[Holder, str, Tensor]]:
-    """Return the places of a module's weights, and of those that are merged for its second branch."""
+    """Yield the dictionary, the name and the tensor of each weight, including those merged for the second branch."""
     for part in module.modules():
         for holder in (part._parameters, part._buffers):
             for name, tensor in tuple(holder.items()):

@@ -1,4 +1,4 @@
-"""The source's models in memory: loaded when they are first needed, kept, and given back."""
+"""The source's models in memory: loaded at first use, cached, and evicted."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ MAX_CACHED_PROMPTS_PER_BASE = 16  # passes whose encoded prompts are cached
 
 @dataclass(frozen=True)
 class AdapterPick:
-    """An adapter's file (a LoRA or its like, or a fine-tuned checkpoint) and how strong it is where.
+    """An adapter's file (a LoRA or a fine-tuned checkpoint, for instance) and its weights.
 
-    ``blocks`` are block weights for the UNet (:class:`BlockWeights`, empty: 1 for all), ``text_weight`` has
-    them already; ``rank`` is how many ranks of a DyLoRA are used.
+    ``blocks`` are block weights for the UNet (:class:`BlockWeights`; empty: 1 for all).  ``text_weight`` includes them
+    already.  ``rank`` is the number of ranks to use of a DyLoRA.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class AdapterPick:
     rank: int | None = None
 
     def unet_weight(self) -> Weight:
-        """Return the weight for all of the UNet, or for each of its layers."""
+        """Return the weight for the whole UNet, or for each of its layers."""
         if not self.blocks:
             return self.weight
         blocks = BlockWeights.parse(self.blocks)
@@ -57,18 +57,18 @@ class AdapterPick:
 
 
 class SideModel:
-    """An SD 1.x base, its text encoder, and what is attached to it."""
+    """An SD 1.x base with its text encoder, adapters and controls."""
 
-    # Outside of inference mode, in which Forge loads it: what is made there can be written to in that mode alone.
+    # Leave inference mode, in which Forge loads models: its tensors can only be written to in that mode.
     @torch.inference_mode(False)
     def __init__(self, path: Path, dtype: torch.dtype, storage: torch.dtype | None = None) -> None:
-        """Load a checkpoint's UNet and text encoder on the CPU, in ``dtype``.
+        """Load a checkpoint's UNet and text encoder to the CPU, in ``dtype``.
 
-        ``storage`` is a smaller type, as fp8, in which the UNet's matrices are kept; they are cast where they are used.
-        Raises :class:`CheckpointError` unless it is a whole, ordinary SD 1.x checkpoint.
+        ``storage`` is a smaller type, such as fp8, that stores the UNet's matrices, which are cast when they compute.
+        Raises :class:`CheckpointError` unless the file is a whole, ordinary SD 1.x checkpoint.
         """
         self.name = path.name
-        if fault := why_not_base(path):  # before anything of it is built
+        if fault := why_not_base(path):  # before building anything
             raise CheckpointError(fault)
         with WeightFile.open(path) as file:
             self.unet, self.report = load_unet(file, dtype)
@@ -85,16 +85,18 @@ class SideModel:
         self._attached: object = None
         self._copy: Restorable | None = None
         self._states: tuple[FileState, ...] = ()
-        # What prompts were encoded to, by all that this depends on; for hosts to use.
+        # Encoded prompts, by everything that they depend on; hosts fill it.
         self.prompt_cache: LRUCache[object, Any] = LRUCache(max_count=MAX_CACHED_PROMPTS_PER_BASE)
         self.controls = ActiveControls(self.unet)
-        # What has to be on the device to sample: the UNet, and the networks of controls, if there are any.
+        # The modules that sampling needs on the device: the UNet, and the controls' networks if there are any.
         self.network: nn.Module = self.unet
 
     @torch.inference_mode(False)
     def set_controls(self, picks: Sequence[ControlPick]) -> None:
-        """Have controls (ControlNets, image prompts) in place of those there were; raises as
-        :meth:`ActiveControls.set_picks`."""
+        """Replace the controls (ControlNets, image prompts).
+
+        Raises the errors of :meth:`ActiveControls.set_picks`.
+        """
         before = self.controls.networks
         try:
             with without_autocast(torch.device("cpu")):
@@ -107,22 +109,22 @@ class SideModel:
 
     @torch.inference_mode(False)
     def adapt(self, picks: Sequence[AdapterPick], form: AdapterForm) -> None:
-        """Attach adapters in place of those there were; files that were used lately are not read again.
+        """Replace the attached adapters; recently used files are not read again.
 
-        Raises :class:`AdapterError` for a file that cannot be used; the model is then the base alone.
+        Raises :class:`AdapterError` for a file that cannot be used, and then leaves the plain base.
         """
         try:
             states = [FileState.of(pick.path) for pick in picks]
-            wanted = [(state, pick.rank) for state, pick in zip(states, picks)]
-            found = {key: self._files.get(key) for key in wanted}
-            # Large ones that are no longer needed make room before others are read.
-            self._files.evict(max_size=ADAPTER_CACHE_BYTES, min_count=sum(file is not None for file in found.values()))
-            for state, rank in wanted:
-                read = found[state, rank] or self._read(state.path).with_rank(rank)
-                found[state, rank] = read
-                self._files.put((state, rank), read)
-            self.adapters = tuple(file for key in wanted if (file := found[key]) is not None)
-            self._files.evict(max_size=ADAPTER_CACHE_BYTES, min_count=len(found))
+            keys = [(state, pick.rank) for state, pick in zip(states, picks)]
+            files = {key: self._files.get(key) for key in keys}
+            # Evict large unused files before reading others.
+            self._files.evict(max_size=ADAPTER_CACHE_BYTES, min_count=sum(file is not None for file in files.values()))
+            for state, rank in keys:
+                adapter = files[state, rank] or self._read(state.path).with_rank(rank)
+                files[state, rank] = adapter
+                self._files.put((state, rank), adapter)
+            self.adapters = tuple(file for key in keys if (file := files[key]) is not None)
+            self._files.evict(max_size=ADAPTER_CACHE_BYTES, min_count=len(files))
         except BaseException:
             self._release()
             raise
@@ -133,19 +135,19 @@ class SideModel:
         with without_autocast(torch.device("cpu")):
             return load_adapter(path, self.unet, [self.tower], self.report.prediction)
 
-    # Outside of inference mode, in which hosts sample: what is made there could not be written to later.
+    # Leave inference mode, in which hosts sample: its tensors could not be written to later.
     @torch.inference_mode(False)
     def activate(self, active: Sequence[bool] = ()) -> None:
-        """Have only those of the adapters count that are active; nothing is read or loaded anew.
+        """Apply only the active adapters; reads and loads nothing.
 
-        ``active`` has a flag for each of them, in their order; those without one count.
+        ``active`` has a flag for each adapter, in their order.  Adapters without a flag are active.
         """
-        wanted = self._active(active), self._form
-        if wanted == self._attached:
+        chosen = self._active(active), self._form
+        if chosen == self._attached:
             return
         self._attached = None
-        attach(self.unet, [(file, pick.unet_weight()) for file, pick in wanted[0]], self._form)
-        self._attached = wanted
+        attach(self.unet, [(file, pick.unet_weight()) for file, pick in chosen[0]], self._form)
+        self._attached = chosen
 
     def _active(self, active: Sequence[bool]) -> list[tuple[AdapterFile, AdapterPick]]:
         flags = itertools.chain(active, itertools.repeat(True))
@@ -158,15 +160,15 @@ class SideModel:
 
     @torch.inference_mode(False)
     def move_to(self, device: torch.device) -> None:
-        """Have the UNet, and the networks of controls, on a device, to stay there."""
+        """Move the UNet and the controls' networks to a device, to stay there."""
         self.offload()
         self.network.to(device)
 
     @torch.inference_mode(False)
     def copy_to(self, device: torch.device) -> None:
-        """Have all that on a device until :meth:`wait`; a copy stays in CPU memory.
+        """Copy the UNet and the controls' networks to a device until :meth:`offload`; the originals stay in CPU memory.
 
-        In a visit that has not ended, what came since follows.
+        If they are copied there already, only weights that were added since are copied.
         """
         if isinstance(self._copy, Visit) and self._copy.is_for(self.network, device):
             self._copy.sync()
@@ -176,40 +178,40 @@ class SideModel:
 
     @torch.inference_mode(False)
     def stream_to(self, device: torch.device) -> None:
-        """Have the UNet compute on a device, where each of its parts is only while it runs: slow, and smallest."""
+        """Compute on a device block by block, each there only while it runs: slowest, with the least memory."""
         self.move_to(CPU)
         self._copy = Stream(self.unet, self.controls.networks, device)
 
     def offload(self) -> None:
-        """End a visit, or a stream: all waits in CPU memory."""
+        """Return all weights to CPU memory after :meth:`copy_to` or :meth:`stream_to`."""
         placed, self._copy = self._copy, None
         if placed is not None:
             placed.restore()
 
     @property
     def streamed_bytes(self) -> int:
-        """The bytes of the largest part of a stream, which is on the device only while it runs; 0 where none is."""
+        """The bytes of a stream's largest part, which is on the device only while it runs; 0 without a stream."""
         return self._copy.largest_part if isinstance(self._copy, Stream) else 0
 
     def elsewhere(self, device: torch.device) -> int:
-        """Return the bytes of the weights that have to be on a device to sample, and are not there."""
+        """Return the bytes of the weights that sampling needs on a device and that are not there yet."""
         device = indexed(device)
         weights = (*self.network.parameters(), *self.network.buffers())
         return sum(weight.nbytes for weight in weights if weight.device != device)
 
     @property
     def embeddings(self) -> dict[str, torch.Tensor]:
-        """Textual inversions that came with the adapters, ``(vectors, width)`` by name."""
+        """Textual inversions of the adapters' files, ``(vectors, width)`` by name."""
         return {name: vectors for file in self.adapters for name, vectors in file.embeddings.items()}
 
     @property
     def embedding_files(self) -> tuple[FileState, ...]:
-        """The adapters' files that brought textual inversions."""
+        """The adapters' files that contain textual inversions."""
         return tuple(state for state, file in zip(self._states, self.adapters) if file.embeddings)
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet is."""
+        """The UNet's device."""
         return next(self.unet.parameters()).device
 
     @property
@@ -219,13 +221,13 @@ class SideModel:
 
     @property
     def memory(self) -> int:
-        """Bytes of the weights of UNet, merged adapters, controls and text encoder."""
+        """The bytes of all weights: UNet, merged adapters, controls and text encoder."""
         tensors = (t for module in (self.network, self.tower) for t in (*module.parameters(), *module.buffers()))
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @contextmanager
     def text_on(self, device: torch.device) -> Iterator[TextEncoder]:
-        """Have the base's text encoder on a device for a while."""
+        """Move the base's text encoder to a device for the duration of the context."""
         home = next(self.tower.parameters()).device
         try:
             yield self.tower.to(device)
@@ -233,16 +235,19 @@ class SideModel:
             self.tower.to(home)
 
     def text_state(self, active: Sequence[bool] = ()) -> tuple[object, ...]:
-        """Return what tells the adapted text encoder from the base's: nothing, if the active adapters let it be."""
+        """Return a key for the text encoder with the active adapters; empty if they do not change it."""
         flags = itertools.chain(active, itertools.repeat(True))
         adapters = zip(self.adapters, self._picks, self._states, flags)
-        changing = ((s, pick) for file, pick, s, on in adapters if on and pick.text_weight and any(file.text))
-        return tuple((state, pick.rank, pick.text_weight) for state, pick in changing)
+        return tuple(
+            (state, pick.rank, pick.text_weight)
+            for file, pick, state, on in adapters
+            if on and pick.text_weight and any(file.text)
+        )
 
     def adapted_tower(self, active: Sequence[bool] = ()) -> TextEncoder:
-        """Return the text encoder with the active adapters, where it is now; ``active`` as in :meth:`activate`.
+        """Return the text encoder with the active adapters, on its present device; ``active`` as in :meth:`activate`.
 
-        It is the base's own if these change nothing about it.
+        Returns the base's text encoder if they do not change it.
         """
         chosen = [(file, pick.text_weight) for file, pick in self._active(active)]
         changed = adapted_text_parameters(self.tower, chosen)
@@ -250,44 +255,46 @@ class SideModel:
 
 
 def can_be_base(path: Path) -> bool:
-    """Tell whether a checkpoint can be a base, by its header, which is read once while the file stays the same."""
+    """Return whether a checkpoint can be a base, by its header, which is read once while the file is unchanged."""
     return not why_not_base(path)
 
 
 def _store_as(unet: UNet, storage: torch.dtype) -> None:
-    """Keep a UNet's matrices in a smaller type, but for those at its ends, which are small and matter most."""
+    """Store a UNet's matrices in a smaller type, except the small and most sensitive ones at its ends."""
     for path, layer in unet.named_modules():
         if isinstance(layer, (Linear, Conv2d)) and "block" in path and not path.startswith("input_blocks.0."):
             layer.store_as(storage)
 
 
 class SideModels:
-    """The bases in memory, the most lately used ones.
+    """The most recently used bases in memory.
 
-    ``let_go`` is told of those that are dropped, before their room is needed: what else refers to them has to end.
+    ``on_evict`` is called with evicted models before their memory is needed, so that it can drop other references to
+    them.
     """
 
-    def __init__(self, let_go: Callable[[Sequence[SideModel]], None] = lambda _dropped: None) -> None:
-        self._let_go = let_go
+    def __init__(self, on_evict: Callable[[Sequence[SideModel]], None] = lambda _evicted: None) -> None:
+        self._on_evict = on_evict
         self._models: LRUCache[object, SideModel] = LRUCache(size_of=lambda model: model.memory)
 
     def get(
         self,
         path: Path,
         dtype: torch.dtype,
+        *,
         limit: int = 1,
         room: float = float("inf"),
         storage: torch.dtype | None = None,
     ) -> SideModel:
-        """Return a base, loaded if need be; those longest unused are given back.
+        """Return a base; load it if necessary, and evict those unused for longest.
 
-        At most ``limit`` stay, in ``room`` bytes of weights together; the one that is asked for does in any case.
+        At most ``limit`` bases stay, with at most ``room`` bytes of weights in total.  The requested one always stays.
         """
         state = FileState.of(path)
         key = state, dtype, storage
         model = self._models.get(key)
         if model is None:
-            # Room first: two bases at once may be more than fits.  A file is at least about what it takes.
+            # Evict first: two bases at once may not fit.  A file's size is about the least that its model takes.
             self._evict(max_size=room - state.size, max_count=limit - 1, min_count=0)
             model = SideModel(path, dtype, storage)
             self._models.put(key, model)
@@ -295,15 +302,15 @@ class SideModels:
         return model
 
     def clear(self) -> None:
-        """Give everything back."""
+        """Evict all models."""
         self._evict(max_size=0, max_count=0, min_count=0)
 
     def _evict(self, *, max_size: float, max_count: float, min_count: int = 1) -> None:
-        dropped = self._models.evict(max_size=max_size, max_count=max_count, min_count=min_count)
-        if dropped:
-            self._let_go(dropped)
-            dropped.clear()
-            gc.collect()  # where anything refers back to them, Python would keep them for some thousand objects more
+        evicted = self._models.evict(max_size=max_size, max_count=max_count, min_count=min_count)
+        if evicted:
+            self._on_evict(evicted)
+            evicted.clear()
+            gc.collect()  # else reference cycles would delay freeing them
             trim_heap()
 
     def __iter__(self) -> Iterator[SideModel]:
@@ -311,7 +318,7 @@ class SideModels:
 
 
 def user_error(error: BaseException, doing: str) -> DeltaError:
-    """Turn whatever went wrong while ``doing`` something into an error for users."""
+    """Turn any error while ``doing`` something into one for users."""
     if isinstance(error, DeltaError):
         return error
     if out_of_memory(error):

@@ -156,7 +156,7 @@ def test_the_source_of_a_learned_bridge_sees_large_pictures_at_its_own_size() ->
     assert bridge.source_size(96, 96) == (96, 96)
     assert bridge.source_size(128, 128) == (64, 64)
     assert bridge.source_size(112, 144) == (56, 72)
-    assert bridge.source_size(152, 104) == (76, 52)  # half, whose latents maps know
+    assert bridge.source_size(152, 104) == (76, 52)  # half the size, which maps predict
     assert bridge.source_size(192, 192) == (64, 64)
     assert choose_bridge(Family.SD1, Family.SDXL, size="picture").source_size(128, 128) == (128, 128)
     assert choose_bridge(Family.SD1, Family.SDXL, size=640).source_size(128, 128) == (80, 80)
@@ -256,7 +256,7 @@ def test_a_map_that_knows_half_the_size_gives_it_and_averages_for_others() -> No
 def test_a_stitched_map_is_the_two_autoencoders_and_a_filter_between(channels: int, reading: int, writing: int) -> None:
     torch.manual_seed(0)
     decoder, encoder = taesd.decoder(channels), taesd.encoder(4)
-    state = StitchedState(channels, 4, reading, writing, 3, 4)
+    state = StitchedState(channels, 4, reading=reading, writing=writing, width=3, half=4)
     first, last = decoder[: 3 + reading], torch.nn.Sequential(*encoder[-1 - writing :])
     state.reading.load_state_dict(first.state_dict())
     state.writing.load_state_dict(last.state_dict())

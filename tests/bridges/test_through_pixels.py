@@ -1,4 +1,4 @@
-"""States carried as pictures, decoded by one tiny autoencoder and encoded by another; and pictures whose edges meet."""
+"""States mapped through pixels by two tiny autoencoders, and images whose edges meet."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_a_large_picture_is_averaged_as_a_picture(folder: Path) -> None:
 
 
 def test_the_status_line_says_so(folder: Path) -> None:
-    said = bridge_status(Family.SD1, Family.SDXL, 128, 128, form="taesd", autoencoders=folder)
-    assert said == "SDXL latents: TAESD bridge, 64 x 64"
+    line = bridge_status(Family.SD1, Family.SDXL, 128, 128, form="taesd", autoencoders=folder)
+    assert line == "SDXL latents: TAESD bridge, 64 x 64"
     assert choose_bridge(Family.SD1, Family.SD2, form="taesd").label == "same as the side model's"
 
 
@@ -144,7 +144,7 @@ def test_where_a_tile_begins_makes_no_difference(folder: Path, form: str, target
 
 def test_a_bridge_for_tiles_leaves_the_others_as_they_are() -> None:
     path = WEIGHTS / "sd1-sdxl.safetensors"
-    tiled, other = load_bridge(path, True), load_bridge(path)
+    tiled, other = load_bridge(path, tiled=True), load_bridge(path)
     kinds = [{m.edges for m in bridge.state.modules() if isinstance(m, Filter)} for bridge in (tiled, other)]
     assert kinds == [{"circular"}, {"replicate"}]
 
@@ -156,7 +156,7 @@ def test_what_follows_the_state_is_its_regression() -> None:
     for image in range(2):
         rows = torch.cat((state[image], soft[image]), 0).flatten(1).T.double()
         centred, wanted = rows - rows.mean(0), change[image].flatten(1).T.double()
-        # A ridge is as many rows more, which ask for weights of 0.
+        # Ridge regression equals as many additional rows with a target of 0.
         ridge = (0.01 * len(rows)) ** 0.5 * torch.eye(8).double()
         solved = torch.linalg.lstsq(
             torch.cat((centred, ridge)), torch.cat((wanted - wanted.mean(0), torch.zeros(8, 4).double()))

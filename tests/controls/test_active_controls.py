@@ -1,4 +1,4 @@
-"""Controls as hosts ask for them: read once while they stay, with the encoder that fits, and counted as memory."""
+"""The controls of a generation: read once while they stay, with the fitting encoder, and counted as memory."""
 
 from __future__ import annotations
 

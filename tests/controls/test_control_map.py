@@ -1,4 +1,4 @@
-"""Maps come as pictures of every kind, and at the size that a pass asks for."""
+"""Maps from every kind of picture file, at the size that a pass needs."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_cropping_keeps_the_middle_and_filling_keeps_all() -> None:
 
 def test_where_the_source_sees_a_picture_squeezed_its_map_is_squeezed_alike() -> None:
     lines = torch.zeros(1, 3, 60, 100)
-    lines[..., 20] = 1  # a picture of 40 x 80 has all columns of it, and not all rows
+    lines[..., 20] = 1  # a picture of 40 x 80 contains all its columns, but not all its rows
     frames = [((32, 32), (40, 80)), ((64, 128), (80, 160))]
     seen = ControlMap(lines, "crop and resize", frames=frames)
     place = (seen.at(32, 32, 3)[0, 0, 0] * torch.arange(32)).sum() / seen.at(32, 32, 3)[0, 0, 0].sum()
@@ -94,7 +94,7 @@ def test_where_the_source_sees_a_picture_squeezed_its_map_is_squeezed_alike() ->
     assert torch.equal(filled, ControlMap(lines, "resize and fill").at(32, 32, 3))
     hidden = torch.zeros(1, 1, 5, 10)
     hidden[..., 5:] = 1
-    painted = ControlMap(lines, "crop and resize", hidden, frames=frames).at(32, 32, 3)
+    painted = ControlMap(lines, "crop and resize", hidden=hidden, frames=frames).at(32, 32, 3)
     assert ((painted[0, 0] == -1).nonzero()[:, 1] >= 16).all() and (painted[0, 0, :, 16:] == -1).all()
 
 
@@ -128,7 +128,7 @@ def with_text(png: bytes, name: bytes, text: bytes) -> bytes:
 @pytest.mark.parametrize(
     "exif",
     [
-        b"Exif\0\0" + b"b'Exif\\x00\\x00'",  # as old savers wrote it
+        b"Exif\0\0" + b"b'Exif\\x00\\x00'",  # written by old software
         b"Exif\0\0" + b"II*\0\xff\xff\xff\x7f",
         b"Exif\0\0" + b"II*\0\x08\0\0\0\x05\0\x12\x01\x03",
         b"Exif\0\0",

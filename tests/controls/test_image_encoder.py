@@ -1,4 +1,4 @@
-"""Pictures are seen as transformers' own CLIP sees them, and become an IP-Adapter's tokens."""
+"""Pictures are encoded as by transformers' CLIP, and become an IP-Adapter's tokens."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def test_pictures_are_seen_as_transformers_sees_them(
 def test_the_image_encoder_has_no_layers_that_webuis_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load_image_encoder(their_encoder(tmp_path)[1])
     prepared = encoder.prepare(randn(1, 3, 40, 40).sigmoid())
-    wanted = encoder(prepared, True)
+    wanted = encoder(prepared, of_patches=True)
 
     def patched(self: torch.nn.Module, x: Tensor) -> Tensor:
         raise AssertionError(f"{type(self).__name__} is patched")
 
     for kind in (torch.nn.Linear, torch.nn.LayerNorm, torch.nn.Conv2d):
         monkeypatch.setattr(kind, "forward", patched)
-    assert torch.equal(encoder(prepared, True), wanted)
+    assert torch.equal(encoder(prepared, of_patches=True), wanted)
 
 
 def test_a_layer_is_in_memory_while_it_runs_and_no_longer(tmp_path: Path) -> None:
@@ -66,11 +66,11 @@ def test_a_layer_is_in_memory_while_it_runs_and_no_longer(tmp_path: Path) -> Non
         layer.mlp.register_forward_hook(lambda *_: filled.append(here()))
     prepared = encoder.prepare(randn(1, 3, 40, 40).sigmoid())
     for _ in range(2):
-        assert (encoder(prepared, False) - theirs(prepared).image_embeds).abs().max() < 1e-5
+        assert (encoder(prepared, of_patches=False) - theirs(prepared).image_embeds).abs().max() < 1e-5
         of_layer = sum(weight.numel() for weight in theirs.vision_model.encoder.layers[0].parameters())
         assert set(filled) == {of_layer} and here() == 0
     with pytest.raises(RuntimeError):
-        encoder(prepared[:, :1], False)
+        encoder(prepared[:, :1], of_patches=False)
     assert here() == 0
 
 
@@ -81,7 +81,7 @@ def test_half_precision_is_computed_with_in_float32(stored: torch.dtype, tmp_pat
     save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, str(path), {"delta.vision_heads": "4"})
     encoder = load_image_encoder(path)
     prepared = encoder.prepare(randn(1, 3, 40, 40).sigmoid())
-    assert (encoder(prepared, False) - theirs.float()(prepared).image_embeds).abs().max() < 1e-5
+    assert (encoder(prepared, of_patches=False) - theirs.float()(prepared).image_embeds).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("form", ["base", "plus", "full"])

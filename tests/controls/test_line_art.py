@@ -1,4 +1,4 @@
-"""Maps of two levels that are scaled, beside the same by OpenCV."""
+"""Resized binary maps, compared with OpenCV's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib_delta.controls.control_map import ControlMap
-from lib_delta.controls.line_art import thinned, threshold, two_levels
+from lib_delta.controls.line_art import is_binary, otsu_threshold, thinned
 
 cv2: Any = pytest.importorskip("cv2")
 SIDE = np.array([[-1, -1, -1], [0, 1, 0], [1, 1, 1]])
@@ -50,13 +50,13 @@ def test_the_threshold_is_otsus() -> None:
     for dark, light in ((20, 200), (60, 130), (0, 255)):
         levels = generator.normal(np.where(generator.random((40, 50)) < 0.8, dark, light), 12)
         grey = levels.clip(0, 255).astype(np.uint8)
-        assert threshold(torch.from_numpy(grey).float()) == cv2.threshold(grey, 0, 255, cv2.THRESH_OTSU)[0]
+        assert otsu_threshold(torch.from_numpy(grey).float()) == cv2.threshold(grey, 0, 255, cv2.THRESH_OTSU)[0]
 
 
 @pytest.mark.parametrize("larger", [False, True])
 def test_lines_are_thinned_as_by_opencv(larger: bool) -> None:
     thick = cv2.dilate(edges(), np.ones((4, 3), np.uint8))
-    made = thinned(torch.from_numpy(thick) > 127, larger).byte().numpy() * 255
+    made = thinned(torch.from_numpy(thick) > 127, enlarged=larger).byte().numpy() * 255
     assert np.array_equal(made, thin(thick, larger)) and 0 < made.sum() < thick.sum()
 
 
@@ -87,5 +87,5 @@ def test_areas_of_two_levels_stay_two_levels_and_all_else_is_as_it_was() -> None
     assert set(made.unique().tolist()) == {0.0, 1.0}
     assert float(made.mean()) == pytest.approx(filled.mean() / 255, abs=0.01)
     soft = as_map(cv2.GaussianBlur(filled, (9, 9), 3))
-    assert not two_levels(soft[0]) and len(ControlMap(soft).at(97, 140, 3).unique()) > 50
-    assert not two_levels(as_map(np.zeros((4, 4), np.uint8))[0])
+    assert not is_binary(soft[0]) and len(ControlMap(soft).at(97, 140, 3).unique()) > 50
+    assert not is_binary(as_map(np.zeros((4, 4), np.uint8))[0])

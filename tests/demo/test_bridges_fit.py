@@ -129,7 +129,7 @@ def test_a_filter_is_found_between_two_autoencoders(tmp_path: Path, layers: Laye
 
 def test_a_stitched_map_trains_to_less_error_on_latents_of_both_sizes(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path)
-    state = StitchedState(4, 4, 1, 1, 3, 4)
+    state = StitchedState(4, 4, reading=1, writing=1, width=3, half=4)
     for part in (state.middle, state.halving):
         torch.nn.init.normal_(part.weight, std=0.05)
     z = randn(32, 4, 8, 8)

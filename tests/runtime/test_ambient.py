@@ -1,4 +1,4 @@
-"""What a host has switched on around the engine: another device, inference mode, autocast.  None of it may show."""
+"""The host's ambient state does not affect results: another device, inference mode, autocast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A compiled UNet gives what it gave, and one that cannot be compiled as well; the reason is told once."""
+"""A compiled UNet computes the same; one that cannot be compiled too, and the reason is reported once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_what_is_compiled_gives_what_it_gave() -> None:
     assert torch.equal(function(x), (x * 2).sin()) and told == []
 
 
-# Packages that are imported beside have torch fall back by itself, with pages in the log.
+# Other imported packages make torch fall back by itself, with pages in the log.
 @torch._dynamo.config.patch(suppress_errors=False)
 def test_a_unet_that_cannot_be_compiled_runs_as_it_is() -> None:
     unet = tiny_unet()

@@ -1,4 +1,4 @@
-"""Memory that a CUDA card fetches from: how much is registered, and for how long; counted where there is no card."""
+"""Pinned memory: how much is registered, and for how long; counted by a stand-in without a card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lib_delta.runtime.pinned_memory import LEAST, PAGE, pinned
+from lib_delta.runtime.pinned_memory import MIN_PINNED_BYTES, PAGE, pinned
 
 CARD = torch.device("cuda", 0)
 OUT_OF_MEMORY, ALREADY_REGISTERED = 2, 712
@@ -69,7 +69,7 @@ def pin(module: nn.Module) -> None:
 def test_what_is_registered_is_what_there_is_and_goes_with_it(runtime: Runtime) -> None:
     module = model()
     wanted = {name: weight.clone() for name, weight in module.state_dict().items()}
-    sizes = [weight.nbytes for weight in wanted.values() if weight.nbytes >= LEAST]
+    sizes = [weight.nbytes for weight in wanted.values() if weight.nbytes >= MIN_PINNED_BYTES]
     pin(module)
     assert 0 <= runtime.bytes - sum(sizes) < PAGE * len(sizes)
     assert all(address % PAGE == 0 and size % PAGE == 0 for address, size in runtime.registered.items())
@@ -114,7 +114,7 @@ def test_where_the_system_lets_no_more_be_registered_weights_stay_as_they_are(
 
 
 def test_other_devices_and_runtimes_that_cannot_are_let_be(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.zeros(LEAST)
+    weight = torch.zeros(MIN_PINNED_BYTES)
     for device in ("cpu", "mps", "xpu"):
         assert pinned(weight, torch.device(device)) is weight
     monkeypatch.setattr(torch.cuda, "cudart", object)

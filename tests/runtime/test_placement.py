@@ -1,4 +1,4 @@
-"""Where weights are: a visit to a device, part by part, and in fp8; counted on the stand-in device."""
+"""Placement of weights: copied to a device, streamed block by block, and in fp8; counted on the stand-in device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The source's models in memory: what is loaded when, what is attached, and what is refused."""
+"""The source's models in memory: what loads when, what is attached, and what is refused."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_an_inpainting_model_is_refused(tmp_path: Path) -> None:
         SideModel(path, FP32)
 
 
-# What lies beside a base.
+# Files next to a base.
 
 
 V_MODEL = """model:
@@ -248,16 +248,16 @@ def test_a_yaml_that_comes_or_goes_makes_another_base(tmp_path: Path) -> None:
 def test_a_base_is_loaded_once(files: Files) -> None:
     models = SideModels()
     path = files.checkpoint(files.base)
-    assert models.get(path, FP32, 2) is models.get(path, FP32, 2)
-    assert models.get(path, torch.bfloat16, 2) is not models.get(path, FP32, 2)
+    assert models.get(path, FP32, limit=2) is models.get(path, FP32, limit=2)
+    assert models.get(path, torch.bfloat16, limit=2) is not models.get(path, FP32, limit=2)
 
 
 def test_the_one_longest_unused_goes_first(files: Files) -> None:
     models = SideModels()
     for name in ("base", "copy", "base", "half"):
-        models.get(files.checkpoint(name), FP32, 2)
+        models.get(files.checkpoint(name), FP32, limit=2)
     assert [model.name for model in models] == ["base.safetensors", "half.safetensors"]
-    models.get(files.checkpoint("half"), FP32, 1)
+    models.get(files.checkpoint("half"), FP32, limit=1)
     assert [model.name for model in models] == ["half.safetensors"]
     models.clear()
     assert list(models) == []
@@ -265,11 +265,11 @@ def test_the_one_longest_unused_goes_first(files: Files) -> None:
 
 def test_bases_that_take_more_than_there_is_room_for_go(files: Files) -> None:
     models = SideModels()
-    size = models.get(files.checkpoint("base"), FP32, 4).memory
-    models.get(files.checkpoint("copy"), FP32, 4, room=2.5 * size)
-    models.get(files.checkpoint("half"), FP32, 4, room=2.5 * size)
+    size = models.get(files.checkpoint("base"), FP32, limit=4).memory
+    models.get(files.checkpoint("copy"), FP32, limit=4, room=2.5 * size)
+    models.get(files.checkpoint("half"), FP32, limit=4, room=2.5 * size)
     assert [model.name for model in models] == ["copy.safetensors", "half.safetensors"]
-    models.get(files.checkpoint("half"), FP32, 4, room=0)
+    models.get(files.checkpoint("half"), FP32, limit=4, room=0)
     assert [model.name for model in models] == ["half.safetensors"]
 
 
@@ -304,7 +304,7 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
         FileState.of(tmp_path / "gone.safetensors")
 
 
-# What goes wrong, as users are told.
+# Errors for users.
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from lib_delta.hosts.generation.foreign_patches import patched_forwards, replace
 from lib_delta.hosts.generation.main_model import MainModel, tiles
 from lib_delta.hosts.generation.progress import once_per_pass, pass_progress, schedule_of
 from lib_delta.hosts.generation.skipped_guidance import Shown
-from lib_delta.hosts.prompts.text_engine import TextEngine, TextEngineCache
+from lib_delta.hosts.prompts.text_engine import TextEngine
 
 if TYPE_CHECKING:
     from lib_delta.hosts.generation.run import Run
@@ -90,7 +90,7 @@ class Automatic1111(Host):
 
     def __init__(self) -> None:
         super().__init__()
-        self._text_engines = TextEngineCache(_text_engine)
+        self._engine: tuple[SideModel, TextEngine] | None = None
         # Between the two callbacks of one call: the second is told nothing of the first's.
         self._call: DenoiserCall | None = None
         self._shown: Shown | None = None
@@ -112,11 +112,16 @@ class Automatic1111(Host):
         return device, torch.float32 if device.type == "cpu" else devices.dtype_unet
 
     def text_engine(self, model: SideModel) -> TextEngine:
-        return self._text_engines.get(model)
+        from lib_delta.hosts.a1111.text_engine import A1111TextEngine
+
+        if self._engine is None or self._engine[0] is not model:
+            self._engine = model, A1111TextEngine(model)
+        return self._engine[1]
 
     def forget(self, dropped: Sequence[SideModel]) -> None:
         self._call = None  # of a step that was broken off
-        self._text_engines.forget(dropped)
+        if self._engine is not None and any(self._engine[0] is model for model in dropped):
+            self._engine = None
 
     def text_device(self) -> torch.device:
         return side_device(*self.compute_device())[0]
@@ -437,9 +442,3 @@ def _low_memory() -> bool:
 def running() -> Automatic1111:
     """Return the WebUI that is running."""
     return Automatic1111()
-
-
-def _text_engine(model: SideModel) -> TextEngine:
-    from lib_delta.hosts.a1111.text_engine import A1111TextEngine
-
-    return A1111TextEngine(model)

@@ -1,4 +1,4 @@
-"""Units in a generation: which files and maps they mean, and what a picture says of them."""
+"""The units of a generation: their model files, maps and infotext."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
 
     from lib_delta.controls.active_controls import ControlPick
 
-# What a picture says besides the recipe: which files these were, and which maps.
+# Infotext labels, in addition to the recipe: hashes of the units' files, and of their maps.
 UNIT_HASHES, MAP_HASHES = "Delta unit hashes", "Delta map hashes"
 HASH_LENGTH = 10  # characters of a map's hash in the infotext
-# Axes of the XYZ plot, by the field of the unit that each sets.
+# The XYZ plot's axes for units, with the unit's field that each sets.
 UNIT_AXES = {"unit_weight": "weight", "unit_start": "start", "unit_end": "end", "unit_model": "model"}
 MAX_CACHED_MAPS = 8
-PixelSize = tuple[int, int]  # in pixels, height first
-Frame = tuple[PixelSize, PixelSize]  # of what the side model works at, and of the picture
+PixelSize = tuple[int, int]  # height first
+Frame = tuple[PixelSize, PixelSize]  # the side model's size in a pass, and the image's
 SideSizeOf = Callable[[int, int], PixelSize]
 
 
 class Units:
-    """The units of a WebUI.  Maps stay for the next batches, which mostly ask for the same."""
+    """The units of a WebUI, with a cache of maps, because successive batches mostly use the same ones."""
 
     def __init__(self) -> None:
         self.files = ControlFiles()
         self._maps: LRUCache[tuple[Any, ...], Tensor] = LRUCache(max_count=MAX_CACHED_MAPS)
 
     def preprocessors(self) -> list[str]:
-        """Return the names of what makes maps here."""
+        """Return the names of the available preprocessors."""
         from lib_delta.hosts.control_units import preprocessors
 
         return preprocessors.names()
@@ -54,11 +54,11 @@ class Units:
         return in_bytes(self.map_of(unit, picture) if unit.preprocessor else picture)
 
     def clear(self) -> None:
-        """Forget the maps."""
+        """Clear the cached maps."""
         self._maps.clear()
 
     def with_listed_names(self, request: Request) -> Request:
-        """Return a request whose units' models are named as they are listed; raises :class:`SettingError`."""
+        """Return a request with each unit's model under its listed name; raises :class:`SettingError`."""
         return replace(
             request, units=tuple(self._with_listed_name(i + 1, unit) for i, unit in enumerate(request.units))
         )
@@ -69,59 +69,67 @@ class Units:
         return replace(unit, model=self.files.name_of(self.files.file(unit.model, number)))
 
     def hashes(self, request: Request, hash_of: Callable[[str], str]) -> dict[str, str]:
-        """Return what a picture says of the units' files; raises :class:`SettingError`."""
+        """Return the infotext of the units' files; raises :class:`SettingError`."""
         units = [(i + 1, unit) for i, unit in enumerate(request.units) if unit.has_effect and unit.model]
-        found = {unit.model: hash_of(str(self.files.file(unit.model, number))) for number, unit in units}
-        return {UNIT_HASHES: ", ".join(f"{name}: {value}" for name, value in found.items())} if found else {}
+        hashes = {unit.model: hash_of(str(self.files.file(unit.model, number))) for number, unit in units}
+        return {UNIT_HASHES: ", ".join(f"{name}: {value}" for name, value in hashes.items())} if hashes else {}
 
-    def picks(self, p: Any, asked: Passes, sized: SideSizeOf) -> tuple[list[ControlPick], dict[str, str]]:
-        """Return what units ask of the side model, and what the picture says of their maps.
+    def picks(self, p: Any, requests: Passes, side_size: SideSizeOf) -> tuple[list[ControlPick], dict[str, str]]:
+        """Return the units' controls for the side model, and the infotext of their maps.
 
-        ``sized`` tells the size, in pixels, that the side model works at for a picture's height and width.
-        Raises :class:`SettingError` for a unit without its model or picture.
+        ``side_size`` returns the side model's size, in pixels, for an image's height and width.  Raises
+        :class:`SettingError` for a unit without model or picture.
         """
-        request = asked.first if asked.first.wanted else asked.hires
-        frames = [(sized(*size), size) for size in _sizes(p, asked)]
-        picks, hashes = [], []
-        for number, unit in enumerate(request.units, 1):
-            if unit.has_effect:
-                pick, of_map = self._pick(p, number, unit, frames)
-                picks.append(pick)
-                hashes.append(f"{number}: {of_map}")
+        from lib_delta.controls.picture_file import picture_digest
+
+        request = requests.first if requests.first.wanted else requests.hires
+        frames = [(side_size(*size), size) for size in _sizes(p, requests)]
+        active = [(number, unit) for number, unit in enumerate(request.units, 1) if unit.has_effect]
+        picks = [self._pick(p, number, unit, frames) for number, unit in active]
+        hashes = [
+            f"{number}: {picture_digest(pick.pictures)[:HASH_LENGTH]}" for (number, _), pick in zip(active, picks)
+        ]
         return picks, {MAP_HASHES: ", ".join(hashes)} if hashes else {}
 
-    def _pick(self, p: Any, number: int, unit: Unit, frames: Sequence[Frame]) -> tuple[ControlPick, str]:
+    def _pick(self, p: Any, number: int, unit: Unit, frames: Sequence[Frame]) -> ControlPick:
         from lib_delta.controls.active_controls import ControlPick
         from lib_delta.controls.control_file import prompts_with_pictures
-        from lib_delta.controls.picture_file import picture_digest
-        from lib_delta.hosts.control_units.pictures import own_mask, same_size
+        from lib_delta.hosts.control_units.pictures import img2img_mask, same_size
 
         file = self._file(number, unit)
-        if prompts_with_pictures(file):
+        prompts = prompts_with_pictures(file)
+        if prompts:
             unit = _without_encoder(unit)
         pictures, resize = self._pictures(p, number, unit, file)
-        larger: list[Tensor] = []
-        if unit.preprocessor:
-            pictures, *others = ([self.map_of(unit, picture, size) for picture in pictures] for size, _ in frames)
-            # Those that are made for a hires pass, where it asks for others than the first.
-            larger = [] if not others or picture_digest(others[0]) == picture_digest(pictures) else others[0]
-        if not prompts_with_pictures(file):
+        pictures, larger = self._preprocessed(unit, pictures, frames)
+        if not prompts:
             pictures, larger = same_size(pictures, resize, *frames[0][1]), same_size(larger, resize, *frames[-1][1])
-        pick = ControlPick(
+        return ControlPick(
             file,
             pictures,
             unit.weight,
-            unit.start,
-            unit.end,
-            unit.mode,  # type: ignore[arg-type]
-            resize,
-            unit.weight_type,  # type: ignore[arg-type]
-            encoders(),
-            own_mask(p),
-            larger,
-            frames,
+            start=unit.start,
+            end=unit.end,
+            mode=unit.mode,  # type: ignore[arg-type]
+            resize=resize,
+            weight_type=unit.weight_type,  # type: ignore[arg-type]
+            encoders=encoders(),
+            mask=img2img_mask(p),
+            larger=larger,
+            frames=frames,
         )
-        return pick, picture_digest(pictures)[:HASH_LENGTH]
+
+    def _preprocessed(
+        self, unit: Unit, pictures: list[Tensor], frames: Sequence[Frame]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the maps of the first pass, and those of the hires pass if they differ."""
+        from lib_delta.controls.picture_file import picture_digest
+
+        if not unit.preprocessor:
+            return pictures, []
+        maps, *later = ([self.map_of(unit, picture, size) for picture in pictures] for size, _ in frames)
+        same = not later or picture_digest(later[0]) == picture_digest(maps)
+        return maps, [] if same else later[0]
 
     def _file(self, number: int, unit: Unit) -> Path:
         if not unit.model:
@@ -132,32 +140,30 @@ class Units:
         return self.files.file(unit.model, number)
 
     def _pictures(self, p: Any, number: int, unit: Unit, file: Path) -> tuple[list[Tensor], Any]:
-        """Return what a unit looks at, before its preprocessor, and how that is brought to size."""
+        """Return a unit's pictures before its preprocessor, or img2img's, and their resize mode."""
         from lib_delta.controls.control_file import prompts_with_pictures
-        from lib_delta.hosts.control_units.pictures import BLACK, WHITE, cut_like_own, own_pictures, pictures_of
+        from lib_delta.hosts.control_units.pictures import BLACK, WHITE, cut_like_img2img, img2img_pictures, pictures_of
 
-        of_things = bool(unit.preprocessor) or prompts_with_pictures(file)
-        taken, resize = pictures_of(unit.pictures, number, WHITE if of_things else BLACK), unit.resize
-        if taken:
-            taken = cut_like_own(p, taken, resize)
-        else:
-            taken, resize = own_pictures(p)
-            if taken:
-                p.comment(
-                    f"Delta Sampling: unit {number} ({file.stem}) has no picture of its own and looks at img2img's: "
-                    "pictures' texts do not hold those of units."
-                )
-        if not taken:
+        ground = WHITE if unit.preprocessor or prompts_with_pictures(file) else BLACK
+        pictures = pictures_of(unit.pictures, number, ground)
+        if pictures:
+            return cut_like_img2img(p, pictures, unit.resize), unit.resize
+        pictures, resize = img2img_pictures(p)
+        if not pictures:
             raise SettingError(
                 f"unit {number} of Delta Sampling ({self.files.name_of(file)}) has no picture:"
                 " put one in, or switch the unit off"
             )
-        return taken, resize
+        p.comment(
+            f"Delta Sampling: unit {number} ({file.stem}) has no picture and uses img2img's, as infotexts do not"
+            " contain the pictures of units."
+        )
+        return pictures, resize
 
     def map_of(self, unit: Unit, picture: Tensor, size: PixelSize | None = None) -> Tensor:
-        """Return what a unit's preprocessor makes of a picture for a pass of a size, height first.
+        """Return a preprocessor's map of a picture for a pass of ``size`` (height first).
 
-        Without a size a pixel-perfect map is as large as the picture.
+        Without a size, a pixel-perfect map is as large as the picture.
         """
         from lib_delta.controls.picture_file import picture_digest, pixels
         from lib_delta.hosts.control_units import preprocessors
@@ -167,51 +173,59 @@ class Units:
         if unit.pixel_perfect:
             height, width = picture.shape[-2:]
             fill = unit.resize == "resize and fill"
-            resolution = preprocessors.pixel_perfect(height, width, size or (height, width), fill)
+            resolution = preprocessors.pixel_perfect(height, width, size or (height, width), fill=fill)
         key = unit.preprocessor, resolution, unit.threshold_a, unit.threshold_b, picture_digest([picture])
         cached = self._maps.get(key)
         if cached is not None:
             return cached
-        made = preprocessors.run(unit.preprocessor, in_bytes(picture), resolution, unit.threshold_a, unit.threshold_b)
-        control_map = pixels(made)
+        control_map = pixels(
+            preprocessors.run(
+                unit.preprocessor,
+                in_bytes(picture),
+                resolution=resolution,
+                a=unit.threshold_a,
+                b=unit.threshold_b,
+            )
+        )
         self._maps.put(key, control_map)
         return control_map
 
 
 def _without_encoder(unit: Unit) -> Unit:
-    """Return a unit that names no image encoder where a preprocessor may be: an IP-Adapter's is found by its shape."""
+    """Return the unit without a preprocessor that names an image encoder; shapes select an IP-Adapter's encoder."""
     from lib_delta.hosts.control_units.preprocessors import encodes
 
     return replace(unit, preprocessor="") if encodes(unit.preprocessor) else unit
 
 
-def _sizes(p: Any, asked: Passes) -> list[PixelSize]:
-    """Return the sizes of the passes that have a delta, that of hires fix last."""
-    first, second = (asked.of(hires).wanted and asked.of(hires).in_pass(hires) for hires in (False, True))
+def _sizes(p: Any, requests: Passes) -> list[PixelSize]:
+    """Return the sizes of the passes with a delta, the hires pass last."""
+    first, second = (requests.of(hires).wanted and requests.of(hires).in_pass(hires) for hires in (False, True))
     if not (second and getattr(p, "enable_hr", False)):
         return [(p.height, p.width)]
-    # What is enlarged is then cut to what was asked for, where the proportions differ.
+    # The enlarged image is cropped to the requested size if the proportions differ.
     down, across = (LATENT_STRIDE * getattr(p, name, 0) for name in ("truncate_y", "truncate_x"))
     hires = p.hr_upscale_to_y - down, p.hr_upscale_to_x - across
     return [(p.height, p.width), hires] if first else [hires]
 
 
 def with_unit_axes(request: Request, axes: Mapping[str, Any]) -> Request:
-    """Apply an XYZ cell's values to the first unit that is on; raises :class:`SettingError` where none is."""
+    """Apply an XYZ cell's values to the first enabled unit; raises :class:`SettingError` without one."""
     values = {field: axes[axis] for axis, field in UNIT_AXES.items() if axis in axes}
     if not values:
         return request
-    on = next((i for i, unit in enumerate(request.units) if unit.enabled), None)
-    if on is None:
-        raise SettingError("the plot's axis is of a unit of Delta Sampling, and none is on: switch one on")
-    changed = replace(request.units[on], **values)
-    if not changed.model:  # the axis' None: the picture without the unit
+    index = next((i for i, unit in enumerate(request.units) if unit.enabled), None)
+    if index is None:
+        raise SettingError("the plot has an axis for a unit of Delta Sampling, but no unit is on: switch one on")
+    changed = replace(request.units[index], **values)
+    if not changed.model:  # the axis' value None: the image without the unit
         changed = replace(changed, enabled=False)
-    return replace(request, units=(*request.units[:on], changed, *request.units[on + 1 :]))
+    return replace(request, units=(*request.units[:index], changed, *request.units[index + 1 :]))
 
 
 def plotted(of_cell: Sequence[Unit], of_accordion: Sequence[Unit]) -> tuple[Unit, ...]:
-    """Return the units of a plot of which one cell's are known, with the one that this cell does without."""
+    """Return the units of a plot, given those of one cell, with the unit that this cell disables enabled."""
     return tuple(
-        own if own.enabled and not unit.enabled else unit for unit, own in zip(of_cell, of_accordion, strict=True)
+        chosen if chosen.enabled and not unit.enabled else unit
+        for unit, chosen in zip(of_cell, of_accordion, strict=True)
     )

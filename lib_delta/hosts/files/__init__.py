@@ -1,1 +1,1 @@
-"""Files, found by the names that the WebUI has for them."""
+"""Find files by the WebUI's names for them."""

@@ -1,4 +1,4 @@
-"""The WebUI's checkpoints and LoRAs: their names, their files, and what the user has noted of them."""
+"""The WebUI's checkpoints and LoRAs: their names, files, and the user's notes on them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Catalog:
-    """Finds files by the names that the WebUI has for them, and lists these names."""
+    """Lists the names of the WebUI's files, and finds files by these names."""
 
     def __init__(self, controls: ControlFiles) -> None:
-        """Make it; ``controls`` are listed elsewhere, and told apart from LoRAs here."""
+        """Take the list of ``controls``, which explains a control's name in place of a LoRA's."""
         self._controls = controls
 
     def checkpoints(self) -> list[str]:
@@ -33,20 +33,20 @@ class Catalog:
         return sorted(self._checkpoint_names().values(), key=str.lower)
 
     def bases(self) -> list[str]:
-        """Return the names of those checkpoints that can be a base, as far as their headers tell."""
+        """Return the names of the checkpoints that can be a base, judged by their headers."""
         from lib_delta.runtime.side_model import can_be_base
 
         names = self._checkpoint_names()
         return sorted((name for file, name in names.items() if can_be_base(Path(file))), key=str.lower)
 
     def _checkpoint_names(self) -> dict[str, str]:
-        """Return the names by which checkpoints are chosen, by their files: with folder where two have the same."""
+        """Return the checkpoints' names by file; a name includes the folder if two files share it."""
         infos = list(sd_models.checkpoints_list.values())
         short = [_checkpoint_name(info) for info in infos]
         return {info.filename: info.name if short.count(name) > 1 else name for info, name in zip(infos, short)}
 
     def refresh_checkpoints(self) -> None:
-        """Look for new checkpoints."""
+        """Search for new checkpoints."""
         sd_models.list_models()
 
     def loras(self) -> list[str]:
@@ -54,21 +54,21 @@ class Catalog:
         return sorted(self._networks(), key=str.lower)
 
     def card(self, name: str) -> LoraCard:
-        """Return what the user has noted in the WebUI for a LoRA (a ``.json`` beside its file)."""
+        """Return the user's notes on a LoRA, which the WebUI stores in a ``.json`` next to its file."""
         network = self._network(name)
         if network is None:
             return LoraCard(name, fault=str(self._no_lora(name)))
-        listed = next((own for own, known in self._networks().items() if known is network), name)
+        listed = next((key for key, known in self._networks().items() if known is network), name)
         try:
-            noted = json.loads(Path(network.filename).with_suffix(".json").read_text("utf-8"))
-            weight = float(noted.get("preferred weight") or 1)
-            words, negative = (str(noted.get(f"{key} text") or "").strip() for key in ("activation", "negative"))
-        except (OSError, ValueError, TypeError, AttributeError):  # none there, or one that is not the WebUI's
+            notes = json.loads(Path(network.filename).with_suffix(".json").read_text("utf-8"))
+            weight = float(notes.get("preferred weight") or 1)
+            words, negative = (str(notes.get(f"{key} text") or "").strip() for key in ("activation", "negative"))
+        except (OSError, ValueError, TypeError, AttributeError):  # no file, or not in the WebUI's format
             return LoraCard(listed)
         return LoraCard(listed, weight if math.isfinite(weight) else 1.0, words, negative)
 
     def refresh_loras(self) -> None:
-        """Look for new LoRAs."""
+        """Search for new LoRAs."""
         module = _lora_module()
         if module is not None:
             module.list_available_networks()
@@ -78,32 +78,33 @@ class Catalog:
         return {} if module is None else module.available_networks
 
     def checkpoint(self, name: str) -> Any:
-        """Find a checkpoint as the WebUI does, by title, name, file or hash; raises :class:`SettingError`."""
-        by_name = {own: file for file, own in self._checkpoint_names().items()}
-        found = next((i for i in sd_models.checkpoints_list.values() if i.filename == by_name.get(name)), None)
-        if found is None and name:
-            found = sd_models.get_closet_checkpoint_match(name)
-        if found is None:
+        """Find a checkpoint by title, name, file or hash, as the WebUI does; raises :class:`SettingError`."""
+        by_name = {key: file for file, key in self._checkpoint_names().items()}
+        infos = sd_models.checkpoints_list.values()
+        info = next((info for info in infos if info.filename == by_name.get(name)), None)
+        if info is None and name:
+            info = sd_models.get_closet_checkpoint_match(name)
+        if info is None:
             raise SettingError(
                 f"there is no checkpoint {shown(name)} for Delta Sampling{near(name, self.checkpoints())}"
             )
-        return found
+        return info
 
     def lora(self, name: str) -> Any:
-        """Find a LoRA by its name, alias or file, if need be among new ones; raises :class:`SettingError`."""
-        found = self._network(name)
-        if found is None:  # the WebUI's own tag looks for it once more, too
+        """Find a LoRA by name, alias or file, after a new search if necessary; raises :class:`SettingError`."""
+        network = self._network(name)
+        if network is None:  # the WebUI's LoRA tags search once more, too
             self.refresh_loras()
-            found = self._network(name)
-        if found is None:
+            network = self._network(name)
+        if network is None:
             raise self._no_lora(name)
-        return found
+        return network
 
     def _no_lora(self, name: str) -> SettingError:
         if self._controls.known(name.rpartition("@")[2]):
             return SettingError(
                 f"{shown(name)} is a ControlNet or IP-Adapter, which needs a picture: choose it in one of Delta"
-                " Sampling's units; tags and the list of LoRAs name LoRAs alone"
+                " Sampling's units; tags and the list of LoRAs only take LoRAs"
             )
         return SettingError(f"there is no LoRA {shown(name)} for Delta Sampling{near(name, self.loras())}")
 
@@ -118,20 +119,20 @@ class Catalog:
         return found
 
     def unique(self, name: str) -> str:
-        """Return the name by which a picture names the same checkpoint, "" for none; raises :class:`SettingError`."""
+        """Return a checkpoint's unambiguous name, for infotexts, or "" for ""; raises :class:`SettingError`."""
         info = self.checkpoint(name) if name else None
         return "" if info is None else self._checkpoint_names().get(info.filename, _checkpoint_name(info))
 
-    def file_named(self, name: str, tell: Callable[[str], None]) -> Path:
-        """Return a checkpoint's file, and ``tell`` in a sentence where the name does not say which one it is."""
-        found = self.checkpoint(name)
+    def file_named(self, name: str, warn: Callable[[str], None]) -> Path:
+        """Return a checkpoint's file; ``warn`` with a sentence if the name is ambiguous."""
+        chosen = self.checkpoint(name)
         same = [info for info in sd_models.checkpoints_list.values() if _checkpoint_name(info) == name]
-        if name not in _names_of(found) or len(same) > 1:
-            tell(f"for {shown(name)}, {shown(found.name)} was taken.")
-        return Path(found.filename)
+        if name not in _names_of(chosen) or len(same) > 1:
+            warn(f"for {shown(name)}, {shown(chosen.name)} was taken.")
+        return Path(chosen.filename)
 
     def hashes(self, request: Request) -> dict[str, str]:
-        """Return short hashes of the side files, unless the WebUI was told to compute none."""
+        """Return short hashes of the side files, unless the WebUI's settings disable hashing."""
         hashes: dict[str, str] = {}
         try:
             for name in filter(None, (request.base, request.adapted)):
@@ -139,26 +140,26 @@ class Catalog:
             for pick in request.picks():
                 hashes[pick.name] = _short_hash(self.lora(pick.name))
         except SettingError:
-            return {}  # the same error comes out when the batch samples
+            return {}  # sampling the batch raises the same error
         return {name: value for name, value in hashes.items() if value}
 
 
 def _short_hash(entry: Any) -> str:
-    """Return a file's short hash, which the WebUI computes where it first loads that file, and keeps for later."""
+    """Return a file's short hash, which the WebUI computes at the first load and caches."""
     known = getattr(entry, "shorthash", None)
-    # A checkpoint's and a LoRA's; the former keeps what it returns, as the latter, which returns nothing.
+    # A checkpoint's method and a LoRA's; both store the hash in ``shorthash``.
     compute = getattr(entry, "calculate_shorthash", None) or getattr(entry, "read_hash", None)
     if not known and compute is not None:
         try:
             compute()
-        except OSError:  # it is gone, which is said where it is read
+        except OSError:  # the file is gone, which reading it reports
             return ""
         known = getattr(entry, "shorthash", None)
     return known or ""
 
 
 def _lora_module() -> ModuleType | None:
-    # Built-in extensions put it there when they are loaded, which may be later than this file.
+    # A built-in extension provides it, which may load later than this file.
     return sys.modules.get("networks")
 
 
@@ -167,6 +168,6 @@ def _checkpoint_name(info: Any) -> str:
 
 
 def _names_of(info: Any) -> set[str]:
-    """Return all names of a checkpoint that tell it from others, but for its folder."""
+    """Return all of a checkpoint's names that identify it apart from its folder."""
     ids = (getattr(info, name, None) for name in ("title", "short_title", "name", "shorthash", "filename", "sha256"))
     return {_checkpoint_name(info), *filter(None, (*ids, *getattr(info, "ids", ())))}

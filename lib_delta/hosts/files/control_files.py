@@ -1,4 +1,4 @@
-"""Where the WebUIs keep ControlNets and IP-Adapters, and the image encoders that the latter look through."""
+"""The folders in which WebUIs store ControlNets, IP-Adapters and image encoders."""
 
 from __future__ import annotations
 
@@ -19,53 +19,54 @@ EXTENSION = Path(paths.extensions_dir) / "sd-webui-controlnet"
 
 
 class ControlFiles:
-    """The files by the names under which they are chosen; looked for once, and when the user asks for it."""
+    """The model files by name; searched once, and again when the user refreshes the list."""
 
     def __init__(self) -> None:
-        self._found: dict[str, Path] | None = None
+        self._paths: dict[str, Path] | None = None
         self._aliases: dict[str, Path] = {}
 
     def names(self) -> list[str]:
-        """Return the names that can be chosen."""
+        """Return the names of all models."""
         return sorted(self._files(), key=str.lower)
 
     def refresh(self) -> None:
-        """Look for new files."""
-        self._found = None
+        """Search again at the next access."""
+        self._paths = None
 
     def file(self, name: str, number: int) -> Path:
-        """Find unit ``number``'s model by its name, or as the ControlNet extension writes it, with a hash.
+        """Find unit ``number``'s model by its name, or by the ControlNet extension's form of it, with a hash.
 
-        One that is not known is looked for once more: callers of the API have no button for it.
+        Searches again for an unknown name, because callers of the API have no refresh button.  Raises
+        :class:`SettingError`.
         """
-        found = self.known(name)
-        if found is None:
+        file = self.known(name)
+        if file is None:
             self.refresh()
-            found = self.known(name)
-        if found is None:
+            file = self.known(name)
+        if file is None:
             raise SettingError(
                 f"there is no ControlNet or IP-Adapter {shown(name)} for unit {number} of Delta Sampling"
                 f"{near(_without_hash(name), self.names())}"
             )
-        return found
+        return file
 
     def known(self, name: str) -> Path | None:
-        """Return the file of a name among those that were found; None for one that is not there."""
+        """Return the file of a name among the known ones; None for an unknown name."""
         files = self._files()
         known = {**self._aliases, **files}
-        by_case = {own.lower(): file for own, file in known.items()}
-        names = (name, _without_hash(name), without_ending(_without_hash(name)))
-        return next((file for each in names if (file := known.get(each) or by_case.get(each.lower()))), None)
+        by_case = {key.lower(): file for key, file in known.items()}
+        keys = (name, _without_hash(name), without_ending(_without_hash(name)))
+        return next((file for key in keys if (file := known.get(key) or by_case.get(key.lower()))), None)
 
     def name_of(self, file: Path) -> str:
-        """Return the name under which a file is chosen."""
+        """Return the name of a file."""
         return next(name for name, other in self._files().items() if other == file)
 
     def _files(self) -> dict[str, Path]:
-        if self._found is None:
-            found = list(_model_files_in(_model_folders()))
-            self._found, self._aliases = _by_name(found), _aliases(found)
-        return self._found
+        if self._paths is None:
+            files = list(_model_files_in(_model_folders()))
+            self._paths, self._aliases = _by_name(files), _aliases(files)
+        return self._paths
 
 
 def _without_hash(name: str) -> str:
@@ -73,27 +74,27 @@ def _without_hash(name: str) -> str:
 
 
 def encoders() -> list[Path]:
-    """Return files that may be image encoders: what lies where the WebUIs keep them."""
+    """Return files that may be image encoders: all files in the WebUIs' folders for them."""
     return [file for _, file in _model_files_in(_encoder_folders())]
 
 
-Found = tuple[Path, Path]  # a file, behind the folder in which it was looked for
+FolderAndFile = tuple[Path, Path]  # the folder that was searched, and a file below it
 
 
-def _by_name(found: Sequence[Found]) -> dict[str, Path]:
-    """Name models by their files or, where diffusers saved them, folders; with their paths where several are alike."""
+def _by_name(files: Sequence[FolderAndFile]) -> dict[str, Path]:
+    """Name models by their files (or by folder if diffusers saved them); by their paths if several share a name."""
     named: dict[str, Path] = {}
     for name_of in (_by_model, _by_path, _by_folder, _by_whole_path):
-        names = [name_of(*each) for each in found]
+        names = [name_of(folder, file) for folder, file in files]
         count = Counter(names)
-        named |= {name: file for name, (_, file) in zip(names, found) if count[name] == 1}
-        found = [each for name, each in zip(names, found) if count[name] > 1]
+        named |= {name: file for name, (_, file) in zip(names, files) if count[name] == 1}
+        files = [entry for name, entry in zip(names, files) if count[name] > 1]
     return named
 
 
-def _aliases(found: Sequence[Found]) -> dict[str, Path]:
-    """Return what else models are known by: their paths, and the names of their files, each where it is but one's."""
-    names = [(name, file) for folder, file in found for name in {_by_path(folder, file), file.stem}]
+def _aliases(files: Sequence[FolderAndFile]) -> dict[str, Path]:
+    """Return other names of models, their paths and file names, unless several models share one."""
+    names = [(name, file) for folder, file in files for name in {_by_path(folder, file), file.stem}]
     count = Counter(name for name, _ in names)
     return {name: file for name, file in names if count[name] == 1}
 
@@ -114,12 +115,12 @@ def _by_whole_path(folder: Path, file: Path) -> str:
     return file.as_posix()
 
 
-def _model_files_in(folders: Iterable[Path]) -> Iterator[Found]:
-    """Yield each model under each of its names once, with the folder in which it was found."""
+def _model_files_in(folders: Iterable[Path]) -> Iterator[FolderAndFile]:
+    """Yield each model once under each of its names, with the folder that was searched."""
     seen = set()
     for folder in folders:
         for file in _files_in(folder):
-            # Another link to the same file is another name for it.
+            # A link with another name is another model.
             key = file.resolve(), known_as(file)
             if file.suffix.lower() in ENDINGS and file.is_file() and key not in seen:
                 seen.add(key)
@@ -127,11 +128,11 @@ def _model_files_in(folders: Iterable[Path]) -> Iterator[Found]:
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder, in linked folders as well, as the WebUIs list models; each folder once."""
+    """Yield the files below a folder, including linked folders as WebUIs do; each folder once."""
     seen = set()
     for path, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)
-        if real in seen:  # a link that leads back
+        if real in seen:  # a link to a folder above
             folders.clear()
             continue
         seen.add(real)

@@ -30,7 +30,7 @@ from lib_delta.hosts.forge.whole_patcher import whole
 from lib_delta.hosts.generation.foreign_patches import extension_names, patched_forwards
 from lib_delta.hosts.generation.main_model import MainModel, tiles
 from lib_delta.hosts.generation.progress import largest_sigma, pass_progress
-from lib_delta.hosts.prompts.text_engine import TextEngine, TextEngineCache
+from lib_delta.hosts.prompts.text_engine import TextEngine
 
 if TYPE_CHECKING:
     from lib_delta.hosts.generation.run import Run
@@ -76,7 +76,7 @@ class Forge(Host):
 
     def __init__(self) -> None:
         super().__init__()
-        self._text_engines = TextEngineCache(_text_engine)
+        self._engine: tuple[SideModel, TextEngine] | None = None
         self._patcher: Any = None
         # Between the callback and the functions, which are told nothing of it: the call, and whether the model is not
         # shown the negative prompt in it, if that was seen.
@@ -111,7 +111,9 @@ class Forge(Host):
         return device, torch.float16 if memory.should_use_fp16(device) else torch.float32
 
     def text_engine(self, model: SideModel) -> TextEngine:
-        return self._text_engines.get(model)
+        if self._engine is None or self._engine[0] is not model:
+            self._engine = model, _text_engine(model)
+        return self._engine[1]
 
     def text_device(self) -> torch.device:
         device: torch.device = memory.text_encoder_device()
@@ -205,7 +207,8 @@ class Forge(Host):
 
     def forget(self, dropped: Sequence[SideModel]) -> None:
         self._call = None  # of a step that was broken off
-        self._text_engines.forget(dropped)
+        if self._engine is not None and any(self._engine[0] is model for model in dropped):
+            self._engine = None
         if self._patcher is not None and any(self._patcher.model is model.network for model in dropped):
             self._drop_patcher()
 

@@ -1,1 +1,1 @@
-"""Prompts, read by the WebUI's code with our text encoder."""
+"""Prompts, parsed by the WebUI's code and encoded by the source's text encoder."""

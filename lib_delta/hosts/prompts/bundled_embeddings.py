@@ -1,4 +1,4 @@
-"""Textual inversions that came with an adapter: prompts of the side model may name them while it is attached."""
+"""Textual inversions from adapters' files, which the side model's prompts may name while the adapter is attached."""
 
 from __future__ import annotations
 
@@ -13,51 +13,51 @@ Tokenize = Callable[[list[str]], Sequence[Sequence[int]]]
 
 @dataclass(frozen=True)
 class BundledEmbedding:
-    """An embedding in the form of the WebUIs' own: ``vec`` is ``(vectors, width)``."""
+    """An embedding in the form that WebUIs use: ``vec`` is ``(vectors, width)``."""
 
     name: str
     vec: Tensor
-    # WebUIs note the hashes of a user's files; this one has none.
+    # WebUIs write the hashes of a user's files to the infotext; an adapter's embedding has none.
     shorthash: str = ""
 
     @property
     def vectors(self) -> int:
-        """How many tokens it takes."""
+        """The number of tokens that it replaces."""
         return len(self.vec)
 
     @property
     def shape(self) -> int:
-        """Its width."""
+        """The width of its vectors."""
         return self.vec.shape[-1]
 
 
 class BundledEmbeddings:
-    """What a WebUI's database of embeddings finds besides the user's own files, which go first."""
+    """Adds adapters' embeddings to a WebUI's database of embeddings; the user's files take precedence."""
 
     def __init__(self, database: Any, tokenize: Tokenize) -> None:
-        """Take a database that is ours alone, and the tokeniser that prompts are read with."""
+        """Patch a database that only Delta Sampling uses; ``tokenize`` is the prompts' tokenizer."""
         self._tokenize = tokenize
-        self._found: list[tuple[list[int], BundledEmbedding]] = []
-        own = database.find_embedding_at_position
+        self._embeddings: list[tuple[list[int], BundledEmbedding]] = []
+        find_user_embedding = database.find_embedding_at_position
 
         def find(tokens: Sequence[int], position: int) -> tuple[Any, int | None]:
-            embedding, length = own(tokens, position)
+            embedding, length = find_user_embedding(tokens, position)
             return (embedding, length) if embedding is not None else self._at(tokens, position)
 
         database.find_embedding_at_position = find
 
     def replace(self, embeddings: Mapping[str, Tensor]) -> None:
-        """Have these be found, and no others; longer names go before those that they begin with."""
+        """Replace the embeddings; longer names take precedence over names that they start with."""
         ids = self._tokenize(list(embeddings)) if embeddings else []
         named = [
             (list(tokens), BundledEmbedding(name, vec))
             for tokens, (name, vec) in zip(ids, embeddings.items())
             if tokens
         ]
-        self._found = sorted(named, key=lambda entry: len(entry[0]), reverse=True)
+        self._embeddings = sorted(named, key=lambda entry: len(entry[0]), reverse=True)
 
     def _at(self, tokens: Sequence[int], position: int) -> tuple[BundledEmbedding | None, int | None]:
-        for ids, embedding in self._found:
+        for ids, embedding in self._embeddings:
             if list(tokens[position : position + len(ids)]) == ids:
                 return embedding, len(ids)
         return None, None

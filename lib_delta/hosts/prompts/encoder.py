@@ -1,4 +1,4 @@
-"""Encoded prompts, kept for as long as nothing changes that they depend on."""
+"""Encoded prompts, cached while everything they depend on stays the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lib_delta.request.request import Active
     from lib_delta.runtime.side_model import SideModel
 
-# The WebUIs' settings that prompts are read and encoded by.
+# The WebUIs' settings that affect how prompts are parsed and encoded.
 ENCODING_OPTIONS = (
     *("CLIP_stop_at_last_layers", "emphasis", "enable_emphasis", "use_old_emphasis_implementation"),
     *("comma_padding_backtrack", "pad_cond_uncond", "pad_cond_uncond_v0", "use_old_scheduling"),
@@ -23,14 +23,14 @@ ENCODING_OPTIONS = (
 
 
 class CachedEncoder(ExitStack):
-    """Encodes prompts for a side model; its text encoder is on ``device`` from the first that has to be, to the end."""
+    """Encodes prompts for a side model; moves its text encoder to ``device`` from the first cache miss until exit."""
 
     def __init__(self, model: SideModel, engine: TextEngine, device: torch.device) -> None:
         super().__init__()
         self._model, self._engine, self._device = model, engine, device
 
     def __call__(self, active: Active | None, prompts: Texts, pass_prompts: PassPrompts) -> Any:
-        """Return what the base (``active`` None), or the adapted model with these adapters, is told over a run."""
+        """Return the base's conditioning (``active`` None), or the adapted model's with the active adapters."""
         model = self._model
         state = None if active is None else model.text_state(active)
         options = tuple(getattr(shared.opts, name, None) for name in ENCODING_OPTIONS)
@@ -43,11 +43,11 @@ class CachedEncoder(ExitStack):
             model.embedding_files,
             options,
         )
-        found = model.prompt_cache.get(key)
-        if found is None:
+        encoded = model.prompt_cache.get(key)
+        if encoded is None:
             self._engine.use_embeddings(model.embeddings)
             base = self.enter_context(model.text_on(self._device))
             tower = base if active is None else model.adapted_tower(active)
-            found = self._engine.encode(tower, prompts, pass_prompts)
-            model.prompt_cache.put(key, found)
-        return found
+            encoded = self._engine.encode(tower, prompts, pass_prompts)
+            model.prompt_cache.put(key, encoded)
+        return encoded

@@ -1,26 +1,23 @@
-"""What a generation tells its models: the prompts of each pass, as the WebUI's own prompt code takes them."""
+"""The side model's prompts for each pass, in the form that the WebUI's prompt code takes."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modules import extra_networks, sd_samplers, shared
 
 from lib_delta.request.passes import Passes
 from lib_delta.request.request import MAIN_PROMPT, Request
 
-if TYPE_CHECKING:
-    pass
-
 Texts = Sequence[str]
 
 
 @dataclass(frozen=True)
 class PassPrompts:
-    """Prompts of one pass, a row for each image, without tags."""
+    """Prompts of one pass, one for each image, without extra-network tags."""
 
     prompts: Texts
     negative: Texts
@@ -28,21 +25,23 @@ class PassPrompts:
     hires_steps: int | None
 
 
-def prompts_per_pass(p: Any, asked: Passes) -> list[tuple[bool, PassPrompts]]:
-    """Return the prompts of the first pass and, if there is one, of the hires pass."""
+def prompts_per_pass(p: Any, requests: Passes) -> list[tuple[bool, PassPrompts]]:
+    """Return, for each pass, whether it is the hires pass, and its prompts."""
     config = sd_samplers.find_sampler_config(p.sampler_name)
     steps = config.total_steps(p.steps) if config else p.steps
-    passes = [(False, _pass_prompts(asked.first, p.prompts, p.negative_prompts, steps, None))]
+    passes = [(False, _pass_prompts(requests.first, p.prompts, p.negative_prompts, steps=steps, hires_steps=None))]
     if getattr(p, "enable_hr", False):
         config = sd_samplers.find_sampler_config(p.hr_sampler_name or p.sampler_name)
-        wanted = p.hr_second_pass_steps or p.steps
-        hires_steps = config.total_steps(wanted) if config else wanted
-        passes.append((True, _pass_prompts(asked.hires, p.hr_prompts, p.hr_negative_prompts, steps, hires_steps)))
+        hires_steps = p.hr_second_pass_steps or p.steps
+        if config:
+            hires_steps = config.total_steps(hires_steps)
+        hires = _pass_prompts(requests.hires, p.hr_prompts, p.hr_negative_prompts, steps=steps, hires_steps=hires_steps)
+        passes.append((True, hires))
     return passes
 
 
 def _pass_prompts(
-    request: Request, prompts: Texts, negative: Texts, steps: int, hires_steps: int | None
+    request: Request, prompts: Texts, negative: Texts, *, steps: int, hires_steps: int | None
 ) -> PassPrompts:
     count = len(prompts)
     return PassPrompts(
@@ -54,21 +53,21 @@ def _pass_prompts(
 
 
 def side_prompts(prompt: str, main: Texts) -> Texts:
-    """Return what a prompt of the side model is for each image, whose main one may stand in it; nothing if empty."""
-    own = without_comments(prompt)
-    return [own.replace(MAIN_PROMPT, text) for text in main] if own else ()
+    """Return the side model's prompt for each image, with the main prompt inserted; empty if ``prompt`` is."""
+    template = without_comments(prompt)
+    return [template.replace(MAIN_PROMPT, text) for text in main] if template else ()
 
 
 def without_comments(prompt: str) -> str:
-    """Take out comments, as the WebUI does in its own prompts where its settings say so."""
+    """Remove comments if the WebUI's settings do so for its prompts."""
     try:
         module = importlib.import_module("modules.processing_scripts.comments")
-    except ImportError:  # an older WebUI knows none
+    except ImportError:  # an older WebUI has no comments
         return prompt
     return str(module.strip_comments(prompt)) if getattr(shared.opts, "enable_prompt_comments", False) else prompt
 
 
 def without_networks(prompts: Texts, count: int) -> Texts:
-    """Return ``count`` prompts without extra-network tags; one is for all images."""
-    without: list[str] = extra_networks.parse_prompts(list(prompts))[0]
-    return without * count if len(without) < count else without
+    """Return ``count`` prompts without extra-network tags; a single prompt applies to all images."""
+    plain: list[str] = extra_networks.parse_prompts(list(prompts))[0]
+    return plain * count if len(plain) < count else plain

@@ -1,10 +1,10 @@
-"""A WebUI's prompt code around our text encoder."""
+"""A WebUI's prompt code around the source's text encoder."""
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from modules import prompt_parser, shared
@@ -16,14 +16,13 @@ if TYPE_CHECKING:
 
     from lib_delta.hosts.prompts.schedules import Padding
     from lib_delta.models.text import TextEncoder
-    from lib_delta.runtime.side_model import SideModel
 
 
 class TextEngine(ABC):
-    """A WebUI's prompt code around our text encoder, in the role of a model for its prompt parser."""
+    """A WebUI's prompt code around the source's text encoder, in the role of a model for the prompt parser."""
 
     def encode(self, tower: TextEncoder, prompts: Texts, pass_prompts: PassPrompts) -> Any:
-        """Return what a model with this text encoder is told over a run."""
+        """Return the conditioning over a pass for a model with this text encoder (:class:`Schedules`)."""
         from lib_delta.hosts.prompts.schedules import Schedules
 
         self.tower = tower
@@ -33,42 +32,23 @@ class TextEngine(ABC):
             uncond = prompt_parser.get_learned_conditioning(self, list(pass_prompts.negative), *limits)
             return Schedules(cond.batch, uncond, self.padding())
         finally:
-            del self.tower  # it refers back to this engine, and would outlive its base
+            del self.tower  # it refers back to this engine, which would then outlive the base
 
     @abstractmethod
     def use_embeddings(self, embeddings: Mapping[str, Tensor]) -> None:
-        """Let prompts name these embeddings, ``(vectors, width)`` each, besides the user's own, and no others."""
+        """Replace the embeddings, ``(vectors, width)`` each, that prompts can name in addition to the user's."""
 
     @abstractmethod
     def padding(self) -> Padding | None:
-        """Return how the WebUI brings prompt and negative prompt to one length, None where it does not."""
+        """Return the WebUI's way to pad prompt and negative prompt to one length; None if it does not."""
 
     @abstractmethod
     def get_learned_conditioning(self, texts: Texts) -> Tensor:
-        """Encode texts without AND and prompt editing, as the prompt parser asks for it."""
-
-
-class TextEngineCache:
-    """Makes text engines, and caches the one of the side model that was used last."""
-
-    def __init__(self, make: Callable[[SideModel], TextEngine]) -> None:
-        self._make = make
-        self._cached: tuple[SideModel, TextEngine] | None = None
-
-    def get(self, model: SideModel) -> TextEngine:
-        """Return the side model's text engine."""
-        if self._cached is None or self._cached[0] is not model:
-            self._cached = model, self._make(model)
-        return self._cached[1]
-
-    def forget(self, dropped: Sequence[SideModel]) -> None:
-        """Drop the text engine of a side model that is about to leave memory."""
-        if self._cached is not None and any(self._cached[0] is model for model in dropped):
-            self._cached = None
+        """Encode texts without AND and prompt editing; the prompt parser calls this."""
 
 
 def _limits(pass_prompts: PassPrompts) -> tuple[Any, ...]:
-    """Return what the WebUI's prompt parser takes besides model and prompts; Forge Neo has no old scheduling."""
+    """Return the arguments of the WebUI's prompt parser after model and prompts; Forge Neo has no old scheduling."""
     limits = pass_prompts.steps, pass_prompts.hires_steps
     if "use_old_scheduling" not in inspect.signature(prompt_parser.get_learned_conditioning).parameters:
         return limits

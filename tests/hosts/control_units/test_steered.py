@@ -224,7 +224,7 @@ def test_files_are_read_once_and_given_back(webui: WebUI) -> None:
     assert webui.host.unload() == "Unloaded 1 side model"
 
 
-# What a picture says.
+# Infotexts.
 
 
 def test_a_picture_tells_models_weights_and_maps_and_not_the_picture(webui: WebUI) -> None:
@@ -285,7 +285,7 @@ def test_models_lie_in_every_folder_that_the_webuis_know(webui: WebUI, tmp_path:
         webui.host.units.files.refresh()
 
 
-# What is wrong, in one sentence, before anything is sampled.
+# Errors in one sentence, before anything is sampled.
 
 
 def large() -> str:
@@ -297,9 +297,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no model": ({"image": PICTURE}, "unit 1 of Delta Sampling has no model: choose a ControlNet or IP-Adapter"),
     "neither": ({}, "unit 1 of Delta Sampling has no model"),
     "an unknown model": ({**EDGES, "model": "edge"}, "no ControlNet or IP-Adapter 'edge' for unit 1.*is 'edges' meant"),
-    "an address": ({**EDGES, "image": "https://example.org/a.png"}, "an address, and none are fetched"),
-    "a share": ({**EDGES, "image": r"\\\\server\\share\\a.png"}, "an address, and none are fetched"),
-    "another share": ({**EDGES, "image": "//server/share/a.png"}, "an address, and none are fetched"),
+    "an address": ({**EDGES, "image": "https://example.org/a.png"}, "an address, and addresses are not fetched"),
+    "a share": ({**EDGES, "image": r"\\\\server\\share\\a.png"}, "an address, and addresses are not fetched"),
+    "another share": ({**EDGES, "image": "//server/share/a.png"}, "an address, and addresses are not fetched"),
     "no base64": ({**EDGES, "image": "missing.png"}, "neither a file on this machine nor base64"),
     "no picture in it": ({**EDGES, "image": "aGVsbG8="}, "the picture of unit 1 cannot be read as a picture"),
     "of another type": ({**EDGES, "image": 7}, "the picture of unit 1 is a int"),
@@ -361,7 +361,7 @@ def test_pictures_of_every_kind_are_read(webui: WebUI, kind: str) -> None:
     assert relative(webui.latents(units({**EDGES, "image": encode(image)})), webui.latents(units(EDGES))) < 0.9
 
 
-# img2img: its own picture where a unit has none, cut as inpainting cuts it.
+# img2img's picture for a unit without one, cut as inpainting cuts it.
 
 
 def latent(webui: WebUI) -> Tensor:
@@ -384,7 +384,7 @@ def test_img2imgs_own_picture_is_taken_as_it_is_sampled(webui: WebUI) -> None:
 def test_it_is_said_where_a_unit_looks_at_img2imgs_own_picture(webui: WebUI) -> None:
     """A picture's text, sent over from txt2img with a unit in it, does not hold the unit's picture."""
     (said,) = webui.processing.process_images(img2img(webui)).comments
-    assert "unit 1 (edges) has no picture of its own and looks at img2img's" in said
+    assert "unit 1 (edges) has no picture and uses img2img's" in said
     assert webui.generate(units(EDGES), init_latent=latent(webui)).comments == []
 
 
@@ -467,7 +467,7 @@ def test_a_plots_own_text_has_the_loras_whose_weight_its_first_cell_has_at_0(web
 def test_an_axis_without_a_unit_that_is_on_is_refused(webui: WebUI) -> None:
     p = webui.p({"base": "base", "loras": "ink"})
     p.delta_sampling_axes = {"enabled": True, "unit_weight": 1.0}
-    with pytest.raises(SettingError, match="axis is of a unit of Delta Sampling, and none is on"):
+    with pytest.raises(SettingError, match="axis for a unit of Delta Sampling, but no unit is on"):
         webui.processing.process_images(p)
 
 

@@ -1,4 +1,4 @@
-"""Files by their names: a name with a dot is that name, linked folders are looked into, and no name is lost."""
+"""Files by their names: names with dots, linked folders, and several models with one name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ UNIT = {"image": picture()}
 
 
 @pytest.mark.parametrize(
-    ("delta", "prompt", "told"),
+    ("delta", "prompt", "sentence"),
     [
         ({"loras": ["ink.v2"]}, "a cat", "there is no LoRA 'ink.v2' .*: is 'ink' meant"),
         ({}, "a cat <delta:ink.v2:1>", "there is no LoRA 'ink.v2' .*: is 'ink' meant"),
@@ -59,8 +59,8 @@ UNIT = {"image": picture()}
         ({"units": [{"model": "edges.v11 [1a2b3c4d]", **UNIT}]}, "a cat", "is 'edges' meant"),
     ],
 )
-def test_a_name_with_a_dot_is_no_other_file(delta: dict[str, Any], prompt: str, told: str, webui: WebUI) -> None:
-    with pytest.raises(DeltaError, match=told):
+def test_a_name_with_a_dot_is_no_other_file(delta: dict[str, Any], prompt: str, sentence: str, webui: WebUI) -> None:
+    with pytest.raises(DeltaError, match=sentence):
         webui.generate({"base": "base", **delta}, prompt=prompt)
 
 

@@ -319,7 +319,9 @@ def test_tiles_are_tiles_for_the_bridge(webui: WebUI, monkeypatch: pytest.Monkey
     has_latents_of(monkeypatch, webui, "sdxl")
     seen = []
     original = learned.load_bridge
-    monkeypatch.setattr(learned, "load_bridge", lambda path, tiled=False: seen.append(tiled) or original(path, tiled))
+    monkeypatch.setattr(
+        learned, "load_bridge", lambda path, tiled=False: seen.append(tiled) or original(path, tiled=tiled)
+    )
     for tiling in (True, False, None):
         seen.clear()
         webui.generate(DELTA, steps=1, tiling=tiling)

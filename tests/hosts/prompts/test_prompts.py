@@ -1,4 +1,4 @@
-"""What a model is told over a run: which entry of a schedule holds, how lengths are brought together, insertions."""
+"""Prompt schedules: the entry for a step, padding to one length, and textual inversions."""
 
 from __future__ import annotations
 
@@ -26,34 +26,36 @@ def part(*entries: Any, weight: float = 1.0) -> Any:
 
 
 def test_an_entry_holds_up_to_and_including_its_last_step() -> None:
-    told = Schedules([[part(entry(2, 1.0), entry(5, 2.0))]], [[entry(1, -1.0), entry(5, -2.0)]])
-    held = [(int(told(step).cond[0, 0, 0]), int(told(step).uncond[0, 0, 0])) for step in range(6)]
-    assert held == [(1, -1), (1, -1), (1, -2), (2, -2), (2, -2), (2, -2)]
+    schedules = Schedules([[part(entry(2, 1.0), entry(5, 2.0))]], [[entry(1, -1.0), entry(5, -2.0)]])
+    values = [(int(schedules(step).cond[0, 0, 0]), int(schedules(step).uncond[0, 0, 0])) for step in range(6)]
+    assert values == [(1, -1), (1, -1), (1, -2), (2, -2), (2, -2), (2, -2)]
 
 
 def test_after_the_last_entry_the_first_holds_again() -> None:
-    told = Schedules([[part(entry(1, 1.0), entry(2, 2.0))]], [[entry(2, 0.0)]])
-    assert told(7).cond[0, 0, 0] == 1
+    schedules = Schedules([[part(entry(1, 1.0), entry(2, 2.0))]], [[entry(2, 0.0)]])
+    assert schedules(7).cond[0, 0, 0] == 1
 
 
 def test_the_same_object_is_returned_for_as_long_as_nothing_changes() -> None:
-    told = Schedules([[part(entry(2, 1.0), entry(5, 2.0))]], [[entry(5, 0.0)]])
-    assert told(0) is told(1) is told(2)
-    assert told(3) is not told(2) and told(3) is told(3)
+    schedules = Schedules([[part(entry(2, 1.0), entry(5, 2.0))]], [[entry(5, 0.0)]])
+    assert schedules(0) is schedules(1) is schedules(2)
+    assert schedules(3) is not schedules(2) and schedules(3) is schedules(3)
 
 
 def test_parts_joined_by_and_are_rows_with_the_images_weights() -> None:
     images = [[part(entry(5, 1.0), weight=0.5), part(entry(5, 2.0), weight=-1)], [part(entry(5, 3.0))]]
-    told = Schedules(images, [[entry(5, 0.0)], [entry(5, 0.5)]])(0)
-    assert told.weights == ((0.5, -1.0), (1.0,))
-    assert told.cond[:, 0, 0].tolist() == [1, 2, 3] and told.uncond.shape == (2, 3, 2)
+    conditioning = Schedules(images, [[entry(5, 0.0)], [entry(5, 0.5)]])(0)
+    assert conditioning.weights == ((0.5, -1.0), (1.0,))
+    assert conditioning.cond[:, 0, 0].tolist() == [1, 2, 3] and conditioning.uncond.shape == (2, 3, 2)
 
 
 def test_shorter_texts_of_a_batch_repeat_their_last_vector() -> None:
-    told = Schedules([[part(entry(5, 1.0, 2))], [part(entry(5, 2.0, 4))]], [[entry(5, 0.0)], [entry(5, 0.0)]])(0)
+    conditioning = Schedules([[part(entry(5, 1.0, 2))], [part(entry(5, 2.0, 4))]], [[entry(5, 0.0)], [entry(5, 0.0)]])(
+        0
+    )
     short = text(1.0, 2)
-    assert torch.equal(told.cond[0], torch.stack((short[0], short[1], short[1], short[1])))
-    assert torch.equal(told.cond[1], text(2.0, 4)) and told.uncond.shape == (2, 3, 2)
+    assert torch.equal(conditioning.cond[0], torch.stack((short[0], short[1], short[1], short[1])))
+    assert torch.equal(conditioning.cond[1], text(2.0, 4)) and conditioning.uncond.shape == (2, 3, 2)
 
 
 EMPTY = text(9.0)[None]
@@ -81,8 +83,8 @@ def test_before_1_6_the_negative_prompt_alone_is_cut_or_drawn_out() -> None:
 
 
 def test_a_schedule_is_padded_as_it_is_told_to() -> None:
-    told = Schedules([[part(entry(5, 1.0, 6))]], [[entry(5, 2.0, 3)]], pad_with_empty(EMPTY))(0)
-    assert torch.equal(told.uncond[0], torch.cat((text(2.0, 3), EMPTY[0])))
+    conditioning = Schedules([[part(entry(5, 1.0, 6))]], [[entry(5, 2.0, 3)]], pad_with_empty(EMPTY))(0)
+    assert torch.equal(conditioning.uncond[0], torch.cat((text(2.0, 3), EMPTY[0])))
 
 
 # Textual inversions: token numbers are the vectors' first component here.
@@ -92,10 +94,10 @@ def embedded(tokens: list[list[int]], fixes: Any) -> tuple[Tensor, Any]:
     embedding = nn.Embedding(10, 2).requires_grad_(False)
     embedding.weight.data.copy_(torch.stack((torch.arange(10.0), torch.zeros(10)), 1))
     model = SimpleNamespace(embeddings=SimpleNamespace(token_embedding=embedding))
-    found = SimpleNamespace(fixes=fixes)
+    tokenized = SimpleNamespace(fixes=fixes)
     tower: Any = SimpleNamespace(transformer=SimpleNamespace(text_model=model))
-    insert_embeddings(tower, found)
-    return embedding(torch.tensor(tokens)), found
+    insert_embeddings(tower, tokenized)
+    return embedding(torch.tensor(tokens)), tokenized
 
 
 def inversion(*values: float) -> Any:
@@ -103,11 +105,11 @@ def inversion(*values: float) -> Any:
 
 
 def test_vectors_take_the_places_that_the_prompt_code_has_kept_for_them() -> None:
-    """Offsets do not count the mark at the start."""
-    rows, found = embedded([[8, 1, 0, 0, 2, 9], [8, 0, 3, 3, 0, 9]], [[(1, inversion(70, 71))], []])
+    """Offsets do not include the start token."""
+    rows, tokenized = embedded([[8, 1, 0, 0, 2, 9], [8, 0, 3, 3, 0, 9]], [[(1, inversion(70, 71))], []])
     assert rows[0].tolist() == [[8, 0], [1, 0], [70, 1], [71, 1], [2, 0], [9, 0]]
     assert rows[1, :, 0].tolist() == [8, 0, 3, 3, 0, 9]
-    assert found.fixes is None
+    assert tokenized.fixes is None
 
 
 def test_several_in_a_row_and_one_that_is_kept_by_encoder() -> None:
@@ -130,9 +132,9 @@ def test_without_inversions_nothing_is_replaced(fixes: Any) -> None:
 def test_the_vocabulary_itself_is_left_alone() -> None:
     embedding = nn.Embedding(4, 2).requires_grad_(False)
     before = embedding.weight.clone()
-    found = SimpleNamespace(fixes=[[(0, inversion(9))]])
+    tokenized = SimpleNamespace(fixes=[[(0, inversion(9))]])
     model = SimpleNamespace(embeddings=SimpleNamespace(token_embedding=embedding))
     tower: Any = SimpleNamespace(transformer=SimpleNamespace(text_model=model))
-    insert_embeddings(tower, found)
+    insert_embeddings(tower, tokenized)
     embedding(torch.tensor([[1, 2]]))
     assert torch.equal(embedding.weight, before) and dict(embedding.named_parameters()).keys() == {"weight"}
