@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from demo.autoencoders import tiny_part
+from demo.autoencoders import Autoencoder, tiny_part
 from demo.edits import blurred
 from demo.train.bridges_fit import fit_filter
 from demo.train.bridges_pictures import Array
@@ -93,16 +94,23 @@ class Examples:
     @torch.no_grad()
     def draw(cls, pair: TinyPair, count: int, picture_of: Callable[[Generator], Array], seed: int = 2) -> Examples:
         """Draw ``count`` pictures and their edits, and encode them."""
+        to_source, to_target = (_quick(each) for each in (pair.source_encoder, pair.target_encoder))
         rng = np.random.default_rng(seed)
         before, rows = picture_of(rng), []
         for _ in tqdm(range(count), desc="drawing and encoding"):
             picture = picture_of(rng)
             shown = torch.from_numpy(np.stack([picture, *(styled(rng, picture, before) for _ in range(EDITS))]))
             before = picture
-            source, half = (pair.source_encoder(each).half() for each in (shown, F.avg_pool2d(shown, 2)))
+            source, half = (to_source(each).half() for each in (shown, F.avg_pool2d(shown, 2)))
             in_bytes = (shown * 255).round().clamp(0, 255).byte()
-            rows.append((source, half, pair.target_encoder(shown).half(), in_bytes))
+            rows.append((source, half, to_target(shown).half(), in_bytes))
         return cls(*(torch.stack(column) for column in zip(*rows)))
+
+
+def _quick(encoder: nn.Sequential) -> Callable[[Tensor], Tensor]:
+    """Return an encoder's copy in bfloat16, as the files store it."""
+    quick = copy.deepcopy(encoder).bfloat16().to(memory_format=torch.channels_last)
+    return Autoencoder(quick, quick, torch.bfloat16).encode
 
 
 @dataclass(frozen=True)
