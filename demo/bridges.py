@@ -4,16 +4,17 @@ States: the share of the source latent's variance that the map leaves unexplaine
 picture of it.  The ceiling is the decoder's picture of the source's encoding.  Both are also measured at half the size.
 
 Differences: the cosine between an ideal source's delta, mapped, and the true change in the target's latent, for five
-edits; at full detail, and averaged 2x2.
+edits; at full detail, and averaged 2x2.  Pairs with a stitched map are also judged in decoded pictures
+(:mod:`demo.bridge_judge`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from demo import bridge_judge as judge
 from demo.autoencoders import Autoencoder
+from demo.edits import blurred, edited
 from demo.train import bridges as stage
 from lib_delta.bridges import Bridge, LearnedBridge, ResolutionBridge, ScaleBridge
 from lib_delta.bridges.learned import load_bridge, weights_path
@@ -55,40 +58,9 @@ def _square(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
-def _grey(pictures: Tensor) -> Tensor:
-    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
-    return (pictures * weights).sum(1, keepdim=True).expand_as(pictures)
-
-
-def _line_art(pictures: Tensor) -> Tensor:
-    grey = _grey(pictures)
-    return 1 - (12 * (blurred(grey, 2.4) - blurred(grey, 1.2))).abs().clamp(0, 1)
-
-
-def _warm(pictures: Tensor) -> Tensor:
-    return (pictures * torch.tensor([1.2, 1.0, 0.7])[:, None, None]).clamp(0, 1)
-
-
-def _hue(pictures: Tensor) -> Tensor:
-    """Rotate colours by 120 degrees about the grey axis: red becomes green, green blue, blue red."""
-    return pictures.roll(1, 1)
-
-
-def blurred(pictures: Tensor, sigma: float) -> Tensor:
-    """Blur ``(N, C, H, W)`` by a Gaussian of ``sigma`` pixels, with replicated edges."""
-    reach = math.ceil(3 * sigma)
-    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
-    rows = F.pad(pictures.flatten(0, 1)[:, None], [reach] * 4, mode="replicate")
-    return F.conv2d(F.conv2d(rows, kernel), kernel.transpose(2, 3)).reshape(pictures.shape)
-
-
+# The edits of the tables of differences.
 EDITS: dict[str, Callable[[Tensor], Tensor]] = {
-    "grey": _grey,
-    "line_art": _line_art,
-    "warm": _warm,
-    "hue": _hue,
-    "blur": lambda pictures: blurred(pictures, 1.5),
+    name: partial(edited, name=name) for name in ("grey", "line_art", "warm", "hue", "blur")
 }
 
 
@@ -230,6 +202,7 @@ def measure(options: argparse.Namespace) -> None:
     autoencoders = stage.read(options)
     latents = Latents(photos(options.photos), autoencoders)
     table = figures(latents, shipped)
+    shown = [] if options.autoencoders else judged(latents.pictures, autoencoders, table)
     if options.autoencoders:
         fitted = stage.encode(autoencoders, options.pictures, stage.generated(None))
         refitted = figures(latents, lambda source, target: stage.fit(fitted[source], fitted[target]))
@@ -237,9 +210,21 @@ def measure(options: argparse.Namespace) -> None:
             table[pair]["refitted"] = row
     drawn = all(space in autoencoders for space in SHOWN)
     write(options.bridges_out, table, strip(latents, *SHOWN, shipped(*SHOWN)) if drawn else None)
-    print(markdown(table), f"written to {options.bridges_out}", sep="\n\n")
+    print(markdown(table), *shown, f"written to {options.bridges_out}", sep="\n\n")
     if options.autoencoders:
         print("\nfilters fitted anew to these autoencoders:", markdown(refitted), sep="\n\n")
+
+
+def judged(pictures: Tensor, autoencoders: Mapping[Space, Autoencoder], table: Figures) -> list[str]:
+    """Judge the pairs that have a stitched map in pictures, at both sizes; add figures, and return Markdown tables."""
+    shown = []
+    for source, target in judge.judged_pairs(tuple(autoencoders)):
+        row = table.setdefault(f"{source.key}->{target.key}", {})
+        for size, halved in (("full", False), ("half", True)):
+            scores = judge.PictureJudge(pictures, autoencoders, (source, target), halved).measure()
+            row.setdefault("pictures", {})[size] = judge.figures(scores)
+            shown.append(judge.markdown(scores, f"{source.key}->{target.key}, source at {size} size"))
+    return shown
 
 
 def write(out: Path, table: Figures, sheet: Image.Image | None) -> None:

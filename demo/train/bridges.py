@@ -18,13 +18,24 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from demo.autoencoders import WHERE, Autoencoder, of_checkpoints, tiny, tiny_part
+from demo.train.bridges_difference import (
+    FULL_ONLY,
+    LARGE,
+    SMALL,
+    Examples,
+    TinyPair,
+    fit_difference,
+    save_difference,
+)
+from demo.train.bridges_difference import Size as DifferenceSize
 from demo.train.bridges_fit import Size, detailed, linear_bridge, save, train_state, with_half
 from demo.train.bridges_pictures import Array, Sizes, draw, edited
 from demo.train.bridges_pictures import blurred as blur
 from demo.train.bridges_stitch import Layers, Seam, seen_through, stitched, tuned, until_seam
 from demo.train.common import Run
 from demo.train.data import Emoji
-from lib_delta.bridges.learned import WEIGHTS, LearnedBridge, weights_path
+from lib_delta.bridges.learned import WEIGHTS, LearnedBridge, load_bridge, weights_path
+from lib_delta.bridges.stitched_difference import stitched_path
 from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.errors import DeltaError
 from lib_delta.models import taesd
@@ -35,19 +46,30 @@ SEEN = 128  # pictures, each with an edit, for fitting filters between tiny auto
 # Most pictures are made with SDXL.
 LAYERS = {Space.SDXL: Layers(), **dict.fromkeys((Space.SD3, Space.FLUX1), Layers(reading=1, writing=2))}
 TUNING = Run(steps=1500, batch=24, rate=4e-4, warmup=60, average=0.998)
+DIFFERENCES = replace(TUNING, batch=20, rate=5e-4, warmup=40, average=0.996)
 Key = TypeVar("Key")
 
 
 def run(options: argparse.Namespace, load: Callable[[], Emoji]) -> None:
-    """Draw the pictures, encode them, and write a file for every ordered pair of spaces."""
-    autoencoders = read(options)
+    """Draw the pictures, encode them, and write a file for every ordered pair of spaces.
+
+    With ``--pair`` it writes those of this pair only.
+    """
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.pair:
+        run_pair(options, generated(coloured(load())))
+        return
+    autoencoders = read(options)
     encoders: dict[Space | str, Autoencoder] = dict(autoencoders)
     if Space.SD1 in autoencoders:
         encoders[HALVES] = halved(autoencoders[Space.SD1])
     picture_of = generated(coloured(load()))
     latents = encode(encoders, options.pictures, picture_of)
-    bench = None if options.autoencoders else StitchBench(options, picture_of)
+    bench = (
+        None
+        if options.autoencoders
+        else StitchBench(options, tiny_part(options.taesd, Space.SD1, "encoder"), picture_of)
+    )
     for source, target in itertools.permutations(autoencoders, 2):
         # The side model is SD 1.x: pairs with it as the source have networks, the others only filters.
         if source is not Space.SD1:
@@ -60,26 +82,76 @@ def run(options: argparse.Namespace, load: Callable[[], Emoji]) -> None:
         about = {"source": source.key, "target": target.key, "pictures": str(options.pictures)}
         save(fitted, options.out / weights_path(source, target).name, about)
         print(f"{source.key} and {target.key}: written")
+    for name in options.stitch if bench is not None else ():
+        source, target = (Space[key.upper()] for key in name.split("-"))
+        pair = TinyPair.of_folder(options.taesd, source, target)
+        bridge = load_bridge(options.out / weights_path(source, target).name)
+        size = FULL_ONLY if source is not Space.SD1 else LARGE if target is Space.SDXL else SMALL
+        stitch(options, pair, bridge, size, picture_of, options.out / stitched_path(source, target).name)
+
+
+def run_pair(options: argparse.Namespace, picture_of: Callable[[Generator], Array]) -> None:
+    """Fit a learned bridge and a stitched map between two tiny autoencoders of any spaces, and write both."""
+    pair = TinyPair.of_files(options.pair)
+    source, target = (
+        Autoencoder(*each)
+        for each in ((pair.source_encoder, pair.source_decoder), (pair.target_encoder, pair.target_decoder))
+    )
+    latents = encode({"source": source, "target": target, HALVES: halved(source)}, options.pictures, picture_of)
+    bench = StitchBench(options, pair.source_encoder, picture_of)
+    bridge = bench.fit_pair(pair.target_decoder, latents["source"], latents["target"], latents[HALVES], Layers(1, 2))
+    about = {"pictures": str(options.pictures)}
+    save(bridge, options.out / f"{options.name}.safetensors", about)
+    stitch(options, pair, bridge, SMALL, picture_of, options.out / f"{options.name}-stitched.safetensors")
+
+
+def stitch(
+    options: argparse.Namespace,
+    pair: TinyPair,
+    bridge: LearnedBridge,
+    size: DifferenceSize,
+    picture_of: Callable[[Generator], Array],
+    path: Path,
+) -> None:
+    """Fit a stitched difference map that stands on a learned bridge, and write it."""
+    examples, training = Examples.draw(pair, options.pictures, picture_of), replace(DIFFERENCES, steps=options.steps)
+    name = f"{path.stem}-{options.pictures}-{options.steps}"
+    made = fit_difference(pair, examples, bridge, size, training, name, options.cache)
+    save_difference(made, path, {"pictures": str(options.pictures), "steps": str(options.steps)})
+    print(f"{path.name}: written")
 
 
 class StitchBench:
     """The inputs for fitting bridges from SD 1.x, if there are tiny autoencoders to stitch."""
 
-    def __init__(self, options: argparse.Namespace, picture_of: Callable[[Generator], Array]) -> None:
-        self.options = options
-        self.encoder = tiny_part(options.taesd, Space.SD1, "encoder")
+    def __init__(
+        self, options: argparse.Namespace, encoder: nn.Sequential, picture_of: Callable[[Generator], Array]
+    ) -> None:
+        self.options, self.encoder = options, encoder
         self.seam = seam(self.encoder, min(SEEN, options.pictures), picture_of)
 
     def fit(self, target: Space, latents: Mapping[Space | str, Tensor]) -> LearnedBridge:
         """Fit the bridge to a target, on the latents of every space and those of half the size."""
-        source, wanted = latents[Space.SD1], latents[target]
+        decoder = tiny_part(self.options.taesd, target, "decoder")
+        return self.fit_pair(decoder, latents[Space.SD1], latents[target], latents[HALVES], LAYERS[target], target.key)
+
+    def fit_pair(
+        self,
+        decoder: nn.Sequential,
+        source: Tensor,
+        wanted: Tensor,
+        halves: Tensor,
+        layers: Layers,
+        key: str = "pair",
+    ) -> LearnedBridge:
+        """Fit the bridge to a target, on latents ``(N, 2, C, h, w)`` of both spaces and of half the size."""
         linear = linear_bridge(source, wanted)
-        z, same, half = (each.flatten(0, 1) for each in (wanted, source, latents[HALVES]))
-        decoder, seen = tiny_part(self.options.taesd, target, "decoder"), len(self.seam.same)
-        state = stitched(decoder, self.encoder, LAYERS[target], z[:seen], self.seam)
+        z, same, half = (each.flatten(0, 1) for each in (wanted, source, halves))
+        seen = len(self.seam.same)
+        state = stitched(decoder, self.encoder, layers, z[:seen], self.seam)
         if self.options.steps:
             run, look = replace(TUNING, steps=self.options.steps), seen_through(same[:seen], self.seam.pixels)
-            name = f"bridge-{target.key}-{self.options.pictures}-{run.steps}"
+            name = f"bridge-{key}-{self.options.pictures}-{run.steps}"
             state = tuned(state, z, (same, half), look, run, name, self.options.cache)
         difference = detailed(linear.difference, source, wanted)
         return LearnedBridge(state.requires_grad_(False), difference)
@@ -180,4 +252,19 @@ def add_stage_options(parser: argparse.ArgumentParser) -> None:
         default=TUNING.steps,
         help="bridges: steps of each network that maps states to SD 1.x (0: what least squares alone give)",
     )
+    parser.add_argument(
+        "--stitch",
+        nargs="*",
+        default=["sd1-sdxl"],
+        metavar="SOURCE-TARGET",
+        help="bridges: pairs of spaces whose stitched difference map is fitted as well (sd1, sdxl, sd3, flux1)",
+    )
+    parser.add_argument(
+        "--pair",
+        type=Path,
+        nargs=4,
+        metavar=("SOURCE_ENCODER", "SOURCE_DECODER", "TARGET_ENCODER", "TARGET_DECODER"),
+        help="bridges: fit only the maps between these two tiny autoencoders, of any spaces",
+    )
+    parser.add_argument("--name", default="pair", help="bridges: the name of the files that --pair writes")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="bridges: the folder to write to")

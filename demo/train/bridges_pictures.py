@@ -182,7 +182,7 @@ def draw(rng: Generator, sizes: Sizes, emoji: Tensor | None) -> Array:
     small = picture.reshape(3, sizes.side, sizes.over, sizes.side, sizes.over).mean((2, 4))
     if rng.random() < 0.3:
         soft = blurred(small, rng.uniform(0.5, 4.0))
-        share = _soft_mask(rng, sizes.side) if rng.random() < 0.5 else 1.0
+        share = soft_mask(rng, sizes.side) if rng.random() < 0.5 else 1.0
         small = small + share * (soft - small)
     return np.clip(small, 0, 1).astype(np.float32)
 
@@ -196,7 +196,7 @@ def blurred(picture: Array, sigma: float) -> Array:
     return F.conv2d(F.conv2d(rows, kernel), kernel.transpose(2, 3))[:, 0].numpy()
 
 
-def _soft_mask(rng: Generator, side: int) -> Array:
+def soft_mask(rng: Generator, side: int) -> Array:
     """Return a weight in 0..1 that varies over the picture ``(1, side, side)``."""
     return (1 / (1 + np.exp(-rng.uniform(2, 8) * (noise(rng, side, 2.0) + rng.normal() * 0.5)))).astype(np.float32)
 
@@ -261,7 +261,7 @@ def _material(rng: Generator, picture: Array, other: Array) -> Array:
 
 def _content(rng: Generator, picture: Array, other: Array) -> Array:
     """Insert another picture in some places, opaque or blended."""
-    return picture + rng.uniform(0.2, 1.0) * _soft_mask(rng, picture.shape[1]) * (other - picture)
+    return picture + rng.uniform(0.2, 1.0) * soft_mask(rng, picture.shape[1]) * (other - picture)
 
 
 def _warp(rng: Generator, picture: Array, other: Array) -> Array:
@@ -292,5 +292,5 @@ def edited(rng: Generator, picture: Array, other: Array, kinds: Sequence[str] = 
     if rng.random() < 0.25:
         result = np.clip(EDITS[kinds[second]](rng, result.astype(np.float32), other), 0, 1)
     if rng.random() < 0.2:
-        result = picture + _soft_mask(rng, picture.shape[1]) * (result - picture)
+        result = picture + soft_mask(rng, picture.shape[1]) * (result - picture)
     return result.astype(np.float32), kinds[first]

@@ -55,8 +55,8 @@ def stitched(decoder: nn.Sequential, encoder: nn.Sequential, layers: Layers, z: 
     state = StitchedState(
         *channels, reading=layers.reading, writing=layers.writing, width=layers.width, half=layers.half
     )
-    _copy(state.reading, decoder[: len(state.reading)])
-    _copy(state.writing, encoder[-len(state.writing) :])
+    copy_layers(state.reading, decoder[: len(state.reading)])
+    copy_layers(state.writing, encoder[-len(state.writing) :])
     between = encoder[len(until_seam(encoder)) : -len(state.writing)]
     known = [state.known(part.float()) for part in z.split(64)]
     for name, wanted in (("middle", seam.same), ("halving", seam.half)):
@@ -66,7 +66,7 @@ def stitched(decoder: nn.Sequential, encoder: nn.Sequential, layers: Layers, z: 
     return state
 
 
-def _copy(layers: nn.Sequential, trained: nn.Sequential) -> None:
+def copy_layers(layers: nn.Sequential, trained: nn.Sequential) -> None:
     """Copy weights between layers that may have other numbers in their networks."""
     layers.load_state_dict(nn.Sequential(*trained).state_dict())
 
@@ -94,7 +94,7 @@ def tuned(
         # Estimates at high noise are averages of latents.
         share = torch.rand(2, run.batch, 1, 1, 1, generator=generator)
         share = 0.67 * share[0] * (share[1] < 0.3)
-        shown, *truths = (_averaged(each[rows].float(), share) for each in (z, *wanted))
+        shown, *truths = (averaged_with_others(each[rows].float(), share) for each in (z, *wanted))
         with torch.autocast("cpu", torch.bfloat16):
             known = state.known(shown)
             made = [state.writing(stitch(known)).float() for stitch in (state.middle, state.halving)]
@@ -106,7 +106,7 @@ def tuned(
     return trained.eval()
 
 
-def _averaged(latents: Tensor, share: Tensor) -> Tensor:
+def averaged_with_others(latents: Tensor, share: Tensor) -> Tensor:
     """Mix latents with a share of the two before them; at two thirds all three have equal weight."""
     others = (latents.roll(1, 0) + latents.roll(2, 0)) / 2
     return latents + share * (others - latents)

@@ -17,18 +17,20 @@ class Crossing:
     """A bridge's record of one step, which carries the delta back.
 
     ``denoised`` is the clean part in the source's space.  ``target`` is the clean part in the target's space, if the
-    way back needs it.  ``parts`` are the crossings of a composed bridge's parts.
+    way back needs it.  ``parts`` are the crossings of a composed bridge's parts.  ``known`` is the state map's reading
+    of ``target``, if the way back shares it.
     """
 
     denoised: Tensor
     parts: tuple[Crossing, ...] = ()
     target: Tensor | None = None
+    known: Tensor | None = None
 
     def of(self, images: Tensor) -> Crossing:
         """Return the crossing of the rows ``images`` ``(M,)``, which are numbers of images."""
         images = images.to(self.denoised.device)
-        target = None if self.target is None else self.target[images]
-        return Crossing(self.denoised[images], tuple(part.of(images) for part in self.parts), target)
+        target, known = (None if each is None else each[images] for each in (self.target, self.known))
+        return Crossing(self.denoised[images], tuple(part.of(images) for part in self.parts), target, known)
 
 
 class Bridge(Protocol):

@@ -33,7 +33,7 @@ def choose_bridge(
     target: Family | Space,
     sigma_max: float | None = None,
     *,
-    form: str = "learned",
+    form: str = "stitched",
     size: SideSize = "automatic",
     noise: Noise = "averaged",
     tiled: bool = False,
@@ -82,7 +82,7 @@ def bridge_status(
     height: int,
     width: int,
     *,
-    form: str = "learned",
+    form: str = "stitched",
     size: SideSize = "automatic",
     autoencoders: Path | None = None,
 ) -> str:

@@ -80,20 +80,28 @@ class StateMap(nn.Module, ABC):
     def channels(self) -> tuple[int, int]:
         """The number of channels of the target's latents, and of the source's."""
 
-    @abstractmethod
-    def at_same_size(self, z: Tensor) -> Tensor:
-        """Map a latent to one of the same size."""
+    def known(self, z: Tensor) -> Tensor:
+        """Return the map's reading of a latent, ``(N, K, H, W)``: by default the latent itself."""
+        return z
 
     @abstractmethod
-    def at_half_size(self, z: Tensor) -> Tensor | None:
-        """Map a latent to that of the image at half the size; return None if the map cannot."""
+    def at_same_size(self, known: Tensor) -> Tensor:
+        """Map the reading of a latent to a latent of the same size."""
+
+    @abstractmethod
+    def at_half_size(self, known: Tensor) -> Tensor | None:
+        """Map the reading of a latent to that of the image at half the size; return None if the map cannot."""
 
     def forward(self, z: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Map a latent, and resize it to ``size`` if given."""
-        full = tuple(z.shape[-2:])
-        if size is not None and full == (2 * size[0], 2 * size[1]) and (halved := self.at_half_size(z)) is not None:
+        return self.mapped(self.known(z), size)
+
+    def mapped(self, known: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Map the reading of a latent, as :meth:`forward` maps the latent."""
+        full = tuple(known.shape[-2:])
+        if size is not None and full == (2 * size[0], 2 * size[1]) and (halved := self.at_half_size(known)) is not None:
             return halved
-        mapped = self.at_same_size(z)
+        mapped = self.at_same_size(known)
         return mapped if size is None or size == full else averaged(mapped, size)
 
 
@@ -122,12 +130,12 @@ class FilteredState(StateMap):
         channels_out, channels_in, _, _ = self.filter.weight.shape
         return channels_in, channels_out
 
-    def at_same_size(self, z: Tensor) -> Tensor:
-        mapped: Tensor = self.filter(z)
-        return mapped if self.network is None or self.head is None else mapped + self.head(self.network(z))
+    def at_same_size(self, known: Tensor) -> Tensor:
+        mapped: Tensor = self.filter(known)
+        return mapped if self.network is None or self.head is None else mapped + self.head(self.network(known))
 
-    def at_half_size(self, z: Tensor) -> Tensor | None:
-        return None if self.halving is None else self.halving(z)
+    def at_half_size(self, known: Tensor) -> Tensor | None:
+        return None if self.halving is None else self.halving(known)
 
 
 class StitchedState(StateMap):
@@ -150,10 +158,7 @@ class StitchedState(StateMap):
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> StitchedState:
         """Read the sizes off weight shapes; raises ``KeyError`` or ``ValueError`` for another module's."""
-        reading, writing = (
-            sum(1 for key in shapes if key.startswith(part) and key.endswith("conv.0.weight"))
-            for part in ("reading.", "writing.")
-        )
+        reading, writing = stitched_blocks(shapes)
         channels_in, channels_out = shapes["reading.1.weight"][1], shapes[f"writing.{writing}.weight"][0]
         width, half = shapes["middle.weight"][-1], shapes["halving.weight"][-1]
         return cls(channels_in, channels_out, reading=reading, writing=writing, width=width, half=half)
@@ -167,13 +172,22 @@ class StitchedState(StateMap):
         """Return the filters' input: the features of the decoder's layers, and the latent."""
         return torch.cat((self.reading(z), z), 1)
 
-    def at_same_size(self, z: Tensor) -> Tensor:
-        mapped: Tensor = self.writing(self.middle(self.known(z)))
+    def at_same_size(self, known: Tensor) -> Tensor:
+        mapped: Tensor = self.writing(self.middle(known))
         return mapped
 
-    def at_half_size(self, z: Tensor) -> Tensor:
-        mapped: Tensor = self.writing(self.halving(self.known(z)))
+    def at_half_size(self, known: Tensor) -> Tensor:
+        mapped: Tensor = self.writing(self.halving(known))
         return mapped
+
+
+def stitched_blocks(shapes: Shapes) -> tuple[int, int]:
+    """Read the numbers of blocks of the decoder's layers and of the encoder's off weight shapes."""
+    reading, writing = (
+        sum(1 for key in shapes if key.startswith(part) and key.endswith("conv.0.weight"))
+        for part in ("reading.", "writing.")
+    )
+    return reading, writing
 
 
 def state_map(shapes: Shapes) -> StateMap:
@@ -203,15 +217,25 @@ class DifferenceMap(nn.Module):
 
     def forward(self, difference: Tensor, target: Tensor) -> Tensor:
         """Map a difference at the target's clean latent ``target`` ``(N, B, H, W)``."""
-        carried: Tensor = self.filter(difference)
         if self.detail is None:
+            carried: Tensor = self.filter(difference)
             return carried
-        detailed: Tensor = self.detail(torch.cat((carried, regress_on_state(carried, target, self.filter.edges)), 1))
-        return detailed
+        return self.from_features(self.features(difference, target))
+
+    def features(self, difference: Tensor, target: Tensor) -> Tensor:
+        """Return the filtered difference, and the part of it that follows the target's latent: ``(N, 2 * B, H, W)``."""
+        filtered = self.filter(difference)
+        return torch.cat((filtered, regress_on_state(filtered, target, self.filter.edges)), 1)
+
+    def from_features(self, features: Tensor) -> Tensor:
+        """Map a difference whose :meth:`features` are known."""
+        carried: Tensor = features.chunk(2, 1)[0] if self.detail is None else self.detail(features)
+        return carried
 
 
 def regress_on_state(change: Tensor, state: Tensor, edges: str = "replicate") -> Tensor:
-    """Return the part of a change ``(N, B, H, W)`` that follows the state ``(N, B, H, W)``, with the state's detail.
+    """Return the part of a change ``(N, B, H, W)`` that is linear in the state ``(N, B, H, W)``, with the state's
+    detail.
 
     For each image, the change is regressed on the state and on its 3x3 average.  If an edit maps equal colours to equal
     colours, as a change to grey does, this part is nearly the whole change.

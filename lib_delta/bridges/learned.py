@@ -69,8 +69,12 @@ class LearnedBridge:
         noise = with_channels(x.float() - target, channels)
         noise, sigma, resized = self.resolution.to_source(noise, sigma, torch.zeros_like(noise))
         with without_autocast(x.device):
-            clean = self.state.to(x.device)(target, (noise.shape[-2], noise.shape[-1]))
-        return clean + noise, sigma, Crossing(clean, (resized,), target)
+            clean, reading = self._source_state(target, (noise.shape[-2], noise.shape[-1]))
+        return clean + noise, sigma, Crossing(clean, (resized,), target, reading)
+
+    def _source_state(self, target: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """Return the source's clean latent, and the reading of the target's if the way back needs it."""
+        return self.state.to(target.device)(target, size), None
 
     @torch.no_grad()
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
@@ -112,8 +116,8 @@ def load_bridge(path: Path, *, tiled: bool = False) -> LearnedBridge:
     damaged file or one of another kind.
     """
     with WeightFile.open(path) as file:
-        state = _loaded_map(state_map, file.below("state."), path.name)
-        difference = _loaded_map(DifferenceMap.from_shapes, file.below("difference."), path.name)
+        state = load_map(state_map, file.below("state."), path.name)
+        difference = load_map(DifferenceMap.from_shapes, file.below("difference."), path.name)
     if tiled:
         set_circular(state)
         set_circular(difference)
@@ -129,7 +133,7 @@ def learned_bridge(settings: BridgeSettings) -> LearnedBridge:
 LEARNED = BridgeForm("learned", LABEL, learned_bridge)
 
 
-def _loaded_map(map_of: Callable[[Shapes], MapT], file: WeightFile, name: str) -> MapT:
+def load_map(map_of: Callable[[Shapes], MapT], file: WeightFile, name: str) -> MapT:
     try:
         with torch.device("meta"):
             module = map_of(file.shapes)

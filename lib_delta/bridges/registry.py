@@ -5,10 +5,11 @@ from __future__ import annotations
 from lib_delta.bridges.base import BridgeForm
 from lib_delta.bridges.learned import LEARNED
 from lib_delta.bridges.scale import PUBLISHED, SAME_SNR
+from lib_delta.bridges.stitched_difference import STITCHED
 from lib_delta.bridges.through_pixels import TAESD
 from lib_delta.errors import SettingError
 
-FORMS: tuple[BridgeForm, ...] = (LEARNED, TAESD, PUBLISHED, SAME_SNR)
+FORMS: tuple[BridgeForm, ...] = (STITCHED, LEARNED, TAESD, PUBLISHED, SAME_SNR)
 
 
 def form_names() -> tuple[str, ...]:

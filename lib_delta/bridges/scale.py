@@ -55,7 +55,7 @@ def _scale_form(name: ScaleForm) -> BridgeForm:
         if start.channels != end.channels:
             raise SettingError(
                 f"latents of {start.label} and {end.label} differ in more than scale: "
-                f"the form must be learned or taesd, not {name}"
+                f"the form must be stitched, learned or taesd, not {name}"
             )
         return ScaleBridge(start.scale_factor / end.scale_factor, name)
 

@@ -359,8 +359,8 @@ class RequestFields:
         BRIDGES[0],
         Field(
             infotext="Delta bridge",
-            help="how latents of another kind are carried over: by learned maps, over pictures by the WebUI's TAESD "
-            "files, or only by scale in one of two forms",
+            help="how latents of another kind are carried over: by stitched maps (learned ones for pairs without), by "
+            "learned maps, over pictures by the WebUI's TAESD files, or only by scale in one of two forms",
             label="Bridge to other latents",
             choices=BRIDGES,
             axis=Axis("Bridge"),

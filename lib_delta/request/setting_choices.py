@@ -16,7 +16,7 @@ MAIN_PROMPT = "{prompt}"  # stands for the main prompt in a prompt of the side m
 
 # A generation's settings.
 HiresChoice = Literal["both", "first pass", "hires pass"]
-BridgeChoice = Literal["learned", "taesd", "published", "same_snr"]
+BridgeChoice = Literal["stitched", "learned", "taesd", "published", "same_snr"]
 QualityChoice = Literal["exact", "balanced", "fast"]
 BetweenChoice = Literal["automatic", "held", "linear"]
 SizeChoice = Literal["automatic", "picture"]

@@ -104,7 +104,7 @@ PAIRS = list(itertools.permutations(KNOWN, 2))
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda space: space.key)
 def test_every_pair_of_spaces_has_a_learned_bridge(source: Space, target: Space) -> None:
     clean, residual = randn(2, target.channels, 8, 16), randn(2, target.channels, 8, 16, seed=1)
-    bridge = choose_bridge(source, target)
+    bridge = choose_bridge(source, target, form="learned")
     x, sigma, crossing = bridge.to_source(clean + S * residual, SIGMA, clean)
     assert x.shape == crossing.denoised.shape == (2, source.channels, 8, 16)
     assert torch.equal(sigma, SIGMA)
@@ -121,11 +121,11 @@ def test_every_pair_of_spaces_has_a_learned_bridge(source: Space, target: Space)
 
 
 def test_learned_maps_are_small() -> None:
-    assert sum(path.stat().st_size for path in WEIGHTS.glob("*.safetensors")) < 2_000_000
+    assert sum(path.stat().st_size for path in WEIGHTS.glob("*.safetensors") if "stitched" not in path.name) < 2_000_000
 
 
 def test_autocast_and_half_precision_do_not_touch_a_learned_bridge() -> None:
-    bridge = choose_bridge(Family.SD1, Family.SDXL, size="picture")
+    bridge = choose_bridge(Family.SD1, Family.SDXL, form="learned", size="picture")
     x, _, crossing = bridge.to_source(X, SIGMA, CLEAN)
     carried = bridge.delta_to_target(NOISE, crossing)
     with torch.autocast("cpu", torch.bfloat16):
@@ -198,7 +198,7 @@ def test_sizes_that_do_not_divide_still_average_to_the_level_that_is_told() -> N
 
 
 def test_the_status_line_tells_space_bridge_and_size() -> None:
-    assert bridge_status(Family.SD1, Family.SDXL, 112, 144) == "SDXL latents: learned bridge, 72 x 56"
+    assert bridge_status(Family.SD1, Family.SDXL, 112, 144) == "SDXL latents: stitched bridge, 72 x 56"
     assert bridge_status(Family.SD1, Family.CHROMA, 64, 64) == "FLUX.1 latents: learned bridge, 64 x 64"
     assert bridge_status(Family.SD1, Family.SD2, 96, 64) == "SD 1.x/2.x latents: same as the side model's, 64 x 96"
     assert "scale only (published)" in bridge_status(Family.SD1, Family.SDXL, 64, 64, form="published")
@@ -229,7 +229,7 @@ def test_latents_that_no_bridge_leads_to_are_refused() -> None:
     named = r"Wan 2\.1 \(Qwen-Image, Wan\)"
     with pytest.raises(SettingError, match=rf"no bridge leads .* to those of {named}: .* latents of {reached}"):
         choose_bridge(Family.SD1, Family.QWEN_IMAGE)
-    with pytest.raises(SettingError, match="must be learned or taesd, not published"):
+    with pytest.raises(SettingError, match="must be stitched, learned or taesd, not published"):
         choose_bridge(Family.SD1, Family.FLUX, form="published")
     with pytest.raises(SettingError, match="form of a bridge must be one of"):
         choose_bridge(Family.SD1, Family.SDXL, form="other")

@@ -62,7 +62,7 @@ def test_a_state_goes_over_the_picture_and_the_delta_by_the_learned_map(folder: 
     state = through_pictures(folder, clean)
     assert torch.equal(known, sigma)
     torch.testing.assert_close(x, state + s * noise, atol=1e-4, rtol=1e-4)
-    learned = choose_bridge(Family.SD1, Family.SDXL)
+    learned = choose_bridge(Family.SD1, Family.SDXL, form="learned")
     delta = randn(2, 4, 8, 16, seed=2)
     _, _, other = learned.to_source(clean, sigma, clean)
     assert torch.equal(bridge.delta_to_target(delta, crossing), learned.delta_to_target(delta, other))
@@ -120,7 +120,9 @@ def moved(x: torch.Tensor, by: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", ["picture", 64])
-@pytest.mark.parametrize(("form", "target"), [*[("learned", to) for to in LEARNED], ("taesd", Family.SDXL)])
+@pytest.mark.parametrize(
+    ("form", "target"), [*[("learned", to) for to in LEARNED], ("stitched", Family.SDXL), ("taesd", Family.SDXL)]
+)
 def test_where_a_tile_begins_makes_no_difference(folder: Path, form: str, target: Family, size: object) -> None:
     """A tile that is moved, with what leaves at one edge coming in at the other, gets the delta moved."""
 

@@ -110,6 +110,8 @@ def test_controls_bring_nothing_to_a_step_and_wait_for_nothing(name: str) -> Non
         (ResolutionBridge(8, 8, "unit", tiled=True), 4, 24),
         (Composed((NoiseLimitBridge(5.0), ResolutionBridge(8, 8))), 4, 16),
         (choose_bridge(Family.SD1, Family.SDXL, 5.0), 4, 8),
+        (choose_bridge(Family.SD1, Family.SDXL, size=64), 4, 16),
+        (choose_bridge(Family.SD1, Family.SDXL, form="learned"), 4, 8),
         (choose_bridge(Family.SD1, Family.SDXL, size=64), 4, 24),
         (choose_bridge(Family.SD1, Family.SD3), 16, 8),
         (choose_bridge(Family.SD1, Family.FLUX, tiled=True), 16, 8),
@@ -141,7 +143,7 @@ def test_token_merging_brings_nothing_to_a_step_and_waits_for_nothing() -> None:
 def to_cpu(bridge: Bridge) -> None:
     """Have a learned bridge, which is kept for the process's life, where it was."""
     for part in getattr(bridge, "bridges", (bridge,)):
-        for name in ("state", "difference"):
+        for name in ("state", "difference", "stitched"):
             if hasattr(part, name):
                 getattr(part, name).to(torch.device("cpu"))
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lib_delta.bridges import choose_bridge
 from lib_delta.bridges.area_average import averaged
-from lib_delta.bridges.learned import load_bridge, weights_path
 from lib_delta.devices import out_of_memory, without_autocast
 from lib_delta.diffusion.families import Family
 from lib_delta.diffusion.latent_spaces import Space
@@ -167,7 +166,7 @@ def test_pictures_of_every_size_cross_on_a_device_like_apples(target: Family, si
 def _bring_home(bridge: Any) -> None:
     """Bridges are loaded once and stay on their last device."""
     for part in (bridge, *getattr(bridge, "bridges", ())):
-        for module in (getattr(part, "state", None), getattr(part, "difference", None)):
+        for module in (getattr(part, name, None) for name in ("state", "difference", "stitched")):
             if module is not None:
                 module.to("cpu")
                 assert not any(isinstance(weight, OnDevice) for weight in module.parameters())
@@ -197,17 +196,16 @@ def manual_cast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("manual_cast")
 @pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("form", ["learned", "stitched"])
 @pytest.mark.parametrize("space", [Space.SDXL, Space.SD3, Space.FLUX1])
-def test_a_host_that_casts_by_hand_leaves_bridges_as_they_are(space: Space, tiled: bool) -> None:
-    bridge = load_bridge(weights_path(Space.SD1, space), tiled=tiled)
-    state, difference = bridge.state, bridge.difference
-    assert isinstance(state, nn.Module)
-    before = {name: weight.clone() for part in (state, difference) for name, weight in part.state_dict().items()}
+def test_a_host_that_casts_by_hand_leaves_bridges_as_they_are(space: Space, form: str, tiled: bool) -> None:
+    bridge = choose_bridge(Space.SD1, space, form=form, tiled=tiled)
+    parts = [getattr(bridge, name) for name in ("state", "difference", "stitched") if hasattr(bridge, name)]
+    before = [weight.clone() for part in parts for weight in part.state_dict().values()]
     x, clean = randn(1, space.channels, 16, 16), randn(1, space.channels, 16, 16, seed=1)
     x_s, _, crossing = bridge.to_source(x, torch.tensor([2.0]), clean)
     assert x_s.dtype == bridge.delta_to_target(x_s, crossing).dtype == torch.float32
-    after = {name: weight for part in (state, difference) for name, weight in part.state_dict().items()}
-    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert all(map(torch.equal, before, (weight for part in parts for weight in part.state_dict().values())))
 
 
 @pytest.mark.usefixtures("manual_cast")

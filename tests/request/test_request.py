@@ -119,13 +119,13 @@ def test_infotext_restores_everything(request_):
 
 def test_infotext_is_short_and_empty_without_a_delta():
     assert Request(strength=2).infotext() == {}
-    assert Request(enabled=True).infotext() == {"Delta lambda": "1", "Delta bridge": "learned"}
+    assert Request(enabled=True).infotext() == {"Delta lambda": "1", "Delta bridge": "stitched"}
     values = Request(enabled=True, base="v1-5", loras="moxin:0.8").infotext({"v1-5": "0123456789", "moxin": "bbb"})
     assert values == {
         "Delta lambda": "1",
         "Delta base": "v1-5 [0123456789]",
         "Delta LoRAs": "moxin:0.8",
-        "Delta bridge": "learned",
+        "Delta bridge": "stitched",
         "Delta LoRA hashes": "moxin: bbb",
     }
     assert from_infotext({}, "enabled") is False

@@ -115,7 +115,7 @@ def test_the_first_positional_arguments_are_enough(webui: WebUI, files: Files) -
 
 def test_the_infotext_has_what_is_not_the_default(webui: WebUI, files: Files) -> None:
     simple = texts_of(webui.generate(files.delta()).infotexts[0])
-    told = {"Delta base": files.sd1, "Delta LoRAs": files.lora, "Delta bridge": "learned"}
+    told = {"Delta base": files.sd1, "Delta LoRAs": files.lora, "Delta bridge": "stitched"}
     assert simple == {"Delta lambda": "1", **told}
     assert texts_of(webui.generate(all_settings(files)).infotexts[0]) == all_texts(files)
 
@@ -151,7 +151,7 @@ def test_a_plot_over_lambda_and_lora_weight(webui: WebUI, files: Files) -> None:
             assert delta_keys(cell.infotext) == {}
             assert np.array_equal(cell.picture, plain)
         else:
-            told = {"Delta lambda": strength, "Delta base": files.sd1, "Delta LoRAs": lora, "Delta bridge": "learned"}
+            told = {"Delta lambda": strength, "Delta base": files.sd1, "Delta LoRAs": lora, "Delta bridge": "stitched"}
             assert texts_of(cell.infotext) == told
             alone = webui.generate(files.delta(**{"lambda": float(strength), "loras": lora})).pictures[0]
             assert np.array_equal(cell.picture, alone)
@@ -192,7 +192,7 @@ def test_the_grids_own_text_has_the_recipe(webui: WebUI, files: Files) -> None:
     script = {"script_name": "X/Y/Z plot", "script_args": plot_arguments(webui, {"[Delta] Lambda": "0, 1"})}
     body = {**webui.defaults, **script, "alwayson_scripts": {SCRIPT: {"args": [files.delta()]}}}
     grid, first, *_ = json.loads(webui.post("/sdapi/v1/txt2img", body)["info"])["infotexts"]
-    told = {"Delta base": files.sd1, "Delta LoRAs": files.lora, "Delta bridge": "learned"}
+    told = {"Delta base": files.sd1, "Delta LoRAs": files.lora, "Delta bridge": "stitched"}
     assert texts_of(grid) == {"Delta lambda": "0", **told}
     assert delta_keys(first) == {}
 

@@ -24,10 +24,12 @@ from k_diffusion import external
 from safetensors.torch import load_file
 
 from lib_delta.bridges import learned, through_pixels
+from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.errors import SettingError
 from lib_delta.models import taesd
 from tests.support.small_files import Files, checkpoint, write
 from tests.support.stand_in_webui import FORGES, WebUI, relative
+from tests.support.stitched_formula import StitchedFormula
 from tests.support.tiny_unet import randn
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchsde", "ignore:To copy construct from a tensor")
@@ -98,8 +100,9 @@ def is_of_flow_matching(monkeypatch: pytest.MonkeyPatch, webui: WebUI, shift: fl
 class Expected:
     """The expected delta, by the formulas alone."""
 
-    def __init__(self, webui: WebUI, space: str, flow: bool) -> None:
+    def __init__(self, webui: WebUI, space: str, flow: bool, stitched: bool = False) -> None:
         self.flow, self.maps = flow, load_file(MAPS / f"sd1-{space}.safetensors")
+        self.stitched = StitchedFormula(Space.SD1, Space.SDXL) if stitched else None
         self.maps = {name: self._whole(name) for name in self.maps}
         before = webui.shared.sd_model
         self.models = [self._loaded(webui, name) for name in (webui.files.base, webui.files.tuned)]
@@ -135,6 +138,8 @@ class Expected:
         state = (self.state(denoised) + sigma * noise).float()
         levels = torch.full((len(x),), sigma)
         base, tuned = (model(state, levels) for model in self.models)
+        if self.stitched is not None:
+            return self.stitched(tuned - base, self.state(denoised), denoised)
         return self.difference(tuned - base, denoised)
 
     def _whole(self, name: str) -> Tensor:
@@ -187,7 +192,7 @@ def assert_crossed(monkeypatch: pytest.MonkeyPatch, webui: WebUI, expected: Expe
     if changes.get("enable_hr"):
         changes = {"hr_cfg": 1.0, **changes}
     plain, made = webui.latents(**changes), webui.generate(DELTA, **changes)
-    assert webui.callbacks.swallowed == [] and "Delta bridge: learned" in made.infotexts[0]
+    assert webui.callbacks.swallowed == [] and "Delta bridge: stitched" in made.infotexts[0]
 
     def with_delta(original: Evaluation) -> Evaluation:
         def evaluate(x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
@@ -229,8 +234,29 @@ def generations(channels: int) -> dict[str, dict[str, Any]]:
 def test_a_delta_crosses_to_sdxl(webui: WebUI, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     webui.use("other")
     has_latents_of(monkeypatch, webui, "sdxl")
-    assert_crossed(monkeypatch, webui, Expected(webui, "sdxl", flow=False), **generations(4)[name])
-    assert "SDXL latents: learned bridge" in webui.host.status()
+    assert_crossed(monkeypatch, webui, Expected(webui, "sdxl", flow=False, stitched=True), **generations(4)[name])
+    assert "SDXL latents: stitched bridge" in webui.host.status()
+
+
+def test_a_picture_of_a_learned_bridge_is_restored(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    webui.use("other")
+    has_latents_of(monkeypatch, webui, "sdxl")
+    plain, expected = webui.latents(cfg_scale=1.0, steps=4), Expected(webui, "sdxl", flow=False)
+    made = webui.generate({**DELTA, "bridge": "learned"}, cfg_scale=1.0, steps=4)
+    assert "Delta bridge: learned" in made.infotexts[0] and "learned bridge" in webui.host.status()
+    stitched = webui.generate(DELTA, cfg_scale=1.0, steps=4)
+    assert relative(stitched.images, made.images) > 1e-4
+
+    def with_delta(original: Evaluation) -> Evaluation:
+        def evaluate(x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+            out = original(x, sigma, context)
+            return out + expected(x[:1], sigma[0], out[:1]).repeat(len(x), 1, 1, 1)
+
+        return evaluate
+
+    put(monkeypatch, webui, with_delta)
+    wanted = webui.latents(cfg_scale=1.0, steps=4)
+    assert float((made.images - wanted).norm() / (plain - wanted).norm()) < 2e-3
 
 
 FLOWS = [

@@ -1,0 +1,82 @@
+"""Stitched difference maps by the weights of their files, in convolutions of torch alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lib_delta.bridges.learned import WEIGHTS
+from lib_delta.diffusion.latent_spaces import Space
+
+
+class StitchedFormula:
+    """The map of an ordered pair of spaces, and the linear map that it stands on."""
+
+    def __init__(self, source: Space, target: Space) -> None:
+        stored = load_file(WEIGHTS / f"{source.key}-{target.key}-stitched.safetensors")
+        stored |= load_file(WEIGHTS / f"{source.key}-{target.key}.safetensors")
+        self.weights = {
+            key: value.float() * stored[f"{key}.scale"].reshape(-1, *[1] * (value.ndim - 1))
+            if f"{key}.scale" in stored
+            else value.float()
+            for key, value in stored.items()
+        }
+
+    def filtered(self, key: str, x: Tensor) -> Tensor:
+        """Filter with edges repeated."""
+        weight = self.weights[f"{key}.weight"]
+        around = F.pad(x, [weight.shape[-1] // 2] * 4, mode="replicate")
+        return F.conv2d(around, weight, self.weights.get(f"{key}.bias"))
+
+    def blocks(self, part: str, first: int, h: Tensor) -> Tensor:
+        """Apply the residual blocks of a part, whose convolutions are continued by zeros."""
+        names = [f"{part}.{n}.conv" for n in range(first, first + 3)]
+        for name in (name for name in names if f"{name}.0.weight" in self.weights):
+            inner = h
+            for layer in (0, 2, 4):
+                weight, bias = (self.weights[f"{name}.{layer}.{kind}"] for kind in ("weight", "bias"))
+                inner = F.conv2d(inner if layer == 0 else inner.relu(), weight, bias, padding=1)
+            h = (inner + h).relu()
+        return h
+
+    def read(self, part: str, z: Tensor) -> Tensor:
+        weight, bias = (self.weights[f"{part}.1.{kind}"] for kind in ("weight", "bias"))
+        return self.blocks(part, 3, F.conv2d(3 * (z / 3).tanh(), weight, bias, padding=1).relu())
+
+    def written(self, h: Tensor) -> Tensor:
+        last = max(int(key.split(".")[2]) for key in self.weights if key.startswith("stitched.writing."))
+        weight, bias = (self.weights[f"stitched.writing.{last}.{kind}"] for kind in ("weight", "bias"))
+        return F.conv2d(self.blocks("stitched.writing", 0, h), weight, bias, padding=1)
+
+    def linear(self, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the linear map's output, and the features that it is made of."""
+        filtered = self.filtered("difference.filter", delta)
+        follows = []
+        for change, z in zip(filtered.double(), target.double()):
+            soft = F.avg_pool2d(F.pad(z[None], (1,) * 4, mode="replicate"), 3, 1)[0]
+            rows = torch.cat((z, soft)).flatten(1).T
+            rows, wanted = rows - rows.mean(0), change.flatten(1).T
+            gram = rows.T @ rows / len(rows) + 0.01 * torch.eye(rows.shape[1]).double()
+            moment = rows.T @ (wanted - wanted.mean(0)) / len(rows)
+            follows.append((rows @ torch.linalg.inv(gram) @ moment + wanted.mean(0)).T.reshape(change.shape))
+        features = torch.cat((filtered, torch.stack(follows).float()), 1)
+        return self.filtered("difference.detail", features), features
+
+    def __call__(self, delta: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        """Return what becomes of a delta of the target's size, or of half of it."""
+        half = delta.shape[-1] != target.shape[-1]
+        enlarged = F.interpolate(delta, target.shape[-2:], mode="bilinear", align_corners=False) if half else delta
+        linear, features = self.linear(enlarged, target)
+        changed = self.read("stitched.reading", source + delta) - self.read("stitched.reading", source)
+        read = torch.cat((changed, delta), 1)
+        base = self.filtered("stitched.base", torch.cat((self.read("state.reading", target), target), 1))
+        if half:
+            raised = F.pixel_shuffle(self.filtered("stitched.half_seam", read), 2)
+            change = self.filtered("stitched.half_mix", raised) + self.filtered("stitched.half_linear", features)
+        else:
+            change = self.filtered("stitched.seam", read) + self.filtered("stitched.linear", features)
+        written = self.written(base + change) - self.written(base)
+        out = self.filtered("stitched.half_out" if half else "stitched.out", torch.cat((written, features), 1))
+        return (out + linear) / 2 if half else out
