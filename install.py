@@ -1,4 +1,4 @@
-"""Run by the WebUI when it starts: says what is missing.  Nothing is installed, for WebUIs bring all that is needed."""
+"""Report missing packages when the WebUI starts.  Nothing is installed: WebUIs include all requirements."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""The device that is checked: which it is, what it says of its memory, and what the machine around it is."""
+"""The checked device, its memory, and the machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_MPS_HIGH_W
 
 @dataclass(frozen=True)
 class Card:
-    """A device of torch's, and what torch can say of it; DirectML's says next to nothing."""
+    """A torch device and torch's information about it; DirectML reports almost none."""
 
     device: torch.device
 
@@ -31,7 +31,7 @@ class Card:
         return getattr(torch, self.device.type, None)
 
     def _asked(self, *names: str) -> Any:
-        """Return what the first function of these names says, None where there is none."""
+        """Return the result of the first of these functions that exists, or None."""
         function = next((f for name in names if (f := getattr(self._module, name, None)) is not None), None)
         return None if function is None else function()
 
@@ -41,11 +41,11 @@ class Card:
 
     @property
     def unindexed(self) -> torch.device:
-        """The device as AUTOMATIC1111 names it; DirectML's has no name without its number."""
+        """The device without an index, as AUTOMATIC1111 names it; DirectML's always has one."""
         return self.device if self.device.type == "privateuseone" else torch.device(self.device.type)
 
     def wait(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished its queued work."""
         if self.is_cpu:
             return
         if getattr(self._module, "synchronize", None) is None:
@@ -58,7 +58,7 @@ class Card:
         return None if self.is_cpu else self._asked("memory_allocated", "current_allocated_memory")
 
     def peak(self) -> int | None:
-        """Return the most bytes that were in use since :meth:`forget_peak`."""
+        """Return the peak of the bytes in use since :meth:`forget_peak`."""
         return None if self.is_cpu else self._asked("max_memory_allocated")
 
     def forget_peak(self) -> None:
@@ -67,13 +67,13 @@ class Card:
             self._asked("reset_peak_memory_stats")
 
     def total(self) -> int | None:
-        """Return the bytes that the device has."""
+        """Return the device's memory in bytes."""
         if self.device.type in ("cuda", "xpu"):
             return int(self._module.get_device_properties(self.device).total_memory)
         return self._asked("recommended_max_memory") if self.device.type == "mps" else None
 
     def free(self) -> int | None:
-        """Return the bytes that the device can still give."""
+        """Return the device's free bytes."""
         if self.device.type in ("cuda", "xpu") and hasattr(self._module, "mem_get_info"):
             return int(self._module.mem_get_info(self.device)[0])
         total, used = self.total(), self.used()
@@ -81,7 +81,7 @@ class Card:
 
     @contextmanager
     def short(self, share: float) -> Iterator[None]:
-        """Leave a share of what the last pass needed beside what is in use (CUDA alone can)."""
+        """Limit free memory to a share of the last pass's need (only on CUDA)."""
         self.wait()
         resting, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         torch.cuda.empty_cache()
@@ -123,7 +123,7 @@ def _has_xpu() -> bool:
 
 
 def described(card: Card) -> Iterator[tuple[str, str]]:
-    """Say what the card and the machine are, as far as they tell."""
+    """Describe the card and the machine, as far as is known."""
     yield "device", card_name(card)
     yield "driver", _driver(card)
     yield "system", f"{platform.platform()}, Python {platform.python_version()} ({sys.executable})"
@@ -137,7 +137,7 @@ def described(card: Card) -> Iterator[tuple[str, str]]:
 
 
 def card_name(card: Card) -> str:
-    """Return what the card is called."""
+    """Return the card's name."""
     if card.device.type in ("cuda", "xpu"):
         properties = card._module.get_device_properties(card.device)
         return f"{properties.name} ({card.device})"
@@ -185,7 +185,7 @@ def _gigabytes(size: int | None) -> str:
 
 
 def memory() -> tuple[int | None, int | None]:
-    """Return the machine's free and whole memory in bytes, where they can be known."""
+    """Return the machine's free and total memory in bytes, if known."""
     try:
         found = importlib.import_module("psutil").virtual_memory()
     except ImportError:
@@ -198,7 +198,7 @@ def memory() -> tuple[int | None, int | None]:
 
 
 def own_memory() -> int | None:
-    """Return the bytes of the machine's memory that this process has, pinned ones with them."""
+    """Return this process's resident bytes, pinned memory included."""
     try:
         return int(importlib.import_module("psutil").Process().memory_info().rss)
     except ImportError:

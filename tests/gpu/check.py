@@ -1,4 +1,4 @@
-"""Check on this machine what only a device can tell, and write one text that can be pasted into an issue.
+"""Check this machine's graphics card, and write one text that can be pasted into an issue.
 
     venv\\Scripts\\python extensions\\delta-sampling\\tests\\gpu\\check.py
 
@@ -25,7 +25,7 @@ PASTED = "delta-check.md"
 
 
 class Report:
-    """A text that is printed and kept line by line, so that whatever happens, what was found stays."""
+    """A text that is printed and written line by line, so a crash loses nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self._path, self.wrong, self.left_out = path, 0, 0
@@ -33,7 +33,7 @@ class Report:
             path.write_text("", encoding="utf-8")
 
     def say(self, text: str = "") -> None:
-        """Print and keep a line, without the user's name in paths."""
+        """Print and write a line, without the user's name in paths."""
         text = text.replace(str(Path.home()), "~")
         encoding = sys.stdout.encoding or "ascii"
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
@@ -42,7 +42,7 @@ class Report:
                 stream.write(text + "\n")
 
     def row(self, what: str, found: str, good: bool | None) -> None:
-        """Say a row of the table; ``good`` is None where something is only told."""
+        """Write a row of the table; ``good`` is None for plain information."""
         self.wrong += good is False
         verdict = {True: "ok", False: "**not ok**", None: ""}[good]
         self.say(f"| {_cell(what)} | {_cell(found)} | {verdict} |")
@@ -53,7 +53,7 @@ def _cell(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the checks; returns the exit status: 1 where something is not as it should be."""
+    """Run the checks, and return the exit status: 1 if a check failed."""
     parser = argparse.ArgumentParser(description="Check what only a device can tell, for an issue.")
     parser.add_argument("--device", default="", help="cuda:1, xpu, mps, directml or cpu (default: what a WebUI takes)")
     parser.add_argument("--out", type=Path, default=Path(PASTED), help=f"where the text is kept (default: {PASTED})")
@@ -83,7 +83,7 @@ def _report(path: Path) -> Report:
 
 
 def _prepared(report: Report, name: str) -> tuple[object, Mapping[str, Callable]]:  # type: ignore[type-arg]
-    """Say what the machine is, and return where the checks run and which there are."""
+    """Describe the machine, and return the checks and their device."""
     report.say("### Delta Sampling on a device\n\n| | |\n|---|---|")
     import torch
 
@@ -113,7 +113,7 @@ def _prepared(report: Report, name: str) -> tuple[object, Mapping[str, Callable]
 
 
 def run(report: Report, bench: object, checks: Mapping[str, Callable], end: float) -> None:  # type: ignore[type-arg]
-    """Go through the checks; one that raises is a line of its own, and the rest go on, as far as there is time."""
+    """Run the checks until time is up; one that raises gets a line, and the rest continue."""
     faults = []
     for name, check in checks.items():
         if time.monotonic() > end:
@@ -143,7 +143,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _make_room(bench: object) -> None:
-    """Have the device give back what a check has left; one that is broken by now says so in the next check."""
+    """Free the memory left by a check; a broken device shows in the next check."""
     from lib_delta.devices import empty_cache
 
     gc.collect()

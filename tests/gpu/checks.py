@@ -1,4 +1,4 @@
-"""What only a device can tell, as functions that yield lines of a table.
+"""Checks of a device, as functions that yield lines of a table.
 
 They import torch and this extension, and nothing that a WebUI's Python lacks.
 """
@@ -53,7 +53,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table: what was looked at, what was found, and whether that is right (None: it is told)."""
+    """A line of the table: the check, its result, and whether that is right (None: information)."""
 
     what: str
     found: str
@@ -78,11 +78,11 @@ class Bench:
 
     @property
     def card(self) -> Card:
-        """The device, with what it says of its memory."""
+        """The device and its memory."""
         return Card(self.device)
 
     def unet(self, dtype: torch.dtype = torch.float32, config: UNetConfig | None = None) -> UNet:
-        """Return the same random UNet every time; it is made in fp32 on the CPU and then cast."""
+        """Return the same random UNet every time, made in fp32 on the CPU and then cast."""
         unet = UNet(config or self.config).requires_grad_(False).eval()
         generator = torch.Generator().manual_seed(SEED)
         for weight in unet.parameters():
@@ -91,7 +91,7 @@ class Bench:
         return unet.to(self.device, dtype)
 
     def large(self, dtype: torch.dtype) -> UNet:
-        """Return a UNet of the full width, made on the device of few numbers that repeat."""
+        """Return a full-width UNet, made on the device from a few repeated numbers."""
         with torch.device("meta"):
             unet = UNet(self.full).requires_grad_(False).eval().to(dtype)
         unet.to_empty(device=self.device)
@@ -134,7 +134,7 @@ class Bench:
         return source.deltas(SourceStep(*self.step(), CFG))[0]
 
     def halves(self) -> Iterator[tuple[str, torch.dtype]]:
-        """Yield the half precisions that the device computes in."""
+        """Yield the device's half precisions."""
         for dtype in (torch.float16, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
             if self.device.type == "cpu" and dtype == torch.float16:
@@ -147,12 +147,12 @@ class Bench:
             yield name, dtype
 
     def half(self) -> torch.dtype:
-        """Return the type that a WebUI takes: fp16, on the CPU fp32."""
+        """Return a WebUI's default type: fp16, or fp32 on a CPU."""
         return torch.float32 if self.device.type == "cpu" else torch.float16
 
 
 def apart(found: Tensor, wanted: Tensor) -> float:
-    """Return how far a delta is from another, as a share of it."""
+    """Return the distance between two deltas, relative to the second."""
     return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
@@ -195,7 +195,7 @@ def precision(bench: Bench) -> Iterator[Line]:
 
 
 def hosts_settings(bench: Bench) -> Iterator[Line]:
-    """Compare with what WebUIs switch on: TF32, cuDNN's own search for the fastest way, autocast."""
+    """Compare under WebUIs' settings: TF32, cuDNN's benchmark mode, autocast."""
     unet = bench.unet()
     attach(unet, [(bench.lora(unet), 1.0)], "merged")
     wanted = bench.delta(bench.source(unet))
@@ -280,7 +280,7 @@ def shortage(bench: Bench, short: Callable[[float], AbstractContextManager[objec
 
 
 def swaps(bench: Bench, count: int = 50) -> Iterator[Line]:
-    """Swap adapters and forms, and look at what stays in use."""
+    """Swap adapters and forms, and compare the memory in use."""
     unet = bench.unet(bench.half())
     file = bench.lora(unet)
     levels: list[int | None] = []
@@ -297,7 +297,7 @@ def swaps(bench: Bench, count: int = 50) -> Iterator[Line]:
 
 
 def placements(bench: Bench) -> Iterator[Line]:
-    """Compute on a visit and block by block, and look at what stays on the device."""
+    """Compute with copied weights and block by block, and compare the memory in use."""
     unet = bench.unet()
     attach(unet, [(bench.lora(unet), 1.0)], "bypass")
     wanted = bench.delta(bench.source(unet))
@@ -325,7 +325,7 @@ def _megabytes(size: int | None) -> str:
 
 
 def pinned(bench: Bench) -> Iterator[Line]:
-    """Look at the machine's memory before a side model is loaded, while it visits, and after *Unload*."""
+    """Compare the machine's memory before a side model is loaded, while it is in use, and after *Unload*."""
     _collect(bench)
     before = own_memory()
     if before is None:
@@ -370,7 +370,7 @@ def synchronisation(bench: Bench, watched: Callable[[], AbstractContextManager[S
 
 @contextmanager
 def waits() -> Iterator[Sequence[str]]:
-    """List the points at which torch itself says that it waits (CUDA alone can)."""
+    """List the points at which torch reports a wait (only on CUDA)."""
     found: list[str] = []
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -408,7 +408,7 @@ def generation(bench: Bench) -> Iterator[Line]:
 
 
 def _k_diffusion() -> list[Path]:
-    """Return where a WebUI has the samplers that it brings along."""
+    """Return the folder of the WebUI's samplers."""
     found = (parent / "repositories" / "k-diffusion" for parent in ROOT.parents)
     return [path for path in found if path.is_dir()]
 
@@ -439,7 +439,7 @@ KERNELS = {0: "scores are held whole", 1: "flash", 2: "memory-efficient", 3: "cu
 
 
 def attention_kernels(bench: Bench) -> Iterator[Line]:
-    """Say which kernel torch takes at the widths of SD 1.5's heads, for pixels and for prompts."""
+    """Report torch's attention kernel at SD 1.5's head widths, for pixels and for prompts."""
     dtype = bench.half()
     for width in (40, 80, 160):
         told = []
@@ -455,7 +455,7 @@ def attention_kernels(bench: Bench) -> Iterator[Line]:
 
 
 def timings(bench: Bench, count: int = 5) -> Iterator[Line]:
-    """Time a plain and a forked pass of cond and uncond, and see what they need beside the weights."""
+    """Measure time and memory of a plain and a forked pass of cond and uncond."""
     dtype = bench.half()
     unet = bench.large(dtype)
     file = bench.lora(unet)
@@ -494,7 +494,7 @@ def _timed(bench: Bench, source: Source, side: int, count: int) -> str:
 
 
 def fp8(bench: Bench) -> Iterator[Line]:
-    """Store weights in fp8, and compare with weights that were rounded to it."""
+    """Store weights in fp8, and compare with weights rounded to fp8."""
     kind = getattr(torch, "float8_e4m3fn", None)
     try:
         torch.zeros(1).to(bench.device).to(kind).to(bench.half())
@@ -516,7 +516,7 @@ def fp8(bench: Bench) -> Iterator[Line]:
 
 
 def exhaustion(bench: Bench) -> Iterator[Line]:
-    """Ask for what no device has, and on a card fill it, to learn in which words it refuses."""
+    """Exhaust the memory (an impossible request, then a full card), and record the error messages."""
     _, known, said = _words(lambda: torch.empty(2**50, dtype=torch.uint8, device=bench.device))
     yield Line("what is said to a request for a million gigabytes", said, known)
     total = bench.card.total()
@@ -552,7 +552,7 @@ def _convolved(bench: Bench) -> tuple[Tensor, Tensor]:
 
 
 def _words(asked: Callable[[], object]) -> tuple[bool, bool, str]:
-    """Return whether something failed, whether it was known for a shortage (or did not fail), and what was said."""
+    """Return whether the call failed, whether it succeeded or its error is a known shortage, and the message."""
     try:
         asked()
     except Exception as error:
@@ -563,7 +563,7 @@ def _words(asked: Callable[[], object]) -> tuple[bool, bool, str]:
 
 
 def compiled(bench: Bench) -> Iterator[Line]:
-    """Have torch compile a narrow UNet, which takes a minute or so, and compare."""
+    """Compile a narrow UNet with torch (about a minute), and compare."""
     if bench.device.type == "cpu":
         yield Line("compiled by torch", "left out: on a CPU it takes minutes", None)
         return
@@ -582,7 +582,7 @@ Check = Callable[[Bench], Iterator[Line]]
 
 
 def checks_for(bench: Bench) -> dict[str, Check]:
-    """Return the checks that a device can be put through, by name; the last ones are those that could upset it."""
+    """Return the checks by name; those that could break the device come last."""
     found: dict[str, Check] = {
         "a generation": generation,
         "attention": attention_kernels,
