@@ -29,20 +29,8 @@ class Layout:
 
 def sd15(width: int = 320) -> Layout:
     """Return SD 1.5's layout at any width; 320 is its own."""
-    levels = (width, 2 * width, 4 * width, 4 * width)
-    ours = UNetConfig(
-        in_channels=4,
-        out_channels=4,
-        model_channels=width,
-        levels=levels,
-        res_blocks=(2, 2, 2, 2),
-        depth_in=(1, 1, 1, 1, 1, 1, 0, 0),
-        depth_middle=1,
-        depth_out=(0, 0, 0, *[1] * 9),
-        context_width=768,
-        linear_projection=False,
-    )
-    return Layout(ours, {"block_out_channels": levels, "attention_head_dim": 8, "cross_attention_dim": 768})
+    ours = UNetConfig.sd15(width)
+    return Layout(ours, {"block_out_channels": ours.levels, "attention_head_dim": 8, "cross_attention_dim": 768})
 
 
 def sdxl(width: int = 320) -> Layout:

@@ -24,6 +24,7 @@ from lib_delta.core.conditioning import Conditioning
 from lib_delta.core.guidance import DeltaDenoiser, DeltaGuidance
 from lib_delta.core.guides import Guide
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.core.strength import Strength
 from lib_delta.diffusion.families import Family
 from lib_delta.diffusion.parameterization import Parameterization, Prediction, Schedule
@@ -149,7 +150,7 @@ class Alone:
         self._cfg = settings.cfg
 
     def __call__(self, x: Tensor, sigma: Tensor, **_: object) -> Tensor:
-        return self._source.denoised(x, sigma, self._cfg)[-1].to(x.device)
+        return self._source.denoised(SourceStep(x, sigma, self._cfg))[-1].to(x.device)
 
     @property
     def evaluations(self) -> int:
@@ -240,7 +241,7 @@ class Branch:
         self._source, self._cfg, self._branch = source, cfg, -1 if adapted else 0
 
     def __call__(self, x: Tensor, sigma: Tensor, **_: object) -> Tensor:
-        return self._source.denoised(x, sigma, self._cfg)[self._branch].to(x.device)
+        return self._source.denoised(SourceStep(x, sigma, self._cfg))[self._branch].to(x.device)
 
 
 def with_delta(

@@ -85,7 +85,7 @@ def load_target(path: Path, target: Model) -> Model:
         channels = weights["out.2.weight"].shape[0]
         with torch.device("meta"):
             network = UNet(replace(target.unet.config, in_channels=channels, out_channels=channels))
-        load_weights(network, weights, path.name, torch.float32, "cpu")
+        load_weights(network, weights, path.name)
         own = any(key.startswith(VAE_PREFIX) for key in file.shapes)
         prediction = cast(Prediction, file.metadata[PREDICTION])
         return replace(

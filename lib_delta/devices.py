@@ -1,4 +1,4 @@
-"""Devices: how much memory one has left, how errors say that it ran out, and what a host has switched on there."""
+"""Devices: free memory, out-of-memory errors, and autocast."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-# CUDA and ROCm, MPS, DirectML, XPU, the CPU and their libraries each have words of their own.  cuBLAS and cuDNN that
-# find no room for what they set up say that they could not start, or that they know no way to compute.
+# CUDA and ROCm, MPS, DirectML, XPU, the CPU and their libraries word this differently.  cuBLAS and cuDNN report a
+# failed initialization, or that they found no engine, when there is no room for their workspace.
 _OUT_OF_MEMORY = re.compile(
     r"(out of|not enough|insufficient|(cannot|can't|could not|failed to) allocate) ((gpu|video|device|host) )*memory"
     r"|could not allocate tensor|allocation on device|failed to allocate private mtlbuffer|invalid buffer size"
@@ -20,11 +20,11 @@ _OUT_OF_MEMORY = re.compile(
     r"|bad_alloc|bad allocation|memory resources are available",
     re.IGNORECASE,
 )
-_PAGING_FILE_TOO_SMALL = 1455  # what Windows calls it
+_PAGING_FILE_TOO_SMALL = 1455  # Windows' error code ERROR_COMMITMENT_LIMIT
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out, on a GPU or in RAM."""
+    """Return whether an error reports that memory ran out, on a GPU or in RAM."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):
@@ -33,9 +33,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def indexed(device: torch.device) -> torch.device:
-    """Return a device as its tensors call it: "cuda" is the current one, as "cuda:0", and "mps" is "mps:0".
+    """Return a device with its index, as its tensors report it: "cuda" as the current "cuda:0", "mps" as "mps:0".
 
-    A host says either, torch 2.1 asks no device without an index for its free memory, and the two are never equal.
+    Hosts use both forms, which never compare equal, and torch 2.1 reports free memory only for a device with an index.
     """
     if device.index is not None or device.type in ("cpu", "meta"):
         return device
@@ -44,15 +44,15 @@ def indexed(device: torch.device) -> torch.device:
 
 
 def fetches(device: torch.device) -> bool:
-    """Tell whether a device copies from the CPU's memory by itself, without a copy being waited for.
+    """Return whether a device can copy from the CPU's memory without Python waiting for it.
 
-    Towards the CPU no copy may be left unwaited for: Python would read what has not come yet.
+    Copies to the CPU must always be waited for: Python would read memory that is not yet written.
     """
     return device.type == "cuda"
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return how many bytes a device can still give, None where it does not say."""
+    """Return how many bytes a device can still allocate, or None if it does not report that."""
     device = indexed(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -62,26 +62,26 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Have a device's allocator give back what it keeps for later, so that pieces of it can be joined."""
+    """Release the memory that a device's allocator caches, so that adjacent pieces can be joined."""
     release = getattr(getattr(torch, device.type, None), "empty_cache", None)
     if release is not None:
         release()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Switch off the autocast a host may be running under: the weights' own type is the one asked for."""
+    """Switch off a host's autocast, so that layers compute in their weights' type."""
     try:
         return torch.autocast(device.type, enabled=False)
     except (RuntimeError, AssertionError, AttributeError):
-        # This torch has no autocast for this device, so there is none to switch off: an older one for Apple's, one
-        # without its modules for Intel's, and none for DirectML's.
+        # This torch has no autocast for this device, so there is none to switch off.  Older ones have none for Apple's
+        # devices, those without Intel's modules none for Intel's, and no torch has one for DirectML.
         return nullcontext()
 
 
 def trim_heap() -> bool:
-    """Have the C library give back what it keeps of freed memory, 1.6 GB after an SD 1.x base; True if it did.
+    """Return freed memory from the C library to the system (1.6 GB after an SD 1.x base); True if it did.
 
-    Only glibc keeps so much, and only it can be asked.
+    Only glibc retains so much, and only glibc has a function for this.
     """
     if sys.platform != "linux":
         return False

@@ -1,4 +1,4 @@
-"""The errors that users see: one sentence that says what is wrong, with which file, and what to do."""
+"""The errors that users see: one sentence with the fault, the file, and the remedy."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 
 class DeltaError(Exception):
-    """Anything that Delta Sampling refuses or cannot do.
+    """A request that Delta Sampling refuses or cannot carry out.
 
-    WebUIs show a class's name before its sentence, so all have one that users read; tracebacks have their own.
+    WebUIs show the class's name before the message, so all subclasses are named "Error".  Tracebacks show the
+    qualified name, which differs.
     """
 
     def __init_subclass__(cls) -> None:
@@ -38,32 +39,32 @@ class SettingError(DeltaError):
 
 
 def clear_frames(error: BaseException) -> None:
-    """Drop what the functions hold that an error, and those that led to it, came out of; their lines stay to be shown.
+    """Clear the local variables in the tracebacks of an error and its causes; the tracebacks' lines stay.
 
-    Tensors and whole models are among it, and an error in a variable of such a function would keep them for long.
+    The variables may hold tensors and whole models, which live as long as the error does.
     """
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
-        led = waiting.pop()
-        if led is not None and id(led) not in seen:
-            seen.add(id(led))
-            traceback.clear_frames(led.__traceback__)
-            waiting += [led.__cause__, led.__context__]
+        current = waiting.pop()
+        if current is not None and id(current) not in seen:
+            seen.add(id(current))
+            traceback.clear_frames(current.__traceback__)
+            waiting += [current.__cause__, current.__context__]
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """Return a wrong value as an error's sentence shows it: as Python writes it, and no longer than ``limit``."""
+    """Return a wrong value for an error message: its ``repr``, shortened to ``limit`` characters."""
     return shortened(repr(value), limit)
 
 
 def shortened(text: str, limit: int = 80) -> str:
-    """Return a text, its end left out where it is longer than ``limit``."""
+    """Return a text, cut after ``limit`` characters and marked with "..." if it is longer."""
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def near(name: str, known: Sequence[str]) -> str:
-    """Return the end of a sentence that says which of the names known may be meant."""
+    """Return the end of a message that suggests the known name most like ``name``, or lists the first known names."""
     close = difflib.get_close_matches(name, known, 1, 0.5)
     if close:
         return f": is {close[0]!r} meant?"

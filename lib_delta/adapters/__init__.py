@@ -1,1 +1,1 @@
-"""Adapters: files that turn the base model into the adapted one."""
+"""Reads adapters: files that turn the base model into the adapted one."""

@@ -1,6 +1,6 @@
-"""Attaching adapters to a base model: its second branch, or a text encoder's second set of weights.
+"""Attaches adapters to a base model: as a second branch, or as a second set of weights of a text encoder.
 
-The base's own weights are never written to, so detaching leaves it as it was, bit for bit.
+The base's weights are never written to, so that detaching restores it bit for bit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lib_delta.models.text import TextEncoder
 from lib_delta.models.unet import UNet
 
 AdapterForm = Literal["automatic", "merged", "bypass"]
-# Factors that multiply more than this share of what their layer does are slower than a second weight (measured in fp32
+# Factors with more multiplications than this share of their layer's are slower than a second weight (measured in fp32
 # on a CPU: at .33 faster by 4 %, at .67 slower by 8 %).
 MAX_FACTOR_COST = 0.5
 Weighted = tuple[LayerAdapter, float]
@@ -35,22 +35,22 @@ Weight = float | Callable[[str], float]
 
 
 class MergeOrigin:
-    """Which adapters, each with its weight, were put on a layer; it keeps none of them in memory."""
+    """The adapters and weights that were merged into a layer, by weak references."""
 
     def __init__(self, parts: Sequence[Weighted]) -> None:
         self._parts = [(weakref.ref(adapter), weight) for adapter, weight in parts]
 
     def same(self, parts: Sequence[Weighted]) -> bool:
-        """Tell whether it is these."""
+        """Return whether the layer was made of these parts."""
         return len(parts) == len(self._parts) and all(
             ref() is adapter and before == weight for (ref, before), (adapter, weight) in zip(self._parts, parts)
         )
 
 
 class Merged(nn.Module, Adaptation):
-    """A second weight and, where it changes, a second bias, in the layer's dtype."""
+    """A second weight and, if it changes, a second bias, in the layer's dtype."""
 
-    # Buffers follow the model from device to device; not persistent, they are no part of its weights.
+    # Buffers follow the model from device to device.  They are not persistent, so its state dict lacks them.
     weight: Tensor
     bias: Tensor | None
 
@@ -65,7 +65,7 @@ class Merged(nn.Module, Adaptation):
 
 
 class Bypass(nn.Module, Adaptation):
-    """The low-rank factors themselves, added to the layer's output (the smallest form)."""
+    """The low-rank factors, whose result is added to the layer's output (the smallest form)."""
 
     def __init__(self, adapters: Sequence[Weighted], made_of: MergeOrigin) -> None:
         super().__init__()
@@ -77,12 +77,12 @@ class Bypass(nn.Module, Adaptation):
     def forked(self, layer: ForkedLayer, x: Tensor) -> Tensor:
         """Compute the base's layer once, over the rows of both branches."""
         y = layer.base(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        # Never computed straight into the branch's place: Apple's devices lose products that are written to a part of a
-        # tensor (pytorch/pytorch#193385), and a pass takes no longer.
+        # Not computed directly into the branch's slice: Apple's devices lose products that are written to a part of a
+        # tensor (pytorch/pytorch#193385), and this takes no longer.
         return torch.stack((y[0], self._adapted(layer, x[-1], y[-1])))
 
     def _adapted(self, layer: ForkedLayer, x: Tensor, base: Tensor) -> Tensor:
-        """Return the base's output plus what each adapter makes of ``x`` and of that output."""
+        """Return the base's output plus each adapter's effect for ``x`` and that output."""
         total = base
         for adapter, weight in self.adapters:
             total = adapter.plus_bypass(total, layer, x, base, weight)
@@ -94,7 +94,7 @@ class Bypass(nn.Module, Adaptation):
         return self
 
     def on(self, device: torch.device) -> tuple[Weighted, ...]:
-        """Return the factors on a device, those that are elsewhere as copies."""
+        """Return the factors on a device; those elsewhere are copied."""
         return self._mapped(lambda t: t.to(device, non_blocking=fetches(device)))
 
     def _mapped(self, fn: Callable[[Tensor], Tensor]) -> tuple[Weighted, ...]:
@@ -104,11 +104,10 @@ class Bypass(nn.Module, Adaptation):
 def attach(unet: UNet, adapters: Sequence[tuple[AdapterFile, Weight]], form: AdapterForm = "merged") -> None:
     """Give the UNet's layers a second branch: the sum of the adapters, each times its weight.
 
-    What was attached before is replaced, and its memory is used again; layers that stay adapted as they
-    were are left alone.  Layers that no adapter of a weight other than 0 touches stay shared.  In the form
-    ``bypass``, layers with an adapter that needs whole weights are merged; in the form ``automatic``, those
-    as well whose factors would cost more than a second weight.  A fine-tuned checkpoint counts first: the
-    others adapt what it has made.
+    This replaces earlier adaptations and reuses their memory; unchanged adaptations stay.  Layers without an adapter of
+    nonzero weight stay shared.  The form ``bypass`` merges only the layers with an adapter that needs whole weights;
+    the form ``automatic`` also merges the layers whose factors would cost more than a second weight.  A fine-tuned
+    checkpoint is applied first: the other adapters adapt its layers.
     Raises :class:`SettingError` for a weight that is not finite or an unknown form, with nothing attached.
     """
     if form not in get_args(AdapterForm):
@@ -134,13 +133,13 @@ def detach(unet: UNet) -> None:
 def adapted_text_parameters(
     tower: nn.Module, adapters: Sequence[tuple[AdapterFile, Weight]], index: int = 0
 ) -> dict[str, Tensor]:
-    """Return the adapted parameters of a text encoder, by name; only those that change.
+    """Return the changed parameters of a text encoder, by name.
 
     Args:
-        tower: the encoder that the adapters were read for, which is left alone: evaluate
+        tower: the encoder that the adapters were read for, which does not change: evaluate
             ``torch.func.functional_call(tower, parameters, (tokens,))``.
-        adapters: each with its weight for the text encoder, which need not be the UNet's.
-        index: which of the model's text encoders this is.
+        adapters: each with its weight for the text encoder, which may differ from the UNet's.
+        index: the number of this text encoder in the model.
     """
     named = [(adapter.name, adapter.text[index], weight) for adapter, weight in adapters if index < len(adapter.text)]
     parameters = {}
@@ -153,7 +152,7 @@ def adapted_text_parameters(
 
 
 class AdaptedTextEncoder(TextEncoder):
-    """A text encoder seen with other values for some of its parameters; the encoder itself is left alone."""
+    """A text encoder with other values for some parameters; the original encoder does not change."""
 
     def __init__(self, tower: TextEncoder, parameters: Mapping[str, Tensor]) -> None:
         nn.Module.__init__(self)
@@ -169,11 +168,11 @@ def _by_layer(adapters: Sequence[tuple[str, Mapping[str, LayerAdapter], Weight]]
     layers: dict[str, list[Weighted]] = defaultdict(list)
     for name, parts, weight in adapters:
         for path, adapter in parts.items():
-            own = weight(path) if callable(weight) else weight
-            if not math.isfinite(own):
-                raise SettingError(f"the weight of {name} is {own}, and a finite number is needed")
-            if own:
-                layers[path].append((adapter, own))
+            factor = weight(path) if callable(weight) else weight
+            if not math.isfinite(factor):
+                raise SettingError(f"the weight of {name} is {factor}, and a finite number is needed")
+            if factor:
+                layers[path].append((adapter, factor))
     return layers
 
 
@@ -189,14 +188,14 @@ def _adaptation(layer: ForkedLayer, parts: Sequence[Weighted], form: AdapterForm
 
 
 def _as_factors(parts: Sequence[Weighted], form: AdapterForm, shape: torch.Size) -> bool:
-    """Tell whether a layer's adapters are kept as the factors that they are."""
+    """Return whether a layer's adapters stay factors, and are not merged."""
     if form == "merged" or not all(adapter.bypasses for adapter, _ in parts):
         return False
     return form == "bypass" or sum(adapter.bypass_cost(shape) for adapter, _ in parts) <= MAX_FACTOR_COST
 
 
 def _reusable(memory: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    # What was moved in inference mode, as Forge does, can be written to in that mode alone.
+    # Tensors that were moved in inference mode, as Forge does, can only be written to in that mode.
     fits = memory.shape == weight.shape and memory.dtype == dtype and memory.device == weight.device
     return fits and (torch.is_inference_mode_enabled() or not memory.is_inference())
 
@@ -209,25 +208,41 @@ def _merge(layer: Any, parts: Sequence[Weighted], into: Tensor | None = None) ->
     """
     weight: Tensor = layer.weight
     with without_autocast(weight.device):
-        return _summed(layer, weight, parts, into)
+        # A weight that is stored in fp8 would lose the difference if the sum were stored in fp8 too.
+        dtype = getattr(layer, "compute_dtype", None) or weight.dtype
+        if into is None or not _reusable(into, weight, dtype):
+            into = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+        in_place = weight.dtype == torch.float32
+        total = into.copy_(weight) if in_place else weight.to(torch.float32, copy=True).contiguous()
+        bias = _add_differences(total, weight, getattr(layer, "bias", None), parts)
+        return total if total is into else into.copy_(total), bias
 
 
-def _summed(layer: Any, weight: Tensor, parts: Sequence[Weighted], into: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    # A weight that is stored in fp8 would lose the difference, if the sum were.
-    dtype = getattr(layer, "compute_dtype", None) or weight.dtype
-    if into is None or not _reusable(into, weight, dtype):
-        into = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-    total = into.copy_(weight) if weight.dtype == torch.float32 else weight.to(torch.float32, copy=True).contiguous()
-    own: Tensor | None = getattr(layer, "bias", None)
-    bias: Tensor | None = None
-    origin, own_bias = weight, own
-    tuned = [part for part in parts if isinstance(part[0], FineTunedLayer)]
-    for adapter, factor in (*tuned, *(part for part in parts if not isinstance(part[0], FineTunedLayer))):
-        if tuned and origin is weight and not isinstance(adapter, FineTunedLayer):
-            origin, own_bias = total.clone(), own if bias is None else bias
+def _add_differences(total: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Weighted]) -> Tensor | None:
+    """Add all weighted differences to ``total``; return the changed bias, None if it stays.
+
+    Fine-tuned layers differ from the base.  All other adapters then differ from the fine-tuned result.
+    """
+    fine_tuned = [(layer, factor) for layer, factor in parts if isinstance(layer, FineTunedLayer)]
+    others = [(adapter, factor) for adapter, factor in parts if not isinstance(adapter, FineTunedLayer)]
+    changed: Tensor | None = None
+    for layer, factor in fine_tuned:
+        layer.add_difference(total, weight, factor)
+        changed = _plus_bias_difference(changed, layer, bias, bias, factor=factor)
+
+    origin = total.clone() if fine_tuned and others else weight
+    origin_bias = bias if changed is None else changed
+    for adapter, factor in others:
         adapter.add_difference(total, origin, factor)
-        difference = None if own_bias is None else adapter.bias_difference(own_bias)
-        if own is not None and difference is not None:
-            bias = torch.add(own.float() if bias is None else bias, difference, alpha=factor)
-    merged = total if total is into else into.copy_(total)
-    return merged, None if own is None or bias is None else bias.to(own.dtype)
+        changed = _plus_bias_difference(changed, adapter, bias, origin_bias, factor=factor)
+    return None if bias is None or changed is None else changed.to(bias.dtype)
+
+
+def _plus_bias_difference(
+    changed: Tensor | None, adapter: LayerAdapter, bias: Tensor | None, origin: Tensor | None, *, factor: float
+) -> Tensor | None:
+    """Return the changed bias in fp32 plus ``factor`` times the adapter's difference from ``origin``."""
+    difference = None if origin is None else adapter.bias_difference(origin)
+    if bias is None or difference is None:
+        return changed
+    return torch.add(bias.float() if changed is None else changed, difference, alpha=factor)

@@ -1,7 +1,7 @@
-"""Block weights: an adapter's weight times a number for each block of the UNet.
+"""Block weights: a factor of an adapter's weight for each block of the UNet.
 
-The layouts and presets are those that users know from the WebUI extension "LoRA Block Weight"
-(``lbw=``): BASE is the text encoder, IN00 to IN11, M00 and OUT00 to OUT11 are the UNet's blocks.
+Layouts and presets are those of the WebUI extension "LoRA Block Weight" (``lbw=``): BASE is the text encoder;
+IN00 to IN11, M00 and OUT00 to OUT11 are the UNet's blocks.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from lib_delta.errors import SettingError, shown
 
 _ALL = ("BASE", *(f"IN{i:02}" for i in range(12)), "M00", *(f"OUT{i:02}" for i in range(12)))
 _WITH_ATTENTION = tuple(f"IN{i:02}" for i in (1, 2, 4, 5, 7, 8))
-# Values by how many there are; blocks that a shorter layout leaves out get 0, as users know it.
+# Blocks by the number of values; blocks that a shorter layout lacks get 0, as in that extension.
 LAYOUTS: Mapping[int, tuple[str, ...]] = {
     26: _ALL,
     20: ("BASE", *(f"IN{i:02}" for i in range(9)), "M00", *(f"OUT{i:02}" for i in range(9))),
     17: ("BASE", *_WITH_ATTENTION, "M00", *(f"OUT{i:02}" for i in range(3, 12))),
     12: ("BASE", "IN04", "IN05", "IN07", "IN08", "M00", *(f"OUT{i:02}" for i in range(6))),
 }
-# Of the layout of 17: the shares of BASE, the six IN, M00 and the nine OUT blocks.
+# In the layout of 17: BASE, six IN blocks, M00 and nine OUT blocks.
 PRESETS: Mapping[str, str] = {
     "NONE": "0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0",
     "ALL": "1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1",
@@ -41,7 +41,7 @@ _SHORT_NAME = {"input_blocks": "IN", "output_blocks": "OUT"}
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """A number for each block, by its short name; what is in no block (the timestep's layers, the last) has 1."""
+    """A factor for each block, by its short name; layers outside blocks (the timestep's, the last) have 1."""
 
     values: tuple[tuple[str, float], ...]
 
@@ -64,13 +64,13 @@ class BlockWeights:
 
     @property
     def text(self) -> float:
-        """The text encoder's number."""
+        """The text encoder's factor."""
         return dict(self.values)["BASE"]
 
     def at(self, path: str) -> float:
-        """Return the number for a layer of the UNet, by its module path."""
-        found = _BLOCK_PATH.match(path)
-        if found is None:
+        """Return the factor for a layer of the UNet, by its module path."""
+        match = _BLOCK_PATH.match(path)
+        if match is None:
             return 1.0
-        block = "M00" if found[1] == "middle_block" else f"{_SHORT_NAME[found[1]]}{int(found[2]):02}"
+        block = "M00" if match[1] == "middle_block" else f"{_SHORT_NAME[match[1]]}{int(match[2]):02}"
         return dict(self.values).get(block, 1.0)

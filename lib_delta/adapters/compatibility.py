@@ -1,4 +1,4 @@
-"""What a file was made for: telling other families' adapters, and files that are no adapters, before anything runs."""
+"""Detects adapters of other families, and files that are no adapters, before anything runs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lib_delta.diffusion.families import Family
 from lib_delta.errors import AdapterError
-from lib_delta.files.file_kinds import unsupported_kind
+from lib_delta.files.file_kinds import Role, kind_of
 from lib_delta.files.stored_file import Shapes
 from lib_delta.models.unet import UNet
 
-# Layers that no UNet of SD 1.x or 2.x has, by the names that ``keys.read`` gives.
+# Layers that no UNet of SD 1.x or 2.x has, by the names of ``key_names.parse_key``.
 _OTHER_LAYERS: tuple[tuple[str, str], ...] = (
     (r"lora_unet_(single_transformer_blocks|single_blocks|double_blocks)_", Family.FLUX.label),
     (r"lora_unet_(joint_blocks|joint_transformer_blocks)_|lora_te3_", Family.SD3.label),
@@ -33,16 +33,7 @@ _STATED: tuple[tuple[str, str], ...] = (
     (r"sd3|stable-diffusion-v?3", Family.SD3.label),
     (r"flux", Family.FLUX.label),
 )
-_NOT_ADAPTERS: tuple[tuple[str, str], ...] = (
-    (r"lora_controlnet$", "a Control-LoRA, which follows a picture"),
-    (r"(control_model|input_hint_block|controlnet_cond_embedding|controlnet_\w+_blocks)\.", "a ControlNet"),
-    (r"(emb_params|clip_[lg]|string_to_param.*)$", "a textual inversion embedding (use it in the prompt)"),
-    (r"(first_stage_model\.)?(encoder|decoder)\.conv_in\.", "an autoencoder (VAE)"),
-    (r"(body|adapter\.body)\.\d", "a T2I-Adapter, which follows a picture"),
-    (r"(.*motion_modules\..*)", "a motion module"),
-)
-
-
+_NOT_ADAPTERS = (Role.CONTROL, Role.UNSUPPORTED_CONTROL, Role.OTHER)
 _TEXT_KEYS = ("lora_te_", "lora_te1_", "lycoris_te", "text_encoder", "text_model.")
 
 
@@ -53,26 +44,23 @@ class HasTensors(Protocol):
 
 
 def refuse_unsupported_kinds(name: str, shapes: Shapes) -> None:
-    """Raise :class:`AdapterError` for a file that is something else than an adapter of weights."""
-    named = (what for pattern, what in _NOT_ADAPTERS if any(re.match(pattern, key) for key in shapes))
-    what = next(named, "") or unsupported_kind(shapes)
-    if not what and shapes and all(re.fullmatch(r"<[^>]*>", key) for key in shapes):
-        what = "a textual inversion embedding (use it in the prompt)"
-    if what:
-        raise AdapterError(f"{name} is {what}: a LoRA, a LyCORIS file or a fine-tuned checkpoint is needed")
+    """Raise :class:`AdapterError` for a file that is no adapter of weights."""
+    kind = kind_of(shapes, *_NOT_ADAPTERS)
+    if kind is not None:
+        raise AdapterError(f"{name} is {kind.sentence}: a LoRA, a LyCORIS file or a fine-tuned checkpoint is needed")
     if not shapes:
         raise AdapterError(f"{name} holds no weights: a LoRA, a LyCORIS file or a fine-tuned checkpoint is needed")
 
 
 def unet_family(unet: UNet) -> Family:
-    """Tell a UNet's family by its layout, whatever its width."""
+    """Return a UNet's family by its layout, independent of its width."""
     if unet.config.label_width:
         return Family.SDXL
     return Family.SD2 if unet.config.linear_projection else Family.SD1
 
 
 def stated_family(metadata: Mapping[str, str]) -> str:
-    """Return the family that a file's header names, empty where it names none."""
+    """Return the family that a file's header names; empty if it names none."""
     if metadata.get("ss_v2", "").lower() == "true":
         return Family.SD2.label
     for key in ("modelspec.architecture", "ss_base_model_version"):
@@ -83,11 +71,11 @@ def stated_family(metadata: Mapping[str, str]) -> str:
 
 
 def refuse_other_family(name: str, groups: Mapping[str, HasTensors], unet: UNet) -> None:
-    """Compare what the file's names and cross-attention say about its model with the model at hand."""
-    own = unet_family(unet)
+    """Raise :class:`AdapterError` if the layers' names or the cross-attention's width belong to another family."""
+    needed = unet_family(unet)
     for layer in groups:
-        label = next((label for pattern, label in _OTHER_LAYERS if re.match(pattern, layer)), own.label)
-        if label != own.label:
+        label = next((label for pattern, label in _OTHER_LAYERS if re.match(pattern, layer)), needed.label)
+        if label != needed.label:
             raise other_family_error(name, label, unet)
     for width in _context_widths(groups):
         if width != unet.config.context_width:
@@ -95,7 +83,7 @@ def refuse_other_family(name: str, groups: Mapping[str, HasTensors], unet: UNet)
 
 
 def _context_widths(groups: Mapping[str, HasTensors]) -> list[int]:
-    """Return how wide the text is that the file's cross-attention layers look at, as far as their tensors tell."""
+    """Return the text's width for each of the file's cross-attention layers whose tensors show it."""
     return [
         width
         for layer, group in groups.items()
@@ -104,7 +92,7 @@ def _context_widths(groups: Mapping[str, HasTensors]) -> list[int]:
 
 
 def _inputs(tensors: Mapping[str, Tensor]) -> int | None:
-    """Return a linear layer's number of inputs."""
+    """Return a linear layer's number of inputs; None if its tensors do not show it."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.ndim >= 2}
     for name in ("lora_down.weight", "hada_w1_b", "diff"):
         if name in shapes:
@@ -115,22 +103,22 @@ def _inputs(tensors: Mapping[str, Tensor]) -> int | None:
 
 
 def family_label(context_width: int) -> str:
-    """Name the family of models that look at text so wide."""
+    """Name the family whose text has this width."""
     label = next((f.label for f in Family if f.context_width == context_width), "another model")
     return f"{label} (text {context_width} wide)"
 
 
-def other_family_error(name: str, found: str, unet: UNet) -> AdapterError:
-    """Say that a file is made for another family than the model at hand."""
+def other_family_error(name: str, family: str, unet: UNet) -> AdapterError:
+    """Return the error for a file of another family than the base; ``family`` names it."""
     needed = f"{unet_family(unet).label} (text {unet.config.context_width} wide)"
-    return AdapterError(f"{name} is made for {found}, and one for the base model, {needed}, is needed")
+    return AdapterError(f"{name} is made for {family}, and one for the base model, {needed}, is needed")
 
 
-def no_match_error(name: str, stored: Sequence[str], unet: UNet, stated: str, towers: int) -> AdapterError:
-    """Say that no key of a file names a layer."""
+def no_match_error(name: str, stored: Sequence[str], unet: UNet, *, stated: str, towers: int) -> AdapterError:
+    """Return the error for a file without a key that names a layer."""
     if stored and not towers and all(key.startswith(_TEXT_KEYS) for key in stored):
         return AdapterError(
-            f"{name} adapts the text encoder alone, and the base has none: a base with its text encoder is needed"
+            f"{name} adapts only the text encoder, and the base has none: a base with its text encoder is needed"
         )
     if stated and stated != unet_family(unet).label:
         return other_family_error(name, f"{stated}, as its header says", unet)
@@ -141,6 +129,6 @@ def no_match_error(name: str, stored: Sequence[str], unet: UNet, stated: str, to
         )
     sample = stored[0] if stored else "it is empty"
     return AdapterError(
-        f"none of the {len(stored)} keys of {name} ({sample}) names a layer of the base model: "
+        f"{name} has no key that names a layer of the base model (number of keys: {len(stored)}; {sample}): "
         f"a LoRA or LyCORIS file for {unet_family(unet).label} is needed"
     )

@@ -1,4 +1,4 @@
-"""What an adapter file holds, and how much of it finds a place in a base model."""
+"""Reports an adapter file's contents, and how much of it matches a base model."""
 
 from __future__ import annotations
 
@@ -17,40 +17,25 @@ from lib_delta.models.loading import load_unet
 from lib_delta.models.text import TextConfig, TextEncoder, load_towers
 from lib_delta.models.unet import UNet, UNetConfig
 
-SHOWN = 8  # keys without a layer
+SHOWN = 8  # unmatched keys
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The layers that adapters are looked up in."""
+    """The model whose layers adapters are matched with."""
 
     unet: UNet
     towers: Sequence[nn.Module]
 
     @classmethod
     def sd15(cls) -> Reference:
-        """Return Stable Diffusion 1.5 as it was released, without weights."""
-        unet = UNetConfig(
-            in_channels=4,
-            out_channels=4,
-            model_channels=320,
-            levels=(320, 640, 1280, 1280),
-            res_blocks=(2, 2, 2, 2),
-            depth_in=(1, 1, 1, 1, 1, 1, 0, 0),
-            depth_middle=1,
-            depth_out=(0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1),
-            context_width=768,
-            linear_projection=False,
-        )
-        text = TextConfig(
-            width=768, inner_width=3072, layers=12, positions=77, vocabulary=49408, heads=12, activation="quick_gelu"
-        )
+        """Return the layout of Stable Diffusion 1.5, without weights."""
         with torch.device("meta"):
-            return cls(UNet(unet), [TextEncoder(text, final_norm=True)])
+            return cls(UNet(UNetConfig.sd15()), [TextEncoder(TextConfig.sd15(), final_norm=True)])
 
     @classmethod
     def of_checkpoint(cls, path: Path) -> Reference:
-        """Read a checkpoint; raises :class:`CheckpointError` for a file that is none."""
+        """Load a checkpoint; raises :class:`CheckpointError` for other files."""
         with WeightFile.open(path) as file:
             unet, report = load_unet(file, torch.float16)
             towers = () if "text encoder" in report.missing else load_towers(file, report.family, torch.float16)
@@ -58,9 +43,9 @@ class Reference:
 
 
 def coverage(path: Path, reference: Reference) -> dict[str, object]:
-    """Say what a file is, and what of it matches the reference.
+    """Report a file's algorithm and the parts that match the reference.
 
-    Raises :class:`DeltaError` for a file that cannot be read or used with it.
+    Raises :class:`DeltaError` for a file that cannot be read, or used with the reference.
     """
     with WeightFile.open(path) as file:
         if unet_prefix(file.shapes) is not None:

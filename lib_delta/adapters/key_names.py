@@ -1,23 +1,27 @@
-"""The names that adapter files give to layers, mapped to the paths of the real modules.
+"""Maps the layers' names in adapter files to the paths of the model's modules.
 
-kohya's scripts join a module's path with underscores, which module names contain themselves
-(``to_out``, ``transformer_blocks``).  So paths are not parsed: every layer of the model at hand is
-listed under each name it can have (:func:`layer_names`), and a file's names, whatever their dialect,
-are brought to that form (:func:`parse_key`) and looked up.
+kohya's scripts join a module's path with underscores, which module names also contain (``to_out``,
+``transformer_blocks``).  Therefore paths are not parsed: :func:`layer_names` lists every layer of the model
+under each of its possible names.  :func:`parse_key` turns a file's names, in any dialect, into that form.
 """
 
 from __future__ import annotations
 
+import functools
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
+from lib_delta.adapters.algorithms import registry
+from lib_delta.adapters.algorithms.base import HasTensorNames, TensorName, unchanged
 from lib_delta.models.forked_layers import ForkedLayer
 from lib_delta.models.unet import Downsample, ResBlock, SpatialTransformer, UNet, Upsample
 
-# Within a block the two naming schemes differ by these alone.
+# Within a block the two naming schemes differ only in these.
 _RES_BLOCK = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -45,26 +49,35 @@ class LayerPath(NamedTuple):
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that hold weights, by path: the UNet's forked layers, a text encoder's leaves."""
+    """Return the modules with weights, by path: the UNet's forked layers, or a text encoder's leaves."""
     if isinstance(model, UNet):
         return {path: m for path, m in model.named_modules() if isinstance(m, ForkedLayer)}
     return {path: m for path, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
 
 
-def diffusers_paths(unet: UNet) -> dict[str, str]:
+# A UNet's layers stay where they are, and walking it takes as long as reading a small file.
+_DIFFUSERS_PATHS: weakref.WeakKeyDictionary[UNet, Mapping[str, str]] = weakref.WeakKeyDictionary()
+
+
+def diffusers_paths(unet: UNet) -> Mapping[str, str]:
     """Map the path of every layer of the UNet to its path in diffusers' ``UNet2DConditionModel``."""
+    paths = _DIFFUSERS_PATHS.get(unet)
+    if paths is None:
+        paths = _DIFFUSERS_PATHS[unet] = MappingProxyType(dict(_layer_paths(unet)))
+    return paths
+
+
+def _layer_paths(unet: UNet) -> Iterator[tuple[str, str]]:
     blocks = dict(_block_paths(unet))
-    paths = {}
     for path in named_layers(unet):
         if path in _OUTSIDE_BLOCKS:
-            paths[path] = _OUTSIDE_BLOCKS[path]
+            yield path, _OUTSIDE_BLOCKS[path]
             continue
         block = ".".join(path.split(".")[: 2 if path.startswith("middle_block.") else 3])
         inside = path[len(block) + 1 :]
         if isinstance(unet.get_submodule(block), ResBlock):
             inside = _RES_BLOCK[inside]
-        paths[path] = f"{blocks[block]}.{'conv' if inside == 'op' else inside}"
-    return paths
+        yield path, f"{blocks[block]}.{'conv' if inside == 'op' else inside}"
 
 
 def _block_paths(unet: UNet) -> Iterator[tuple[str, str]]:
@@ -99,9 +112,9 @@ def _block_kind(block: nn.Module, index: int) -> str:
 
 
 def layer_names(unet: UNet, towers: Sequence[nn.Module]) -> dict[str, LayerPath]:
-    """List every layer under the names that :func:`parse_key` gives: those of kohya's sd-scripts.
+    """Map the names of :func:`parse_key`, which are those of kohya's sd-scripts, to the layers.
 
-    UNet layers have two, after the original and after diffusers' modules
+    UNet layers have two names, after the original and after diffusers' modules
     (``lora_unet_input_blocks_1_1_proj_in``, ``lora_unet_down_blocks_0_attentions_0_proj_in``).
     A single text encoder is ``lora_te``; SDXL's two are ``lora_te1`` and ``lora_te2``.
     """
@@ -119,62 +132,43 @@ def layer_names(unet: UNet, towers: Sequence[nn.Module]) -> dict[str, LayerPath]
 
 
 class TensorKey(NamedTuple):
-    """What a file's key names: a layer and one of its tensors, both as kohya's scripts or LyCORIS call them.
+    """A layer and one of its tensors, by the names of kohya's scripts or LyCORIS.
 
-    ``as_stored`` turns the stored tensor into the one that has this name.
+    ``convert`` turns the stored tensor into the named one.
     """
 
     layer: str
     tensor: str
-    as_stored: Callable[[Tensor], Tensor]
+    convert: Callable[[Tensor], Tensor]
 
 
-def _unchanged_tensor(tensor: Tensor) -> Tensor:
-    return tensor
+class _TensorPatterns(NamedTuple):
+    """The tensors' names that the algorithms declare, as expressions of whole keys."""
+
+    same: re.Pattern[str]
+    renamed: tuple[tuple[re.Pattern[str], TensorName], ...]
 
 
-def _transposed(tensor: Tensor) -> Tensor:
-    return tensor.mT if tensor.ndim == 2 else tensor
+@functools.lru_cache(maxsize=4)
+def _patterns(modules: tuple[HasTensorNames, ...]) -> _TensorPatterns:
+    declared = [tensor for module in modules for tensor in module.TENSORS]
+    same = "|".join(dict.fromkeys(tensor.pattern for tensor in declared if tensor.name is None))
+    return _TensorPatterns(
+        re.compile(rf"(?P<layer>.+?)\.(?P<tensor>{same})(?:\.default)?"),
+        tuple((re.compile(rf"(?P<layer>.+?)\.(?:{t.pattern})"), t) for t in declared if t.name is not None),
+    )
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.flatten()
-
-
-# Tensors that have one name in all dialects.
-_COMMON = (
-    r"lora_(?:up|down|mid)\.weight|alpha|dora_scale|diff|diff_b|w_norm|b_norm|weight|on_input"
-    r"|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t[12]|oft_blocks|oft_diag|rescale"
-    r"|[ab][12]\.weight|bm\.weight|(?:up|down)_list\.\d+|base_layer\.bias|boft_s|boft_R|oft_r|ia3_l|scale|scalar"
-)
-# And those that peft and diffusers name otherwise; an adapter's own name may stand inside (``lora_A.default.weight``).
-_RENAMED: tuple[tuple[str, str, Callable[[Tensor], Tensor]], ...] = (
-    (
-        r"lora_A(?:\.\w+)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight",
-        "lora_down.weight",
-        _unchanged_tensor,
-    ),
-    (r"lora_B(?:\.\w+)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight", "lora_up.weight", _unchanged_tensor),
-    (r"lora_B(?:\.\w+)?\.bias", "lora_up.bias", _unchanged_tensor),
-    # An embedding's factors make the transposed difference: (up @ down).T = down.T @ up.T.
-    (r"lora_embedding_A(?:\.\w+)?", "lora_up.weight", _transposed),
-    (r"lora_embedding_B(?:\.\w+)?", "lora_down.weight", _transposed),
-    (r"lora_magnitude_vector(?:\.\w+)?(?:\.weight)?", "dora_scale", _flat),
-    (r"oft_R(?:\.\w+)?\.weight", "oft_R", _unchanged_tensor),
-)
-_IN_COMMON = re.compile(rf"(?P<layer>.+?)\.(?P<tensor>{_COMMON})(?:\.default)?")
-_IN_RENAMED = tuple((re.compile(rf"(?P<layer>.+?)\.(?:{names})"), name, as_) for names, name, as_ in _RENAMED)
-# diffusers' attention processors, 2023: the layer's name ends in the tensor's.
-# And its text encoders' attention, in the same year.
+# diffusers' LoRAs of 2023: the attention of its text encoders, and the UNet's attention processors.
 _OLD_TEXT = re.compile(r"(?P<block>.+\.self_attn)\.to_(?P<layer>q|k|v|out)_lora\.(?P<side>up|down)\.weight")
 _PROCESSOR = re.compile(r"(?P<block>.+)\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<side>up|down)\.weight")
 
 _ONE_WORD = ("lora_", "lycoris_", "oft_")
 
-# What stands before a layer's path, and what kohya's scripts put there; the first that fits counts.
+# Prefixes of a layer's path, and kohya's prefix for each; the first match wins.
 _PREFIXES = (
     (r"lora_(?:unet|te\d?)_", None),
-    # kohya's scripts call the layers of an OFT so.
+    # kohya's scripts name the layers of an OFT in this way.
     (r"oft_(?=unet_)", "lora_"),
     (r"lycoris_(?=unet_|te\d?_)", "lora_"),
     (r"lycoris_(?=text_model_)", "lora_te_"),
@@ -191,46 +185,47 @@ _PREFIXES = (
 
 
 def parse_key(key: str) -> TensorKey | None:
-    """Read a file's key in any of the dialects; None for a key that names no adapter's tensor.
+    """Parse a file's key in any dialect; None for a key that names no adapter's tensor.
 
     Dialects: kohya (``lora_unet_..., lora_te_...``), LyCORIS (``lycoris_...``), diffusers and peft
-    (dotted paths behind ``unet.``, ``text_encoder.``, ``base_model.model.`` or nothing).
+    (dotted paths after ``unet.``, ``text_encoder.``, ``base_model.model.`` or nothing).
     """
-    if found := _PROCESSOR.fullmatch(key):
-        inner = {"to_out": "to_out.0"}.get(found["layer"], found["layer"])
-        return TensorKey(_layer_name(f"{found['block']}.{inner}"), f"lora_{found['side']}.weight", _unchanged_tensor)
-    if found := _OLD_TEXT.fullmatch(key):
+    if match := _PROCESSOR.fullmatch(key):
+        inner = {"to_out": "to_out.0"}.get(match["layer"], match["layer"])
+        return TensorKey(_layer_name(f"{match['block']}.{inner}"), f"lora_{match['side']}.weight", unchanged)
+    if match := _OLD_TEXT.fullmatch(key):
         return TensorKey(
-            _layer_name(f"{found['block']}.{found['layer']}_proj"), f"lora_{found['side']}.weight", _unchanged_tensor
+            _layer_name(f"{match['block']}.{match['layer']}_proj"), f"lora_{match['side']}.weight", unchanged
         )
-    for pattern, name, as_stored in _IN_RENAMED:
-        if found := pattern.fullmatch(key):
-            return TensorKey(_layer_name(found["layer"]), name, as_stored)
-    found = _IN_COMMON.fullmatch(key)
-    if found is None:
+    patterns = _patterns((*registry.ALGORITHMS, *registry.WRAPPERS))
+    for pattern, tensor in patterns.renamed:
+        if match := pattern.fullmatch(key):
+            return TensorKey(_layer_name(match["layer"]), cast(str, tensor.name), tensor.convert)
+    match = patterns.same.fullmatch(key)
+    if match is None:
         return None
-    # A layer's own weight, in a model's file, is no adapter's: these call layers by one word.
-    one_word = found["layer"].startswith(_ONE_WORD) and "." not in found["layer"]
-    if found["tensor"] in ("weight", "rescale", "scale", "scalar") and not one_word:
+    # In a model's file these are the layer's weights.  In an adapter's file the layer is one word.
+    one_word = match["layer"].startswith(_ONE_WORD) and "." not in match["layer"]
+    if match["tensor"] in ("weight", "rescale", "scale", "scalar") and not one_word:
         return None
-    return TensorKey(_layer_name(found["layer"]), found["tensor"], _unchanged_tensor)
+    return TensorKey(_layer_name(match["layer"]), match["tensor"], unchanged)
 
 
-# A layer's own tensors, in peft's ``modules_to_save`` and with its ``bias="all"``.
+# Whole new tensors of a layer, in peft's ``modules_to_save`` and with its ``bias="all"``.
 _WHOLE = re.compile(r"(?P<layer>.+?)(?:\.modules_to_save(?:\.\w+)?)?\.(?P<tensor>weight|bias)")
 
 
 def read_whole(key: str) -> TensorKey | None:
-    """Read a key that names a layer's own weight or bias as what a file puts in its place; None for any other."""
-    found = _WHOLE.fullmatch(key)
-    # Beside kohya's factors ``bias`` was a rest of the weight, in early extracts.
-    if found is None or found["layer"].startswith(_ONE_WORD):
+    """Parse the key of a layer's whole new weight or bias; None for any other key."""
+    match = _WHOLE.fullmatch(key)
+    # In early extracts, ``bias`` next to kohya's factors was a remainder of the weight.
+    if match is None or match["layer"].startswith(_ONE_WORD):
         return None
-    return TensorKey(_layer_name(found["layer"]), f"base_layer.{found['tensor']}", _unchanged_tensor)
+    return TensorKey(_layer_name(match["layer"]), f"base_layer.{match['tensor']}", unchanged)
 
 
 def owner(key: str, names: Mapping[str, LayerPath]) -> tuple[str, str] | None:
-    """Return the layer of ``names`` that a key belongs to, and what the key calls its tensor; None for no layer's."""
+    """Return a key's layer in ``names`` and its tensor's name; None for a key of no layer."""
     parts = key.split(".")
     for end in range(len(parts) - 1, 0, -1):
         layer = _layer_name(".".join(parts[:end]))
@@ -241,8 +236,8 @@ def owner(key: str, names: Mapping[str, LayerPath]) -> tuple[str, str] | None:
 
 def _layer_name(path: str) -> str:
     for prefix, instead in _PREFIXES:
-        if found := re.match(prefix, path):
-            name = path if instead is None else found.expand(instead) + path[found.end() :]
+        if match := re.match(prefix, path):
+            name = path if instead is None else match.expand(instead) + path[match.end() :]
             return name.replace(".", "_")
     return path
 

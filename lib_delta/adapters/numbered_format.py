@@ -1,7 +1,7 @@
-"""The first LoRA files there were (cloneofsimo's, from December 2022), whose layers have numbers for names.
+"""Reads the first LoRA files (cloneofsimo's, from December 2022), which name layers by numbers.
 
-``unet:7:up`` is the eighth layer that the trainer came by in diffusers' UNet: down blocks, up blocks, and the middle
-block last, as diffusers registers them.  There is no alpha.  The older ``.pt`` files are lists of ``up, down`` in turn.
+``unet:7:up`` is the eighth layer of diffusers' UNet in the trainer's order: down blocks, up blocks, then the middle
+block, as diffusers registers them.  There is no alpha.  The older ``.pt`` files are lists that alternate up and down.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lib_delta.models.unet import UNet
 _KEY = re.compile(r"(?P<part>unet|text_encoder):(?P<number>\d+):(?P<side>up|down)")
 _ATTENTION = tuple(f"to_{name}" for name in ("q", "k", "v", "out.0"))
 _RESNET = ("conv1", "time_emb_proj", "conv2", "conv_shortcut")
-# transformers registers a CLIP layer's projections so.
+# The order in which transformers registers a CLIP layer's projections.
 _TEXT_LAYER = ("k_proj", "v_proj", "q_proj", "out_proj")
 _GATED = "ff.net.0.proj"
 
@@ -26,11 +26,11 @@ _GATED = "ff.net.0.proj"
 def renamed(
     name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], unet: UNet
 ) -> dict[str, Tensor] | None:
-    """Return the file's tensors by diffusers' names for its layers; None for a file of another format.
+    """Return the file's tensors by diffusers' names of layers; None for a file of another format.
 
-    Tokens that came along are named as OneTrainer's embeddings are.
+    Bundled tokens get the names of OneTrainer's embeddings.
     """
-    numbered = {key: found for key in tensors if (found := _KEY.fullmatch(key))}
+    numbered = {key: match for key in tensors if (match := _KEY.fullmatch(key))}
     if not numbered:
         listed = _listed(name, tensors)
         return None if listed is None else renamed(name, listed, metadata, unet)
@@ -39,9 +39,9 @@ def renamed(
     result: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if key in numbered:
-            found = numbered[key]
-            layer = _layer_path(found["part"], int(found["number"]), paths)
-            result[f"{layer}.lora.{found['side']}.weight"] = tensor
+            match = numbered[key]
+            layer = _layer_path(match["part"], int(match["number"]), paths)
+            result[f"{layer}.lora.{match['side']}.weight"] = tensor
         elif tensor.ndim == 1:
             result[f"bundle_emb.{key}.emb_params"] = tensor
         else:
@@ -52,7 +52,7 @@ def renamed(
 
 
 def _listed(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Number the factors of a list, which says by its file's name alone what it is for."""
+    """Number the factors of a list; only the file's name distinguishes UNet and text encoder."""
     if not tensors or not all(key.isdecimal() and tensor.ndim >= 2 for key, tensor in tensors.items()):
         return None
     part = "text_encoder" if "text_encoder" in name else "unet"
@@ -60,27 +60,31 @@ def _listed(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | Non
 
 
 def _gated_is_second(tensors: Mapping[str, Tensor]) -> bool:
-    """Tell by the fifth layer, in a block of nine, whether the feed-forward layer stands between the attentions."""
+    """Return whether the feed-forward layer lies between the attentions, by the fifth layer in a block of nine."""
     if "unet:0:up" not in tensors or "unet:4:up" not in tensors:
         return True
     return len(tensors["unet:4:up"]) == 8 * len(tensors["unet:0:up"])
 
 
 def _unet_layers(unet: UNet, gated_last: bool, with_resnets: bool) -> list[str]:
-    """List the layers in the order in which the trainer came by them, by diffusers' paths."""
+    """List diffusers' paths of the layers in the trainer's order."""
     known = list(key_names.diffusers_paths(unet).values())
     first = [f"attn1.{name}" for name in _ATTENTION]
     second = [f"attn2.{name}" for name in _ATTENTION]
     inside = [*first, *second, _GATED] if gated_last else [*first, _GATED, *second]
     layers: list[str] = []
-    blocks = dict.fromkeys(found[0] for path in known if (found := re.match(r"(down|up)_blocks\.\d+|mid_block", path)))
+    blocks = dict.fromkeys(match[0] for path in known if (match := re.match(r"(down|up)_blocks\.\d+|mid_block", path)))
     for block in sorted(blocks, key=lambda block: (("down", "up", "mid").index(block.split("_")[0]), block)):
-        own = [path for path in known if path.startswith(f"{block}.")]
-        stacks = dict.fromkeys(found[0] for path in own if (found := re.match(r".+\.transformer_blocks\.\d+", path)))
+        inside_block = [path for path in known if path.startswith(f"{block}.")]
+        stacks = dict.fromkeys(
+            match[0] for path in inside_block if (match := re.match(r".+\.transformer_blocks\.\d+", path))
+        )
         layers += [f"{stack}.{layer}" for stack in stacks for layer in inside]
         if with_resnets:
-            resnets = dict.fromkeys(found[0] for path in own if (found := re.match(r".+\.resnets\.\d+", path)))
-            layers += [f"{one}.{layer}" for one in resnets for layer in _RESNET if f"{one}.{layer}" in own]
+            resnets = dict.fromkeys(match[0] for path in inside_block if (match := re.match(r".+\.resnets\.\d+", path)))
+            layers += [
+                f"{resnet}.{layer}" for resnet in resnets for layer in _RESNET if f"{resnet}.{layer}" in inside_block
+            ]
     return layers
 
 

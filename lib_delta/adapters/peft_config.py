@@ -1,8 +1,8 @@
-"""What trainers write beside an adapter's tensors, as far as the tensors' meaning depends on it.
+"""Reads peft's configuration of an adapter, on which the meaning of its tensors depends.
 
-peft keeps alpha out of the weights: in ``adapter_config.json`` beside them, or, where diffusers saved
-them, in the header of the file (``lora_adapter_metadata``).  There, "rslora" (arXiv 2312.03732) divides
-alpha by the square root of the rank.
+peft does not store alpha with the weights.  It is in ``adapter_config.json`` next to the file or, if diffusers saved
+the weights, in the file's header (``lora_adapter_metadata``).  "rslora" (arXiv 2312.03732) divides alpha by the
+square root of the rank instead.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from lib_delta.files import file_kinds, sidecar_config
 
 CONFIG = sidecar_config.PEFT
 HEADER = "lora_adapter_metadata"
-_SERVED_TYPES = ("LORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT")
+_SUPPORTED_TYPES = ("LORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT")
 _LONGEST_PATTERN, _MOST_REPEATS = 300, 3
-# Starts of peft's LoRA that take something out of the base's weights.
+# Initialisations of peft's LoRA that subtract a part from the base's weights.
 _PARTS_OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_LARGEST_ALPHA, _MOST_TERMS = 1e12, 100  # far above what anybody trains with
+_LARGEST_ALPHA, _MOST_TERMS = 1e12, 100  # far above any real training
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """peft's configuration of the parts of a model, by the prefix of their layers' names (empty: of all)."""
+    """peft's configurations by the prefix of the layers' names (empty: all layers)."""
 
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def beside(cls, path: Path, metadata: Mapping[str, str]) -> PeftConfig:
-        """Read what belongs to an adapter's file.
+        """Read the configuration of an adapter's file.
 
-        Raises :class:`CheckpointError` for JSON that cannot be read, and :class:`AdapterError` for what peft's
-        configuration calls by a name that is not served.
+        Raises :class:`CheckpointError` for unreadable JSON, and :class:`AdapterError` for a ``peft_type`` that is not
+        supported.
         """
         if HEADER in metadata:
             return cls(_by_part(sidecar_config.json_object(metadata[HEADER], f"{HEADER} in the header of {path.name}")))
-        # The configuration is of the one file that peft saves, whatever else lies in its folder.
+        # The configuration belongs only to the file that peft saves, not to others in its folder.
         if not path.stem.startswith(("adapter_model", "pytorch_model")):
             return cls()
         config = sidecar_config.settings(path, sidecar_config.PEFT)
@@ -54,11 +54,11 @@ class PeftConfig:
         return cls({"": config} if config else {})
 
     def complete(self, layer: str, stored: str, tensors: dict[str, Tensor]) -> None:
-        """Add to a layer's tensors what the configuration says of them: alpha, as it is over the plain rank.
+        """Add the configuration's settings to a layer's tensors: alpha (over the plain rank), and OFT's and (IA)^3's.
 
-        ``layer`` is the name that :mod:`lib_delta.adapters.key_names` gives, ``stored`` a key of the file for it.
+        ``layer`` is the name of :mod:`lib_delta.adapters.key_names`, ``stored`` one of its keys in the file.
         """
-        config = self._of(layer)
+        config = self._config_of(layer)
         if config is None:
             return
         path = _module_path(stored)
@@ -83,18 +83,18 @@ class PeftConfig:
         stated = math.sqrt(rank) * alpha if config.get("use_rslora") else alpha
         tensors[lora.ALPHA] = torch.tensor(float(stated))
 
-    def _of(self, layer: str) -> Mapping[str, Any] | None:
+    def _config_of(self, layer: str) -> Mapping[str, Any] | None:
         return next((config for prefix, config in self.parts.items() if layer.startswith(prefix)), None)
 
 
 def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
-    """Return the rank of a layer's factors; None where they have none, or do not tell it."""
+    """Return the rank of a layer's factors; None if they have none, or do not show it."""
     named = (lora.DOWN, "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
     return next((tensors[name].shape[0] for name in named if name in tensors and tensors[name].ndim), None)
 
 
 def _terms(config: Mapping[str, Any]) -> int:
-    """Return how many terms of the series stand for the inverse in peft's OFT; 0 for the inverse itself."""
+    """Return the number of terms of the series that replaces the inverse in peft's OFT; 0 for the inverse itself."""
     if not config.get("use_cayley_neumann", True):
         return 0
     terms = config.get("num_cayley_neumann_terms", 5)
@@ -104,13 +104,13 @@ def _terms(config: Mapping[str, Any]) -> int:
 
 
 def _scale_whole_factors(tensors: dict[str, Tensor], alpha: float, rank: Any) -> None:
-    """Scale a LoKr of two whole factors, whose rank the tensors do not tell, as peft does."""
+    """Scale a LoKr of two whole factors as peft does; its tensors do not show the rank."""
     if lokr.LOKR_W1 in tensors and lokr.LOKR_W2 in tensors and isinstance(rank, int) and rank > 0:
         tensors[lokr.LOKR_W1] = tensors[lokr.LOKR_W1].float() * (alpha / rank)
 
 
 def _by_pattern(patterns: Any, path: str, default: Any) -> Any:
-    """Return the value of the first pattern that ends the module's path, a regular expression as peft reads it."""
+    """Return the value of the first pattern that matches the end of the module's path, as in peft."""
     for pattern, value in (patterns if isinstance(patterns, dict) else {}).items():
         if _simple_expression(str(pattern)).match(path):
             return value
@@ -119,7 +119,7 @@ def _by_pattern(patterns: Any, path: str, default: Any) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _simple_expression(pattern: str) -> re.Pattern[str]:
-    """Compile a pattern of a file from a stranger, unless it could take forever to match."""
+    """Compile a pattern from an untrusted file, unless it could take forever to match."""
     repeats = re.findall(r"(?<!\\)[*+{]", pattern)
     if len(pattern) > _LONGEST_PATTERN or len(repeats) > _MOST_REPEATS or re.search(r"\)[*+{]|\\\d|\(\?P=", pattern):
         raise AdapterError(
@@ -128,17 +128,19 @@ def _simple_expression(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, OverflowError, RecursionError) as error:
-        raise AdapterError(f"adapter_config has the pattern {pattern[:60]!r}, which is none ({error})") from error
+        raise AdapterError(
+            f"adapter_config has the pattern {pattern[:60]!r}, which is no regular expression ({error})"
+        ) from error
 
 
 def _module_path(stored: str) -> str:
-    """Return the path that peft knows a module by, of a key that names one of the module's tensors."""
+    """Return peft's path of a module, by the key of one of its tensors."""
     path = re.sub(r"^(unet\.|text_encoder(_2)?\.)?(base_model\.model\.)?(unet\.|text_encoder(_2)?\.)?", "", stored)
     return re.sub(r"\.(lora|hada|lokr|oft|boft|ia3|base_layer|alpha|dora)(_|\.|$).*$", "", path)
 
 
 def _refuse_changed_base(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse factors that started as a part of the base, which only what they started from could tell apart from it."""
+    """Refuse factors that started as a part of the base: without their initial values they are no difference."""
     start = config.get("init_lora_weights")
     if lora.DOWN in tensors and isinstance(start, str) and start.lower().startswith(_PARTS_OF_THE_BASE):
         raise AdapterError(
@@ -148,9 +150,9 @@ def _refuse_changed_base(config: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 
 def _refuse_other_type(name: str, stated: object) -> None:
-    if isinstance(stated, str) and stated.upper() not in _SERVED_TYPES:
+    if isinstance(stated, str) and stated.upper() not in _SUPPORTED_TYPES:
         raise AdapterError(
-            f"{name} is {file_kinds.of_peft(stated)}, as {CONFIG} beside it says: "
+            f"{name} is {file_kinds.peft_sentence(stated)}, as {CONFIG} beside it says: "
             "a LoRA, a LyCORIS file or a fine-tuned checkpoint is needed"
         )
 

@@ -139,5 +139,5 @@ def load_map(map_of: Callable[[Shapes], MapT], file: WeightFile, name: str) -> M
             module = map_of(file.shapes)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{name} holds no bridge (no usable entry {error})") from error
-    load_weights(module, unpacked(file), name, torch.float32, "cpu")
+    load_weights(module, unpacked(file), name)
     return module

@@ -73,7 +73,7 @@ class ImageEncoder(nn.Module):
         file = self._file
         assert file is not None
         tensors = {key: file.tensor(whole) for key in part.state_dict() if (whole := f"{name}.{key}") in file.shapes}
-        load_weights(part, tensors, file.name, torch.float32, "cpu")
+        load_weights(part, tensors, file.name)
 
 
 def _free(empty: dict[str, Tensor], part: nn.Module, *_: object) -> None:

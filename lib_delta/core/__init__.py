@@ -1,1 +1,1 @@
-"""The method: lambda times what adapting the source changes, added to what the target denoises."""
+"""The method: the source's delta, times lambda, is added to the target's denoised estimate."""

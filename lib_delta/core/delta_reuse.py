@@ -1,11 +1,11 @@
-"""The delta of fewer evaluations: held between them, as what it changes in the velocity.
+"""Reuse of deltas: the source is evaluated less often, and its last delta is used in between.
 
-Between two evaluations of the source the delta is not held as a change of the estimate, which shrinks with
-the noise, but of v (arXiv 2202.00512): ``D = x / (s^2 + 1) - v * s / (s^2 + 1)^0.5``, so that a held change of
-the estimate is scaled by ``s / (s^2 + 1)^0.5`` now over then.
+A change of the denoised estimate D shrinks with the noise, so the reused value is the change of the velocity v
+(arXiv 2202.00512).  From ``D = x / (s^2 + 1) - v * s / (s^2 + 1)^0.5`` it follows that a change of v changes D by
+``s / (s^2 + 1)^0.5`` times as much (with the sign reversed).
 
-When the source is asked is decided by noise levels and never by a count of calls: samplers may call
-several times a step, go back, or take steps of their own.
+Noise levels decide when the source is evaluated, not the number of calls: samplers may call several times a step,
+go back, or choose their steps themselves.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ from lib_delta.diffusion.parameterization import per_image
 from lib_delta.errors import SettingError
 
 Quality = Literal["exact", "balanced", "fast"]
-# Beyond its last noise level by more than this, a sampler has gone back, and what was held is of another time.
+# A noise level this many times the last one means that the sampler has gone back, and the last delta is outdated.
 RESTART_RATIO = 1.1
-TOLERANCE = 1e-4
+ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
 class ReusePlan:
-    """How often the source is asked.
+    """How often the source is evaluated.
 
-    ``every``: how many of the run's noise levels one evaluation serves (1: each call is evaluated).  ``linear``:
-    the change of v goes on as it went from one evaluation to the next, linearly in log sigma.  ``moved``: the
-    source is asked again, instead, when the target's estimate has moved by this share of its size.
+    Attributes:
+        every: the number of noise levels that share one evaluation; 1 evaluates each call.
+        linear: extrapolate the change of v from the last two evaluations, linearly in log sigma, instead of
+            repeating the last one.
+        moved: evaluate when the target's estimate has moved by this share of its norm, instead of by noise levels.
     """
 
     every: float = 1.0
@@ -54,7 +56,7 @@ class ReusePlan:
 
 
 def reuse_plan(quality: str, every: float = 0.0, between: str = "automatic", moved: float = 0.0) -> ReusePlan:
-    """Return the plan of a quality, with its details in the place of what it says of them: 0 and automatic leave it."""
+    """Return a quality's plan, with the details that differ from 0 or "automatic" replaced."""
     plan = REUSE_PLANS[quality]
     linear = plan.linear if between == "automatic" else between == "linear"
     return ReusePlan(every or plan.every, linear, moved or None)
@@ -65,11 +67,14 @@ REUSE_PLANS: dict[str, ReusePlan] = {"exact": ReusePlan(), "balanced": ReusePlan
 
 @dataclass(frozen=True)
 class StepState:
-    """Where a run is.
+    """A step as far as reuse depends on it.
 
-    ``sigma`` ``(N,)`` is the source's noise level, ``denoised`` the target's estimate.  ``progress`` (0 to 1) and
-    ``levels``, the number of the run's noise levels, say which of them this is; where ``levels`` is 0, as it is not
-    known, every call is evaluated.  ``inputs`` are the things that a delta is of: others force an evaluation.
+    Attributes:
+        sigma: the source's noise levels ``(N,)``.
+        denoised: the target's estimate ``(N, C, H, W)``.
+        progress: 0 at the first step, 1 at the last.
+        levels: the number of the run's noise levels; 0, if unknown, evaluates every call.
+        inputs: everything else that the delta depends on; the source is evaluated when it changes.
     """
 
     sigma: Tensor
@@ -79,33 +84,34 @@ class StepState:
     inputs: tuple[object, ...]
 
     def interval(self, every: float) -> int:
-        """Return which of the run's parts, of ``every`` levels each, this is in."""
-        return math.floor(self.progress * (self.levels - 1) / every + TOLERANCE)
+        """Return the number of the interval, of ``every`` noise levels each, that this step is in."""
+        return math.floor(self.progress * (self.levels - 1) / every + ROUNDING)
 
 
 @dataclass(frozen=True)
 class _Evaluation:
+    """An evaluation of the source; ``v_changes`` are the changes of v, up to the sign."""
+
     state: StepState
-    # Those of v.
-    changes: Deltas
+    v_changes: Deltas
 
 
 class DeltaReuse:
-    """What is known of the delta in one pass of a generation."""
+    """The last evaluations of the source in one pass of a generation, and the deltas that follow from them."""
 
     def __init__(self, plan: ReusePlan) -> None:
         self.plan = plan
         self._evaluations: list[_Evaluation] = []
 
     def deltas(self, evaluate: Callable[[], Deltas], state: StepState) -> Deltas:
-        """Return the source's deltas: those of ``evaluate()`` where the plan asks for it, or what is held of them."""
+        """Return ``evaluate()`` if the plan requires an evaluation, else deltas predicted from the last ones."""
         if self.plan.exact or not state.levels:
             return evaluate()
         if self._needs_evaluation(state):
             deltas = evaluate()
             self._remember(deltas, state)
             return deltas
-        return self._predicted(self._extrapolation(state), state)
+        return self._predict(state)
 
     def _needs_evaluation(self, state: StepState) -> bool:
         if not self._evaluations:
@@ -115,45 +121,56 @@ class DeltaReuse:
             return True
         if self.plan.moved is not None:
             moved = (state.denoised - last.denoised).norm() > self.plan.moved * last.denoised.norm()
-            back = state.sigma.max() > RESTART_RATIO * last.sigma.max()
-            return bool(moved | back.to(moved.device))
+            restarted = state.sigma.max() > RESTART_RATIO * last.sigma.max()
+            return bool(moved | restarted.to(moved.device))
         return state.interval(self.plan.every) != last.interval(self.plan.every)
 
     def _remember(self, deltas: Deltas, state: StepState) -> None:
-        changes = map_changes(lambda images, delta: delta / _v_scale(select_images(state.sigma, images), delta), deltas)
-        # Of what came before, only what leads here: of the same things, and at more noise.
-        before = [
-            k for k in self._evaluations[-1:] if _same_inputs(k.state, state) and k.state.progress < state.progress
-        ]
-        self._evaluations = [*before, _Evaluation(state, changes)]
+        def as_v_change(images: Tensor | None, delta: Tensor) -> Tensor:
+            return delta / _v_scale(select_images(state.sigma, images), delta)
 
-    def _extrapolation(self, state: StepState) -> Tensor | None:
-        """Return how far beyond the last evaluation this is, in ways from the one before it to it, ``(N, 1, 1, 1)``."""
+        # The last evaluation is useful for extrapolation only if it has the same inputs and is earlier in the run.
+        earlier = [
+            evaluation
+            for evaluation in self._evaluations[-1:]
+            if _same_inputs(evaluation.state, state) and evaluation.state.progress < state.progress
+        ]
+        self._evaluations = [*earlier, _Evaluation(state, map_changes(as_v_change, deltas))]
+
+    def _predict(self, state: StepState) -> Deltas:
+        """Return the deltas of a step without evaluating the source."""
+        factor = self._extrapolation_factor(state)
+
+        def as_delta(images: Tensor | None, last: Tensor, earlier: Tensor) -> Tensor:
+            v_change = last if factor is None else last + select_images(factor, images) * (last - earlier)
+            return v_change * _v_scale(select_images(state.sigma, images), v_change)
+
+        return map_changes(as_delta, self._evaluations[-1].v_changes, self._evaluations[0].v_changes)
+
+    def _extrapolation_factor(self, state: StepState) -> Tensor | None:
+        """Return how far to extrapolate beyond the last evaluation, ``(N, 1, 1, 1)``; None to repeat it.
+
+        With L = log sigma, the factor is ``(L_last - L) / (L_earlier - L_last)``: 0 at the last evaluation, and 1 at
+        the same distance after it as the earlier one lies before it.  It is clamped to 0..1, so a prediction never
+        goes backwards, nor further than the last two evaluations are apart.
+        """
         if not self.plan.linear or len(self._evaluations) < 2:
             return None
-        before, last = (evaluation.state.sigma.log() for evaluation in self._evaluations)
-        way, beyond = before - last, last - state.sigma.log()
-        # No further than from there to here, and not backwards.
-        factor = torch.where(way > TOLERANCE, beyond / way.clamp(min=TOLERANCE), 0.0).clamp(0, 1)
-        return per_image(factor, self._evaluations[-1].changes.guided)
-
-    def _predicted(self, factor: Tensor | None, state: StepState) -> Deltas:
-        def now(images: Tensor | None, change: Tensor, before: Tensor) -> Tensor:
-            if factor is not None:
-                change = change + select_images(factor, images) * (change - before)
-            return change * _v_scale(select_images(state.sigma, images), change)
-
-        return map_changes(now, self._evaluations[-1].changes, self._evaluations[0].changes)
+        earlier, last = (evaluation.state.sigma.log() for evaluation in self._evaluations)
+        interval, distance = earlier - last, last - state.sigma.log()
+        # A bridge that limits the noise may give both evaluations one level: the last one is then repeated.
+        factor = torch.where(interval > ROUNDING, distance / interval.clamp(min=ROUNDING), 0.0).clamp(0, 1)
+        return per_image(factor, self._evaluations[-1].v_changes.guided)
 
 
 def _same_inputs(a: StepState, b: StepState) -> bool:
-    """Tell whether deltas of two moments are of the same things."""
+    """Return whether the deltas of two steps depend on the same inputs: plain values by value, others by identity."""
     return len(a.inputs) == len(b.inputs) and all(
         x is y or (isinstance(x, (bool, int, float, tuple)) and x == y) for x, y in zip(a.inputs, b.inputs)
     )
 
 
 def _v_scale(sigma: Tensor, like: Tensor) -> Tensor:
-    """Return what a change of v comes to in the estimate, but for the sign, which is the same at all levels."""
+    """Return the change of the estimate per change of v, without the sign, which is the same at all levels."""
     s = per_image(sigma, like)
     return s / (s**2 + 1) ** 0.5

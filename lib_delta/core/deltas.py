@@ -1,4 +1,4 @@
-"""What adapting a model changes in its estimates of one step."""
+"""The changes that an adaptation makes to the estimates of one step."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# For each image, the weights of its prompts joined by AND.
+# For each image, the weights of its prompts that are joined by AND.
 PromptWeights = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
 class PromptParts:
-    """What is changed in the estimate of each prompt joined by AND, guided as if it were its image's only one.
+    """The change of each prompt joined by AND, guided as if it were the only prompt of its image.
 
-    ``change`` is ``(M, C, H, W)``, image after image; ``weights`` say how the parts are joined, ``images`` ``(M,)``
-    which image each is of.  With u the negative prompt's change, that of the guided estimate is
-    ``u + sum(weight * (change - u))`` for each image.
+    ``change`` is ``(M, C, H, W)``, image after image, ``images`` ``(M,)`` the image of each part.  With u the
+    change for the negative prompt, an image's guided estimate changes by ``u + sum(weight * (change - u))``.
     """
 
     change: Tensor
@@ -27,10 +26,10 @@ class PromptParts:
 
 
 class Deltas(NamedTuple):
-    """What is changed in a step's guided estimates ``(N, C, H, W)``, and in those for the negative prompts.
+    """The changes of a step's guided estimates, and of those for the negative prompts, ``(N, C, H, W)``.
 
-    Where these are the same by necessity they are one object.  ``parts`` is None where each image has one prompt,
-    and where base and adapted model are not told the same parts.
+    Both are one object if they cannot differ.  ``parts`` is None if each image has one prompt, or if base and adapted
+    have different parts.
     """
 
     guided: Tensor
@@ -39,14 +38,15 @@ class Deltas(NamedTuple):
 
 
 def map_changes(function: Callable[..., Tensor], *deltas: Deltas) -> Deltas:
-    """Make deltas of what ``function(images, *changes)`` makes of each kind of change in those given.
+    """Apply a function to the guided changes, to the negative prompts' changes, and to the parts' changes.
 
-    ``images`` are the numbers ``(M,)`` of the changes' images, or None where image after image has one.  All that
-    are given are of the same things.
+    ``function(images, *changes)`` gets the changes of one kind from each of ``deltas``, and returns the new ones.
+    ``images`` are the indices ``(M,)`` of the images of a part's changes, and None for changes of all N images.
+    The result shares one object for guided and uncond if all ``deltas`` do, and has parts if they all have.
     """
     guided = function(None, *(d.guided for d in deltas))
-    same = all(d.uncond is d.guided for d in deltas)
-    uncond = guided if same else function(None, *(d.uncond for d in deltas))
+    shared = all(d.uncond is d.guided for d in deltas)
+    uncond = guided if shared else function(None, *(d.uncond for d in deltas))
     parts = [d.parts for d in deltas if d.parts is not None]
     if len(parts) < len(deltas):
         return Deltas(guided, uncond)
@@ -55,11 +55,11 @@ def map_changes(function: Callable[..., Tensor], *deltas: Deltas) -> Deltas:
 
 
 def distinct_changes(deltas: Deltas) -> list[Tensor]:
-    """Return the changes that are not the same object, the guided estimate's first."""
-    different = [deltas.guided] if deltas.uncond is deltas.guided else [deltas.guided, deltas.uncond]
-    return different if deltas.parts is None else [*different, deltas.parts.change]
+    """Return the changes without repeated objects, the guided estimate's first."""
+    distinct = [deltas.guided] if deltas.uncond is deltas.guided else [deltas.guided, deltas.uncond]
+    return distinct if deltas.parts is None else [*distinct, deltas.parts.change]
 
 
 def select_images(tensor: Tensor, images: Tensor | None) -> Tensor:
-    """Give each change what its image has of ``(N, ...)``."""
+    """Return the rows of ``(N, ...)`` for each change's image; all N if ``images`` is None."""
     return tensor if images is None else tensor[images.to(tensor.device)]

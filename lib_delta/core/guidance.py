@@ -12,6 +12,7 @@ from torch import Tensor
 from lib_delta.core.delta_reuse import DeltaReuse, StepState
 from lib_delta.core.deltas import Deltas, map_changes
 from lib_delta.core.progress import Progress
+from lib_delta.core.steps import DenoiseStep, SourceStep
 from lib_delta.core.strength import Strength
 from lib_delta.diffusion.families import Family
 from lib_delta.errors import NotFiniteError
@@ -19,55 +20,32 @@ from lib_delta.errors import NotFiniteError
 if TYPE_CHECKING:
     from lib_delta.bridges import Bridge
 
-
-@dataclass(frozen=True)
-class DenoiseStep:
-    """What the target's sampler knows when the target has denoised.
-
-    ``x`` ``(N, C, H, W)`` is ``x0 + sigma * noise`` with ``sigma`` ``(N,)``, ``denoised`` the target's
-    estimate of x0 after classifier-free guidance.  ``progress`` runs from 0 at the first step to 1
-    at the last; ``step`` counts the evaluations.  ``uncond_skipped`` tells that the target did
-    without guidance in this step, to save time; ``uncond_zero`` that nothing then stood in for the
-    estimate without the prompt (see :meth:`lib_delta.core.source.Source.deltas`).  ``levels`` is the number
-    of the run's noise levels, 0 where it is not known.
-    """
-
-    x: Tensor
-    sigma: Tensor
-    denoised: Tensor
-    cfg_scale: float
-    progress: float
-    step: int = 0
-    uncond_skipped: bool = False
-    uncond_zero: bool = False
-    levels: int = 0
+MIN_SIDE_CFG = 3.0  # the smallest guidance scale that the method was shown with
 
 
 class DeltaSource(Protocol):
-    """Base and adapted model, as :class:`lib_delta.core.source.Source` brings them."""
+    """Base and adapted model: :class:`lib_delta.core.source.Source`."""
 
     def at_progress(self, progress: float) -> DeltaSource:
-        """Return what of it counts at a point of the run (0 to 1): the same object for as long as it is the same."""
+        """Return the source with what is active at ``progress`` (0 to 1), the same object while that stays the same."""
         ...
 
-    def deltas(
-        self, x: Tensor, sigma: Tensor, cfg_scale: float, step: int, uncond_skipped: bool, uncond_zero: bool
-    ) -> Deltas:
-        """Return ``D_adapted(x, sigma) - D_base(x, sigma)``, in float32 on the device of ``x``."""
+    def deltas(self, step: SourceStep) -> Deltas:
+        """Return ``D_adapted - D_base``, in float32 on the device of ``step.x``."""
         ...
 
     def conditioning_at(self, step: int) -> tuple[object, ...]:
-        """Return what the two models are told at a step: the same objects for as long as it is the same."""
+        """Return the two models' conditioning at a step, the same objects while it stays the same."""
         ...
 
 
 @dataclass(frozen=True)
 class DeltaGuidance:
-    """Add what adapting the source changes to what the target denoises.
+    """Adds the source's delta to the target's estimate.
 
-    ``reuse`` is what is known of the delta in this pass of a generation, where the source is not to be asked in
-    every step; it is the pass's own.  Where changes are not ``checked``, those that are no numbers are the caller's
-    to find: to look at them is to wait for the device.
+    ``reuse`` holds the earlier deltas of this pass of a generation; None evaluates the source in every step.
+    ``checked`` False leaves it to the caller to find changes that are not finite, as looking at them waits for the
+    device.
     """
 
     strength: Strength
@@ -77,17 +55,19 @@ class DeltaGuidance:
     checked: bool = True
 
     def __call__(self, step: DenoiseStep) -> Tensor:
-        """Return ``D_target + lambda * (D_adapted - D_base)``; at lambda 0 the target's own, untouched.
+        """Return ``D_target + lambda * (D_adapted - D_base)``; at lambda 0 ``step.denoised`` itself.
 
-        Raises :class:`NotFiniteError` if the source's delta is not finite.
+        Raises:
+            NotFiniteError: if the source's delta is not finite.
         """
         changes = self.changes(step)
-        return step.denoised if changes is None else (step.denoised.float() + changes[0]).to(step.denoised.dtype)
+        return step.denoised if changes is None else (step.denoised.float() + changes.guided).to(step.denoised.dtype)
 
     def changes(self, step: DenoiseStep) -> Deltas | None:
-        """Return what is to be added to the target's estimates.
+        """Return the changes to add to the target's estimates, or None at lambda 0, without evaluating the source.
 
-        None at lambda 0, where no side model is called.  Raises as calling does.
+        Raises:
+            NotFiniteError: if the source's delta is not finite.
         """
         strength = self.strength.at(step.progress)
         if strength == 0:
@@ -98,39 +78,34 @@ class DeltaGuidance:
             image_crossing = crossing if images is None else crossing.of(images)
             return strength * self.bridge.delta_to_target(delta, image_crossing).float()
 
-        changes = map_changes(to_target, self._deltas(x, sigma, step))
+        changes = map_changes(to_target, self._deltas(step, step.for_source(x, sigma)))
         if self.checked and not torch.isfinite(changes.guided).all():
             raise not_finite_error(step.step, float(step.sigma.max()))
         return changes
 
-    def _deltas(self, x: Tensor, sigma: Tensor, step: DenoiseStep) -> Deltas:
-        guidance_flags = step.cfg_scale, step.uncond_skipped, step.uncond_zero
+    def _deltas(self, step: DenoiseStep, source_step: SourceStep) -> Deltas:
         source = self.source.at_progress(step.progress)
-
-        def evaluate() -> Deltas:
-            scale, skipped, zero = guidance_flags
-            return source.deltas(x, sigma, scale, step.step, skipped, zero)
-
         if self.reuse is None:
-            return evaluate()
-        inputs = (source, *source.conditioning_at(step.step), guidance_flags, tuple(x.shape))
-        return self.reuse.deltas(evaluate, StepState(sigma, step.denoised, step.progress, step.levels, inputs))
+            return source.deltas(source_step)
+        inputs = (source, *source.conditioning_at(step.step), source_step.guidance, tuple(source_step.x.shape))
+        state = StepState(source_step.sigma, step.denoised, step.progress, step.levels, inputs)
+        return self.reuse.deltas(lambda: source.deltas(source_step), state)
 
 
 def not_finite_error(step: int, sigma: float) -> NotFiniteError:
-    """Return the error that says where a delta was not a number."""
+    """Return the error for a delta with values that are not finite at a step."""
     return NotFiniteError(f"the side model's delta is not a number at step {step + 1} (sigma {sigma:.4g})")
 
 
 class DeltaDenoiser:
-    """A target denoiser with the delta added, for k-diffusion's samplers to drive."""
+    """A target denoiser with the delta added, for k-diffusion's samplers."""
 
     def __init__(
         self, target: Callable[..., Tensor], guidance: DeltaGuidance, sigmas: Tensor, cfg_scale: float = 1.0
     ) -> None:
-        """Take the target's ``(x, sigma, **kwargs) -> denoised`` (after guidance) and the run's noise levels.
+        """Take the target's ``(x, sigma, **kwargs) -> denoised`` after guidance.
 
-        ``sigmas`` ``(steps + 1,)`` tell how far along the run a sigma is; ``cfg_scale`` is the source's.
+        ``sigmas`` ``(steps + 1,)`` are the run's noise levels; ``cfg_scale`` is the source's guidance scale.
         """
         self.target = target
         self.guidance = guidance
@@ -147,16 +122,13 @@ class DeltaDenoiser:
         return self.guidance(step)
 
 
-MIN_SIDE_CFG = 3.0  # of those that the method was shown with
+def side_cfg(main_scale: float, base: Family, target: Family, user_scale: float | None = None) -> float:
+    """Return the side model's guidance scale: ``user_scale`` if set, else one that follows ``main_scale``.
 
-
-def side_cfg(main: float, base: Family, target: Family, asked: float | None = None) -> float:
-    """Return the guidance scale of the side model where the main one runs at ``main``.
-
-    ``asked`` is the user's number; None is automatic: the main one's, or 3 where that is less.  Few-step
-    and distilled models run at 1 or 2, where a ``base`` of another family says little of its prompt.
-    A target of the base's own family keeps its scale, so that the delta is what the adapter does to it.
+    A target of the base's family keeps its scale, so that the delta equals the adapter's effect on that model.
+    For other targets the scale is at least 3: few-step and distilled models run at 1 or 2, where the base hardly
+    follows its prompt.
     """
-    if asked is not None:
-        return asked
-    return main if base is target else max(main, MIN_SIDE_CFG)
+    if user_scale is not None:
+        return user_scale
+    return main_scale if base is target else max(main_scale, MIN_SIDE_CFG)

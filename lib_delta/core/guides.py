@@ -1,4 +1,4 @@
-"""Guides: adaptations that are not weights, and when they count."""
+"""Guides: adaptations that are not weights, and when they are active."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lib_delta.core.strength import PROGRESS_TOLERANCE
+from lib_delta.core.strength import covers
 from lib_delta.errors import SettingError
 from lib_delta.models.injection import Injection
 
 
 @dataclass(frozen=True)
 class GuideInputs:
-    """What the adapted model is given in one evaluation: N rows, the prompts' and then the negative prompts'.
+    """The adapted model's inputs in one evaluation: N rows, those of prompts before those of negative prompts.
 
-    ``x`` ``(N, C, h, w)`` scaled as the UNet's input, ``t`` ``(N,)``, ``context`` ``(N, T, W)``, ``label``
-    ``(N, L)`` for SDXL; ``images`` ``(N,)`` is each row's image, ``uncond`` ``(N,)`` marks the negative prompts';
-    ``prompts`` are the numbers ``(K,)`` of all others, where they are known without a look at the device.  While the
-    prompts stay, ``context`` is the same object.
+    Attributes:
+        x: latents ``(N, C, h, w)``, scaled as the UNet's input.
+        t: timesteps ``(N,)``.
+        context: encoded prompts ``(N, T, W)``, the same object while the prompts stay the same.
+        label: label embeddings ``(N, L)`` for SDXL.
+        images: the image of each row ``(N,)``.
+        uncond: marks the negative prompts' rows ``(N,)``.
+        prompts: the indices ``(K,)`` of the prompts' rows, None if finding them needs a transfer from the device.
     """
 
     x: Tensor
@@ -32,19 +36,20 @@ class GuideInputs:
 
     @property
     def prompt_rows(self) -> Tensor:
-        """The numbers ``(K,)`` of the prompts' rows."""
+        """The indices ``(K,)`` of the prompts' rows."""
         return (~self.uncond).nonzero()[:, 0] if self.prompts is None else self.prompts
 
 
-# An adaptation that is not weights.
+# Computes the additions of an adaptation that is not weights, such as a ControlNet.
 Guide = Callable[[GuideInputs], Injection]
 
 
 @dataclass(frozen=True, eq=False)
 class TimedGuide:
-    """A guide that counts in a share of the run: from ``start`` to ``end``, 0 the first step and 1 the last.
+    """A guide that is active from ``start`` to ``end``; 0 is the first step and 1 the last.
 
-    Raises :class:`SettingError` for a share that is none.
+    Raises:
+        SettingError: unless ``0 <= start <= end <= 1``.
     """
 
     guide: Guide
@@ -63,7 +68,5 @@ class TimedGuide:
 
 
 def is_active(guide: Guide, progress: float) -> bool:
-    """Tell whether a guide counts at a point of the run; one that is not :class:`TimedGuide` always does."""
-    if not isinstance(guide, TimedGuide):
-        return True
-    return guide.start - PROGRESS_TOLERANCE <= progress <= guide.end + PROGRESS_TOLERANCE
+    """Return whether a guide is active at ``progress`` (0 to 1); only a :class:`TimedGuide` can be inactive."""
+    return not isinstance(guide, TimedGuide) or covers(guide.start, guide.end, progress)

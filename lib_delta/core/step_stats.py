@@ -1,11 +1,11 @@
-"""What steps came to, noted on the device: to look at it at once would be to wait for the step."""
+"""Statistics of steps.  They stay on the device until a later step waits for it anyway."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepStats:
-    """A step's number, noise level and seconds, and its delta's size as a share of the estimate's, and its kind."""
+    """The statistics of one step.
+
+    Attributes:
+        step: the step's number.
+        sigma: its noise level.
+        size: the norm of the delta as a share of the norm of the target's estimate.
+        finite: whether every value of the delta is a finite number.
+        zero: whether the delta is 0 everywhere.
+        seconds: the time that the delta took, NaN if unknown.
+    """
 
     step: int
     sigma: float
@@ -23,59 +32,64 @@ class StepStats:
     seconds: float
 
 
+class Stopwatch:
+    """Measures how long a device works, without waiting for it.
+
+    It starts when it is made.  CUDA measures with events; a CPU has finished when its calls return.  On other devices
+    the time is unknown, as it cannot be measured without waiting.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start = self._now()
+        self._end = self._start
+
+    def stop(self) -> None:
+        """Stop it."""
+        self._end = self._now()
+
+    def seconds(self) -> float:
+        """Return the seconds from start to stop, NaN if unknown.  Call it when the device has finished."""
+        if self._device.type == "cuda":
+            return float(self._start.elapsed_time(self._end)) / 1000
+        return self._end - self._start if self._device.type == "cpu" else math.nan
+
+    def _now(self) -> Any:
+        """Return an event recorded on CUDA's current stream, elsewhere the time in seconds."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
 class PendingStats:
-    """Figures of steps that are still on the device."""
+    """The statistics of steps that are still on the device."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[int, Tensor, Callable[[], float]]] = []
+        self._steps: list[tuple[int, Tensor, Stopwatch]] = []
 
-    def add(
-        self, step: int, sigma: Tensor, denoised: Tensor, changes: list[Tensor], taken: Callable[[], float]
-    ) -> Tensor:
-        """Note a step; returns whether all changes are finite, ``()``, on their device.
+    def add(self, step: int, sigma: Tensor, denoised: Tensor, changes: list[Tensor], stopwatch: Stopwatch) -> Tensor:
+        """Add a step's statistics; return whether all changes are finite, ``()``, on their device.
 
-        The size is that of the first of ``changes``; ``taken`` gives the seconds, once the device is through.
+        ``denoised`` is the target's estimate.  The size is that of the first of ``changes``.
         """
         finite = torch.stack([torch.isfinite(change).all() for change in changes]).all()
         nonzero = torch.stack([change.any() for change in changes]).any()
         size = changes[0].norm() / denoised.norm().clamp(min=1e-12)
         values = (sigma.max().to(size.device), size, finite, nonzero)
-        self._steps.append((step, torch.stack([value.float() for value in values]), taken))
+        self._steps.append((step, torch.stack([value.float() for value in values]), stopwatch))
         return finite
 
     def take(self, *values: Tensor) -> tuple[list[float], list[StepStats]]:
-        """Return numbers ``()`` of the device, and the figures noted since the last time, in one transfer."""
+        """Return the numbers ``()`` in ``values`` and the statistics added since the last call, in one transfer."""
         steps, self._steps = self._steps, []
         rows = [*(value.float().reshape(1) for value in values), *(row for _, row, _ in steps)]
         if not rows:
             return [], []
         numbers = torch.cat([row.to(rows[-1].device) for row in rows]).cpu().tolist()
-        figures = []
-        for i, (step, _, taken) in enumerate(steps):
+        stats = []
+        for i, (step, _, stopwatch) in enumerate(steps):
             sigma, size, finite, nonzero = numbers[len(values) + 4 * i :][:4]
-            figures.append(StepStats(step, sigma, size, bool(finite), not nonzero, taken()))
-        return numbers[: len(values)], figures
-
-
-def stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
-    """Start to measure what a device is given to do; call the result to stop, and what that returns for the seconds.
-
-    CUDA says how long it took when it is through, and a CPU is through when calls return.  Elsewhere it is not a
-    number, for it is not known without waiting.
-    """
-    if device.type != "cuda":
-        started = time.perf_counter()
-
-        def stop() -> Callable[[], float]:
-            taken = time.perf_counter() - started if device.type == "cpu" else math.nan
-            return lambda: taken
-
-        return stop
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record(torch.cuda.current_stream(device))
-
-    def stop_there() -> Callable[[], float]:
-        end.record(torch.cuda.current_stream(device))
-        return lambda: float(begin.elapsed_time(end)) / 1000
-
-    return stop_there
+            stats.append(StepStats(step, sigma, size, bool(finite), not nonzero, stopwatch.seconds()))
+        return numbers[: len(values)], stats

@@ -1,1 +1,1 @@
-"""Families of diffusion models: what they predict, and the latent spaces that they work in."""
+"""Families of diffusion models, their parameterizations and latent spaces."""

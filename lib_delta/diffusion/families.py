@@ -1,4 +1,4 @@
-"""The families of models: what their latents and their text look like, and how to name them."""
+"""The families of models: their names, latent spaces, and text encoders' widths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lib_delta.diffusion.latent_spaces import Space
 
 @dataclass(frozen=True)
 class FamilyTraits:
-    """``context_width`` is that of the released models."""
+    """The traits of a family; ``context_width`` is the width of the released models' encoded text."""
 
     label: str
     space: Space
@@ -21,8 +21,8 @@ class FamilyTraits:
 class Family(Enum):
     """A family of models that share a latent space and text encoders.
 
-    Those that are not ``served`` cannot be the side model; they are known so that bridges may lead to
-    their latents, and messages name them.
+    Families that are not ``served`` cannot be the side model.  They are listed so that bridges can map to their
+    latents and messages can name them.
     """
 
     SD1 = FamilyTraits("SD 1.x", Space.SD1, 768)
@@ -47,22 +47,22 @@ class Family(Enum):
 
     @property
     def space(self) -> Space:
-        """The latent space that its models work in."""
+        """The latent space of its models."""
         return self.value.space
 
     @property
     def scale_factor(self) -> float:
-        """What the autoencoder's latents are multiplied by before the denoising model sees them."""
+        """The factor from the autoencoder's latents to the denoising model's."""
         return self.space.scale_factor
 
     @property
     def latent_channels(self) -> int:
-        """Channels of a latent."""
+        """The number of channels of a latent."""
         return self.space.channels
 
     @property
     def context_width(self) -> int:
-        """Width of the encoded text in the released models (narrow test models have their own)."""
+        """The width of the encoded text in the released models (test models are narrower)."""
         return self.value.context_width
 
     @property

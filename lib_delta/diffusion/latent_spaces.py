@@ -1,16 +1,16 @@
-"""The latent spaces of the released autoencoders: several families of models may share one."""
+"""The latent spaces of the released autoencoders; several families of models may share one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
-LATENT_STRIDE = 8  # of a picture, along one side, to a pixel of a latent, in all of them
+LATENT_STRIDE = 8  # image pixels per latent pixel, along each side, in all of these spaces
 
 
 @dataclass(frozen=True)
 class SpaceTraits:
-    """A denoising model sees ``scale_factor * (latent - shift)`` of what the autoencoder gives."""
+    """The traits of a latent space: a denoising model's input is ``scale_factor * (latent - shift)``."""
 
     key: str
     label: str
@@ -20,9 +20,9 @@ class SpaceTraits:
 
 
 class Space(Enum):
-    """A latent space; scale factors and shifts come from each release's own configuration.
+    """A latent space; scale factors and shifts come from each release's configuration.
 
-    The last two are known by name only, so that a message can say what no bridge leads to.
+    No bridge maps to the last two; they are listed so that messages can name them.
     """
 
     SD1 = SpaceTraits("sd1", "SD 1.x/2.x", 4, 0.18215)
@@ -34,7 +34,7 @@ class Space(Enum):
 
     @property
     def key(self) -> str:
-        """The name in files."""
+        """The name in file names and file contents."""
         return self.value.key
 
     @property
@@ -44,15 +44,15 @@ class Space(Enum):
 
     @property
     def channels(self) -> int:
-        """Channels of a latent."""
+        """The number of channels of a latent."""
         return self.value.channels
 
     @property
     def scale_factor(self) -> float:
-        """What the autoencoder's latents are multiplied by before the denoising model sees them."""
+        """The factor from the autoencoder's latents, less :attr:`shift`, to the denoising model's."""
         return self.value.scale_factor
 
     @property
     def shift(self) -> float:
-        """What is taken from the autoencoder's latents before they are scaled."""
+        """The number subtracted from the autoencoder's latents before they are scaled."""
         return self.value.shift

@@ -1,8 +1,8 @@
-"""What a network's output means, and where on the noise schedule it was asked.
+"""Conversion between a network's inputs and outputs and ``(x, sigma) -> denoised``.
 
-Everything inside the engine is ``(x, sigma) -> denoised`` with ``x = x0 + sigma * noise``, the
-convention of k-diffusion (arXiv 2206.00364).  Networks predict noise (eps), velocity (v) or flow,
-at discrete timesteps, on inputs scaled in their own way; this module is the only place that knows.
+The rest of the code uses k-diffusion's convention (arXiv 2206.00364): ``(x, sigma) -> denoised`` with
+``x = x0 + sigma * noise``.  Networks predict noise (eps), velocity (v) or flow, at discrete timesteps, and scale their
+inputs differently.  Only this module deals with that.
 """
 
 from __future__ import annotations
@@ -19,22 +19,26 @@ from lib_delta.errors import SettingError
 
 Prediction = Literal["eps", "v", "flow"]
 
-# What WebUIs put in the place of the last signal level after the rescale to zero terminal SNR:
-# small enough to be pure noise, large enough for sigma (4518) to be a number.
+# The WebUIs' last signal level after the rescale to zero terminal SNR, which would make it 0.
+# It is small enough to be pure noise, and large enough for a finite sigma (4518).
 TERMINAL_ALPHA_BAR = 4.8973451890853435e-08
-# The noise level up to which states of flow-matching models are followed: in float32 more would drown the estimate.
+# The highest noise level for states of flow-matching models: in float32, more noise would drown the estimate.
 FLOW_SIGMA_MAX = 1000.0
 
 
 class Schedule:
     """The discrete noise schedule a model was trained with.
 
-    The table is kept in float64 on the CPU and used in float32, on the device of what is asked;
-    rounding the logarithms only once is what decides which timestep is the nearest.
+    The table is stored in float64 on the CPU and used in float32 on the device of the query.  Rounding the logarithms
+    only once makes the nearest timestep the right one.
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
-        """Take the signal levels ``(steps,)``, decreasing, between 0 and 1 (both excluded)."""
+        """Take the signal levels ``(steps,)``, decreasing, between 0 and 1 (both excluded).
+
+        Raises:
+            SettingError: if there are fewer than two, or if one is not between 0 and 1.
+        """
         # cpu() first: not every device has float64.
         alphas = alphas_cumprod.detach().cpu().double()
         if alphas.ndim != 1 or len(alphas) < 2 or not bool(((alphas > 0) & (alphas < 1)).all()):
@@ -64,7 +68,7 @@ class Schedule:
         return math.exp(float(self.log_sigmas[-1]))
 
     def sigma_to_t(self, sigma: Tensor, quantize: bool = False) -> Tensor:
-        """Map noise levels ``(N,)`` to timesteps ``(N,)``, interpolated in log sigma or, quantized, the nearest."""
+        """Map noise levels ``(N,)`` to timesteps ``(N,)``: in log sigma, or the nearest if ``quantize``."""
         table = self._table(sigma.device)
         log_sigma = sigma.float().log()
         if quantize:
@@ -74,13 +78,13 @@ class Schedule:
         return (1 - weight) * low + weight * (low + 1)
 
     def t_to_sigma(self, t: Tensor) -> Tensor:
-        """Map timesteps ``(N,)``, whole or fractional, to noise levels ``(N,)``; outside the table its ends hold."""
+        """Map timesteps ``(N,)``, whole or fractional, to noise levels ``(N,)``, clamped to the table."""
         table = self._table(t.device)
         t = t.float().clamp(0, len(table) - 1)
         return torch.lerp(table[t.floor().long()], table[t.ceil().long()], t.frac()).exp()
 
     def _table(self, device: torch.device) -> Tensor:
-        # Once for each device: it is asked in every step.
+        # Cached per device, as every step uses it.
         if device not in self._tables:
             # float() first: not every device has float64.
             self._tables[device] = self.log_sigmas.float().to(device)
@@ -96,11 +100,11 @@ def _rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Parameterization:
-    """How one model reads ``(x, sigma)`` and how its output becomes the denoised estimate.
+    """The conversion of one model's inputs and outputs.
 
-    Shapes: ``x``, outputs and estimates ``(..., N, C, H, W)``, ``sigma`` ``(N,)``.  Flow models
-    (arXiv 2209.03003) see ``(1 - s) * x0 + s * noise`` with ``s = sigma / (1 + sigma)``, are asked
-    at ``1000 * s`` and predict ``noise - x0``; they have no use for the schedule.
+    Shapes: ``x``, outputs and estimates ``(..., N, C, H, W)``, ``sigma`` ``(N,)``.  Flow models (arXiv 2209.03003)
+    take ``(1 - s) * x0 + s * noise`` with ``s = sigma / (1 + sigma)`` at the timestep ``1000 * s``, and predict
+    ``noise - x0``.  They do not use the schedule.
     """
 
     prediction: Prediction = "eps"
@@ -111,14 +115,14 @@ class Parameterization:
             raise SettingError(f"prediction must be one of {', '.join(get_args(Prediction))}, not {self.prediction!r}")
 
     def model_input(self, x: Tensor, sigma: Tensor, quantize: bool = False) -> tuple[Tensor, Tensor]:
-        """Return what the network is given: the scaled ``x`` and the timesteps ``(N,)``."""
+        """Return the network's inputs: the scaled ``x`` and the timesteps ``(N,)``."""
         s = per_image(sigma, x)
         if self.prediction == "flow":
             return x / (1 + s), 1000 * sigma / (1 + sigma)
         return x / (s**2 + 1) ** 0.5, self.schedule.sigma_to_t(sigma, quantize)
 
     def denoised(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """Return the denoised estimate (x0) that the network's ``output`` for ``(x, sigma)`` stands for."""
+        """Return the denoised estimate (x0) from the network's ``output`` for ``(x, sigma)``."""
         s = per_image(sigma, x)
         if self.prediction == "eps":
             return x - output * s
@@ -127,7 +131,7 @@ class Parameterization:
         return (x - output * s) / (1 + s)
 
     def output_of(self, denoised: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """Return the output that stands for ``denoised``: the inverse of :meth:`denoised`, for sigma above 0."""
+        """Return the network's output from ``denoised``: the inverse of :meth:`denoised`, for sigma above 0."""
         s = per_image(sigma, x)
         if self.prediction == "eps":
             return (x - denoised) / s
@@ -137,15 +141,15 @@ class Parameterization:
 
 
 def per_image(sigma: Tensor, x: Tensor) -> Tensor:
-    """Shape ``(N,)`` noise levels so that they broadcast over ``(..., N, C, H, W)``."""
+    """Return noise levels ``(N,)`` as ``(N, 1, 1, 1)``, which broadcasts over ``x`` ``(..., N, C, H, W)``."""
     return sigma.reshape(-1, 1, 1, 1).to(x)
 
 
 def from_timestep_space(x: Tensor, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """Convert the state of a timestep sampler (DDIM, PLMS, UniPC) to ``(x, sigma)``.
 
-    Such a sampler holds ``sqrt(alpha_bar) * x0 + sqrt(1 - alpha_bar) * noise`` (variance preserving)
-    at timesteps ``t`` ``(N,)``, and asks for the noise: see :func:`eps_of`.
+    Its state is ``sqrt(alpha_bar) * x0 + sqrt(1 - alpha_bar) * noise`` (variance preserving) at timesteps ``t``
+    ``(N,)``.  It works with predicted noise: see :func:`eps_of`.
     """
     sigma = schedule.t_to_sigma(t)
     s = per_image(sigma, x)
@@ -160,9 +164,9 @@ def to_timestep_space(x: Tensor, sigma: Tensor) -> Tensor:
 def from_flow_space(x: Tensor, t: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor]:
     """Convert the state of a flow-matching model (arXiv 2209.03003) to ``(x, sigma)``.
 
-    Such a model holds ``(1 - t) * x0 + t * noise`` at times ``t`` ``(N,)`` of 0 to 1: that is ``x / (1 - t)`` at
-    ``t / (1 - t)``.  Near 1, where both grow without bound, the estimate and the noise that it leaves are
-    put together again at :data:`FLOW_SIGMA_MAX`.
+    Its state is ``(1 - t) * x0 + t * noise`` at times ``t`` ``(N,)`` from 0 to 1, which equals ``x / (1 - t)`` at
+    the noise level ``t / (1 - t)``.  Both grow without bound near 1, so above :data:`FLOW_SIGMA_MAX` the result is
+    the estimate plus its noise at that level.
     """
     sigma = (t / (1 - t)).clamp(max=FLOW_SIGMA_MAX)
     time = per_image(t, x)
@@ -172,19 +176,19 @@ def from_flow_space(x: Tensor, t: Tensor, denoised: Tensor) -> tuple[Tensor, Ten
 
 
 def eps_of(denoised: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-    """Return the noise that a denoised estimate leaves in ``x``, which timestep samplers work with."""
+    """Return the noise in ``x`` according to a denoised estimate."""
     return (x - denoised) / per_image(sigma, x)
 
 
 def denoised_of(eps: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-    """Return the denoised estimate that a predicted noise stands for."""
+    """Return the denoised estimate according to a predicted noise."""
     return x - eps * per_image(sigma, x)
 
 
 def denoiser(
     network: Callable[[Tensor, Tensor], Tensor], parameterization: Parameterization, quantize: bool = False
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Turn ``network(x, t) -> output`` into ``(x, sigma) -> denoised``, the currency of k-diffusion's samplers."""
+    """Return ``(x, sigma) -> denoised``, as k-diffusion's samplers need it, from ``network(x, t) -> output``."""
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         model_x, t = parameterization.model_input(x, sigma, quantize)

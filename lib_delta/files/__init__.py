@@ -1,1 +1,1 @@
-"""Model files: what they are, and their tensors, read without any loader that could run what is in them."""
+"""Detects model files and reads their tensors, without any loader that could run code in them."""

@@ -1,13 +1,12 @@
-"""Telling checkpoints: the family of a model file, its variant, and what its UNet predicts.
+"""Detects a checkpoint's family, its variant and its prediction type.
 
-Formats: safetensors and PyTorch's own files, both read by :mod:`lib_delta.files` (so that no code in them can
-run), in the key names of the original Stable Diffusion release, "LDM layout".
+Formats: safetensors and PyTorch's files, both read by :mod:`lib_delta.files`, so that no code in them can run.
+Keys are those of the original Stable Diffusion release ("LDM layout").
 """
 
 from __future__ import annotations
 
 import functools
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -15,7 +14,7 @@ from typing import cast
 from lib_delta.diffusion.families import SERVED, Family
 from lib_delta.diffusion.parameterization import Prediction
 from lib_delta.errors import CheckpointError, shown
-from lib_delta.files.file_kinds import unsupported_kind
+from lib_delta.files.file_kinds import Role, kind_of
 from lib_delta.files.sidecar_config import ModelConfig
 from lib_delta.files.stored_file import Shapes
 from lib_delta.files.weight_file import FileState, WeightFile
@@ -23,41 +22,25 @@ from lib_delta.files.weight_file import FileState, WeightFile
 UNET_PREFIX = "model.diffusion_model."
 
 VAE_PREFIX = "first_stage_model."
-# Where the UNet may be: in a checkpoint, and in two forms of UNet-only files.
+# The UNet's prefix in a checkpoint, and in two forms of UNet-only files.
 UNET_PREFIXES = (UNET_PREFIX, "diffusion_model.", "")
 TEXT_PREFIXES = ("cond_stage_model.", "conditioner.embedders.")
 
-_NOT_CHECKPOINTS: tuple[tuple[str, str], ...] = (
-    (r"lora_(unet|te\d?|transformer)_|.*\.(lora_(down|up|A|B)|hada_w1_[ab]|lokr_w[12])", "a LoRA, not a checkpoint"),
-    (r"control_model\.|input_hint_block\.|controlnet_cond_embedding\.|controlnet_", "a ControlNet, not a checkpoint"),
-    (r"emb_params$|string_to_param|clip_[lg]$", "a textual inversion embedding, not a checkpoint"),
-    (
-        r"(unet\.)?down_blocks\.\d+\.(resnets|attentions)\.",
-        "a UNet in diffusers layout, which diffusers' convert_diffusers_to_original_*.py turns into a checkpoint",
-    ),
-    (r"module\.", "saved from parallel training, in part: its keys start with 'module.', and ordinary ones are needed"),
-    (r"model_ema\.", "a checkpoint with only the averaged (EMA) copy of its UNet: export it with its ordinary weights"),
-    (
-        r"(model\.)?diffusion_model\.",
-        "incomplete or of a family that is not known: its UNet has no input_blocks.0.0.weight",
-    ),
-    (r"cond_stage_model\.|conditioner\.", "a checkpoint without a UNet"),
-    (r"(first_stage_model\.)?(encoder|decoder)\.conv_in\.", "an autoencoder (VAE), not a checkpoint"),
-    (r"(.*\.)?text_model\.", "a text encoder, not a checkpoint"),
-)
+# All but one: the families of transformer models are detected by their blocks.
+_OTHER_ROLES = tuple(role for role in Role if role is not Role.TRANSFORMER_CONTROL)
 
 
 def unet_prefix(shapes: Shapes) -> str | None:
-    """Return the prefix of the UNet's keys, None where there is no UNet in LDM layout."""
+    """Return the prefix of the UNet's keys; None if there is no UNet in LDM layout."""
     return next((p for p in UNET_PREFIXES if f"{p}input_blocks.0.0.weight" in shapes), None)
 
 
 def detect_family(shapes: Shapes, name: str = "the file") -> Family:
-    """Tell the family of a checkpoint from the shapes of all its weights.
+    """Detect the family of a checkpoint by the shapes of all its weights.
 
-    SD 1.x and 2.x differ in the projections of their attention blocks (convolutions, linear maps),
-    SDXL has a label embedding besides; widths are not looked at, but to tell what shares all that.
-    Raises :class:`CheckpointError` that names what the file is instead.
+    SD 1.x and 2.x differ in the projections of their attention blocks (convolutions, linear maps).
+    SDXL also has a label embedding.  Widths only distinguish families that share all that.
+    Raises :class:`CheckpointError` that names the file's kind if it is no checkpoint.
     """
     if any(".joint_blocks." in k or k.startswith("joint_blocks.") for k in shapes):
         return Family.SD3
@@ -76,7 +59,7 @@ def _labelled_family(shapes: Shapes, prefix: str) -> Family:
     context = next((v[-1] for k, v in shapes.items() if k.startswith(prefix) and k.endswith("attn2.to_k.weight")), 0)
     if context == Family.UNCLIP.context_width or any(k.startswith("cond_stage_model.") for k in shapes):
         return Family.UNCLIP
-    # The refiner has one text encoder, OpenCLIP-G, where the base model has CLIP-L.
+    # The refiner has one text encoder, OpenCLIP-G.  In its place the base model has CLIP-L.
     if context == Family.SDXL_REFINER.context_width or any(
         k.startswith("conditioner.embedders.0.model.") for k in shapes
     ):
@@ -85,27 +68,25 @@ def _labelled_family(shapes: Shapes, prefix: str) -> Family:
 
 
 def _kind_of_file(shapes: Shapes) -> str:
-    if kind := unsupported_kind(shapes):
-        return f"{kind}, not a checkpoint"
-    for pattern, what in _NOT_CHECKPOINTS:
-        if any(re.match(pattern, key) for key in shapes):
-            return what
+    kind = kind_of(shapes, *_OTHER_ROLES)
+    if kind is not None:
+        return kind.sentence if kind.role is Role.INCOMPLETE else f"{kind.sentence}, not a checkpoint"
     return "not a Stable Diffusion checkpoint" if shapes else "a file without any weights"
 
 
 def detect_variant(shapes: Shapes) -> str:
-    """Name what the UNet's input channels tell: "standard", "inpainting", "edit" or "depth"."""
+    """Return the variant by the UNet's input channels: "standard", "inpainting", "edit" or "depth"."""
     channels = shapes[f"{unet_prefix(shapes)}input_blocks.0.0.weight"][1]
     return {5: "depth", 8: "edit", 9: "inpainting"}.get(channels, "standard")
 
 
 def detect_prediction(file: WeightFile, family: Family) -> Prediction:
-    """Tell what the UNet predicts.
+    """Detect the UNet's prediction type.
 
-    In this order: what :func:`stated_prediction` finds; eps where a ``.yaml`` lies beside the file and says nothing of
-    it, as ldm's models have it; else v for SD 2.x and eps for all others.  SD 2.x comes as 512 (eps) and
-    768-v models of the same shapes: the default is that of the 768-v models, but for the inpainting and depth
-    models, which are eps.  Where that is wrong the user has to say so.
+    :func:`stated_prediction` comes first.  A ``.yaml`` next to the file that states none means eps, ldm's default.
+    Otherwise SD 2.x predicts v and all other families predict eps.  SD 2.x has 512 (eps) and 768-v models of the same
+    shapes: the default is that of the 768-v models.  Its inpainting and depth models predict eps.
+    The user has to override a wrong guess.
     """
     stated = stated_prediction(file)
     if stated is not None:
@@ -115,12 +96,16 @@ def detect_prediction(file: WeightFile, family: Family) -> Prediction:
 
 
 def stated_prediction(file: WeightFile) -> Prediction | None:
-    """Return what is said of what a file's UNet predicts, None where nothing is.
+    """Return the prediction type that a file states; None if it states none.
 
-    In this order: the ``.yaml`` of its name beside it, which WebUIs believe first; an (empty) tensor ``v_pred``; the
-    header's ``modelspec.prediction_type``, or a ``modelspec.architecture`` that ends in ``-v`` (as in
-    ``stable-diffusion-v2-768-v``).
-    Raises :class:`CheckpointError` for a configuration that cannot be read, and a prediction that is not served.
+    Sources, the first one wins:
+
+    1. the ``.yaml`` of the same name next to the file, which WebUIs read first;
+    2. an (empty) tensor ``v_pred``;
+    3. the header's ``modelspec.prediction_type``;
+    4. a ``modelspec.architecture`` that ends in ``-v`` (as in ``stable-diffusion-v2-768-v``).
+
+    Raises :class:`CheckpointError` for an unreadable configuration and for an unsupported prediction type.
     """
     config = ModelConfig.beside(file.path)
     if config is not None and (configured := _configured_prediction(file.name, config)) is not None:
@@ -130,7 +115,7 @@ def stated_prediction(file: WeightFile) -> Prediction | None:
     stated = file.metadata.get("modelspec.prediction_type", "").lower()
     if stated:
         if stated not in ("eps", "epsilon", "v", "v_prediction"):
-            raise CheckpointError(f"{file.name} predicts {stated!r}, which is not served: eps or v is needed")
+            raise CheckpointError(f"{file.name} predicts {stated!r}, which is not supported: eps or v is needed")
         return "v" if stated.startswith("v") else "eps"
     if file.metadata.get("modelspec.architecture", "").endswith("-v"):
         return "v"
@@ -138,29 +123,30 @@ def stated_prediction(file: WeightFile) -> Prediction | None:
 
 
 def _configured_prediction(name: str, config: ModelConfig) -> Prediction | None:
-    """Read ldm's name for a prediction, and sgm's."""
+    """Read the prediction type by ldm's name, or by sgm's."""
     scaling = config.text("denoiser_config", "params", "scaling_config", "target").rpartition(".")[2]
     stated = config.text("parameterization") or {"VScaling": "v", "EpsScaling": "eps"}.get(scaling, "")
     if stated and stated not in ("eps", "v"):
         raise CheckpointError(
-            f"{name} predicts {shown(stated, 40)}, as {config.name} says, which is not served: eps or v is needed"
+            f"{name} predicts {shown(stated, 40)}, as {config.name} says, which is not supported: eps or v is needed"
         )
     return cast("Prediction | None", stated or None)
 
 
 def detect_zero_terminal_snr(file: WeightFile) -> bool:
-    """Tell whether the noise schedule was rescaled to end in pure noise (arXiv 2305.08891)."""
+    """Return whether the noise schedule was rescaled to end in pure noise (arXiv 2305.08891)."""
     return "ztsnr" in file.shapes or file.metadata.get("ss_zero_terminal_snr", "").lower() == "true"
 
 
 def missing_parts(shapes: Shapes) -> tuple[str, ...]:
+    """Name the parts that a checkpoint lacks: "text encoder", "autoencoder"."""
     parts = {"text encoder": TEXT_PREFIXES, "autoencoder": (VAE_PREFIX,)}
     return tuple(part for part, prefixes in parts.items() if not any(k.startswith(prefixes) for k in shapes))
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What the header of a checkpoint tells of it, with nothing built; ``missing`` as in :class:`Report`."""
+    """A checkpoint's description by its header; ``missing`` as :func:`missing_parts` names it."""
 
     name: str
     family: Family
@@ -170,7 +156,7 @@ class CheckpointInfo:
 
     @property
     def why_not_base(self) -> str:
-        """Why it cannot be the base of the side model, in a sentence; empty where it can."""
+        """The reason why it cannot be the base of the side model, in a sentence; empty if it can."""
         if self.family is not Family.SD1:
             label = self.family.label
             return f"{self.name} is a model of {label}, and the base of Delta Sampling has to be an SD 1.x checkpoint"
@@ -182,11 +168,12 @@ class CheckpointInfo:
 
 
 def describe(path: str | Path) -> CheckpointInfo:
-    """Say what a checkpoint is, from its header alone: milliseconds, and remembered until the file changes.
+    """Describe a checkpoint by its header.
 
-    For lists of files, and to refuse before anything is built: ``describe(path).unfit`` is why a checkpoint cannot be
-    the base, empty where it can.  Raises :class:`CheckpointError` for what is no checkpoint or cannot be read; see
-    :func:`why_not_base` for one sentence in every case.
+    This takes milliseconds, and the result is cached until the file changes.  It serves lists of files, and refuses an
+    unfit checkpoint (``describe(path).why_not_base``) before any model is built.
+    Raises :class:`CheckpointError` for a file that is no checkpoint or cannot be read; :func:`why_not_base` returns
+    one sentence in every case.
     """
     described = _info_or_fault(FileState.of(Path(path)))
     if isinstance(described, str):
@@ -195,7 +182,7 @@ def describe(path: str | Path) -> CheckpointInfo:
 
 
 def why_not_base(path: str | Path) -> str:
-    """Return why a file cannot be the base of the side model, in a sentence; empty where it can.  Never raises."""
+    """Return why a file cannot be the base of the side model, in a sentence; empty if it can.  Never raises."""
     try:
         return describe(path).why_not_base
     except CheckpointError as error:
@@ -204,7 +191,7 @@ def why_not_base(path: str | Path) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _info_or_fault(state: FileState) -> CheckpointInfo | str:
-    """Return the description, or the sentence that says why there is none: both are worth remembering."""
+    """Return the description, or the error's sentence: both are worth caching."""
     try:
         with WeightFile.open(state.path) as file:
             family = detect_family(file.shapes, file.name)

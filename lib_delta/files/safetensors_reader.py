@@ -1,7 +1,7 @@
-"""safetensors files: a header of JSON that says where each tensor's numbers lie, then the numbers.
+"""Reads safetensors files: a JSON header with each tensor's position, then the numbers.
 
-The format: https://github.com/huggingface/safetensors#format.  The package of that name maps the file into
-memory, which is fast, and fatal where the file is overwritten while the map is in use.
+Format: https://github.com/huggingface/safetensors#format.  The package of that name maps the file into memory.
+That is fast, but ends the process if another program overwrites the file while the map is in use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lib_delta.errors import CheckpointError
 from lib_delta.files.stored_file import Shapes, StoredFile, itemsize
 from lib_delta.files.zip_records import Span
 
-_LARGEST_HEADER = 100_000_000  # bytes, as the format has it
+_LARGEST_HEADER = 100_000_000  # bytes, the format's limit
 _MOST_TENSORS = 2**16
 _DTYPES = {
     "F64": "float64",
@@ -34,7 +34,7 @@ _DTYPES = {
     "I8": "int8",
     "U8": "uint8",
     "BOOL": "bool",
-    # Newer than the oldest torch that is served.
+    # Newer than the oldest supported torch.
     "U16": "uint16",
     "U32": "uint32",
     "U64": "uint64",
@@ -53,7 +53,7 @@ class _Entry(NamedTuple):
 
 
 class SafetensorsReader:
-    """A safetensors file; tensors are read when they are asked for."""
+    """A safetensors file whose tensors are read on demand."""
 
     def __init__(self, path: Path) -> None:
         self._file = StoredFile(path)
@@ -79,22 +79,22 @@ class SafetensorsReader:
 
 
 def _read_header(file: StoredFile) -> tuple[Mapping[str, str], dict[str, _Entry], int]:
-    """Return the text fields, the tensors, and where the numbers start."""
+    """Return the text fields, the tensors, and the position of the first number."""
     length = int.from_bytes(file.bytes(Span(0, min(8, file.size))), "little")
     if length > min(_LARGEST_HEADER, file.size - 8):
         raise _HeaderError("its header is longer than the file")
     seen = 0
 
     def compact(pairs: list[tuple[str, Any]]) -> Any:
-        # Each as soon as it is read: lists and dictionaries take many times the header's size.
+        # Runs as soon as an object is parsed: lists and dictionaries take many times the header's size.
         nonlocal seen
         seen += 1
         if seen > _MOST_TENSORS:
             raise _HeaderError("it has more tensors than any model")
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        parsed = dict(pairs)
+        if len(parsed) != len(pairs):
             raise _HeaderError("a name stands twice in it")
-        return _entry(found) if found.keys() == {"dtype", "shape", "data_offsets"} else found
+        return _entry(parsed) if parsed.keys() == {"dtype", "shape", "data_offsets"} else parsed
 
     header = json.loads(file.bytes(Span(8, length)).decode("utf-8"), object_pairs_hook=compact)
     metadata = header.pop("__metadata__", None) or {} if isinstance(header, dict) else None
@@ -104,21 +104,21 @@ def _read_header(file: StoredFile) -> tuple[Mapping[str, str], dict[str, _Entry]
     return metadata, header, 8 + length
 
 
-def _entry(found: Mapping[str, Any]) -> _Entry:
-    shape, offsets = found["shape"], found["data_offsets"]
+def _entry(entry: Mapping[str, Any]) -> _Entry:
+    shape, offsets = entry["shape"], entry["data_offsets"]
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 2**62 for n in numbers):
             raise _HeaderError("a tensor has a shape or a place that is no list of whole numbers")
-    dtype = getattr(torch, _DTYPES.get(str(found["dtype"]), ""), None)
+    dtype = getattr(torch, _DTYPES.get(str(entry["dtype"]), ""), None)
     if not isinstance(dtype, torch.dtype):
-        raise _HeaderError(f"it has numbers of a type {str(found['dtype'])[:20]!r}, which is not known")
+        raise _HeaderError(f"it has numbers of a type {str(entry['dtype'])[:20]!r}, which is not known")
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * itemsize(dtype):
         raise _HeaderError("a tensor's shape does not fit its place")
     return _Entry(dtype, tuple(shape), *offsets)
 
 
 def _check_layout(header: Mapping[str, Any], size: int) -> None:
-    """Have tensors fill the rest of the file without gaps, each number for one."""
+    """Check that the tensors fill the rest of the file, without gaps or overlaps."""
     end = 0
     if not all(isinstance(entry, _Entry) for entry in header.values()):
         raise _HeaderError("a tensor is described wrongly")

@@ -1,4 +1,4 @@
-"""What lies beside a model's file and tells of it: a ``.yaml`` of its name, and the ``.json`` of its folder."""
+"""Reads the configuration next to a model's file: the ``.yaml`` of its name, and its folder's ``.json``."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from lib_delta.errors import CheckpointError
 
 PEFT, DIFFUSERS = "adapter_config.json", "config.json"
 _LARGEST = 2**20  # bytes
-_LARGEST_YAML = 2**17  # bytes: its reader is slow, and a model's configuration has a few thousand
-# The one name that diffusers gives to all models' weights, with a variant ("fp16") at its end.
+_LARGEST_YAML = 2**17  # bytes: YAML is slow to read, and a model's configuration has a few thousand
+# diffusers gives this one name to all models' weights, with a variant ("fp16") at its end.
 _OF_DIFFUSERS = re.compile(r"diffusion_pytorch_model(\.\w+)?")
 _SNAPSHOT = re.compile(r"[0-9a-f]{40}")
 _NO_NAMES = ("", "controlnet", "models")
 
-# How the names of models' files end.
+# The extensions of model files.
 ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 
 SidecarState = tuple[tuple[int, int] | None, ...]
 
 
 def yaml_of(path: Path) -> Path:
-    """Return where a checkpoint's configuration lies: under its own name, as the WebUIs look for it."""
+    """Return the path of a checkpoint's configuration, where the WebUIs look for it."""
     return path.parent / f"{path.stem}.yaml"
 
 
 def sidecar_state(path: Path) -> SidecarState:
-    """Return time and size of each thing that may lie beside a file; None for what does not."""
+    """Return time and size of each possible configuration of a file; None for each that does not exist."""
     return tuple(map(_time_and_size, (yaml_of(path), path.parent / PEFT, path.parent / DIFFUSERS)))
 
 
 def _time_and_size(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size
+    return status.st_mtime_ns, status.st_size
 
 
 def named_by_diffusers(path: Path) -> bool:
-    """Tell whether a file has the name that diffusers gives to all models, so that its folder's is the model's."""
+    """Return whether a file has diffusers' common name, so that its folder names the model."""
     return _OF_DIFFUSERS.fullmatch(path.stem) is not None
 
 
 def known_as(path: Path) -> str:
-    """Return a model's name: its file's, without the ending, or its folder's where diffusers saved it."""
+    """Return a model's name: its file's without the extension, or its folder's if diffusers saved it."""
     if not named_by_diffusers(path):
         return path.stem
     folder = path.absolute().parent
@@ -60,7 +60,7 @@ def known_as(path: Path) -> str:
 
 
 def without_ending(name: str) -> str:
-    """Return the last part of a model's name without a model file's ending; what else follows a dot is of the name."""
+    """Return the last part of a model's name without a model file's extension; other dots belong to the name."""
     path = Path(name)
     return path.stem if path.suffix.lower() in ENDINGS else path.name
 
@@ -71,7 +71,7 @@ def words_of(name: str) -> frozenset[str]:
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:
-    """Read settings in JSON, of which ``where`` is told; raises :class:`CheckpointError` for what is none."""
+    """Parse settings in JSON; ``where`` names them in errors.  Raises :class:`CheckpointError` for anything else."""
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -82,16 +82,16 @@ def json_object(text: str, where: str) -> dict[str, Any]:
 
 
 def settings(path: Path, name: str) -> dict[str, Any]:
-    """Return what the file ``name`` in a model's folder says, nothing where there is none; as :func:`json_object`."""
+    """Return the settings in a model's folder, none if there is no such file; raises as :func:`json_object`."""
     config, where = path.parent / name, f"{name} beside {path.name}"
     return json_object(_text(config, where, _LARGEST), where) if config.is_file() else {}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model's configuration as ldm and sgm have it: ``model: {params: {...}}``.
+    """A model's configuration in the form of ldm and sgm: ``model: {params: {...}}``.
 
-    It is looked up in the parsed text: nothing is made of it, so what it repeats or merges takes no memory.
+    Values are looked up in the parsed nodes, and no objects are built: repeated or merged parts take no memory.
     """
 
     name: str
@@ -99,31 +99,31 @@ class ModelConfig:
 
     @classmethod
     def beside(cls, path: Path) -> ModelConfig | None:
-        """Return a checkpoint's, None where there is none, or one of something else.
+        """Return a checkpoint's configuration; None if there is none, or it is of another form.
 
-        Raises :class:`CheckpointError` for one that cannot be read: the WebUIs cannot load such a checkpoint.
+        Raises :class:`CheckpointError` if it cannot be read: the WebUIs cannot load such a checkpoint either.
         """
         config = yaml_of(path)
         if not config.is_file():
             return None
-        import yaml  # transformers has it
+        import yaml  # comes with transformers
 
         where = f"{config.name} beside {path.name}"
         try:
-            made = cls(where, yaml.compose(_text(config, where, _LARGEST_YAML), Loader=yaml.SafeLoader))
+            config_file = cls(where, yaml.compose(_text(config, where, _LARGEST_YAML), Loader=yaml.SafeLoader))
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{where} is no readable YAML ({reason}): mend it, or remove it") from error
-        return made if made._at("model", "params") is not None else None
+        return config_file if config_file._at("model", "params") is not None else None
 
-    def text(self, *way: str) -> str:
-        """Return a value below ``model.params`` as it is written; empty where there is none."""
-        found = self._at("model", "params", *way)
-        return found.value if isinstance(getattr(found, "value", None), str) else ""
+    def text(self, *keys: str) -> str:
+        """Return a value below ``model.params`` as it is written; empty if there is none."""
+        node = self._at("model", "params", *keys)
+        return node.value if isinstance(getattr(node, "value", None), str) else ""
 
-    def _at(self, *way: str) -> Any:
+    def _at(self, *keys: str) -> Any:
         node = self.node
-        for name in way:
+        for name in keys:
             pairs = node.value if getattr(node, "id", "") == "mapping" else ()
             node = next((value for key, value in pairs if key.value == name), None)
         return node

@@ -1,7 +1,7 @@
-"""Files of ``torch.save``: a pickle that describes tensors, and their numbers beside it.
+"""Reads files of ``torch.save``: a pickle that describes tensors, and their numbers next to it.
 
-Two layouts: a zip archive (PyTorch 1.6 and later), and a row of pickles with the numbers after them (before).
-Neither ``torch.load`` nor ``torch.jit`` sees a byte of them: both were made to run what a file says.
+There are two layouts: a zip archive (PyTorch 1.6 and later), and a row of pickles followed by the numbers (before).
+Neither ``torch.load`` nor ``torch.jit`` reads a byte of them: both can run code that a file names.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from lib_delta.files.stored_file import Shapes, StoredFile, itemsize
 from lib_delta.files.unpickle import ForbiddenError, PickleError, Storage, StoredTensor, Unpickler
 from lib_delta.files.zip_records import CompressedError, Span, ZipError
 
-# What torch.save writes; the first name is the same for all records of a file.
+# The records that torch.save writes; all records of a file share the root.
 _RECORD = re.compile(
     r"(?P<root>[^/]+)/(?P<name>data\.pkl|data/\d+|version|byteorder|\.data/serialization_id|\.format_version|\.storage_alignment)"
 )
 _PROGRAMS: tuple[tuple[str, str], ...] = (
     (r"([^/]+/)?(models/|archive_format$|archive_version$|serialized_)", "an exported PyTorch program"),
-    (r"[^/]+/\.data/(extern_modules|version)", "a torch.package, which brings code of its own"),
+    (r"[^/]+/\.data/(extern_modules|version)", "a torch.package, which contains code"),
     (r"[^/]+/(code/|constants\.pkl|constants/|bytecode\.pkl)", "a TorchScript program"),
 )
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_LEAST_OPERATIONS = 2**17  # of a pickle; more in larger files, of which 16 bytes each count for one
-_DEEPEST = 4  # dictionaries and lists in each other
+_LEAST_OPERATIONS = 2**17  # of a pickle; one more for every 16 bytes of the file
+_DEEPEST = 4  # levels of nested dictionaries and lists
 _WRAPPERS = ("state_dict", "model", "params_ema")
 
 
 @dataclass(frozen=True)
 class _Content:
-    """What a file describes, and where the numbers of its storages lie, by their keys."""
+    """The object that a file describes, and the positions of its storages by their keys."""
 
     described: Any
     spans: Mapping[str, Span]
 
 
 class TorchFileReader:
-    """A ``.ckpt``, ``.pt`` or ``.bin`` file; tensors are read when they are asked for.
+    """A ``.ckpt``, ``.pt`` or ``.bin`` file whose tensors are read on demand.
 
-    Tensors that lie deeper than in the file's dictionary have the names on the way there joined by dots, positions in
-    lists for names; a tensor alone has the empty name.
+    A nested tensor's name is its path, joined by dots; positions in lists are part of it.  A file that is one tensor
+    has the empty name for it.
     """
 
     metadata: Mapping[str, str] = {}
@@ -74,7 +74,7 @@ class TorchFileReader:
         self._sharing = threading.Lock()
 
     def _check(self) -> None:
-        """Refuse tensors that are larger than what is stored of them."""
+        """Refuse tensors that are larger than their storage."""
         for key, stored in self._tensors.items():
             storage, size = stored.storage, itemsize(stored.dtype)
             unit = 1 if storage.dtype is None else size
@@ -87,9 +87,7 @@ class TorchFileReader:
                 or len(stored.strides) != len(stored.shape)
                 or max(last, math.prod(stored.shape) * size) > storage.length * unit
             ):
-                raise CheckpointError(
-                    f"{self._file.name} is damaged: its weight {key} is larger than what is stored of it"
-                )
+                raise CheckpointError(f"{self._file.name} is damaged: its weight {key} is larger than its storage")
 
     def tensor(self, key: str) -> Tensor:
         stored = self._tensors[key]
@@ -97,17 +95,17 @@ class TorchFileReader:
         tensor = torch.as_strided(numbers, stored.shape, stored.strides, numbers.storage_offset() + stored.offset)
         if stored.storage.key in self._shared or tensor.numel() == numbers.numel():
             return tensor
-        return tensor.clone()  # a part of what nothing else needs
+        return tensor.clone()  # nothing else needs the rest of the storage
 
     def _numbers(self, stored: StoredTensor) -> Tensor:
         """Return the storage of a tensor as a vector of its type."""
         storage = stored.storage
-        data = self._of_several(storage.key) if storage.key in self._shared else self._read(storage.key)
+        data = self._read_shared(storage.key) if storage.key in self._shared else self._read(storage.key)
         unit = 1 if storage.dtype is None else itemsize(stored.dtype)
         return data[storage.start * unit : (storage.start + storage.length) * unit].view(stored.dtype)
 
-    def _of_several(self, key: str) -> Tensor:
-        with self._sharing:  # or else it would be read once for each that asks
+    def _read_shared(self, key: str) -> Tensor:
+        with self._sharing:  # otherwise each thread would read it
             data = self._shared[key]
             if data is None:
                 data = self._shared[key] = self._read(key)
@@ -128,7 +126,7 @@ def _content(file: StoredFile) -> _Content:
         return _archive(file) if is_archive else _row_of_pickles(file)
     except CompressedError as error:
         raise CheckpointError(
-            f"{file.name} is a compressed archive ({error}), which is not read: PyTorch's own file is needed"
+            f"{file.name} is a compressed archive ({error}), which is not supported: PyTorch's plain file is needed"
         ) from error
     except ForbiddenError as error:
         raise CheckpointError(
@@ -148,56 +146,55 @@ def _content(file: StoredFile) -> _Content:
 
 
 def _archive(file: StoredFile) -> _Content:
-    records = zip_records.read_records(file.stream)
-    own = _own_records(file.name, records)
-    if "data.pkl" not in own:
+    records = _without_root(file.name, zip_records.read_records(file.stream))
+    if "data.pkl" not in records:
         raise ZipError("has no data.pkl")
-    if "byteorder" in own and file.bytes(own["byteorder"]) != b"little":
+    if "byteorder" in records and file.bytes(records["byteorder"]) != b"little":
         raise CheckpointError(f"{file.name} was written on a machine of another byte order: convert it to safetensors")
-    unpickler = Unpickler(io.BytesIO(file.bytes(own["data.pkl"])), _operations(file))
+    unpickler = Unpickler(io.BytesIO(file.bytes(records["data.pkl"])), _operations(file))
     described = unpickler.load()
-    spans = {key: own[f"data/{key}"] for key in unpickler.storages if f"data/{key}" in own}
+    spans = {key: records[f"data/{key}"] for key in unpickler.storages if f"data/{key}" in records}
     for key, storage in unpickler.storages.items():
         unit = 1 if storage.dtype is None else itemsize(storage.dtype)
         if key in spans and spans[key].length != storage.length * unit:
-            raise PickleError("a storage has another size than is said of it")
+            raise PickleError("a storage has another size than described")
     return _Content(described, spans)
 
 
-def _own_records(name: str, records: Mapping[str, Span]) -> dict[str, Span]:
-    """Return the records by their names without the archive's; refuse any that torch.save does not write."""
+def _without_root(name: str, records: Mapping[str, Span]) -> dict[str, Span]:
+    """Return the records by their names below the root; refuse records that torch.save does not write."""
     for pattern, what in _PROGRAMS:
         if any(re.match(pattern, record) for record in records):
-            raise CheckpointError(f"{name} is {what} and no plain weights: it is not read, for safety")
-    own: dict[str, Span] = {}
+            raise CheckpointError(f"{name} is {what}, not plain weights: it is not read, for safety")
+    below_root: dict[str, Span] = {}
     roots = set()
     for record, span in records.items():
-        found = _RECORD.fullmatch(record)
-        if found is None:
+        match = _RECORD.fullmatch(record)
+        if match is None:
             raise CheckpointError(
-                f"{name} is an archive with more in it than weights ({record[:100]!r}): it is not read, for safety"
+                f"{name} is an archive that contains more than weights ({record[:100]!r}): it is not read, for safety"
             )
-        own[found["name"]] = span
-        roots.add(found["root"])
+        below_root[match["name"]] = span
+        roots.add(match["root"])
     if len(roots) > 1:
         raise ZipError("is made of several")
-    return own
+    return below_root
 
 
 def _row_of_pickles(file: StoredFile) -> _Content:
-    """Read magic number, version, system, content, keys, and where each key's numbers lie."""
+    """Read magic number, version, system, content and keys, then the position of each key's numbers."""
     stream = file.stream
     unpickler = Unpickler(stream, _operations(file))
     if (unpickler.load(), unpickler.load()) != (_MAGIC, _PROTOCOL):
-        raise PickleError("it does not start as torch.save's do")
+        raise PickleError("it does not start like a file of torch.save")
     unpickler.load()
     described, keys = unpickler.load(), unpickler.load()
     if not isinstance(keys, list):
         raise PickleError("it has no list of storages")
-    return _Content(described, dict(_spans_behind(stream, keys, unpickler.storages)))
+    return _Content(described, dict(_spans_after(stream, keys, unpickler.storages)))
 
 
-def _spans_behind(stream: BinaryIO, keys: list[Any], storages: Mapping[str, Storage]) -> Iterator[tuple[str, Span]]:
+def _spans_after(stream: BinaryIO, keys: list[Any], storages: Mapping[str, Storage]) -> Iterator[tuple[str, Span]]:
     end = stream.seek(0, os.SEEK_CUR)
     size = stream.seek(0, os.SEEK_END)
     for key in keys:
@@ -208,7 +205,7 @@ def _spans_behind(stream: BinaryIO, keys: list[Any], storages: Mapping[str, Stor
         length = int.from_bytes(stream.read(8), "little")
         end += 8 + length * itemsize(storage.dtype)
         if length != storage.length or end > size:
-            raise PickleError("a storage has another size than is said of it")
+            raise PickleError("a storage has another size than described")
         yield key, Span(end - length * itemsize(storage.dtype), length * itemsize(storage.dtype))
 
 
@@ -226,7 +223,7 @@ def _named_tensors(described: Any) -> dict[str, StoredTensor]:
 def _walk(name: str, described: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, StoredTensor]]:
     if isinstance(described, StoredTensor):
         yield name, described
-    # Each once: a list that is in a list many times over, and that in another, has no end.
+    # Visits each object once: a list that contains a list many times, which contains another, has no end.
     if depth >= _DEEPEST or not isinstance(described, (dict, list)) or id(described) in seen:
         return
     seen.add(id(described))

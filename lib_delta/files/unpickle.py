@@ -1,8 +1,10 @@
-"""Pickles of weights, read by an interpreter that can make plain data and nothing else.
+"""Reads pickles of weights, with an interpreter that can make plain data only.
 
-A pickle is a program: it names functions and calls them.  Here no name is ever imported.  The names that
-``torch.save`` writes for tensors stand for functions of this module, which describe a tensor and do not make it;
-a few that old training runs left in checkpoints stand for nothing at all; any other ends the reading.
+A pickle is a program: it names functions and calls them.  This interpreter never imports a name.
+
+- The names that ``torch.save`` writes for tensors stand for functions of this module, which only describe a tensor.
+- A few names that old training runs left in checkpoints are ignored.
+- Any other name ends the reading.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ class PickleError(Exception):
 
 
 class ForbiddenError(PickleError):
-    """A pickle that asks for something besides plain data and weights; the message names it."""
+    """A pickle that needs more than plain data and weights; the message names it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A block of numbers in the file: ``length`` of them, in bytes where there is no ``dtype``.
+    """A block of ``length`` numbers in the file; bytes if there is no ``dtype``.
 
-    ``key`` names the block's data, of which this is the part from number ``start`` on.
+    ``key`` names the block's data; this part starts at number ``start``.
     """
 
     key: str
@@ -41,7 +43,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of the file, described: a view of a storage, with ``offset`` and ``strides`` in numbers."""
+    """The description of a tensor: a view of a storage, with ``offset`` and ``strides`` in numbers."""
 
     storage: Storage
     dtype: torch.dtype
@@ -51,7 +53,7 @@ class StoredTensor:
 
 
 class Ignored:
-    """Stands for an object whose content no reader of weights needs."""
+    """Stands for an object that a reader of weights does not need."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class _StorageType:
 
 @dataclass(frozen=True)
 class _Call:
-    """A name that may be called: with its arguments, this function is."""
+    """A name that the pickle may call; ``function`` takes its arguments."""
 
     function: Callable[..., Any]
 
@@ -87,14 +89,14 @@ def _tensor(storage: object, offset: object, shape: object, strides: object, *_:
 def _tensor_of_type(
     storage: object, offset: object, shape: object, strides: object, grad: object, hooks: object, dtype: object, *_: Any
 ) -> StoredTensor:
-    """Describe a tensor of a newer type, whose storage is untyped."""
+    """Describe a tensor of a newer dtype, whose storage is untyped."""
     if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
         raise PickleError("a tensor has no storage")
     return StoredTensor(storage, dtype, _plain_number(offset), _numbers(shape), _numbers(strides))
 
 
 def _with_attributes(make: object, kind: object, arguments: object, state: object) -> object:
-    """Describe a tensor that had attributes of its own, which are left out."""
+    """Describe a tensor that had extra attributes, which are dropped."""
     if not isinstance(make, _Call) or kind is not _TENSOR_CLASS or not isinstance(arguments, tuple):
         raise PickleError("a tensor with attributes is described wrongly")
     return make.function(*arguments)
@@ -152,7 +154,7 @@ _ALLOWED_NAMES: dict[str, object] = {
     **{f"torch.storage.{name}": _StorageType(None) for name in ("UntypedStorage", "_UntypedStorage")},
     "torch.UntypedStorage": _StorageType(None),
     **{f"torch.{name}": getattr(torch, name) for name in _UNTYPED_DTYPES if hasattr(torch, name)},
-    # What the training runs of Stable Diffusion 1.x and of textual inversion left in their files.
+    # Left by the training runs of Stable Diffusion 1.x and of textual inversion.
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": _Call(_ignored),
     "torch.nn.modules.container.ParameterDict": _Call(_ignored),
     "numpy.core.multiarray.scalar": _Call(_ignored),
@@ -167,10 +169,10 @@ _ALLOWED_NAMES: dict[str, object] = {
 
 @dataclass
 class Unpickler:
-    """Reads the pickles that lie one after the other in a stream.
+    """Reads the pickles of a stream, one after the other.
 
-    ``operations`` is how many steps all of them may take together, which bounds time and memory.
-    ``storages`` are the blocks that were named so far, whole, by their keys.
+    ``operations`` is the number of steps that all of them may take together; it bounds time and memory.
+    ``storages`` are the whole blocks named so far, by their keys.
     """
 
     stream: BinaryIO
@@ -178,7 +180,7 @@ class Unpickler:
     storages: dict[str, Storage] = field(default_factory=dict)
 
     def load(self) -> Any:
-        """Read the next pickle; raises :class:`PickleError`, and :class:`ForbiddenError` for what is not plain data."""
+        """Read the next pickle; raises :class:`PickleError`, and :class:`ForbiddenError` for more than plain data."""
         machine = _Machine(self.stream, self.storages)
         try:
             while self.operations > 0:
@@ -225,7 +227,7 @@ def _step(machine: _Machine, code: bytes) -> None:
 
 def _protocol(machine: _Machine) -> None:
     if machine.unpack("B") != 2:
-        raise ForbiddenError("a pickle protocol that torch.save does not write by itself")
+        raise ForbiddenError("a pickle protocol that torch.save does not write by default")
 
 
 def _global(machine: _Machine) -> None:
@@ -241,15 +243,15 @@ def _global(machine: _Machine) -> None:
 def _reduce(machine: _Machine) -> None:
     arguments, called = machine.stack.pop(), machine.stack.pop()
     if not isinstance(called, _Call) or not isinstance(arguments, tuple):
-        raise PickleError("it calls what is no function")
+        raise PickleError("it calls something that is no function")
     machine.stack.append(called.function(*arguments))
 
 
 def _build(machine: _Machine) -> None:
-    """Drop the attributes that a dictionary, a tensor or an object without meaning had."""
+    """Drop the attributes of a dictionary, a tensor or an ignored object."""
     machine.stack.pop()
     if not isinstance(machine.stack[-1], (dict, Ignored, StoredTensor)):
-        raise PickleError("it gives attributes to what has none")
+        raise PickleError("it gives attributes to something that has none")
 
 
 def _append(machine: _Machine, items: list[Any]) -> None:
@@ -257,7 +259,7 @@ def _append(machine: _Machine, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
     elif not isinstance(target, Ignored):
-        raise PickleError("it appends to what is no list")
+        raise PickleError("it appends to something that is no list")
 
 
 def _set_items(machine: _Machine, items: list[Any]) -> None:
@@ -265,9 +267,9 @@ def _set_items(machine: _Machine, items: list[Any]) -> None:
     if isinstance(target, Ignored):
         return
     if type(target) is not dict or len(items) % 2:
-        raise PickleError("it sets an item of what is no dictionary")
+        raise PickleError("it sets an item of something that is no dictionary")
     for key, value in zip(items[::2], items[1::2]):
-        # Nothing nested: the hash of a tuple in a tuple in a tuple ... overflows the stack.
+        # No nested keys: the hash of a tuple in a tuple in a tuple ... overflows the stack.
         if not isinstance(key, (str, int, Ignored, _Call)):
             raise PickleError("a key is no name")
         target[key] = value
@@ -333,7 +335,7 @@ def _tuple_of(length: int) -> Callable[[_Machine], None]:
     return push
 
 
-# The operations that ``torch.save`` writes (protocol 2, from Python 2 too), by their codes in Python's ``pickletools``.
+# The operations that ``torch.save`` writes (protocol 2, also from Python 2), by their codes in ``pickletools``.
 _OPERATIONS: dict[bytes, Callable[[_Machine], None]] = {
     b"\x80": _protocol,
     b"c": _global,

@@ -1,4 +1,4 @@
-"""Model files: their tensors by name, whatever the format."""
+"""Opens model files of any format, and returns their tensors by name."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lib_delta.files.safetensors_reader import SafetensorsReader
 from lib_delta.files.stored_file import Shapes
 from lib_delta.files.torch_reader import TorchFileReader
 
-# ``DataParallel`` puts it before every key.
+# ``DataParallel`` prefixes every key with it.
 _WRAPPER = "module."
-# One thread copies out of the page cache at a fraction of what memory can do, and more than four gain little.
+# One thread copies from the page cache at a fraction of the memory's speed; more than four gain little.
 READ_THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
 class FileState:
-    """A file, and what lies beside it and tells of it, as they were when it was read.
+    """The state of a file and of the configurations next to it, when it was read.
 
     Another time or size of any of them means another file.
     """
@@ -39,12 +39,12 @@ class FileState:
 
     @classmethod
     def of(cls, path: Path) -> FileState:
-        """Look at a file; raises :class:`CheckpointError` if it cannot be."""
+        """Return a file's state; raises :class:`CheckpointError` if it cannot be read."""
         try:
-            found = path.stat()
+            status = path.stat()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}): a model file is needed") from error
-        return cls(path, found.st_mtime_ns, found.st_size, sidecar_config.sidecar_state(path))
+        return cls(path, status.st_mtime_ns, status.st_size, sidecar_config.sidecar_state(path))
 
 
 class TensorReader(Protocol):
@@ -59,7 +59,7 @@ class TensorReader(Protocol):
 
 
 def _open(path: Path) -> TensorReader:
-    """Choose the reader by the file's content, for names are often wrong."""
+    """Choose the reader by the file's content: extensions are often wrong."""
     try:
         with path.open("rb") as stream:
             start = stream.read(64)
@@ -80,20 +80,20 @@ def _describe_start(start: bytes) -> str:
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the model itself"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "is a web page that was saved in place of a download"
+        return "is a web page that was saved instead of the model"
     return "is not a model file"
 
 
 class WeightFile:
     """An open model file, or the part of one below a prefix.
 
-    Tensors are read when asked for, and stay what they are whatever becomes of the file.
+    Tensors are read on demand, and stay valid whatever happens to the file.
     Raises :class:`CheckpointError` for files that are unreadable, damaged or of another format.
     """
 
     def __init__(self, reader: TensorReader, path: Path, prefix: str = "") -> None:
         self._reader, self.path, self.prefix = reader, path, prefix
-        # A name that all models of diffusers have would tell nobody which one is meant.
+        # diffusers' common name does not identify a model, so its folder's name is added.
         self.name = (
             f"{sidecar_config.known_as(path)}/{path.name}" if sidecar_config.named_by_diffusers(path) else path.name
         )
@@ -103,7 +103,7 @@ class WeightFile:
         """Open a ``.safetensors``, ``.ckpt`` or ``.pt`` file."""
         path = Path(path)
         reader = _open(path)
-        # Models that were trained in parallel may be saved with the wrapper that they were in.
+        # Models that were trained in parallel may be saved inside their wrapper.
         wrapped = bool(reader.shapes) and all(key.startswith(_WRAPPER) for key in reader.shapes)
         return cls(reader, path, _WRAPPER if wrapped else "")
 
@@ -141,7 +141,7 @@ class WeightFile:
         return WeightFile(self._reader, self.path, self.prefix + prefix)
 
     def close(self) -> None:
-        """Let go of the file; tensors that were read from it stay valid."""
+        """Close the file; tensors that were read from it stay valid."""
         self._reader.close()
 
     def __enter__(self) -> WeightFile:
@@ -154,7 +154,7 @@ class WeightFile:
 
 
 def header_number(file: WeightFile, key: str) -> int | None:
-    """Return a positive whole number from the file's header, None where it is not there."""
+    """Return a positive whole number from the file's header; None if the header lacks it."""
     text = file.metadata.get(key)
     if text is None:
         return None

@@ -1,6 +1,6 @@
-"""The records of a zip file that PyTorch wrote: uncompressed, each in one piece.
+"""Finds the records of a zip file that PyTorch wrote: uncompressed, each in one piece.
 
-Strict, where zip readers are lenient: what two readers could take for two different files is refused.
+This reader is strict: it refuses files that two lenient zip readers could read in two ways.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _ENCRYPTED = 1
 
 
 class ZipError(Exception):
-    """A zip file that is damaged, or of another kind than PyTorch writes; the message continues "it"."""
+    """A zip file that is damaged, or not of the kind that PyTorch writes; the message continues "it"."""
 
 
 class CompressedError(ZipError):
-    """An archive that would unpack to more than it holds."""
+    """An archive that would unpack to more than its size."""
 
 
 class Span(NamedTuple):
-    """Bytes of a file; ``checksum`` is their CRC-32, None where the file states none."""
+    """Bytes of a file; ``checksum`` is their CRC-32, None if the file states none."""
 
     start: int
     length: int
@@ -35,7 +35,7 @@ class Span(NamedTuple):
 
 
 def read_records(stream: BinaryIO) -> dict[str, Span]:
-    """Return where the data of each record lies, by its name; raises :class:`ZipError`."""
+    """Return the position of each record's data, by its name; raises :class:`ZipError`."""
     try:
         return _records(stream)
     except (struct.error, UnicodeDecodeError, OverflowError) as error:
@@ -47,7 +47,7 @@ def _records(stream: BinaryIO) -> dict[str, Span]:
     stream.seek(start)
     directory = stream.read(length)
     if count > MOST_RECORDS or len(directory) != length:
-        raise ZipError("is cut off, or of more records than PyTorch writes")
+        raise ZipError("is cut off, or has more records than PyTorch writes")
     records: dict[str, Span] = {}
     for name, header, size, checksum in _entries(directory, count):
         if name in records:
@@ -61,7 +61,7 @@ def _records(stream: BinaryIO) -> dict[str, Span]:
 
 
 def _directory(stream: BinaryIO) -> tuple[int, int, int]:
-    """Return the start and the length of the list of records, and how many they are."""
+    """Return the start and the length of the list of records, and their number."""
     size = stream.seek(0, os.SEEK_END)
     end = _tail(stream, size - 22, "<4s6xHIIH", _END)
     count, length, start, comment = end
@@ -79,14 +79,14 @@ def _tail(stream: BinaryIO, at: int, form: str, signature: bytes) -> tuple[int, 
     if at < 0:
         raise ZipError("is cut off")
     stream.seek(at)
-    found, *numbers = struct.unpack(form, stream.read(struct.calcsize(form)))
-    if found != signature:
-        raise ZipError("is cut off: its end is not there")
+    start, *numbers = struct.unpack(form, stream.read(struct.calcsize(form)))
+    if start != signature:
+        raise ZipError("is cut off: its end is missing")
     return tuple(numbers)
 
 
 def _entries(directory: bytes, count: int) -> Iterator[tuple[str, int, int, int]]:
-    """Yield each record's name, where its own header is, its size and its checksum."""
+    """Yield each record's name, the position of its header, its size and its checksum."""
     at = 0
     for _ in range(count):
         signature, flags, method, checksum, packed, size, *lengths, header = _ENTRY.unpack_from(directory, at)
@@ -106,7 +106,7 @@ def _entries(directory: bytes, count: int) -> Iterator[tuple[str, int, int, int]
 
 
 def _wide(numbers: tuple[int, ...], extra: bytes) -> tuple[int, ...]:
-    """Take numbers that do not fit 32 bits from the extra field of 64-bit ones."""
+    """Read numbers that do not fit 32 bits from the extra field of 64-bit numbers."""
     if _UNKNOWN not in numbers:
         return numbers
     at = 0
@@ -120,7 +120,7 @@ def _wide(numbers: tuple[int, ...], extra: bytes) -> tuple[int, ...]:
 
 
 def _data_start(stream: BinaryIO, header: int, name: str) -> int:
-    """Return where a record's data starts, behind its own header, which repeats its name."""
+    """Return the start of a record's data, after its header, which repeats its name."""
     stream.seek(header)
     signature, name_length, extra_length = struct.unpack("<4s22x2H", stream.read(30))
     if signature != START or stream.read(name_length) != name.encode():

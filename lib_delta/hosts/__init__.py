@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=1)
 def host() -> Host:
-    """Return the WebUI that is running: Forge and its relatives have packages that AUTOMATIC1111 lacks."""
+    """Return the running WebUI; Forge and its relatives have packages that AUTOMATIC1111 lacks."""
     forge = any(importlib.util.find_spec(name) for name in ("modules_forge", "ldm_patched"))
     module = importlib.import_module("lib_delta.hosts.forge.host" if forge else "lib_delta.hosts.a1111.host")
     running: Host = module.running()

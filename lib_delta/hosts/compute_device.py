@@ -1,32 +1,33 @@
-"""Where the side model computes, and in which types, as the settings want it and the device can."""
+"""The side model's device and types, by the settings and the device's abilities."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lib_delta.hosts.settings import device_wanted, one_of, warn_once
+from lib_delta.hosts.settings import chosen_device, one_of, warn_once
 from lib_delta.request.setting_choices import PRECISIONS
 
 if TYPE_CHECKING:
     import torch
 
-# What one row of a pass through an SD UNet needs besides its weights, for each pixel of the latent.
+# Bytes that one row of an SD UNet's forward pass needs for each pixel of the latent, in addition to the weights.
 ACTIVATION_BYTES = 32 * 1024
 
 
-def side_device(device: torch.device, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
-    """Return where the side model computes, as tensors there call it, and in which type: by the settings, or as the
-    WebUI does.
+def side_device_and_type(device: torch.device, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
+    """Return the side model's device, with its index, and computing type.
+
+    ``device`` and ``dtype`` are the WebUI's, which the settings may replace.
     """
     import torch
 
     from lib_delta.devices import indexed
 
-    wanted = device_wanted(_is_device)
-    if wanted == "CPU":
+    choice = chosen_device(_exists)
+    if choice == "CPU":
         device, dtype = torch.device("cpu"), torch.float32
-    elif wanted != "Automatic":
-        device = torch.device(wanted)
+    elif choice != "Automatic":
+        device = torch.device(choice)
     types = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     dtype = types.get(one_of("precision", PRECISIONS), dtype)
     if device.type == "cpu" and dtype == torch.float16:
@@ -35,19 +36,19 @@ def side_device(device: torch.device, dtype: torch.dtype) -> tuple[torch.device,
     return indexed(device), dtype
 
 
-def _is_device(name: str) -> bool:
-    """Tell whether a name is that of a device which is there."""
+def _exists(name: str) -> bool:
+    """Return whether torch can use a device."""
     import torch
 
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):  # the latter of a torch that was built without CUDA
+    except (RuntimeError, AssertionError):  # the latter from a torch that was built without CUDA
         return False
     return True
 
 
 def fp8_storage(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
-    """Return the type that weights are stored in as fp8; None, and one warning, where there is none."""
+    """Return the type that stores weights in fp8; None, with one warning, if the device has none."""
     import torch
 
     fp8 = getattr(torch, "float8_e4m3fn", None)

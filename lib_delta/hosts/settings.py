@@ -1,4 +1,4 @@
-"""What the settings page holds, read so that no damaged value harms: one warning, and the default."""
+"""The settings page's values; a damaged one gives a warning and the default."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ _warned: set[str] = set()
 
 
 def option(name: str, default: Any) -> Any:
-    """Return one of our settings as it is stored."""
+    """Return a setting of the extension as it is stored."""
     return getattr(shared.opts, f"delta_sampling_{name}", default)
 
 
 def one_of(name: str, choices: tuple[str, ...]) -> str:
-    """Return a setting that has to be one of the choices, the first of which is the default."""
+    """Return a setting with fixed choices; the first is the default."""
     value = option(name, choices[0])
     value = RENAMED_CHOICES.get(value, value) if isinstance(value, str) else value
     if value in choices:
         return str(value)
-    warn_once(f"the setting {name!r} is {shown(value)}, which is not offered: {choices[0]!r} is taken for it")
+    warn_once(f"the setting {name!r} is {shown(value)}, which is not a choice: {choices[0]!r} is used instead")
     return choices[0]
 
 
 def max_cached_bases() -> int:
-    """Return how many base models are kept in memory."""
+    """Return how many base models may stay in memory."""
     return int(_stored_number("cache", 1, "a whole number"))
 
 
 def base_cache_bytes() -> float:
-    """Return how many bytes the base models that are kept may take together."""
+    """Return how many bytes the cached base models may take together."""
     return _stored_number("cache_size", 8.0, "a number of GB") * 2**30
 
 
@@ -44,7 +44,7 @@ def _stored_number(name: str, default: float, needed: str) -> float:
     value = option(name, default)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf"):
         return float(value)
-    warn_once(f"the setting {name!r} is {shown(value)}, and {needed} is needed: {default:g} is taken for it")
+    warn_once(f"the setting {name!r} is {shown(value)}, and {needed} is needed: {default:g} is used instead")
     return default
 
 
@@ -53,21 +53,21 @@ def units_shown() -> int:
     value = option("units", UNITS)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value <= MOST_UNITS:
         return int(value)
-    warn_once(f"the setting 'units' is {shown(value)}, and 1 to {MOST_UNITS} are offered: {UNITS} is taken for it")
+    warn_once(f"the setting 'units' is {shown(value)}, and 1 to {MOST_UNITS} are possible: {UNITS} is used instead")
     return UNITS
 
 
-def device_wanted(known: Callable[[str], bool]) -> str:
-    """Return the device wanted: "Automatic", "CPU" or a torch device that is ``known`` to be there."""
+def chosen_device(exists: Callable[[str], bool]) -> str:
+    """Return the chosen device: "Automatic", "CPU" or the name of a torch device that ``exists``."""
     value = option("device", "Automatic")
-    if value in ("Automatic", "CPU") or (isinstance(value, str) and known(value)):
+    if value in ("Automatic", "CPU") or (isinstance(value, str) and exists(value)):
         return str(value)
-    warn_once(f"the setting 'device' is {shown(value)}, which is not there: the WebUI's own is taken for it")
+    warn_once(f"the setting 'device' is {shown(value)}, which does not exist: the WebUI's device is used instead")
     return "Automatic"
 
 
 def warn_once(sentence: str) -> None:
-    """Tell the console, the first time."""
+    """Print a warning, but each one only once."""
     if sentence not in _warned:
         _warned.add(sentence)
         print(f"Delta Sampling: {sentence}", file=sys.stderr)

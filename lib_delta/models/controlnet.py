@@ -1,8 +1,8 @@
 """ControlNet and T2I-Adapter: networks that read a map (edges, depth, a pose) and steer a UNet by it.
 
-ControlNet: Zhang et al. 2023 (arXiv 2302.05543), a copy of the UNet's encoder whose outputs go through
-convolutions that start at zero.  T2I-Adapter: Mou et al. 2023 (arXiv 2302.08453), a small network that
-knows neither the step nor the prompt.  Key names are those of the original releases.
+ControlNet: Zhang et al. 2023 (arXiv 2302.05543), a copy of the UNet's encoder whose outputs pass zero-initialised
+convolutions.  T2I-Adapter: Mou et al. 2023 (arXiv 2302.08453), a small network that depends on neither the step nor
+the prompt.  Key names are those of the original releases.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lib_delta.models.unet import Downsample, TextContext, UNet, UNetConfig, UNe
 class ControlNet(UNetEncoder):
     """A ControlNet for a UNet of the given configuration.
 
-    ``hint_widths`` are the channels before, between and after the convolutions that read the map; in the
-    released models 3, 16, 16, 32, 32, 96, 96, 256 and the UNet's own.  Every other one of those in the
-    middle halves the size.
+    ``hint_widths`` are the channels before, between and after the convolutions that read the map: 3, 16, 16, 32, 32,
+    96, 96, 256 and the UNet's width in the released models.  Of the convolutions in the middle, every other one halves
+    the size.
     """
 
     def __init__(self, config: UNetConfig, hint_widths: Sequence[int]) -> None:
@@ -42,7 +42,7 @@ class ControlNet(UNetEncoder):
         self.middle_block_out = nn.ModuleList([Conv2d(self.skips[-1], self.skips[-1], 1)])
 
     def hint(self, picture: Tensor) -> Tensor:
-        """Read maps ``(N, hint_channels, factor * h, factor * w)`` in [0, 1]; the features are ``(N, C, h, w)``."""
+        """Return features ``(N, C, h, w)`` of maps ``(N, hint_channels, factor * h, factor * w)`` in [0, 1]."""
         first, *rest = self.input_hint_block.values()
         h = first(picture[None])
         for convolution in rest:
@@ -52,10 +52,10 @@ class ControlNet(UNetEncoder):
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor | TextContext, hint: Tensor, label: Tensor | None = None
     ) -> list[Tensor]:
-        """Return what to add to each input block's output, and last to the middle block's.
+        """Return the residuals for each input block's output, and last for the middle block's.
 
         Args:
-            x: latents ``(N, C, h, w)``, scaled as the UNet's input.
+            x: latents ``(N, C, h, w)``, in the scale of the UNet's input.
             t: timesteps ``(N,)``.
             context: encoded text ``(N, T, context_width)``, or a :class:`TextContext` of one branch and N rows.
             hint: the map's features (:meth:`hint`).
@@ -69,7 +69,7 @@ class ControlNet(UNetEncoder):
 
 
 class AdapterBlock(nn.Module):
-    """Two convolutions with a residual; before them perhaps one that changes the number of channels."""
+    """Two convolutions with a residual, after an optional one that changes the number of channels."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -97,6 +97,8 @@ class LightBlock(nn.Module):
 
 
 class LightResidual(nn.Module):
+    """Two convolutions with a residual, of the light T2I-Adapter."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.block1, self.block2 = Conv2d(channels, channels, 3), Conv2d(channels, channels, 3)
@@ -107,10 +109,10 @@ class LightResidual(nn.Module):
 
 @dataclass(frozen=True)
 class T2IConfig:
-    """What a T2I-Adapter's weights say: map channels, and how many blocks there are at each width.
+    """A T2I-Adapter's architecture, as its weights show it: the map's channels, and the blocks at each width.
 
-    ``unshuffled`` is by how much the map is folded into channels (8, for SDXL 16), ``halved`` the levels
-    that start by halving the size; ``inner`` is the light form's narrow width at each level.
+    ``unshuffled`` is the factor by which pixels of the map become channels (8, for SDXL 16).  ``halved`` are the levels
+    that start by halving the size.  ``inner`` is the light form's narrow width at each level.
     """
 
     picture_channels: int
@@ -143,7 +145,7 @@ class T2IAdapter(nn.Module):
         )
 
     def forward(self, picture: Tensor) -> list[Tensor]:
-        """Map ``(N, picture_channels, H, W)`` in [0, 1] to one ``(N, C, h, w)`` a level."""
+        """Return features ``(N, C, h, w)`` for each level of maps ``(N, picture_channels, H, W)`` in [0, 1]."""
         h = F.pixel_unshuffle(picture, self.config.unshuffled)[None]
         if not self.config.inner:
             h = self.conv_in(h)
@@ -159,15 +161,15 @@ class T2IAdapter(nn.Module):
 
 
 def level_ends(unet: UNet) -> list[int]:
-    """Return the numbers of the last input block of each level, before it is halved."""
+    """Return the number of the last input block of each level, before the size is halved."""
     halving = [i for i, parts in enumerate(unet.input_blocks) if isinstance(parts[0], Downsample)]
     return [*(i - 1 for i in halving), len(unet.input_blocks) - 1]
 
 
 def feature_injection(unet: UNet, features: Sequence[Tensor]) -> Injection:
-    """Add a T2I-Adapter's features where it was trained to: at the end of each level.
+    """Add a T2I-Adapter's features where it was trained to add them: at the end of each level.
 
-    SDXL's have their first level after the first halving, and their last one at the middle block.
+    SDXL's first features belong after the first halving, and its last ones at the middle block.
     """
     ends = level_ends(unet)
     if not unet.config.label_width:
@@ -177,9 +179,9 @@ def feature_injection(unet: UNet, features: Sequence[Tensor]) -> Injection:
 
 
 def batch_of(residuals: Sequence[Tensor], rows: Tensor | None, count: int) -> list[Tensor]:
-    """Spread ``(M, C, h, w)``, of the rows of these numbers ``(M,)``, over all ``count``; others get zeros.
+    """Spread residuals ``(M, C, h, w)`` of the rows with the numbers ``(M,)`` over ``count`` rows; the rest are zeros.
 
-    Where ``rows`` is None they are of all.
+    With ``rows`` None, the residuals already cover all rows.
     """
     if rows is None:
         return list(residuals)

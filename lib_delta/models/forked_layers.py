@@ -1,12 +1,12 @@
-"""One pass for two models: layers whose activations carry a leading branch axis.
+"""One forward pass for two models: layers whose activations have a leading branch axis.
 
-The base and the adapted model are one network but for the layers that an adaptation touches.  They
-are evaluated together on activations of shape ``(R, N, ...)``: ``R`` is 1 for as long as the two
-models agree, and 2 (branch 0 the base, branch 1 the adapted model) from the first layer at which
-they differ.  Residual adds broadcast by themselves; :func:`cat` and :func:`attention` expand first.
+The base and the adapted model differ only in the layers with an adaptation.  They are evaluated together on
+activations of shape ``(R, N, ...)``.  ``R`` is 1 while the two models agree.  From the first layer at which they
+differ, ``R`` is 2: branch 0 is the base, branch 1 the adapted model.  Residual additions broadcast; :func:`cat` and
+:func:`attention` expand first.
 
-The layers are classes of our own that call ``torch.nn.functional`` directly.  WebUIs replace the
-``forward`` of ``torch.nn.Linear`` and its like for their own models, and these must not be hit.
+These layers call ``torch.nn.functional`` directly and do not derive from torch's.  WebUIs replace the ``forward`` of
+``torch.nn.Linear`` and similar classes for their models, and must not change the side model.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from torch import Tensor, nn
 
 from lib_delta.devices import free_memory
 
-# How much the scores of one call of attention may take where they are held whole: enough to keep a device busy.
+# The memory for the scores of one attention call without a fused kernel: enough to keep a device busy.
 MAX_SCORE_BYTES = 512 * 2**20
 
 
 class Adaptation(Protocol):
-    """What an adapted layer is told about its second branch."""
+    """The adapted model's version of a layer."""
 
     def __call__(self, layer: ForkedLayer, x: Tensor) -> Tensor:
-        """Return what the adapted model's layer gives for ``x`` of shape ``(N, ...)``."""
+        """Return the adapted model's output for ``x`` of shape ``(N, ...)``."""
         ...
 
     def forked(self, layer: ForkedLayer, x: Tensor) -> Tensor:
-        """Return what both models' layers give, ``(2, N, ...)``, for ``x`` of shape ``(R, N, ...)``."""
+        """Return both models' outputs ``(2, N, ...)`` for ``x`` of shape ``(R, N, ...)``."""
         return torch.stack((layer.base(x[0]), self(layer, x[-1])))
 
 
 class ForkedLayer(nn.Module):
-    """A layer that serves both branches: shared by default, forked where an adaptation is attached."""
+    """A layer for both branches: shared by default, forked with an adaptation."""
 
     weight: Tensor
     bias: Tensor | None
@@ -46,9 +46,9 @@ class ForkedLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.adaptation: Adaptation | None = None
-        # The type that the layer computes in, where its weight is stored in a smaller one (:meth:`store`).
+        # The dtype of the computation if the weight is stored in a smaller one (:meth:`store_as`); else None.
         self.compute_dtype: torch.dtype | None = None
-        # The one branch that is evaluated, where the two are evaluated one after the other (:func:`single_branch`).
+        # The branch to evaluate if the two are evaluated one after the other (:func:`single_branch`); else None.
         self.branch: int | None = None
 
     def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -57,16 +57,16 @@ class ForkedLayer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that the layer computes in."""
+        """The dtype of the computation."""
         return self.compute_dtype or self.weight.dtype
 
     def store_as(self, dtype: torch.dtype) -> None:
-        """Keep the weight in a smaller type, as fp8; it is cast whenever it is used."""
+        """Store the weight in a smaller dtype such as fp8; it is cast at every use."""
         self.compute_dtype = self.dtype
         self.weight = nn.Parameter(self.weight.to(dtype), requires_grad=False)
 
     def base_weight(self) -> Tensor:
-        """Return the base model's weight in the type that the layer computes in."""
+        """Return the base model's weight in the dtype of the computation."""
         return self.weight if self.compute_dtype is None else self.weight.to(self.compute_dtype)
 
     def base(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class ForkedLayer(nn.Module):
         return self.apply_weights(x, self.base_weight(), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(R, N, ...)`` to ``(R', N, ...)``; ``R'`` is 2 where the layer is adapted and no branch is alone."""
+        """Map ``(R, N, ...)`` to ``(R', N, ...)``; ``R'`` is 2 if the layer is adapted and evaluates both branches."""
         if self.adaptation is None or self.branch == 0:
             return self.base(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         if self.branch == 1:
@@ -100,7 +100,7 @@ class Conv2d(ForkedLayer):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
         super().__init__()
         self.stride, self.padding = stride, kernel_size // 2
-        # Whether what lies beyond an edge is what lies at the other one, for pictures that can be tiled.
+        # Whether the padding continues at the opposite edge, for pictures that can be tiled.
         self.circular = False
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels))
@@ -138,7 +138,7 @@ class LayerNorm(ForkedLayer):
 
 
 def set_tiling(model: nn.Module, circular: bool) -> None:
-    """Have a model's convolutions go on at the other edge of a picture, or end at its own."""
+    """Make a model's convolutions wrap around at a picture's edges, or pad with zeros."""
     for layer in model.modules():
         if isinstance(layer, Conv2d):
             layer.circular = circular
@@ -146,7 +146,7 @@ def set_tiling(model: nn.Module, circular: bool) -> None:
 
 @contextmanager
 def single_branch(model: nn.Module, branch: int) -> Iterator[None]:
-    """Have a model's layers evaluate one branch only, on activations of ``R = 1``."""
+    """Make a model's layers evaluate only one branch, on activations of ``R = 1``."""
     layers = [layer for layer in model.modules() if isinstance(layer, ForkedLayer)]
     try:
         for layer in layers:
@@ -158,33 +158,33 @@ def single_branch(model: nn.Module, branch: int) -> Iterator[None]:
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Tell whether any layer of a model is adapted."""
+    """Return whether any layer of a model is adapted."""
     return any(isinstance(layer, ForkedLayer) and layer.adaptation is not None for layer in model.modules())
 
 
 def expand(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Give ``(R, N, ...)`` tensors the same number of branches (a view, no copy)."""
+    """Expand ``(R, N, ...)`` tensors to the same number of branches (views, no copies)."""
     branches = max(t.shape[0] for t in tensors)
     return tuple(t.expand(branches, *t.shape[1:]) for t in tensors)
 
 
 def cat(*tensors: Tensor, dim: int) -> Tensor:
-    """Concatenate ``(R, N, ...)`` tensors along ``dim`` after giving them the same branches."""
+    """Concatenate ``(R, N, ...)`` tensors along ``dim``, expanded to the same branches."""
     return torch.cat(expand(*tensors), dim)
 
 
 def expand_rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Give ``(R, N, ...)`` a row of its own for each of ``rows`` ``(M,)``, numbers of images, if it has not yet."""
+    """Expand ``(R, N, ...)`` to one row for each of ``rows`` ``(M,)``, numbers of images, unless it has M rows."""
     return x if rows is None or x.shape[1] == len(rows) else x.index_select(1, rows)
 
 
 def add_to_adapted(x: Tensor, added: Tensor) -> Tensor:
-    """Add ``(N, ...)`` to the adapted model's branch of ``(R, N, ...)``, which forks here if it had not before."""
+    """Add ``(N, ...)`` to the adapted branch of ``(R, N, ...)``; the result has ``R = 2``."""
     return torch.stack((x[0], x[-1] + added))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Multi-head attention of ``(R, N, T, C)`` queries over ``(R, N, S, C)`` keys and values."""
+    """Compute multi-head attention of ``(R, N, T, C)`` queries over ``(R, N, S, C)`` keys and values."""
     q, k, v = expand(q, k, v)
     branches, batch = q.shape[:2]
     split = [t.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
@@ -192,10 +192,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of ``(N, heads, T, C)`` queries over ``(N, heads, S, C)`` keys and values.
+    """Compute attention of ``(N, heads, T, C)`` queries over ``(N, heads, S, C)`` keys and values.
 
-    Where torch has no fused kernel (Apple's and Intel's devices, DirectML, older ROCm) it holds a number for each pair
-    of query and key, 17 GB at 128x128 latents in fp16; there, the queries are taken in slices.
+    Without a fused kernel (Apple's and Intel's devices, DirectML, older ROCm) torch stores a score for each pair of
+    query and key: 17 GB at 128x128 latents in fp16.  There, this function computes the queries in slices.
     """
     slices = 1 if _has_fused_attention(q, k, v) else _slices(q, k)
     if slices == 1:
@@ -204,11 +204,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _has_fused_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Tell whether torch would take a kernel that never holds all scores."""
+    """Return whether torch would use a kernel that never stores all scores."""
     try:
         return torch._fused_sdp_choice(q, k, v) != 0
     except (AttributeError, NotImplementedError, RuntimeError):
-        return False  # a device without any, or a torch that does not say
+        return False  # a device without fused kernels, or a torch that does not report its choice
 
 
 def _slices(q: Tensor, k: Tensor) -> int:

@@ -1,8 +1,10 @@
-"""What an adaptation that is not weights adds inside the adapted model, in one evaluation.
+"""Additions inside the adapted model by adaptations that change no weights, for one evaluation.
 
-ControlNet (arXiv 2302.05543) adds to what the decoder is given, so the encoder is still shared by base
-and adapted; T2I-Adapter (arXiv 2302.08453) adds inside the encoder; IP-Adapter (arXiv 2308.06721) lets
-queries attend to a picture besides the text.  The base's branch gets nothing of it.
+- ControlNet (arXiv 2302.05543) adds to the decoder's inputs, so that base and adapted model still share the encoder.
+- T2I-Adapter (arXiv 2302.08453) adds inside the encoder.
+- IP-Adapter (arXiv 2308.06721) makes queries attend to a picture in addition to the text.
+
+The base's branch never changes.
 """
 
 from __future__ import annotations
@@ -18,18 +20,18 @@ from lib_delta.models.forked_layers import add_to_adapted
 
 Position = TypeVar("Position")
 Addition = TypeVar("Addition")
-# From queries ``(N, T, C)`` and the number of heads to what is added to the attention's outcome.
+# Maps queries ``(N, T, C)`` and the number of heads to the addition to the attention's output.
 ExtraAttention = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Injection:
-    """Additions to the adapted branch; tensors are ``(N, C, h, w)``, N being the UNet's rows.
+    """Additions to the adapted branch; tensors are ``(N, C, h, w)``, with N rows as in the UNet.
 
-    ``blocks`` are added to the output of the input blocks of these numbers, ``decoder`` only to what the
-    decoder is given of them; there the middle block's output has the number after the last of them.
-    ``extra_attention`` is what cross-attentions see besides the text.  ``single_branch`` says that the adapted branch
-    is the only one there is (:func:`lib_delta.models.forked_layers.single_branch`).
+    ``blocks`` are added to the outputs of the input blocks with these numbers.  ``decoder`` is added only to the copies
+    for the decoder; there the middle block's output has the number after the last input block's.
+    ``extra_attention`` adds to the outputs of cross-attentions.  With ``single_branch``, the adapted branch is the only
+    one (:func:`lib_delta.models.forked_layers.single_branch`).
     """
 
     blocks: Mapping[int, Tensor] = field(default_factory=dict)
@@ -46,15 +48,15 @@ class Injection:
         return [self._added(h, self.decoder[i]) if i in self.decoder else h for i, h in enumerate(outputs)]
 
     def beside_text(self, attention: nn.Module, q: Tensor, h: Tensor, heads: int) -> Tensor:
-        """Add what queries ``(R, N, T, C)`` of a cross-attention find besides the text to what they found in it."""
-        seen = self.extra_attention.get(attention)
-        return h if seen is None else self._added(h, seen(q[-1], heads))
+        """Add the extra attention of queries ``(R, N, T, C)`` to ``h``, the cross-attention's output for the text."""
+        extra = self.extra_attention.get(attention)
+        return h if extra is None else self._added(h, extra(q[-1], heads))
 
     def _added(self, h: Tensor, added: Tensor) -> Tensor:
         return h + added if self.single_branch else add_to_adapted(h, added)
 
     def __add__(self, other: Injection) -> Injection:
-        """Return both together."""
+        """Return both injections combined."""
         return Injection(
             _merged(self.blocks, other.blocks, torch.add),
             _merged(self.decoder, other.decoder, torch.add),

@@ -1,7 +1,7 @@
-"""IP-Adapter: a picture as a prompt, seen by cross-attentions of their own (Ye et al. 2023, arXiv 2308.06721).
+"""IP-Adapter: a picture as a prompt, through separate cross-attentions (Ye et al. 2023, arXiv 2308.06721).
 
-A projection turns what CLIP's image encoder sees into tokens as wide as the text's; each cross-attention of
-the UNet has a second key and value for them, and adds what its queries find.  Key names are the release's.
+A projection maps the output of CLIP's image encoder to tokens of the text's width.  Each cross-attention of the UNet
+has a second key and value for them, and adds the result for its queries.  Key names are those of the release.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HEAD_WIDTH = 64  # of the resampler's attention
 
 
 class TokenProjection(nn.Module):
-    """The first release's: the picture's one embedding as a few tokens."""
+    """The first release's projection: the picture's single embedding as a few tokens."""
 
     of_patches = False
 
@@ -36,7 +36,7 @@ class TokenProjection(nn.Module):
 
 
 class PatchProjection(nn.Module):
-    """The "full" form's: every patch becomes a token."""
+    """The "full" form's projection: every patch becomes a token."""
 
     of_patches = True
 
@@ -76,7 +76,7 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverFeedForward(nn.Module):
-    """A norm and two layers; in the release a Sequential, whose third part has no weights."""
+    """A norm and two layers; the release has a Sequential, whose third part has no weights."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -88,12 +88,12 @@ class PerceiverFeedForward(nn.Module):
 
 
 class Resampler(nn.Module):
-    """The "plus" form's: learned tokens gather what the patches show."""
+    """The "plus" form's projection: learned tokens attend to the patches."""
 
     of_patches = True
 
     def __init__(
-        self, seen_width: int, width: int, context_width: int, tokens: int, depth: int, heads: int, inner: int
+        self, seen_width: int, width: int, context_width: int, *, tokens: int, depth: int, heads: int, inner: int
     ) -> None:
         super().__init__()
         self.seen_width = seen_width
@@ -130,23 +130,23 @@ class IPAdapter(nn.Module):
     """A projection, and a key and value for each cross-attention of a UNet."""
 
     def __init__(self, projection: Projection, context_width: int, widths: Sequence[int]) -> None:
-        """``widths`` are those of the UNet's cross-attentions, in the order of :func:`cross_attentions`."""
+        """Make an adapter for cross-attentions of these ``widths``, in the order of :func:`cross_attentions`."""
         super().__init__()
         self.image_proj = projection
-        # Numbered as diffusers' attention processors, of which every other one is a self-attention's.
+        # The numbers of diffusers' attention processors, of which every other one is a self-attention's.
         self.ip_adapter = nn.ModuleDict(
             {str(2 * i + 1): ImageAttention(context_width, width) for i, width in enumerate(widths)}
         )
 
     def keys_and_values(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return each cross-attention's keys and values ``(N, S, width)`` of tokens ``(N, S, context_width)``."""
+        """Return each cross-attention's keys and values ``(N, S, width)`` for tokens ``(N, S, context_width)``."""
         return [(layer.to_k_ip(tokens), layer.to_v_ip(tokens)) for layer in self.ip_adapter.values()]
 
 
 def cross_attentions(unet: UNet) -> Iterator[tuple[str, CrossAttention]]:
-    """Yield the UNet's cross-attentions as IP-Adapters count them: encoder, decoder, then middle block.
+    """Yield the UNet's cross-attentions in the order of IP-Adapters: encoder, decoder, then middle block.
 
-    With each comes where it is: "input", "output" or "middle".
+    Each comes with its part of the UNet: "input", "output" or "middle".
     """
     parts = (("input", unet.input_blocks), ("output", unet.output_blocks), ("middle", unet.middle_block))
     for place, blocks in parts:
@@ -157,5 +157,5 @@ def cross_attentions(unet: UNet) -> Iterator[tuple[str, CrossAttention]]:
 
 
 def attend_to_image(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Return what queries ``(N, T, C)`` find in a picture's keys and values ``(N, S, C)``."""
+    """Return the attention of queries ``(N, T, C)`` over a picture's keys and values ``(N, S, C)``."""
     return forked_layers.attention(q[None], k[None], v[None], heads)[0]

@@ -1,4 +1,4 @@
-"""Networks with the weights of a checkpoint."""
+"""Builds networks with the weights of a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lib_delta.files.checkpoint import (
     missing_parts,
     unet_prefix,
 )
-from lib_delta.files.stored_file import Shapes
+from lib_delta.files.stored_file import Shapes, reshaped
 from lib_delta.files.weight_file import WeightFile, header_number
 from lib_delta.models.unet import UNet, UNetConfig
 from lib_delta.models.vae import VAE, VAEConfig
@@ -33,10 +33,10 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What a checkpoint is and what of it was used.
+    """A checkpoint's kind, and the use of its keys.
 
-    ``missing`` names the parts that the file lacks (a UNet-only file has no text encoder or
-    autoencoder); ``unexpected`` the keys that no part of a checkpoint of this family has.
+    ``missing`` names the parts that the file lacks (a UNet-only file has no text encoder or autoencoder).
+    ``unexpected`` are the keys that no checkpoint of this family has.
     """
 
     family: Family
@@ -47,7 +47,7 @@ class CheckpointReport:
     unexpected: tuple[str, ...]
 
 
-# Entries that training left behind: noise schedules, averaged weights, counters, flags read above.
+# Entries that training leaves: noise schedules, averaged weights, counters; and the flags of ``files.checkpoint``.
 _KNOWN_EXTRAS = re.compile(
     r"model_ema\.|(alphas_cumprod(_prev)?|betas|sqrt_\w+|log_one_minus_alphas_cumprod|posterior_\w+|logvar|lvlb_weights"
     r"|scale_factor|v_pred|ztsnr|denoiser\.sigmas|depth_model\..*|embedding_manager\..*)$"
@@ -68,7 +68,7 @@ def load_unet(
     device: torch.device | str = "cpu",
     prediction: Prediction | None = None,
 ) -> tuple[UNet, CheckpointReport]:
-    """Build the UNet of a checkpoint (or UNet-only file) and say what the file is.
+    """Build the UNet of a checkpoint (or UNet-only file), and report the file's kind.
 
     ``prediction`` overrides :func:`detect_prediction`, whose default for SD 2.x is a guess.
     Raises :class:`CheckpointError` for files of another kind or family, and for missing weights.
@@ -76,7 +76,7 @@ def load_unet(
     family = detect_family(file.shapes, file.name)
     if not family.served:
         raise CheckpointError(
-            f"{file.name} is a model of {family.label}, which is not served: one of {SERVED} is needed"
+            f"{file.name} is a model of {family.label}, which is not supported: one of {SERVED} is needed"
         )
     prefix = unet_prefix(file.shapes) or ""
     weights = file.below(prefix)
@@ -104,7 +104,7 @@ def _unet_config(weights: WeightFile) -> UNetConfig:
 def load_vae(file: WeightFile, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VAE:
     """Build the autoencoder of a checkpoint or of a file with nothing else.
 
-    Raises :class:`CheckpointError` where the file has none.
+    Raises :class:`CheckpointError` if the file has no autoencoder.
     """
     prefix = next((p for p in (VAE_PREFIX, "") if f"{p}encoder.conv_in.weight" in file.shapes), None)
     if prefix is None:
@@ -121,7 +121,7 @@ def load_vae(file: WeightFile, dtype: torch.dtype = torch.float32, device: torch
 
 
 def _refuse_unusable(weights: WeightFile) -> None:
-    """Refuse weights whose stored numbers need more than a change of type, or that are empty."""
+    """Refuse weights that are quantised (need more than a cast), or empty."""
     for key, shape in weights.shapes.items():
         if key.endswith((".scale_weight", ".scale_input", ".absmax", ".quant_map")) or "quant_state" in key:
             raise CheckpointError(
@@ -134,22 +134,26 @@ def _refuse_unusable(weights: WeightFile) -> None:
 def build_module(
     make: Callable[[], ModuleT], weights: WeightFile, dtype: torch.dtype, device: torch.device | str
 ) -> ModuleT:
-    """Make a module with a file's weights, without giving it any of its own first.
+    """Build a module with a file's weights, without initialising it first.
 
-    Raises :class:`CheckpointError` that names the first weight that is missing or of another shape.
+    Raises :class:`CheckpointError` that names the first missing weight, or the first of another shape.
     """
     with torch.device("meta"):
         module = make()
-    load_weights(
-        module, weights.tensors(k for k in module.state_dict() if k in weights.shapes), weights.name, dtype, device
-    )
+    tensors = weights.tensors(key for key in module.state_dict() if key in weights.shapes)
+    load_weights(module, tensors, weights.name, dtype=dtype, device=device)
     return module
 
 
 def load_weights(
-    module: nn.Module, tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, device: torch.device | str
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> None:
-    """Give a module on the meta device its weights, which are not copied where type and device fit."""
+    """Set the weights of a module on the meta device; they are copied only to change dtype or device."""
     needed = module.state_dict()
     missing = [k for k in needed if k not in tensors]
     if missing:
@@ -163,16 +167,11 @@ def load_weights(
 
 
 def _in_shape(tensor: Tensor, key: str, shape: tuple[int, ...], name: str) -> Tensor:
-    """Return the tensor in the shape that is needed; a 1x1 convolution may be stored as a matrix or the reverse."""
-    found = tuple(tensor.shape)
-    if found != shape and _without_ones(found) != _without_ones(shape):
+    fitting = reshaped(tensor, shape)
+    if fitting is None:
         raise CheckpointError(
-            f"{name} has weight {key} with shape {found} where {shape} is needed: the file is damaged"
+            f"{name} has weight {key} with shape {tuple(tensor.shape)} where {shape} is needed: the file is damaged"
         )
     if not tensor.is_floating_point():
         raise CheckpointError(f"{name} has weight {key} of type {tensor.dtype}: floating-point weights are needed")
-    return torch.reshape(tensor, shape)
-
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(n for n in shape if n != 1)
+    return fitting

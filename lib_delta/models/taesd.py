@@ -1,7 +1,7 @@
-"""The tiny autoencoders of the released latent spaces: TAESD and its kin, by Ollin Boer Bohan (MIT).
+"""The tiny autoencoders of the released latent spaces: TAESD and its relatives, by Ollin Boer Bohan (MIT).
 
-They are distilled from the released autoencoders, fast enough for previews, and stand for them where
-the autoencoders themselves are not at hand.  Keys are those of the release's own ``nn.Sequential``.
+They are distilled from the released autoencoders, fast enough for previews, and replace them when these are not
+available.  Keys are those of the release's ``nn.Sequential``.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from lib_delta.models.loading import load_weights
 from lib_delta.models.unpatched import Conv2d
 
 CHANNELS = 64
-BLOCKS_PER_SIZE = 3  # at every size but the picture's own
-FACTOR = 8  # picture pixels per latent pixel, along one side
+BLOCKS_PER_SIZE = 3  # at every size except the picture's
+FACTOR = 8  # picture pixels per latent pixel along one side
 PARTS = ("encoder", "decoder")
 
 
 class Block(nn.Module):
-    """Three convolutions, and what came in added."""
+    """Three convolutions with a residual."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 class SoftClamp(nn.Module):
-    """Keep latents within what the decoder was trained on."""
+    """Limit latents to the decoder's training range."""
 
     def forward(self, z: Tensor) -> Tensor:
         return 3 * torch.tanh(z / 3)
@@ -51,7 +51,10 @@ def _convolution(channels: int, stride: int = 1) -> Conv2d:
 
 
 def encoder(latent_channels: int) -> nn.Sequential:
-    """Return pictures ``(N, 3, H, W)`` in 0..1 to latents ``(N, C, H/8, W/8)``, in the scale denoising models see."""
+    """Return a network from pictures ``(N, 3, H, W)`` in 0..1 to latents ``(N, C, H/8, W/8)``.
+
+    Latents are in the scale of denoising models.
+    """
     layers: list[nn.Module] = [Conv2d(3, CHANNELS, 3, padding=1), Block(CHANNELS)]
     for blocks in (BLOCKS_PER_SIZE, BLOCKS_PER_SIZE, 0):
         layers += [_convolution(CHANNELS, stride=2), *(Block(CHANNELS) for _ in range(blocks))]
@@ -59,7 +62,10 @@ def encoder(latent_channels: int) -> nn.Sequential:
 
 
 def decoder(latent_channels: int) -> nn.Sequential:
-    """Return latents ``(N, C, H/8, W/8)``, in the scale denoising models see, to pictures ``(N, 3, H, W)`` in 0..1."""
+    """Return a network from latents ``(N, C, H/8, W/8)`` to pictures ``(N, 3, H, W)`` in 0..1.
+
+    Latents are in the scale of denoising models.
+    """
     layers: list[nn.Module] = [*first_of_decoder(latent_channels)]
     for blocks in (BLOCKS_PER_SIZE, BLOCKS_PER_SIZE, 1):
         layers += [nn.Upsample(scale_factor=2), _convolution(CHANNELS), *(Block(CHANNELS) for _ in range(blocks))]
@@ -67,18 +73,18 @@ def decoder(latent_channels: int) -> nn.Sequential:
 
 
 def first_of_decoder(latent_channels: int, blocks: int = BLOCKS_PER_SIZE) -> nn.Sequential:
-    """Return the layers of a decoder that work at the latents' size, or the first of them."""
+    """Return the decoder's layers at the latents' size; fewer ``blocks`` return only the first of them."""
     start = SoftClamp(), Conv2d(latent_channels, CHANNELS, 3, padding=1), nn.ReLU()
     return nn.Sequential(*start, *(Block(CHANNELS) for _ in range(blocks)))
 
 
 def last_of_encoder(latent_channels: int, blocks: int = BLOCKS_PER_SIZE) -> nn.Sequential:
-    """Return the layers of an encoder that work at the latents' size, or the last of them."""
+    """Return the encoder's layers at the latents' size; fewer ``blocks`` return only the last of them."""
     return nn.Sequential(*(Block(CHANNELS) for _ in range(blocks)), Conv2d(CHANNELS, latent_channels, 3, padding=1))
 
 
 def load_taesd(path: Path, part: str) -> nn.Sequential:
-    """Read one file; ``part`` is "encoder" or "decoder".
+    """Load one file; ``part`` is "encoder" or "decoder".
 
     Raises :class:`CheckpointError` if the file is not that part of a tiny autoencoder.
     """
@@ -91,19 +97,19 @@ def load_taesd(path: Path, part: str) -> nn.Sequential:
         unknown = sorted(key for key in file.shapes.keys() - module.state_dict().keys() if key[0].isdigit())
         if unknown:  # TAEF2's blocks have more layers, and would compute something else without them
             raise CheckpointError(f"{path.name} is a tiny autoencoder with other layers than TAESD's ({unknown[0]})")
-        load_weights(module, {key: file.tensor(key) for key in file.shapes}, path.name, torch.float32, "cpu")
+        load_weights(module, {key: file.tensor(key) for key in file.shapes}, path.name)
     return module
 
 
 def latent_channels(module: nn.Sequential, part: str) -> int:
-    """Return the channels of the latents that an encoder makes, or a decoder reads."""
+    """Return the latent channels of an encoder's output or a decoder's input."""
     channels = _latent_channels({key: tuple(value.shape) for key, value in module.state_dict().items()}, part)
     assert channels is not None
     return channels
 
 
 def _latent_channels(shapes: Mapping[str, tuple[int, ...]], part: str) -> int | None:
-    """Read the channels of the latents off the first (decoder) or the last (encoder) convolution."""
+    """Return the latent channels by the first (decoder) or the last (encoder) convolution; None for other files."""
     numbers = [int(m[1]) for key in shapes if (m := re.match(r"(\d+)\.", key))]
     first, last = shapes.get("1.weight"), shapes.get(f"{max(numbers, default=0)}.weight")
     if part == "decoder" and first is not None and last is not None and last[0] == 3:

@@ -1,7 +1,7 @@
-"""The text encoders of Stable Diffusion 1.x, 2.x and XL, from a checkpoint's own weights.
+"""The text encoders of Stable Diffusion 1.x, 2.x and XL, with a checkpoint's weights.
 
-CLIP-L (arXiv 2103.00020) is stored in the key names of transformers, OpenCLIP-H and -G in those of
-open_clip; both run as transformers' CLIP text model.
+CLIP-L (arXiv 2103.00020) has the key names of transformers, OpenCLIP-H and -G those of open_clip.  Both run as
+transformers' CLIP text model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lib_delta.models.unpatched import unpatched
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-# Where each family keeps its encoders: CLIP in transformers' names (newer, then older files), then open_clip's.
+# The prefixes of each family's encoders: CLIP in transformers' names (newer, then older files), then open_clip's.
 CLIP_PREFIXES = {
     Family.SD1: ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),
     Family.SDXL: ("conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.0.transformer."),
@@ -40,7 +40,7 @@ SIZE_WIDTH = 256
 
 @dataclass(frozen=True)
 class TextConfig:
-    """What the weights of a CLIP text model say about its architecture."""
+    """A CLIP text model's architecture, as its weights show it."""
 
     width: int
     inner_width: int
@@ -52,16 +52,23 @@ class TextConfig:
     projection: int | None = None
 
     @classmethod
+    def sd15(cls) -> TextConfig:
+        """Return the configuration of Stable Diffusion 1.5's text encoder, CLIP-L."""
+        return cls(
+            width=768, inner_width=3072, layers=12, positions=77, vocabulary=49408, heads=12, activation="quick_gelu"
+        )
+
+    @classmethod
     def from_shapes(
         cls,
         shapes: Mapping[str, tuple[int, ...]],
         activation: Literal["quick_gelu", "gelu"],
         heads: int | None = None,
     ) -> TextConfig:
-        """Read the configuration off weight shapes in transformers' names, below ``text_model.``.
+        """Return the configuration of weights with these shapes, in transformers' names below ``text_model.``.
 
-        Heads are 64 wide unless ``heads`` says how many there are.
-        Raises ``KeyError`` that names the weight that is missing.
+        Without a number of ``heads``, heads are 64 wide.
+        Raises ``KeyError`` that names a missing weight.
         """
         vocabulary, width = shapes["embeddings.token_embedding.weight"]
         heads = heads or max(1, width // 64)
@@ -82,10 +89,10 @@ class TextConfig:
 
 
 class TextEncoder(nn.Module):
-    """One CLIP text model; ``transformer`` is transformers' module, in its key names.
+    """One CLIP text model; ``transformer`` is transformers' module, with its key names.
 
-    ``final_norm`` applies the model's last norm to the hidden state that is returned, whichever
-    layer it is of (SD 1.x and 2.x do, SDXL does not).
+    With ``final_norm``, the model's last norm is applied to the returned hidden state of any layer (in SD 1.x and 2.x,
+    not in SDXL).
     """
 
     def __init__(self, config: TextConfig, final_norm: bool) -> None:
@@ -93,7 +100,7 @@ class TextEncoder(nn.Module):
 
         super().__init__()
         self.config, self.final_norm = config, final_norm
-        # This class keeps its key names in every version of transformers; the plain text model does not.
+        # This class has the same key names in every version of transformers; the plain text model does not.
         self.transformer = CLIPTextModelWithProjection(
             CLIPTextConfig(
                 vocab_size=config.vocabulary,
@@ -117,11 +124,11 @@ class TextEncoder(nn.Module):
 
         Args:
             tokens: token numbers; end-of-text is the vocabulary's last, as in every CLIP.
-            clip_skip: the layer whose output is returned, counted from the last, 1.
+            clip_skip: the layer of the returned output, counted from the last, which is 1.
 
         Returns:
-            The hidden state ``(N, T, width)`` and, from models that have a projection, the pooled
-            text ``(N, projection)``, which is always of the last layer.
+            The hidden state ``(N, T, width)`` and, for models with a projection, the pooled text ``(N, projection)``
+            of the last layer; else None.
         """
         if not 1 <= clip_skip <= self.config.layers:
             raise SettingError(f"clip skip is {clip_skip}: 1 to {self.config.layers} is needed for this text encoder")
@@ -135,7 +142,7 @@ class TextEncoder(nn.Module):
         return hidden, self.transformer.text_projection(model.final_layer_norm(last))
 
     def encode(self, tokens: Tensor, clip_skip: int = 1) -> tuple[Tensor, Tensor | None]:
-        """Call the module."""
+        """Encode as :meth:`forward` does."""
         encoded: tuple[Tensor, Tensor | None] = self(tokens, clip_skip)
         return encoded
 
@@ -143,15 +150,17 @@ class TextEncoder(nn.Module):
 def load_towers(
     file: WeightFile, family: Family, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[TextEncoder, ...]:
-    """Build the text encoders of a checkpoint in the order in which their outputs are joined.
+    """Build the text encoders of a checkpoint, in the order of their joined outputs.
 
-    Raises :class:`CheckpointError` where one is missing or incomplete.
+    Raises :class:`CheckpointError` if one is missing or incomplete.
     """
     towers = []
     if family in CLIP_PREFIXES:
-        towers.append(_tower(file, family, _clip_weights(file, family), "quick_gelu", dtype, device))
+        towers.append(_tower(file, family, _clip_weights(file, family), dtype=dtype, device=device))
     if family in OPEN_CLIP_PREFIXES:
-        towers.append(_tower(file, family, _open_clip_weights(file, family), "gelu", dtype, device))
+        towers.append(
+            _tower(file, family, _open_clip_weights(file, family), activation="gelu", dtype=dtype, device=device)
+        )
     return tuple(towers)
 
 
@@ -159,7 +168,8 @@ def _tower(
     file: WeightFile,
     family: Family,
     weights: Mapping[str, Tensor],
-    activation: Literal["quick_gelu", "gelu"],
+    *,
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu",
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> TextEncoder:
@@ -177,12 +187,12 @@ def _tower(
     renamed = {
         f"transformer.{'' if k.startswith('text_projection') else 'text_model.'}{k}": v for k, v in weights.items()
     }
-    load_weights(tower, renamed, file.name, dtype, device)
+    load_weights(tower, renamed, file.name, dtype=dtype, device=device)
     return tower
 
 
 def _place_position_ids(tower: TextEncoder, device: torch.device | str) -> None:
-    """Make the one buffer that is computed, not stored (and which old files store in a wrong type)."""
+    """Compute the one buffer that is not loaded; old files store it with a wrong dtype."""
     embeddings = tower.transformer.text_model.embeddings
     numbers = torch.arange(tower.config.positions, device=device)[None]
     embeddings.register_buffer("position_ids", numbers, persistent=False)
@@ -214,15 +224,15 @@ _OPEN_CLIP_LAYER_NAMES = {
 def _open_clip_weights(file: WeightFile, family: Family) -> dict[str, Tensor]:
     """Return an open_clip text model's weights in transformers' names."""
     weights = file.below(OPEN_CLIP_PREFIXES[family])
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for key in weights.keys:
         if key in _OPEN_CLIP_NAMES:
-            found[_OPEN_CLIP_NAMES[key]] = weights.tensor(key)
+            renamed[_OPEN_CLIP_NAMES[key]] = weights.tensor(key)
         elif key == "text_projection" and family is Family.SDXL:
-            found["text_projection.weight"] = weights.tensor(key).t().contiguous()
+            renamed["text_projection.weight"] = weights.tensor(key).t().contiguous()
         elif m := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", key):
-            found |= _open_clip_layer_weight(f"encoder.layers.{m[1]}.", m[2], weights.tensor(key))
-    return found
+            renamed |= _open_clip_layer_weight(f"encoder.layers.{m[1]}.", m[2], weights.tensor(key))
+    return renamed
 
 
 def _open_clip_layer_weight(layer: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -234,7 +244,7 @@ def _open_clip_layer_weight(layer: str, name: str, tensor: Tensor) -> dict[str, 
 
 
 class Tokenizer(Protocol):
-    """What is needed of ``transformers.CLIPTokenizer``."""
+    """The part of ``transformers.CLIPTokenizer`` that :class:`Conditioner` uses."""
 
     bos_token_id: int
     eos_token_id: int
@@ -247,10 +257,10 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(folder: str | Path | None = None) -> CLIPTokenizer:
-    """Load CLIP's tokenizer from a folder (``vocab.json``, ``merges.txt``), or the released models' own.
+    """Load CLIP's tokenizer from a folder (``vocab.json``, ``merges.txt``); without a folder, the released models'.
 
-    The latter is made from the vocabulary in the package ``clip`` (clip-anytorch on the package index).
-    Raises :class:`DeltaError` where the files are not there.
+    The released tokenizer is made from the vocabulary in the package ``clip`` (clip-anytorch on the package index).
+    Raises :class:`DeltaError` if the files are missing.
     """
     if folder is None:
         return _released_tokenizer()
@@ -264,7 +274,7 @@ def _tokenizer(vocabulary: Path, merges: Path) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
     try:
-        # Read here, for the compiled tokenizer's own errors have no class to catch them by.
+        # Parsed here because the compiled tokenizer's errors have no class that could be caught.
         json.loads(vocabulary.read_text(encoding="utf-8"))
         return CLIPTokenizer(str(vocabulary), str(merges))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -276,7 +286,7 @@ def _tokenizer(vocabulary: Path, merges: Path) -> CLIPTokenizer:
 def _released_tokenizer() -> CLIPTokenizer:
     """Build the tokenizer of the released CLIP models (arXiv 2103.00020, 2.4; byte-pair encoding).
 
-    The vocabulary is in the order of the original code: bytes, bytes that end a word, merges, marks.
+    The vocabulary has the order of the original code: bytes, bytes that end a word, merges, marks.
     """
     with gzip.open(_vocabulary_file(), "rt", encoding="utf-8") as stream:
         lines = stream.read().split("\n")
@@ -292,7 +302,7 @@ def _released_tokenizer() -> CLIPTokenizer:
 
 
 def _vocabulary_file() -> Path:
-    # Looked up without an import: the package imports torchvision, which is not needed here.
+    # Found without an import: the package imports torchvision, which is not needed here.
     spec = importlib.util.find_spec("clip")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         file = Path(folder, "bpe_simple_vocab_16e6.txt.gz")
@@ -304,25 +314,24 @@ def _vocabulary_file() -> Path:
 
 
 def _byte_letters() -> list[str]:
-    """Return a printable letter for each byte: printable bytes first, each for itself, then the others from U+0100."""
+    """Return a printable letter for each byte: first printable bytes as they are, then all others from U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = 256 - len(printable)
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(others)]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
 @dataclass(frozen=True)
 class TextConditioning:
-    """Encoded prompts: ``context`` ``(N, T, C)``, and for SDXL the ``pooled`` text ``(N, P)``."""
+    """Encoded prompts: ``context`` ``(N, T, C)`` and, for SDXL, the ``pooled`` text ``(N, P)``."""
 
     context: Tensor
     pooled: Tensor | None = None
 
 
 class Conditioner:
-    """Turns prompts into what a family's UNet attends to.
+    """Encodes prompts for a family's UNet.
 
-    Prompts are cut into chunks of 75 tokens between start and end marks; all get as many chunks as
-    the longest.  There is no emphasis grammar: that is the host's.
+    Prompts are cut into chunks of 75 tokens between start and end marks; all get as many chunks as the longest.  There
+    is no emphasis grammar: hosts have theirs.
     """
 
     def __init__(self, family: Family, towers: Sequence[TextEncoder], tokenizer: Tokenizer) -> None:
@@ -350,8 +359,8 @@ class Conditioner:
     def __call__(self, prompts: Sequence[str], clip_skip: int = 1) -> TextConditioning:
         """Encode N prompts.
 
-        ``clip_skip`` counts layers from the last, 1, and is SD 1.x's: SD 2.x and XL were trained on
-        the layer before the last, and always use that.
+        ``clip_skip`` counts layers from the last, which is 1, and applies only to SD 1.x.  SD 2.x and XL were trained
+        on the layer before the last, and always use it.
         """
         layer = clip_skip if self.family is Family.SD1 else 2
         encoded = [self._encode(tower, prompts, layer) for tower in self.towers]
@@ -366,7 +375,7 @@ class Conditioner:
         return joined, None if pooled is None else pooled[::count]
 
     def chunks(self, prompts: Sequence[str], tower: TextEncoder) -> Tensor:
-        """Return the tokens ``(N, chunks, 77)`` that a tower is given."""
+        """Return a text encoder's tokens ``(N, chunks, 77)``."""
         start, end, size = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, tower.config.positions - 2
         # CLIP was trained with end-of-text as padding, open_clip with 0.
         padding = end if tower.config.activation == "quick_gelu" else 0
@@ -391,8 +400,7 @@ def sdxl_label(
 ) -> Tensor:
     """Join pooled text ``(N, P)`` with the embedded sizes (arXiv 2307.01952, 2.2) to ``(N, P + 6 * 256)``.
 
-    Sizes are in picture pixels: of the original, of the crop's corner, and of the target, which is
-    the original's where it is not given.
+    Sizes are in picture pixels: of the original, of the crop's corner, and of the target (by default the original's).
     """
     sizes = (height, width, top, left, target_height or height, target_width or width)
     numbers = torch.tensor(sizes, dtype=torch.float32, device=pooled.device)

@@ -1,9 +1,8 @@
 """The UNet of Stable Diffusion 1.x, 2.x and XL, in the key names of the original checkpoints.
 
-Architecture: Rombach et al. 2022 (arXiv 2112.10752, latent diffusion), Podell et al. 2023
-(arXiv 2307.01952, SDXL).  Everything but the head rule can be read off the shapes of the weights,
-so one class serves every family and every width.  Activations carry the branch axis of
-:mod:`lib_delta.models.forked_layers`.
+Architecture: Rombach et al. 2022 (arXiv 2112.10752, latent diffusion), Podell et al. 2023 (arXiv 2307.01952, SDXL).
+The shapes of the weights determine everything except the rule for attention heads, so that one class covers all
+families and widths.  Activations have the branch axis of :mod:`lib_delta.models.forked_layers`.
 """
 
 from __future__ import annotations
@@ -28,12 +27,11 @@ from lib_delta.models.token_merging import TokenMerging
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """What the weights of a UNet say about its architecture.
+    """A UNet's architecture, as its weights show it.
 
-    ``levels[i]`` is the channel count at 1/2**i of the latent's size.  ``depth_in``, ``depth_out``
-    hold the transformer depth of each encoder and decoder block (0: no attention), in key order.
-    SD 1.x has a fixed number of ``heads`` (8) at every level; SD 2.x and XL have a fixed
-    ``head_width`` (64) instead.
+    ``levels[i]`` is the number of channels at 1/2**i of the latent's size.  ``depth_in`` and ``depth_out`` are the
+    transformer depths of the encoder and decoder blocks (0: no attention), in key order.  SD 1.x has a fixed number of
+    ``heads`` (8) at every level; SD 2.x and XL have a fixed ``head_width`` (64) instead.
     """
 
     in_channels: int
@@ -50,17 +48,33 @@ class UNetConfig:
     heads: int = 8
     head_width: int | None = None
 
+    @classmethod
+    def sd15(cls, width: int = 320) -> UNetConfig:
+        """Return the configuration of Stable Diffusion 1.5; another ``width`` makes it narrower in proportion."""
+        return cls(
+            in_channels=4,
+            out_channels=4,
+            model_channels=width,
+            levels=(width, 2 * width, 4 * width, 4 * width),
+            res_blocks=(2, 2, 2, 2),
+            depth_in=(1, 1, 1, 1, 1, 1, 0, 0),
+            depth_middle=1,
+            depth_out=(0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1),
+            context_width=768,
+            linear_projection=False,
+        )
+
     def heads_for(self, channels: int) -> int:
         """Return the number of attention heads of a block with ``channels``."""
         return self.heads if self.head_width is None else channels // self.head_width
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], head_width: int | None = None) -> UNetConfig:
-        """Read the configuration off weight shapes whose keys start below ``model.diffusion_model.``.
+        """Return the configuration of weights with these shapes; keys are below ``model.diffusion_model.``.
 
-        ``head_width`` overrides the family's rule (8 heads where the projections of attention
-        blocks are convolutions, heads of width 64 where they are linear).
-        Raises :class:`CheckpointError` for keys that are not such a UNet's.
+        ``head_width`` overrides the family's rule: 8 heads if the projections of attention blocks are convolutions,
+        heads of width 64 if they are linear.
+        Raises :class:`CheckpointError` for keys of anything else.
         """
         try:
             return cls._from_shapes(shapes, head_width)
@@ -73,12 +87,6 @@ class UNetConfig:
         inputs = 1 + max(int(m[1]) for k in shapes if (m := re.match(r"input_blocks\.(\d+)\.", k)))
         outputs = 1 + max(int(m[1]) for k in shapes if (m := re.match(r"output_blocks\.(\d+)\.", k)))
 
-        def depth(block: str) -> int:
-            # Counted, not read off the largest number: a damaged file must not ask for a huge module.
-            return len(
-                {m[1] for k in shapes if (m := re.match(re.escape(block) + r"\.1\.transformer_blocks\.(\d+)\.", k))}
-            )
-
         levels, res_blocks, depth_in = [model_channels], [0], []
         for i in range(1, inputs):
             if f"input_blocks.{i}.0.op.weight" in shapes:
@@ -87,19 +95,15 @@ class UNetConfig:
                 continue
             levels[-1] = shapes[f"input_blocks.{i}.0.out_layers.3.weight"][0]
             res_blocks[-1] += 1
-            depth_in.append(depth(f"input_blocks.{i}"))
+            depth_in.append(_transformer_depth(shapes, f"input_blocks.{i}"))
         if outputs != sum(res_blocks) + len(levels):
             raise KeyError(f"output_blocks.{outputs - 1}")
-        # Only attention blocks know the width of the text they attend to.
+        # Only attention blocks show the text's width.
         context = next((v[1] for k, v in shapes.items() if k.endswith("attn2.to_k.weight")), 0)
         projection = next((v for k, v in shapes.items() if k.endswith(".proj_in.weight")), (0, 0))
         linear = len(projection) == 2
         head_width = head_width or (64 if linear else None)
-        # Norms have 32 groups, and attention splits its channels into heads.
-        attended = [v[0] for k, v in shapes.items() if k.endswith(".proj_in.weight")]
-        bad = [w for w in (model_channels, *levels) if w < 1 or w % 32] + [w for w in attended if w % (head_width or 8)]
-        if bad:
-            raise ValueError(f"of a fitting width: {bad[0]} channels")
+        _check_widths(shapes, (model_channels, *levels), head_width or 8)
         return cls(
             in_channels=shapes["input_blocks.0.0.weight"][1],
             out_channels=shapes["out.2.weight"][0],
@@ -107,13 +111,27 @@ class UNetConfig:
             levels=tuple(levels),
             res_blocks=tuple(res_blocks),
             depth_in=tuple(depth_in),
-            depth_middle=depth("middle_block"),
-            depth_out=tuple(depth(f"output_blocks.{i}") for i in range(outputs)),
+            depth_middle=_transformer_depth(shapes, "middle_block"),
+            depth_out=tuple(_transformer_depth(shapes, f"output_blocks.{i}") for i in range(outputs)),
             context_width=context,
             linear_projection=linear,
             label_width=shapes["label_emb.0.0.weight"][1] if "label_emb.0.0.weight" in shapes else 0,
             head_width=head_width,
         )
+
+
+def _transformer_depth(shapes: Mapping[str, tuple[int, ...]], block: str) -> int:
+    # Counts entries instead of taking the largest number: a damaged file must not make a huge module.
+    blocks = re.compile(re.escape(block) + r"\.1\.transformer_blocks\.(\d+)\.")
+    return len({m[1] for k in shapes if (m := blocks.match(k))})
+
+
+def _check_widths(shapes: Mapping[str, tuple[int, ...]], widths: tuple[int, ...], head: int) -> None:
+    """Raise ``ValueError`` for widths that 32 groups of a norm, or heads (multiples of ``head``), do not divide."""
+    attended = [v[0] for k, v in shapes.items() if k.endswith(".proj_in.weight")]
+    bad = [w for w in widths if w < 1 or w % 32] + [w for w in attended if w % head]
+    if bad:
+        raise ValueError(f"of a fitting width: {bad[0]} channels")
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -126,11 +144,11 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TextContext:
-    """What the rows of a pass are told.
+    """The conditioning of a forward pass's rows.
 
-    ``context`` is the encoded text ``(R, M, T, C)``.  Rows that share an image, as cond and uncond do, are one until
-    they meet their texts: ``rows`` ``(M,)`` then has the number of each one's image among the N that the pass is given.
-    ``known`` keeps keys and values from pass to pass, where prompts stay; None keeps nothing.
+    ``context`` is the encoded text ``(R, M, T, C)``.  Rows that share an image, as cond and uncond do, are one row
+    until they attend to their texts.  ``rows`` ``(M,)`` has the number of each row's image, among N images.
+    ``known`` caches keys and values for later forward passes with the same prompts; None caches nothing.
     """
 
     context: Tensor
@@ -139,35 +157,35 @@ class TextContext:
 
     @cached_property
     def adapted(self) -> Tensor:
-        """What the adapted model's rows are told, ``(M, T, C)``; always the same object."""
+        """The adapted model's encoded text ``(M, T, C)``; always the same object."""
         return self.context[-1]
 
     @classmethod
     def of(cls, context: Tensor | TextContext) -> TextContext:
-        """Return a context as it is or as one whose rows are the pass's own."""
+        """Wrap encoded text as a context with one row for each image; return a context unchanged."""
         return context if isinstance(context, TextContext) else cls(context)
 
     def keys_values(self, layer: CrossAttention) -> tuple[Tensor, Tensor]:
-        """Return what a layer makes of the context, ``(R, M, T, C)`` each."""
-        found = None if self.known is None else self.known.get(layer)
-        if found is None or not found.current(layer):
+        """Return a layer's keys and values of the context, ``(R, M, T, C)`` each."""
+        cached = None if self.known is None else self.known.get(layer)
+        if cached is None or not cached.current(layer):
             made_with = tuple(map(_identity, _weight_sources(layer)))
-            found = _KeysValues(layer.to_k(self.context), layer.to_v(self.context), made_with)
+            cached = _KeysValues(layer.to_k(self.context), layer.to_v(self.context), made_with)
             if self.known is not None:
-                self.known[layer] = found
-        return found.keys, found.values
+                self.known[layer] = cached
+        return cached.keys, cached.values
 
 
 @dataclass(frozen=True)
 class _KeysValues:
-    """A layer's keys and values, and what they were made with, which they do not keep in memory."""
+    """A layer's keys and values, with weak references to the weights that made them."""
 
     keys: Tensor
     values: Tensor
     made_with: tuple[Callable[[object], bool], ...]
 
     def current(self, layer: CrossAttention) -> bool:
-        """Tell whether the layer still has those weights, in the same place."""
+        """Return whether the layer still has those weights, on the same device."""
         same = all(made_with(now) for made_with, now in zip(self.made_with, _weight_sources(layer)))
         return same and (self.keys.device, self.keys.dtype) == (layer.to_k.weight.device, layer.to_k.weight.dtype)
 
@@ -177,7 +195,7 @@ def _weight_sources(layer: CrossAttention) -> tuple[object, ...]:
 
 
 def _identity(thing: object) -> Callable[[object], bool]:
-    """Return what tells a thing from others, without keeping it."""
+    """Return a test for this object that refers to it weakly."""
     if thing is None:
         return lambda other: other is None
     ref = weakref.ref(thing)
@@ -189,7 +207,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int) -> None:
         super().__init__()
-        # Key names come from a Sequential: norm at 0, convolution last; SiLU (and dropout) between.
+        # Key names are those of a Sequential: norm at 0, convolution last; SiLU (and dropout) between.
         self.in_layers = nn.ModuleDict({"0": GroupNorm(in_channels), "2": Conv2d(in_channels, out_channels, 3)})
         self.emb_layers = nn.ModuleDict({"1": Linear(emb_channels, out_channels)})
         self.out_layers = nn.ModuleDict({"0": GroupNorm(out_channels), "3": Conv2d(out_channels, out_channels, 3)})
@@ -204,7 +222,7 @@ class ResBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of tokens over a context; over themselves where none is given."""
+    """Attention of tokens over a context; without one, over themselves."""
 
     def __init__(self, width: int, context_width: int, heads: int) -> None:
         super().__init__()
@@ -217,7 +235,7 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: Tensor, text: TextContext | None = None, injection: Injection | None = None, keys: Tensor | None = None
     ) -> Tensor:
-        """Attend to a text, or where there is none to ``keys``, which are x itself unless given."""
+        """Attend to a text; without one, to ``keys``, by default x."""
         q = self.to_q(x)
         to = x if keys is None else keys
         k, v = (self.to_k(to), self.to_v(to)) if text is None else text.keys_values(self)
@@ -240,6 +258,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two layers with a gated GELU between them."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.net = nn.ModuleDict({"0": GEGLU(width, 4 * width), "2": Linear(4 * width, width)})
@@ -249,7 +269,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention over the text, feed-forward; each with a norm and a residual."""
+    """Self-attention, cross-attention, feed-forward; each with a norm and a residual."""
 
     def __init__(self, width: int, context_width: int, heads: int) -> None:
         super().__init__()
@@ -295,7 +315,7 @@ class SpatialTransformer(nn.Module):
             h = block(h, text, injection, size)
         if self.linear:
             h = self.proj_out(h)
-        # Transposed only in name, it would turn all that follows to channels-last, and weights with it in each pass.
+        # A transposed view would make later activations channels-last, and convert weights in each forward pass.
         h = h.transpose(2, 3).unflatten(3, size).contiguous()
         if not self.linear:
             h = self.proj_out(h)
@@ -303,6 +323,8 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Halve the size by a convolution."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.op = Conv2d(channels, channels, 3, stride=2)
@@ -312,7 +334,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the size (to ``size`` exactly, where halving had rounded up) and convolve."""
+    """Double the size (to exactly ``size``, as halving may have rounded up) and convolve."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -324,7 +346,7 @@ class Upsample(nn.Module):
 
 
 class UNetEncoder(nn.Module):
-    """The half of the UNet that ControlNets are copies of: embeddings, encoder and middle block."""
+    """The half of the UNet that ControlNets copy: embeddings, encoder and middle block."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -335,7 +357,7 @@ class UNetEncoder(nn.Module):
             self.label_emb = nn.ModuleList([_two_layer_mlp(config.label_width, emb)])
         channels = config.model_channels
         self.input_blocks = nn.ModuleList([nn.ModuleList([Conv2d(config.in_channels, channels, 3)])])
-        self.skips = [channels]  # the channels of what each input block hands to the decoder
+        self.skips = [channels]  # the channels of each skip connection to the decoder
         depths, last = iter(config.depth_in), len(config.levels) - 1
         for level, (width, count) in enumerate(zip(config.levels, config.res_blocks)):
             for _ in range(count):
@@ -349,7 +371,7 @@ class UNetEncoder(nn.Module):
         self.middle_block = nn.ModuleList([*middle, ResBlock(channels, channels, emb)])
 
     def embed(self, t: Tensor, label: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Embed timesteps ``(N,)`` and, for SDXL, the label ``(R, N, label_width)``, as ``(R, N, C)``."""
+        """Embed timesteps ``(N,)`` and, for SDXL, the label ``(R, N, label_width)`` as ``(R, N, C)``."""
         emb = timestep_embedding(t, self.config.model_channels).to(dtype)[None]
         emb = _mlp(self.time_embed, emb)
         if not self.config.label_width:
@@ -399,36 +421,36 @@ class UNet(UNetEncoder):
         """Evaluate the network, both branches at once.
 
         Args:
-            x: latents ``(R, N, C, H, W)``, scaled as the model expects its input; any H, W.
+            x: latents ``(R, N, C, H, W)``, in the scale of the model's input; any H, W.
             t: continuous timesteps ``(N,)``, 0 to 999.
             context: encoded text ``(R, N, T, context_width)``, or a :class:`TextContext` of M rows for the N images.
             label: pooled text and size embedding ``(R, N or M, label_width)``, for SDXL.
-            injection: what the adapted model gets besides, of a ControlNet or an image prompt.
+            injection: additions to the adapted branch, by a ControlNet or an image prompt.
 
         Returns:
-            The prediction ``(R', N or M, C, H, W)``; ``R'`` is 1 if nothing told the branches apart.
+            The prediction ``(R', N or M, C, H, W)``; ``R'`` is 1 if the branches are equal.
         """
         text = TextContext.of(context)
         if label is not None or injection.blocks:
-            # Rows are told apart from the start.
+            # Rows differ from the start.
             x, t = forked_layers.expand_rows(x, text.rows), forked_layers.expand_rows(t[None], text.rows)[0]
         emb = self.embed(t, label, x.dtype)
         *skips, h = injection.into_decoder(self.encode(x, emb, text, injection))
         for parts in self.output_blocks:
             h = forked_layers.cat(h, skips.pop(), dim=2)
-            h = _run_block(parts, h, emb, text, injection, skips[-1].shape[-2:] if skips else None)
+            h = _run_block(parts, h, emb, text, injection, size=skips[-1].shape[-2:] if skips else None)
         return self.out["2"](F.silu(self.out["0"](h)))
 
 
 def merge_tokens(unet: UNet, merging: TokenMerging | None) -> None:
-    """Have pixels that are alike attend as one, in blocks of feature maps that are large enough; None ends it."""
+    """Merge tokens in the blocks whose feature maps are large enough; None ends merging."""
     level = 0
     for parts in (*unet.input_blocks, unet.middle_block, *unet.output_blocks):
         level += any(isinstance(part, Downsample) for part in parts)
-        wanted = merging if merging is not None and 2**level <= merging.downsample else None
+        setting = merging if merging is not None and 2**level <= merging.downsample else None
         for layer in parts.modules():
             if isinstance(layer, TransformerBlock):
-                layer.merging = wanted
+                layer.merging = setting
         level -= any(isinstance(part, Upsample) for part in parts)
 
 
@@ -445,9 +467,10 @@ def _run_block(
     emb: Tensor,
     text: TextContext,
     injection: Injection,
+    *,
     size: torch.Size | None = None,
 ) -> Tensor:
-    """Evaluate one block; ``size`` is what an upsampling part enlarges to."""
+    """Evaluate one block; an upsampling part enlarges to ``size``."""
     for part in parts:
         if isinstance(part, ResBlock):
             h = part(h, emb, text.rows)

@@ -1,7 +1,7 @@
-"""Torch's layers as they are, in hosts that replace ``forward`` of torch's classes and cast weights in it.
+"""Torch's original layers, for hosts that replace ``forward`` of torch's classes and cast weights in it.
 
-As AUTOMATIC1111 does where a card cannot compute in the weights' type (GTX 16xx, Intel's): what was cast to half and
-back stays rounded.
+AUTOMATIC1111 does this if a card cannot compute in the weights' dtype (GTX 16xx, Intel's).  Weights that were cast to
+half and back stay rounded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _LayerNorm(nn.LayerNorm):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution with whatever lies beyond its edges."""
+    """A convolution with any padding mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.padding_mode == "zeros":
@@ -30,10 +30,10 @@ class Conv2d(nn.Conv2d):
         return F.conv2d(around, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
-_OWN = {nn.Linear: _Linear, nn.LayerNorm: _LayerNorm, nn.Conv2d: Conv2d}
+_UNPATCHED = {nn.Linear: _Linear, nn.LayerNorm: _LayerNorm, nn.Conv2d: Conv2d}
 
 
 def unpatched(model: nn.Module) -> None:
-    """Give a model of another library layers that hosts do not patch; weights and their names stay."""
+    """Replace the layers of another library's model by layers that hosts do not patch; weights and names stay."""
     for module in model.modules():
-        module.__class__ = _OWN.get(type(module), type(module))
+        module.__class__ = _UNPATCHED.get(type(module), type(module))

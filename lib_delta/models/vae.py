@@ -1,7 +1,7 @@
 """The autoencoder of Stable Diffusion 1.x, 2.x and XL, in the key names of the original checkpoints.
 
-Architecture: Rombach et al. 2022 (arXiv 2112.10752, section 3.1).  It turns latents into pictures
-for the standalone demo; inside a WebUI the host's own autoencoder does that.
+Architecture: Rombach et al. 2022 (arXiv 2112.10752, section 3.1).  It decodes latents for the standalone demo; in a
+WebUI the host's autoencoder does that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lib_delta.models import forked_layers
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """``levels[i]`` is the channel count at 1/2**i of the picture's size."""
+    """An autoencoder's architecture; ``levels[i]`` is the number of channels at 1/2**i of the picture's size."""
 
     levels: tuple[int, ...]
     res_blocks: int
@@ -28,12 +28,12 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Picture pixels per latent pixel, along one side."""
+        """Picture pixels per latent pixel along one side."""
         return int(2 ** (len(self.levels) - 1))
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
-        """Read the configuration off weight shapes whose keys start below ``first_stage_model.``."""
+        """Return the configuration of weights with these shapes; keys are below ``first_stage_model.``."""
         try:
             count = 1 + max(int(m[1]) for k in shapes if (m := re.match(r"encoder\.down\.(\d+)\.", k)))
             levels = tuple(shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(count))
@@ -53,8 +53,8 @@ class VAEConfig:
 
 
 def _groups(channels: int) -> int:
-    # 32 groups at every real width (128 channels and up).  Narrower models keep four channels to a
-    # group: with fewer, normalisation would erase how strong a colour is.
+    # 32 groups at every real width (128 channels and up).  Narrower models have four channels in a
+    # group: with fewer, normalisation would erase the strength of a colour.
     return min(32, channels // 4)
 
 
@@ -63,6 +63,8 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class ResnetBlock(nn.Module):
+    """Two convolutions with a residual."""
+
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1, self.conv1 = _norm(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -120,6 +122,8 @@ def _run_layers(parts: nn.ModuleDict, x: Tensor) -> Tensor:
 
 
 class VAEEncoder(nn.Module):
+    """Pictures to the mean and log variance of latents, before ``quant_conv``."""
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         channels = config.levels[0]
@@ -148,6 +152,8 @@ class VAEEncoder(nn.Module):
 
 
 class VAEDecoder(nn.Module):
+    """Latents after ``post_quant_conv`` to pictures."""
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         channels = config.levels[-1]

@@ -1,1 +1,1 @@
-"""Parts of the page as HTML, without a WebUI."""
+"""HTML for the accordion.  Nothing here needs a WebUI or torch."""

@@ -1,1 +1,1 @@
-"""What the user asks for.  Nothing here imports torch."""
+"""The user's request: its fields, parsing, checks and infotext.  Nothing here imports torch."""

@@ -10,12 +10,14 @@ checks, infotext and tooltips follow.  Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lib_delta.core.strength import MAX_LAMBDA, Curve
+from lib_delta.errors import shortened
 from lib_delta.request.setting_choices import (
     BETWEEN,
     BRIDGES,
@@ -23,6 +25,7 @@ from lib_delta.request.setting_choices import (
     HIRES_PASSES,
     MAIN_PROMPT,
     MODES,
+    NONE,
     QUALITIES,
     RESIZES,
     SIDE_SIZES,
@@ -36,7 +39,7 @@ from lib_delta.request.setting_choices import (
     WeightTypeChoice,
 )
 
-PREPROCESSOR_DEFAULT = -1.0  # requests the preprocessor's default, as in ControlNet's API
+PREPROCESSOR_DEFAULT = -1  # requests the preprocessor's default, as in ControlNet's API
 _EMPTY_MEANS_MAIN = f"empty is the main one, for which {MAIN_PROMPT} stands"
 
 
@@ -59,8 +62,9 @@ class Field:
     ``key`` is its name in API calls, ``infotext`` its label in a picture's text (empty: not written), ``help`` its
     description in the schema.  ``label``, ``placeholder``, ``tooltip`` and ``step`` belong to its widget, ``axis`` to
     the XYZ plot.  ``minimum`` and ``maximum`` limit a number, ``unset`` is a number outside them that is allowed
-    too; a text with ``choices`` and limits is a choice or a whole number within the limits.  ``noun`` names any
-    allowed text in errors.  ``name`` and ``default`` come from the declaration.
+    too, and ``unset_means`` says what it does.  A text with ``choices`` and limits is a choice or a whole number within
+    the limits.  ``noun`` names any allowed text in errors.  With ``reads_none`` :data:`NONE` is read as empty.
+    ``recipe`` is the option's name in a unit's recipe.  ``name`` and ``default`` come from the declaration.
     """
 
     name: str = ""
@@ -78,6 +82,8 @@ class Field:
     step: float | None = None
     choices: tuple[str, ...] = ()
     noun: str = "a text"
+    reads_none: bool = False
+    recipe: str = ""
     axis: Axis | None = None
 
     @property
@@ -110,27 +116,38 @@ class Field:
 
     def allows(self, value: Any) -> bool:
         """Return whether a value is allowed."""
-        low, high = self.limits
         if self.is_number:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            return number and (low <= value <= high or value == self.unset)
+            return self._allows_number(value)
         if not isinstance(value, self.value_type):
             return False
-        if self.choices and value not in self.choices:
-            return (
-                isinstance(value, str) and self.minimum is not None and value.isdecimal() and low <= int(value) <= high
-            )
-        return True
+        return not self.choices or value in self.choices or self._allows_pixels(str(value))
+
+    def _allows_number(self, value: Any) -> bool:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            return False
+        low, high = self.limits
+        return low <= value <= high or value == self.unset
+
+    def _allows_pixels(self, text: str) -> bool:
+        low, high = self.limits
+        return self.minimum is not None and text.isdecimal() and low <= int(text) <= high
 
     def plain(self, value: Any) -> Any:
         """Return a value of a widget or of JSON in the field's type, if that loses nothing, or else as it is."""
-        if self.value_type is str and value is None:
+        if value is None and self.value_type is str:
+            return ""
+        if self.reads_none and value == NONE:
             return ""
         if self.value_type is float and type(value) is int:
             return float(value)
         if self.value_type is int and isinstance(value, float) and value.is_integer():
             return int(value)
         return value
+
+
+def as_json(value: Any) -> str:
+    """Return a wrong value as errors quote it."""
+    return shortened(json.dumps(value, default=str))
 
 
 def declare(default: Any, about: Field, *, compare: bool = True) -> Any:
@@ -236,6 +253,7 @@ class RequestFields:
     base: str = declare(
         "",
         Field(
+            reads_none=True,
             infotext="Delta base",
             help="SD 1.x checkpoint that the adaptations were made for",
             label="Base checkpoint (SD 1.x)",
@@ -247,6 +265,7 @@ class RequestFields:
     adapted: str = declare(
         "",
         Field(
+            reads_none=True,
             infotext="Delta adapted",
             help="fine-tuned checkpoint; empty is the base itself",
             label="Adapted (None: same as base)",
@@ -258,6 +277,7 @@ class RequestFields:
     loras: str = declare(
         "",
         Field(
+            reads_none=True,
             infotext="Delta LoRAs",
             help="LoRAs with weights and options, as in 'moxin:0.8, lineart:1:te=0.5:lbw=MIDD'",
             label="LoRAs",
@@ -293,7 +313,7 @@ class RequestFields:
         "",
         Field(
             infotext="Delta adapted prompt",
-            help=f"prompt of only the adapted model; empty is the base's, for which {MAIN_PROMPT} stands",
+            help=f"prompt for only the adapted model; empty is the base's, for which {MAIN_PROMPT} stands",
             label="Prompt of the adapted model alone",
             placeholder=f"empty: the base's; {MAIN_PROMPT} stands for it",
             tooltip="A prompt for only the adapted model: the difference between two prompts can be the delta, too.",
@@ -314,7 +334,7 @@ class RequestFields:
         Field(
             infotext="Delta CFG",
             help="guidance scale of the side model; "
-            "0: the main one's, or 3 beside a model of another family that runs below",
+            "0: the main one's, or 3 if that is less and the main model is of another family",
             label="Side model CFG (0: automatic)",
             minimum=0,
             maximum=30,
@@ -398,7 +418,7 @@ class RequestFields:
     )
 
 
-# The one field of Request that is no single widget.
+# Request's last field: its widgets are those of each unit.
 UNITS = Field(
     name="units",
     default=(),
@@ -426,6 +446,7 @@ class UnitFields:
     model: str = declare(
         "",
         Field(
+            reads_none=True,
             label="ControlNet or IP-Adapter",
             tooltip="A ControlNet, Control-LoRA, T2I-Adapter or IP-Adapter made for the base checkpoint's family.",
             noun="a name",
@@ -435,6 +456,7 @@ class UnitFields:
     preprocessor: str = declare(
         "",
         Field(
+            reads_none=True,
             label="Preprocessor",
             tooltip="Makes the map. None: the picture is a map already, or is for an IP-Adapter.",
             noun="a name",
@@ -454,6 +476,7 @@ class UnitFields:
     start: float = declare(
         0.0,
         Field(
+            recipe="start",
             label="Start",
             tooltip="Where in the run the unit becomes active: 0 is the first step.",
             minimum=0,
@@ -465,6 +488,7 @@ class UnitFields:
     end: float = declare(
         1.0,
         Field(
+            recipe="end",
             label="End",
             tooltip="Where in the run the unit stops being active: 1 is the last step.",
             minimum=0,
@@ -476,6 +500,7 @@ class UnitFields:
     mode: ModeChoice = declare(
         MODES[0],
         Field(
+            recipe="mode",
             label="Control mode",
             tooltip="Which matters more. Both prompt and control weaken each layer a little; control also leaves the "
             "negative prompt uncontrolled, which strengthens the unit.",
@@ -485,6 +510,7 @@ class UnitFields:
     resize: ResizeChoice = declare(
         RESIZES[1],
         Field(
+            recipe="resize",
             label="Resize mode",
             tooltip="How a map is fitted whose proportions differ from the picture's.",
             choices=RESIZES,
@@ -493,13 +519,15 @@ class UnitFields:
     pixel_perfect: bool = declare(
         False,
         Field(
+            recipe="perfect",
             label="Pixel perfect map",
             tooltip="Make the map at the side model's size, and again for the hires pass.",
         ),
     )
     resolution: int = declare(
-        int(PREPROCESSOR_DEFAULT),
+        PREPROCESSOR_DEFAULT,
         Field(
+            recipe="res",
             label="Resolution of the map",
             tooltip="The shorter side of the map, in pixels.",
             minimum=64,
@@ -509,8 +537,9 @@ class UnitFields:
         ),
     )
     threshold_a: float = declare(
-        PREPROCESSOR_DEFAULT,
+        float(PREPROCESSOR_DEFAULT),
         Field(
+            recipe="a",
             label="Threshold A of the map",
             tooltip="The preprocessor's first number; canny drops edges below it.",
             minimum=0,
@@ -519,8 +548,9 @@ class UnitFields:
         ),
     )
     threshold_b: float = declare(
-        PREPROCESSOR_DEFAULT,
+        float(PREPROCESSOR_DEFAULT),
         Field(
+            recipe="b",
             label="Threshold B of the map",
             tooltip="The preprocessor's second number; canny always keeps edges above it.",
             minimum=0,
@@ -531,6 +561,7 @@ class UnitFields:
     weight_type: WeightTypeChoice = declare(
         WEIGHT_TYPES[0],
         Field(
+            recipe="type",
             label="IP-Adapter's weight type",
             tooltip="How an IP-Adapter's weight is spread over the layers of the model.",
             choices=WEIGHT_TYPES,
@@ -551,3 +582,4 @@ REQUEST_FIELDS: Mapping[str, Field] = table_of(RequestFields)
 UNIT_FIELDS: Mapping[str, Field] = table_of(UnitFields)
 SETTINGS = tuple(REQUEST_FIELDS.values())
 CHECKPOINT_FIELDS = ("base", "adapted")
+RECIPE_FIELDS = tuple(name for name in UNIT_FIELDS if name not in ("image", "images"))  # all that a recipe states

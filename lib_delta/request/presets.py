@@ -1,7 +1,7 @@
-"""Named settings of the accordion, in a small JSON file of the user's.
+"""Presets: the accordion's settings by name, in the user's JSON file.
 
-The file holds, by name, the keys that API calls give; units by their recipes, without the pictures.  It is read
-whenever it is asked for, so that it may be edited by hand; importing this module imports no torch.
+The file maps a preset's name to the keys of API calls; units are stored as recipes, without their pictures.  Every
+access reads the file anew, so it may be edited by hand.  Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -14,55 +14,60 @@ from typing import Any
 
 from lib_delta.errors import SettingError, near, shown
 from lib_delta.request.control_unit import format_units
-from lib_delta.request.request import NONE, SETTINGS, Request
+from lib_delta.request.fields import SETTINGS
+from lib_delta.request.request import Request
+from lib_delta.request.setting_choices import NONE
 
-# Whether there is to be a delta at all is the user's to say each time.
-SAVED = tuple(f for f in SETTINGS if f.name != "enabled")
+# Loading a preset neither opens nor closes the accordion.
+SAVED = tuple(field for field in SETTINGS if field.name != "enabled")
 
 
 @dataclass(frozen=True)
 class Presets:
-    """The presets in a file, which need not be there yet.
+    """The presets in a file, which need not exist yet.
 
-    Raises :class:`SettingError` where the file cannot be read or written; it then stays as it is.
+    Raises:
+        SettingError: The file cannot be read or written.  It stays as it is.
     """
 
     path: Path
 
     def names(self) -> list[str]:
-        """Return the names, in the order of the alphabet; none of a file that cannot be read."""
+        """Return the names in alphabetical order; an empty list if the file cannot be read."""
         try:
             return sorted(self._read(), key=str.casefold)
         except SettingError:
             return []
 
     def load(self, name: str) -> Request:
-        """Return a preset's settings: the default where it is silent, and what it says is checked.
+        """Return a preset's settings, checked; settings that it does not state have their defaults.
 
-        Raises :class:`SettingError` for a preset that is not there or that holds what is not allowed.
+        Raises:
+            SettingError: The preset does not exist, or a value is not allowed.
         """
-        named = self._found(name)[name]
+        named = self._read_with(name)[name]
         if not isinstance(named, Mapping):
             raise SettingError(f"the preset {shown(name)} in {self.path} is not a list of named settings")
         return Request.from_named({**named, "enabled": True})
 
     def save(self, name: str, request: Request) -> str:
-        """Keep settings under a name, in place of what was there, and return the name."""
+        """Save settings under a name, replacing a preset of that name, and return the name without blanks around it."""
         name = name.strip()
         if name in ("", NONE):
             raise SettingError("a preset needs a name: write one into the box, and save again")
-        named = {f.metadata["key"]: getattr(request, f.name) for f in SAVED}
+        named = {field.key: getattr(request, field.name) for field in SAVED}
         units = {"units": format_units(request.units)} if request.has_units else {}
         self._write({**self._read(), name: named | units})
         return name
 
     def delete(self, name: str) -> None:
-        """Forget a preset; raises :class:`SettingError` for one that is not there."""
-        presets = self._found(name)
+        """Delete a preset.  Raises :class:`SettingError` if it does not exist."""
+        presets = self._read_with(name)
         del presets[name]
         self._write(presets)
 
-    def _found(self, name: str) -> dict[str, Any]:
+    def _read_with(self, name: str) -> dict[str, Any]:
+        """Return all presets; raise :class:`SettingError` if none has the name."""
         presets = self._read()
         if name not in presets:
             raise SettingError(f"there is no preset {shown(name)}{near(name, sorted(presets)) if presets else ''}")
@@ -80,9 +85,9 @@ class Presets:
         return presets
 
     def _write(self, presets: Mapping[str, Any]) -> None:
-        whole = self.path.with_name(f"{self.path.name}.new")  # or else a full disk would leave half of them
+        new = self.path.with_name(f"{self.path.name}.new")  # a full disk must not leave half a file
         try:
-            whole.write_text(json.dumps(presets, indent=4, ensure_ascii=False), "utf-8")
-            whole.replace(self.path)
+            new.write_text(json.dumps(presets, indent=4, ensure_ascii=False), "utf-8")
+            new.replace(self.path)
         except OSError as error:
             raise SettingError(f"the presets cannot be written to {self.path} ({error.strerror})") from error

@@ -1,35 +1,27 @@
-"""The JSON Schema of what API calls give."""
+"""The JSON Schema of API calls, from the field table."""
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
-from lib_delta.request.control_unit import MAX_UNIT_WEIGHT, MODES, RESIZES, WEIGHT_TYPES, Unit
-from lib_delta.request.request import SETTINGS, Request
+from lib_delta.request.fields import SETTINGS, UNIT_FIELDS, UNITS, Field
+
+JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
+RECIPE = {"type": "string", "description": "preprocessor@MODEL:weight, with options"}
 
 
 def schema() -> dict[str, Any]:
-    """Return the JSON Schema of the dictionary that API calls give."""
-    properties = {}
-    for f in SETTINGS:
-        about: dict[str, Any] = {"type": {"bool": "boolean", "float": "number", "str": "string"}[str(f.type)]}
-        about |= {"default": f.default, "description": f.metadata["help"]}
-        about |= {k: f.metadata[k] for k in ("minimum", "maximum") if k in f.metadata}
-        if "choices" in f.metadata:
-            about["enum"] = list(f.metadata["choices"])
-        properties[f.metadata["key"]] = about
+    """Return the JSON Schema of an API call's dictionary."""
+    properties = {field.key: _property(field) for field in SETTINGS}
+    properties["enabled"]["default"] = True
     properties["loras"] |= {"type": ["string", "array"], "items": {"type": "string"}}
     properties["size"] |= {"type": ["string", "integer"]}
-    recipe = {"type": "string", "description": "preprocessor@MODEL:weight, with options"}
-    units = next(f for f in fields(Request) if f.name == "units").metadata
-    properties["units"] = {
+    properties[UNITS.key] = {
         "type": "array",
         "default": [],
-        "items": {"anyOf": [unit_schema(), recipe]},
-        "description": units["help"],
+        "items": {"anyOf": [unit_schema(), RECIPE]},
+        "description": UNITS.help,
     }
-    properties["enabled"]["default"] = True
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Delta Sampling",
@@ -41,20 +33,20 @@ def schema() -> dict[str, Any]:
 
 def unit_schema() -> dict[str, Any]:
     """Return the JSON Schema of a unit in an API call."""
-    texts = {"mode": MODES, "resize": RESIZES, "weight_type": WEIGHT_TYPES}
-    properties: dict[str, Any] = {}
-    for f in fields(Unit):
-        kind = {"bool": "boolean", "float": "number", "int": "integer"}.get(str(f.type), "string")
-        properties[f.name] = {"type": kind, "default": f.default}
-        if f.name in texts:
-            properties[f.name]["enum"] = list(texts[f.name])
+    properties = {name: _property(field) for name, field in UNIT_FIELDS.items()}
     properties["enabled"]["default"] = True
-    properties["image"] = {"type": ["string", "array", "null"], "items": {"type": "string"}, "default": None}
-    properties["image"]["description"] = "base64 or a path on this machine; absent: img2img's own picture"
-    properties["images"] = {"type": "array", "items": {"type": "string"}, "default": []}
-    properties["images"]["description"] = "more of them: an image prompt's are seen together, maps go by image"
-    properties["weight"] |= {"minimum": 0, "maximum": MAX_UNIT_WEIGHT}
-    for name in ("start", "end"):
-        properties[name] |= {"minimum": 0, "maximum": 1}
-    properties["recipe"] = {"type": "string", "description": "preprocessor@MODEL:weight, with options", "default": ""}
+    properties["image"] |= {"type": ["string", "array", "null"], "items": {"type": "string"}}
+    properties["images"] |= {"type": "array", "items": {"type": "string"}, "default": []}
+    properties["recipe"] = {**RECIPE, "default": ""}
     return {"type": "object", "properties": properties}
+
+
+def _property(field: Field) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": JSON_TYPES.get(field.value_type, "string"), "default": field.default}
+    if field.help:
+        entry["description"] = field.help
+    if field.is_number and field.unset is None:
+        entry |= {"minimum": field.minimum, "maximum": field.maximum}
+    if field.choices and field.minimum is None:
+        entry["enum"] = list(field.choices)
+    return entry

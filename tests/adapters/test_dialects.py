@@ -1,4 +1,4 @@
-"""Every way in which files name layers gives the same adapter, and files of other things are told by name."""
+"""All dialects of layer names read the same adapter, and files of other kinds are named."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tower() -> TextEncoder:
 
 
 def text_layers() -> dict[str, nn.Module]:
-    """Return the text encoder's linear layers by the names that transformers gives them."""
+    """Return the text encoder's linear layers by transformers' names."""
     named = tower().transformer.named_modules()
     return {
         path: layer
@@ -53,7 +53,7 @@ def unet_parts(transformer_only: bool = False) -> dict[str, Parts]:
         path: {
             "down": tensors[f"{kohya_name(path)}.lora_down.weight"],
             "up": tensors[f"{kohya_name(path)}.lora_up.weight"],
-            "alpha": torch.tensor(3.0),  # the rank: for dialects that have no alpha
+            "alpha": torch.tensor(3.0),  # equals the rank, for dialects without alpha
         }
         for path in paths
     }
@@ -165,7 +165,7 @@ def test_the_bundled_embeddings_of_onetrainer_come_along(tmp_path: Path) -> None
     adapter = read(tensors, tmp_path / "x.safetensors")
     assert not adapter.unmatched and adapter.embeddings.keys() == {"my-word", "two"}
     assert torch.equal(adapter.embeddings["my-word"], word) and torch.equal(adapter.embeddings["two"], two)
-    assert "brings the embeddings my-word, two" in adapter.report()
+    assert "contains the embeddings my-word, two" in adapter.report()
 
 
 @pytest.mark.parametrize("algorithm", every_algorithm())

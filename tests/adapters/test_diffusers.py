@@ -1,4 +1,4 @@
-"""One small UNet and text encoder in diffusers and here, with the same file loaded by the loader of each."""
+"""One small UNet and text encoder, in diffusers and here, load the same file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 @pytest.fixture(autouse=True)
 def _with_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let diffusers load through peft, for which it asks for a transformers newer than the WebUIs', and needs none."""
+    """Make diffusers load through peft, although it requires a newer transformers than the WebUIs' without need."""
     diffusers_twin(make_unet())
     for name, module in list(sys.modules.items()):
         if name.startswith("diffusers") and "USE_PEFT_BACKEND" in vars(module):
@@ -49,7 +49,7 @@ def with_peft(model: nn.Module, adapter_name: str, adapter_state_dict: dict[str,
 
 
 def adapted_paths(unet: UNet, kind: str) -> list[str]:
-    """Return the layers that files of a kind have: attention alone, with its block, or convolutions too."""
+    """Return the layers of a kind of file: only attention, its whole block, or also convolutions."""
     if kind == "attention":
         return [path for path in adapted_layers(unet) if path.endswith(ATTENTION)]
     inside = [
@@ -70,7 +70,7 @@ def kohya(unet: UNet, paths: list[str]) -> dict[str, Tensor]:
 
 
 def dotted(unet: UNet, paths: list[str], up: str, down: str, prefix: str = "unet.") -> dict[str, Tensor]:
-    """Return a LoRA whose keys are dotted paths, and whose scale is 1."""
+    """Return a LoRA of scale 1 whose keys are dotted paths."""
     others, tensors = key_names.diffusers_paths(unet), locon(unet, paths)
     return {
         f"{prefix}{others[path]}.{below}": tensors[f"{kohya_name(path)}.lora_{side}.weight"]
@@ -80,7 +80,7 @@ def dotted(unet: UNet, paths: list[str], up: str, down: str, prefix: str = "unet
 
 
 def processors(unet: UNet, paths: list[str]) -> dict[str, Tensor]:
-    """Return a LoRA as diffusers' attention processors of 2023 held it."""
+    """Return a LoRA in the form of diffusers' attention processors of 2023."""
     tensors = dotted(unet, paths, "up.weight", "down.weight", prefix="")
     renamed = {}
     for key, value in tensors.items():

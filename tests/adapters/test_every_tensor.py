@@ -1,4 +1,4 @@
-"""Everything in an adapter's file is used or told: tensors beside factors, and kinds that are not served."""
+"""Every tensor of an adapter's file is used or reported: tensors next to factors, and unsupported kinds."""
 
 from __future__ import annotations
 
@@ -103,13 +103,13 @@ def test_whole_weights_in_diffusers_names_are_no_adapter(unet: UNet, tmp_path: P
 
 
 def test_a_whole_weight_beside_factors_of_its_own_is_told(unet: UNet, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="not served, or incomplete"):
+    with pytest.raises(AdapterError, match="not supported, or incomplete"):
         read(unet, tmp_path, {**PEFT, f"{PEFT_Q}.weight": r(64, 64)})
 
 
 # Kinds.
 
-# peft 0.21: type, as its authors write it, and a tensor of its files.
+# peft 0.21: type, its authors' spelling, and a tensor of its files.
 KINDS = {
     "MISS": ("MiSS", "miss_block"),
     "C3A": ("C3A", "c3a_kernel"),
@@ -142,13 +142,13 @@ KINDS = {
 def test_peft_kinds_are_refused_by_name(stated: str, with_config: bool, unet: UNet, tmp_path: Path) -> None:
     name, tensor = KINDS[stated]
     config = {"peft_type": stated} if with_config else None
-    with pytest.raises(AdapterError, match=rf"is an? {name} file of peft, which is not served"):
+    with pytest.raises(AdapterError, match=rf"is an? {name} file of peft, which is not supported"):
         read(unet, tmp_path, {f"{PEFT_Q}.{tensor}": r(4, 64)}, config)
 
 
 def test_a_kind_that_is_not_known_yet_is_named_by_its_configuration(unet: UNet, tmp_path: Path) -> None:
     with pytest.raises(
-        AdapterError, match="is a OF_TOMORROW file of peft, which is not served, as adapter_config.json"
+        AdapterError, match="is a OF_TOMORROW file of peft, which is not supported, as adapter_config.json"
     ):
         read(unet, tmp_path, PEFT, {"peft_type": "OF_TOMORROW"})
 
@@ -193,7 +193,7 @@ def test_a_wrapper_of_parallel_training_is_looked_through(unet: UNet, tmp_path: 
     whole = {f"module.{key}": tensor for key, tensor in {**checkpoint, **text}.items()}
     torch.save({"state_dict": whole}, tmp_path / "whole.ckpt")
     assert describe(tmp_path / "whole.ckpt").missing == ("autoencoder",)
-    assert not load_adapter(tmp_path / "whole.ckpt", unet).unet  # the base's own weights
+    assert not load_adapter(tmp_path / "whole.ckpt", unet).unet  # the base's weights
     torch.save({**whole, "epoch_loss": r(1)}, tmp_path / "part.ckpt")
     with pytest.raises(CheckpointError, match="^part.ckpt is saved from parallel training"):
         describe(tmp_path / "part.ckpt")

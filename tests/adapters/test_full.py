@@ -36,7 +36,7 @@ def tuned_unet(unet: UNet, paths: tuple[str, ...] = TUNED) -> UNet:
 @pytest.mark.parametrize("form", ["merged", "bypass"])
 @pytest.mark.parametrize("family", ["SD1", "SD2", "SDXL"])
 def test_forked_unet_equals_the_base_and_the_tuned_unet(family: str, form: AdapterForm) -> None:
-    """Both branches to float tolerance: attention over two branches may round otherwise."""
+    """Both branches match to float tolerance: attention over two branches may round differently."""
     unet = make_unet(family)
     every_layer = tuple(key_names.named_layers(unet))
     tuned = tuned_unet(unet, every_layer)
@@ -54,7 +54,7 @@ def test_forked_unet_equals_the_base_and_the_tuned_unet(family: str, form: Adapt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_merged_weights_are_the_tuned_ones(dtype: torch.dtype) -> None:
-    """In half precision bit for bit; in fp32 to the rounding of base + (tuned - base)."""
+    """Half precision matches bit for bit; fp32 to the rounding of base + (tuned - base)."""
     unet = make_unet().to(dtype)
     tuned = tuned_unet(unet)
     attach(unet, [(read_fine_tuned("tuned", tuned.state_dict(), unet), 1.0)])

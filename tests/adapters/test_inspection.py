@@ -1,4 +1,4 @@
-"""The command line that looks at adapter files."""
+"""The command that inspects adapter files."""
 
 from __future__ import annotations
 

@@ -14,18 +14,7 @@ from lib_delta.models.unet import UNet, UNetConfig
 from tests.support.adapters import config
 
 REAL = {
-    "SD1": UNetConfig(
-        in_channels=4,
-        out_channels=4,
-        model_channels=320,
-        levels=(320, 640, 1280, 1280),
-        res_blocks=(2, 2, 2, 2),
-        depth_in=(1, 1, 1, 1, 1, 1, 0, 0),
-        depth_middle=1,
-        depth_out=(0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1),
-        context_width=768,
-        linear_projection=False,
-    ),
+    "SD1": UNetConfig.sd15(),
     "SDXL": UNetConfig(
         in_channels=4,
         out_channels=4,
@@ -139,7 +128,7 @@ def test_one_text_encoder_is_te_and_two_are_te1_and_te2() -> None:
     assert one[f"lora_te_{layer}"] == LayerPath(0, path)
     assert two[f"lora_te1_{layer}"] == LayerPath(0, path) and two[f"lora_te2_{layer}"] == LayerPath(1, path)
     assert two["lora_te2_text_projection"] == LayerPath(1, "text_projection")
-    # Some trainers number the encoder even where there is one.
+    # Some trainers number the encoder even if there is only one.
     assert f"lora_te_{layer}" not in two and one[f"lora_te1_{layer}"] == LayerPath(0, path)
 
 

@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def layers(kind: str) -> tuple[ForkedLayer, nn.Module, Tensor]:
-    """Return our layer, torch's with the same weights, and an input."""
+    """Return a forked layer, torch's layer with the same weights, and an input."""
     torch.manual_seed(3)
     if kind == "linear":
         theirs: nn.Module = nn.Linear(12, 20)

@@ -1,7 +1,6 @@
-"""Every algorithm of LyCORIS: files written by its own modules, against what these compute in training.
+"""Every algorithm of LyCORIS: files written by its modules, compared with their computation in training.
 
-What a module's forward pass makes of impulses is taken for the truth: the merged weights that LyCORIS offers besides
-apply the scale of LoHa and LoKr twice.
+The reference is a module's forward pass of impulses: LyCORIS' merged weights apply the scale of LoHa and LoKr twice.
 """
 
 from __future__ import annotations
@@ -44,10 +43,9 @@ from lycoris.modules.lokr import LokrModule
 from lycoris.modules.norms import NormModule
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-BOUND = 1e-5  # relative, of the change of the weight: with an effect as large as the weight itself, of both
+BOUND = 1e-5  # relative to the change of the weight; for an effect as large as the weight, to both
 
-# What each is called here, its class and settings, and what our report calls it.  A constraint is one that every type
-# can store, for it is stored as the weights are.
+# Name, class, settings and reported algorithm.  All dtypes can store the constraint, which has the weights' dtype.
 DORA_ON_INPUT = {"weight_decompose": True, "wd_on_out": False}
 DORA_ON_OUTPUT = {"weight_decompose": True, "wd_on_out": True}
 CASES: dict[str, tuple[type[nn.Module], dict[str, Any], str]] = {
@@ -72,7 +70,7 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any], str]] = {
     "LoKr, DoRA on outputs": (LokrModule, {"lora_dim": 2, **DORA_ON_OUTPUT}, "DoRA on LoKr"),
     "(IA)^3 on outputs": (IA3Module, {}, "(IA)^3"),
     "(IA)^3 on inputs": (IA3Module, {"train_on_input": True}, "(IA)^3"),
-    # A rank-stabilised GLoRA is not here: its files hold alpha alone, and what LyCORIS reads from them is not it.
+    # A rank-stabilised GLoRA is missing: its files have only alpha, from which LyCORIS reads another scale.
     "GLoRA": (GLoRAModule, {}, "GLoRA"),
     "OFT": (DiagOFTModule, {"lora_dim": 8}, "OFT"),
     "OFT, blocks of 2": (DiagOFTModule, {"lora_dim": 2}, "OFT"),
@@ -116,7 +114,7 @@ def base() -> UNet:
 
 
 def trained(case: str, twin: nn.Module, dtype: torch.dtype = torch.float32, **more: Any) -> nn.Module:
-    """Return the module on torch's layer, with random parameters of a size that matters and that ``dtype`` holds."""
+    """Return the module on torch's layer, with random parameters of a noticeable size within the range of ``dtype``."""
     make, settings, _ = {**CASES, **TUCKER}[case]
     torch.manual_seed(hash_of(case))
     module = make("layer", twin, **{"lora_dim": 4, "alpha": 2.0, **settings, **more})
@@ -134,7 +132,7 @@ def hash_of(text: str) -> int:
 
 
 def read_back(module: nn.Module, path: str, file: Path, dtype: torch.dtype = torch.float32) -> AdapterFile:
-    """Write the module's tensors as its own scripts do, and read the file for the UNet's layer ``path``."""
+    """Write the module's tensors as LyCORIS' scripts do, and read the file for the UNet's layer ``path``."""
     tensors = {f"{kohya_name(path)}.{key}": value.detach().to(dtype) for key, value in module.state_dict().items()}
     save_file(tensors, file)
     adapter = load_adapter(file, base())
@@ -179,7 +177,7 @@ def test_a_learned_scalar_is_part_of_the_stored_factors(case: str, kind: str, tm
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_differences_with_biases(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """A full module holds the sum itself while it trains, and stores the difference to what was."""
+    """A full module trains the sum, and stores the difference from the original."""
     path = KINDS[kind]
     layer = base().get_submodule(path)
     torch.manual_seed(5)
@@ -227,7 +225,7 @@ def dylora(layer: nn.Module, dtype: torch.dtype, block_size: int) -> nn.Module:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dylora_is_stored_as_a_lora(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """In blocks of 1 LyCORIS trains the last rank with the scale that the file tells; in larger ones with another."""
+    """In blocks of 1, LyCORIS trains the last rank with the stored scale; in larger blocks with another."""
     path = KINDS[kind]
     layer = base().get_submodule(path)
     module = dylora(layer, dtype, block_size=1)
@@ -252,7 +250,7 @@ def test_a_dyloras_blocks_are_read_in_the_order_of_their_numbers(kind: str, bloc
 
 
 def test_a_dylora_truncated_to_a_rank_is_what_was_trained_for_it() -> None:
-    """Up to the scale, which LyCORIS divides by the ranks in use and the file by all of them."""
+    """All but the scale match: LyCORIS divides it by the ranks in use, the file by all ranks."""
     layer = base().get_submodule("time_embed.0")
     module = dylora(layer, torch.float32, block_size=1)
     adapter = read_adapter("x", {f"lora_unet_time_embed_0.{k}": v for k, v in module.state_dict().items()}, base())
@@ -296,7 +294,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
-# Names and container are no matter of the algorithm: every one of them once.
+# Names and containers do not depend on the algorithm: each is tested once.
 @pytest.mark.parametrize(
     ("network", "prefix", "suffix"),
     [
@@ -346,7 +344,7 @@ def test_whole_networks(
 
 
 def in_training(module: nn.Module, layer: nn.Module) -> Tensor:
-    """Return the weight that the module trains with; that of a full module and a norm is what it says."""
+    """Return the weight that the module trains with; a full module and a norm return it themselves."""
     if isinstance(module, (FullModule, NormModule)):
         return module.get_merged_weight()[0]
     if isinstance(module, DyLoraModule):

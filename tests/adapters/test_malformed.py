@@ -1,6 +1,6 @@
 """Files that are damaged, wrong, or made to do harm: each is refused in a sentence, or loads with a report.
 
-Nothing else comes of them: no other exception, no hang, and no memory beyond the file's own size times a small number.
+They cause no other exception, no hang, and no memory use beyond a small multiple of the file's size.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def pickled(content: object, legacy: bool = False) -> bytes:
 
 
 def rezipped(content: bytes, edit: Any, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """Return a zip file with its records changed by ``edit(name, data)``, with checksums that are right."""
+    """Return a zip file with records changed by ``edit(name, data)`` and correct checksums."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w", compression) as new:
         for name in old.namelist():
@@ -79,7 +79,7 @@ def rezipped(content: bytes, edit: Any, compression: int = zipfile.ZIP_STORED) -
 
 
 def loaded_or_refused(path: Path) -> AdapterFile | str:
-    """Return the adapter, or the sentence that says why not."""
+    """Return the adapter, or the error's sentence."""
     try:
         return load_adapter(path, base(), [tower()])
     except DeltaError as error:
@@ -114,7 +114,7 @@ def refused(path: Path, content: bytes | dict[str, Tensor], message: str) -> Non
         ({"alpha": torch.zeros(3)}, "alpha"),
         ({"dora_scale": torch.zeros(7)}, "dora_scale has shape"),
         ({"dora_scale": torch.zeros(0, 0)}, "dora_scale has shape"),
-        ({"lokr_w1": torch.zeros(2, 2)}, "not served, or incomplete"),
+        ({"lokr_w1": torch.zeros(2, 2)}, "not supported, or incomplete"),
     ],
     ids=str,
 )
@@ -182,10 +182,10 @@ def test_views_that_are_not_contiguous_are_read_as_they_show(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool], ids=str)
 def test_factors_that_are_whole_numbers_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
-    """They are quantised, and no scale of theirs is known; alpha may be a whole number."""
+    """Whole numbers are quantised with an unknown scale; only alpha may be one."""
     refused(tmp_path / "x.safetensors", lora(up=torch.ones(128, 4).to(dtype)), f"lora_up.weight is stored as {dtype}")
     bundled = {**lora(), "bundle_emb.word.emb_params": torch.ones(2, 24).to(dtype)}
-    refused(tmp_path / "x.safetensors", bundled, f"brings an embedding .* and type {dtype}")
+    refused(tmp_path / "x.safetensors", bundled, f"contains an embedding .* and type {dtype}")
     save_file(lora(alpha=torch.tensor(2)), tmp_path / "x.safetensors")
     assert load_adapter(tmp_path / "x.safetensors", base()).unet[LINEAR].scale == 0.5  # type: ignore[attr-defined]
 
@@ -201,7 +201,7 @@ def test_factors_that_are_whole_numbers_are_refused(dtype: torch.dtype, tmp_path
 )
 def test_views_that_repeat_what_they_hold_are_refused(up: Tensor, tmp_path: Path) -> None:
     torch.save(lora(up=up), tmp_path / "x.pt")
-    refused(tmp_path / "x.pt", (tmp_path / "x.pt").read_bytes(), "larger than what is stored of it")
+    refused(tmp_path / "x.pt", (tmp_path / "x.pt").read_bytes(), "larger than its storage")
 
 
 @pytest.mark.filterwarnings("ignore:.*(beta|deprecated|quantiz|quantis)")
@@ -229,7 +229,7 @@ def test_compressed_archives_are_refused(tmp_path: Path) -> None:
 
 
 class Code:
-    """What a hostile pickle holds: a call."""
+    """The content of a hostile pickle: a call."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -254,7 +254,7 @@ def test_other_contents_are_told(tmp_path: Path) -> None:
         refused(tmp_path / "x.pt", content_, "x.pt")
 
 
-# Bombs: what little files could make a reader allocate.
+# Bombs: small files that could make a reader allocate much memory.
 
 BOMBS = {
     "an expanded tensor": "torch.save({K % 'up': torch.zeros(1, 1).expand(2**17, 2**17), K % 'down': down}, path)",
@@ -337,7 +337,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int64,
 
 @functools.cache
 def good_files() -> tuple[dict[str, Tensor], ...]:
-    """Return small files of every algorithm, dialect and place."""
+    """Return small files of every algorithm, dialect and kind of layer."""
     files = list(every_algorithm().values())
     text = "text_model_encoder_layers_0_mlp_fc1"
     files.append(
@@ -357,7 +357,7 @@ def good_files() -> tuple[dict[str, Tensor], ...]:
 
 
 def written(tensors: dict[str, Tensor], form: str) -> bytes:
-    """Return the file that holds the tensors in one of the three forms."""
+    """Return a file with the tensors in one of the three formats."""
     return save(tensors) if form == "safetensors" else pickled(tensors, form == "legacy")
 
 

@@ -1,7 +1,7 @@
-"""peft's formats: adapters made, saved and evaluated by peft itself, read by ours.
+"""peft's formats: adapters that peft makes, saves and evaluates, read here.
 
-The pinned peft is that of diffusers' time, with torch 2.1; the newest one, in its own environment, has other
-parametrisations of OFT, and BOFT.  What a format is missing in is skipped.
+The pinned peft is as old as the pinned diffusers, with torch 2.1.  The newest one, in a separate environment, has other
+parametrisations of OFT, and BOFT.  Tests skip a peft that lacks their format.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def base() -> UNet:
 
 
 def tree(layers: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a module that has the given ones at their dotted paths."""
+    """Return a module with the given modules at their dotted paths."""
     root = nn.Module()
     for path, layer in layers.items():
         *parents, name = path.split(".")
@@ -54,13 +54,13 @@ def tree(layers: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def unet_tree() -> tuple[nn.Module, dict[str, str]]:
-    """Return torch's layers in the place that diffusers gives them, and these places by our paths."""
+    """Return torch's layers at diffusers' paths, and these paths by the UNet's."""
     places = {path: key_names.diffusers_paths(base())[path] for path in KINDS.values()}
     return tree({place: torch_twin(base().get_submodule(path)) for path, place in places.items()}), places
 
 
 def trained(config: Any, model: nn.Module) -> nn.Module:
-    """Return peft's model with random numbers in its own parameters."""
+    """Return peft's model with random numbers in the adapter's parameters."""
     torch.manual_seed(3)
     wrapped = peft.get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
@@ -84,7 +84,7 @@ def saved(wrapped: nn.Module, folder: Path) -> Path:
 
 
 def check(wrapped: nn.Module, file: Path, algorithm: str, kinds: tuple[str, ...] = tuple(KINDS)) -> None:
-    """Compare every layer's merged weight and bias with what peft's layers make of impulses."""
+    """Compare every layer's merged weight and bias with the outputs of peft's layers for impulses."""
     adapter = load_adapter(file, base())
     assert set(adapter.unet) == {KINDS[kind] for kind in kinds} and not adapter.unmatched
     assert list(adapter.algorithms()) == [algorithm]
@@ -129,7 +129,7 @@ LORAS: dict[str, dict[str, Any]] = {
     ids=str,
 )
 def test_whole_weights_beside_factors(settings: dict[str, Any], algorithms: list[str], tmp_path: Path) -> None:
-    """Layers without factors have whole new weights in the file, or biases, by their own names."""
+    """The file has whole new weights or biases of layers without factors, by the layers' names."""
     targets = [key_names.diffusers_paths(base())[KINDS[kind]] for kind in ("conv 1x1", "conv 3x3")]
     config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=targets, **settings)
     wrapped = trained(config, unet_tree()[0])
@@ -171,7 +171,7 @@ def test_loha(core: bool, tmp_path: Path) -> None:
     check(wrapped, saved(wrapped, tmp_path), "LoHa")
 
 
-# The old peft forgets alpha over the rank in LoKr; a newer one, which reads its files, does not.
+# The old peft omits alpha over the rank in LoKr; newer ones, which read its files, apply it.
 LOKRS: dict[str, dict[str, Any]] = {
     "plain": {"r": 2},
     "with a core": {"r": 2, "use_effective_conv2d": True},
@@ -190,7 +190,7 @@ def test_lokr(settings: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("feedforward", [(), ("time_embedding.linear_1", "conv"), ("conv1", "conv_shortcut")])
 def test_ia3(feedforward: tuple[str, ...], tmp_path: Path) -> None:
-    """Scaled outputs take the bias with them; the side of a square convolution is told by the configuration."""
+    """Scaled outputs include the bias; the configuration states the side of a square convolution."""
     feed = [place for place in unet_tree()[1].values() if place.endswith(feedforward)] if feedforward else []
     wrapped = trained(config("IA3", feedforward_modules=feed), unet_tree()[0])
     check(wrapped, saved(wrapped, tmp_path), "(IA)^3")
@@ -205,7 +205,7 @@ def test_ia3(feedforward: tuple[str, ...], tmp_path: Path) -> None:
 def test_oft_of_2024(settings: dict[str, Any], tmp_path: Path) -> None:
     wrapped = trained(config("OFT", **{"r": 8, "init_weights": False, **settings}), unet_tree()[0])
     for place in unet_tree()[1].values():
-        wrapped.base_model.model.get_submodule(place).get_delta_weight("default")  # shortens a constrained one
+        wrapped.base_model.model.get_submodule(place).get_delta_weight("default")  # shortens constrained rotations
     check(wrapped, saved(wrapped, tmp_path), "OFT")
 
 
@@ -224,7 +224,7 @@ def test_oft_of_2024(settings: dict[str, Any], tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("kinds", [("linear", "conv 1x1"), tuple(KINDS)], ids=["in training", "merged"])
 def test_oft_of_today(settings: dict[str, Any], kinds: tuple[str, ...], tmp_path: Path) -> None:
-    """What peft merges is the truth for kernels larger than 1x1, whose overlaps its forward pass adds up."""
+    """peft's merge is the reference for kernels larger than 1x1: its forward pass adds up their overlaps."""
     targets = [key_names.diffusers_paths(base())[KINDS[kind]] for kind in kinds]
     common = {"r": 0, "use_cayley_neumann": True, "init_weights": False, "target_modules": targets}
     wrapped = trained(config("OFT", **{**common, **settings}), unet_tree()[0])
@@ -267,7 +267,7 @@ def test_embeddings_and_linear_layers_of_a_text_encoder(tmp_path: Path) -> None:
 
 
 def as_diffusers_saves(wrapped: nn.Module, file: Path, header: bool) -> None:
-    """Write the tensors behind ``unet.`` and, as newer versions do, the configuration into the header."""
+    """Write the tensors below ``unet.`` and, as newer versions do, the configuration into the header."""
     tensors = {f"unet.{key.removeprefix('base_model.model.')}": value for key, value in state(wrapped).items()}
     stated = {f"unet.{key}": value for key, value in wrapped.peft_config["default"].to_dict().items()}
     text = json.dumps(stated, default=lambda value: sorted(value) if isinstance(value, set) else str(value))

@@ -1,4 +1,4 @@
-"""What holds for adapters of every algorithm, weight and order."""
+"""Properties of adapters of every algorithm, weight and order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def adapter_of(name: str, seed: int = 4) -> AdapterFile:
 
 
 def differences(adapters: Sequence[tuple[AdapterFile, float]], form: AdapterForm = "merged") -> dict[str, Tensor]:
-    """Return what the second branch has besides the first: of every merged layer's weight and bias."""
+    """Return the differences of every merged layer's weight and bias from the base's."""
     attach(base(), adapters, form)
     found = {}
     for path, layer in key_names.named_layers(base()).items():
@@ -67,7 +67,7 @@ def test_every_algorithm_changes_what_it_names_and_its_report_says_so(name: str)
 @settings(max_examples=60, deadline=None)
 @given(weights, names)
 def test_the_merged_difference_is_linear_in_the_weight(weight: float, name: str) -> None:
-    """Of rotations and DoRA too: the user's weight is a share of the whole change."""
+    """For rotations and DoRA too, the user's weight is a share of the whole change."""
     unit = differences([(adapter_of(name), 1.0)])
     scaled = differences([(adapter_of(name), weight)])
     for key, difference in unit.items():
@@ -169,7 +169,7 @@ def test_a_truncated_lora_has_the_first_ranks_and_their_scale(rank: int) -> None
 
 @pytest.mark.parametrize("name", NAMES)
 def test_on_a_fine_tuned_checkpoint_the_others_adapt_what_it_has_made(name: str) -> None:
-    """As if the checkpoint were merged by hand first, whatever the order; alone, each adapts the base."""
+    """In any order, this equals merging the checkpoint by hand first; each file by itself adapts the base."""
     torch.manual_seed(21)
     tuned = copy.deepcopy(base())
     detach(tuned)

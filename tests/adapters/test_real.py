@@ -1,4 +1,4 @@
-"""Formats of real files, each with what its own program makes of it; and files of other kinds, told by name."""
+"""Formats of real files, compared with the programs that wrote them; files of other kinds are named."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def load(folder: Path, tensors: dict[str, Tensor], config: Any = None, header: A
 
 
 def change(adapter: AdapterFile, path: str) -> tuple[Tensor, Tensor | None]:
-    """Return what an adapter adds to a layer's weight and bias."""
+    """Return an adapter's additions to a layer's weight and bias."""
     layer = base().get_submodule(path)
     attach(base(), [(adapter, 1.0)])
     bias = None if layer.adaptation.bias is None else layer.adaptation.bias - layer.bias
@@ -156,7 +156,7 @@ def test_what_comfyui_extracts_and_trains(tmp_path: Path) -> None:
     layer = "transformer.text_model.encoder.layers.0."
     found = changed[f"{layer}layer_norm1.weight"] - tower().get_parameter(f"{layer}layer_norm1.weight")
     assert relative_error(found, tensors[f"{text}layer_norm1.diff"]) < 1e-5
-    # With the factors alone, where others choose those.
+    # In the form bypass, which other layers allow.
     attach(base(), [(adapter, 0.5)], "bypass")
     assert torch.isfinite(base()(torch.randn(1, 1, 4, 8, 8), torch.tensor([5.0]), torch.randn(1, 1, 5, 24))).all()
 
@@ -187,7 +187,7 @@ def test_alpha_means_nothing_to_a_lokr_of_two_whole_factors(alpha: float, tmp_pa
 
 
 def modules(kinds: tuple[str, ...], gated_second: bool) -> list[tuple[str, torch.nn.Module]]:
-    """Walk diffusers' own UNet as the trainer of 2022 did: linear layers (and convolutions) below modules of kinds."""
+    """Walk diffusers' UNet as the trainer of 2022 did: linear layers (and convolutions) below certain modules."""
     twin = diffusers_twin(base())
     found = []
     for path, parent in twin.named_modules():
@@ -287,11 +287,11 @@ def test_files_of_other_kinds_are_named_wherever_they_are_chosen(kind: str, tmp_
 def test_a_lora_of_the_text_encoder_alone_needs_one(tmp_path: Path) -> None:
     name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     save_file({f"{name}.lora_up.weight": r(24, 3), f"{name}.lora_down.weight": r(3, 24)}, tmp_path / "x.safetensors")
-    with pytest.raises(AdapterError, match="the text encoder alone, and the base has none"):
+    with pytest.raises(AdapterError, match="only the text encoder, and the base has none"):
         load_adapter(tmp_path / "x.safetensors", base())
 
 
-# Inpainting models, and models that predict something else.
+# Inpainting models, and models with another prediction type.
 
 
 def test_a_lora_of_an_inpainting_model_is_used_as_far_as_it_fits(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_an_adapted_model_predicts_what_the_base_does(tmp_path: Path) -> None:
         load_adapter(path, base(), (), "eps")
 
 
-# What a header tells.
+# Headers.
 
 
 def test_a_checkpoint_is_described_by_its_header_until_it_changes(tmp_path: Path, monkeypatch: Any) -> None:

@@ -32,7 +32,7 @@ from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.errors import CheckpointError, SettingError
 from lib_delta.files.weight_file import WeightFile
 from lib_delta.models import taesd
-from lib_delta.request.request import BRIDGES
+from lib_delta.request.setting_choices import BRIDGES
 from tests.support.tiny_unet import randn
 
 CLEAN, NOISE = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)

@@ -1,4 +1,4 @@
-"""The stand-in WebUI as a process, served by whatever gradio is installed, and the browser to look at it."""
+"""The stand-in WebUI as a process, with the installed gradio, and the browser that opens it."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ START_SECONDS = 120
 
 
 def missing() -> str:
-    """Return a sentence that says what the browser tests lack, or an empty one."""
+    """Return a sentence that names what the browser tests lack, or an empty string."""
     lacking = [name for name in ("gradio", "playwright") if find_spec(name) is None]
     if not lacking and not browser():
         lacking = ["Chromium"]
     needed = "requirements/gradio3.txt or gradio4.txt, and Chromium (Debian: apt-get install chromium)"
-    return f"the accordion is tried in a browser only with {needed}: no {' and '.join(lacking)} here" if lacking else ""
+    return f"the browser tests need {needed}: no {' and '.join(lacking)} here" if lacking else ""
 
 
 def browser() -> str | None:
-    """Return the path of a browser of the system, or else of the one that Playwright has installed."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found:
-        return found
+    """Return the path of the system's browser, or of Playwright's, or None."""
+    installed = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if installed:
+        return installed
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-    return own if Path(own).exists() else None
+        path = playwright.chromium.executable_path
+    return path if Path(path).exists() else None
 
 
 @contextmanager
 def serve(log: Path) -> Iterator[str]:
-    """Serve the stand-in while the context lasts, and give its address."""
+    """Serve the stand-in, and yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,9 +54,9 @@ def serve(log: Path) -> Iterator[str]:
     with log.open("w") as lines:
         process = subprocess.Popen(command, stdout=lines, stderr=subprocess.STDOUT, env=environment)
     try:
-        give_up = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + START_SECONDS
         while "ready" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < give_up, log.read_text()
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
     finally:

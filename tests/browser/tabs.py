@@ -1,4 +1,4 @@
-"""A page of the stand-in in a browser, and what a user does in one of its tabs; the fixtures are a plugin's."""
+"""A page of the stand-in in a browser, and a user's actions in one of its tabs.  The fixtures form a plugin."""
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
@@ -17,9 +17,9 @@ def webui(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chromium():
-    """A browser."""
+    """A running browser."""
     with sync_playwright() as playwright:
-        # Chromium refuses its sandbox to root, which is who runs tests in a container.
+        # Containers run tests as root, and Chromium does not start its sandbox as root.
         started = playwright.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
         yield started
         started.close()
@@ -27,7 +27,7 @@ def chromium():
 
 @pytest.fixture
 def open_page(chromium, webui):
-    """A function that opens the stand-in in a page of a given width and theme; the page's errors fail the test."""
+    """A function that opens the stand-in in a page of a given size and theme; errors of the page fail the test."""
     pages, errors = [], []
 
     def opened(width=1280, height=1250, theme="light"):
@@ -47,7 +47,7 @@ def open_page(chromium, webui):
 
 
 class Tab:
-    """One tab of the page, by what is in the accordion."""
+    """One tab of the page; names are those of the accordion's elements."""
 
     def __init__(self, page, name="txt2img"):
         self.page, self.name = page, name
@@ -57,11 +57,11 @@ class Tab:
         self.page.locator("#tabs .tab-nav button").get_by_text(name, exact=True).first.click()
 
     def item(self, name):
-        # gradio 3 gives the id of a gr.HTML to what is inside it as well
+        # gradio 3 gives the id of a gr.HTML to the element inside it as well
         return self.page.locator(f"#script_{self.name}_delta_sampling_{name}").first
 
     def box(self, name):
-        """The part of a widget that holds its value."""
+        """The input of a widget."""
         return self.item(name).locator("input, textarea").first
 
     @property
@@ -80,7 +80,7 @@ class Tab:
     def choose(self, name, value):
         option = self.item(name).locator("ul.options li").filter(has_text=value)
         self.box(name).click()
-        for _ in range(20):  # a list that is open stays as it was when the answer of a refresh button arrives
+        for _ in range(20):  # an open list does not change when the refresh button's answer arrives
             if option.count():
                 break
             self.page.wait_for_timeout(500)
@@ -92,7 +92,7 @@ class Tab:
         expect(self.item("drawing").locator("svg")).to_have_attribute("aria-label", words)
 
     def generate(self):
-        """Generate, and return the picture's text."""
+        """Generate, and return the picture's infotext."""
         log = self.page.locator(f"#html_log_{self.name}").first
         text = self.page.locator(f"#{self.name}_infotext textarea")
         last = log.locator("p").get_attribute("data-run") if log.locator("p").count() else None

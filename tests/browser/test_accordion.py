@@ -1,4 +1,4 @@
-"""The accordion in a browser: what a user does with it, and what then arrives at the host."""
+"""The accordion in a browser: a user's actions, and the settings that reach the host."""
 
 import base64
 import json
@@ -15,6 +15,8 @@ if missing():
 
 import gradio
 from playwright.sync_api import expect
+
+from lib_delta.request.fields import REQUEST_FIELDS
 
 pytest.register_assert_rewrite("tests.browser.tabs")
 from tests.browser.tabs import Tab  # noqa: E402 - its asserts are rewritten
@@ -99,7 +101,7 @@ def test_loras_join_the_list_once_and_the_refresh_button_finds_new_ones(tab, ope
     tab.page.click("#script_txt2img_delta_sampling_refresh_add_lora")
     tab.choose("add_lora", "found-")
     expect(tab.box("loras")).to_have_value(re.compile("^moxin:1, lineart:0.6, found-"))
-    # The button writes into the widget that pages opened later share.
+    # The button changes the widget on the server, which pages opened later share.
     later = Tab(open_page()).open()
     later.choose("add_lora", "moxin")
     expect(later.box("loras")).to_have_value("moxin:1")
@@ -161,7 +163,7 @@ def test_a_click_on_a_card_adds_its_lora_while_the_accordion_is_open_and_its_swi
     tab.page.locator("#txt2img_card_ball").click()
     expect(main).to_have_value(f"{before} ball")
     tab.enabled.uncheck()
-    card.click()  # the WebUI's own again: what is in the prompt leaves it
+    card.click()  # the WebUI handles it again, and removes the text from the prompt
     expect(main).to_have_value("a harbour at night ball")
 
 
@@ -210,7 +212,7 @@ def test_a_closed_accordion_adds_nothing(open_page):
 
 def test_a_wrong_setting_is_told_in_one_sentence(tab):
     tab.type("loras", "moxin:much")
-    assert tab.generate() == "SettingError: LoRA pick 'moxin:much' has weight 'much': a number is needed"
+    assert tab.generate() == "Error: LoRA pick 'moxin:much' has weight 'much': a number is needed"
 
 
 def test_pasting_a_picture_restores_everything_and_generates_the_same(open_page):
@@ -224,7 +226,7 @@ def test_pasting_a_picture_restores_everything_and_generates_the_same(open_page)
     tab.drawn("lambda 1.3 to 6.5, cosine, from 0% to 60% of the steps")
     given = DELTA.replace(" [0123abcdef]", "").partition("Delta")[2].split(", Delta")
     written = tab.generate().partition("Delta")[2].split(", Delta")
-    # What older pictures leave unsaid: their latents were scaled.
+    # Infotext of older pictures names no bridge: their latents were scaled.
     assert sorted(written) == sorted([*given, " bridge: same_snr"])
 
 
@@ -260,6 +262,7 @@ def test_widgets_have_tooltips_in_both_tabs(open_page):
         tab = Tab(page, name)
         for item in ("strength", "curve", "loras", "adapted", "hires", "unload", "unit1_images", "unit3_mode"):
             assert tab.item(item).get_attribute("title"), item
+        assert tab.item("strength").get_attribute("title") == REQUEST_FIELDS["strength"].tooltip
 
 
 def test_the_schema_and_the_status_are_served_with_the_webuis_own_password(webui):

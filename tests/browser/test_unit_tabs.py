@@ -1,4 +1,4 @@
-"""Units in a browser: pictures that are dropped, maps that are shown, lists, pasted texts and presets."""
+"""Units in a browser: dropped pictures, maps, lists, pasted infotext and presets."""
 
 import base64
 import io
@@ -33,7 +33,7 @@ DROP = """([element, name, type, data]) => {
 
 
 def picture(kind="RGB", size=(48, 64)):
-    """A picture of a kind, as the bytes of a PNG file."""
+    """Return a PNG file of a picture of a mode."""
     made = Image.new("RGB", size, "white")
     ImageDraw.Draw(made).ellipse((8, 8, 40, 40), outline="black", fill="orange")
     if kind == "RGBA":
@@ -46,7 +46,7 @@ def picture(kind="RGB", size=(48, 64)):
 
 
 class UnitTab(Tab):
-    """A unit of a tab of the page; ``whole`` is the tab, with what is in the accordion besides."""
+    """A unit of a tab of the page; ``whole`` is the tab with the rest of the accordion."""
 
     def __init__(self, page, name="txt2img", number=1):
         super().__init__(page, name)
@@ -66,12 +66,12 @@ class UnitTab(Tab):
         return self
 
     def put(self, *files, name="image"):
-        """Choose files, as the button of the widget does."""
+        """Choose files with the button of the widget."""
         given = [{"name": f"{i}.png", "mimeType": "image/png", "buffer": file} for i, file in enumerate(files)]
         self.item(name).locator("input[type=file]").set_input_files(given)
 
     def drop(self, file):
-        """Drop a file on the picture, as a mouse does."""
+        """Drop a file on the picture, as with a mouse."""
         place = self.item("image").locator("input[type=file]").locator("..").element_handle()
         code = base64.b64encode(file).decode()
         self.page.evaluate(DROP, [place, "dropped.png", "image/png", code])
@@ -115,7 +115,7 @@ def test_several_pictures_are_given_to_one_unit(unit):
     assert 'Seen by units: "1: 48x48 RGB 255 64x48 RGB 255"' in unit.generate()
     unit.on.uncheck()
     unit.put(picture())
-    # It has arrived: the switch alone may still tell of the two before it.
+    # Wait for the picture: the two before it may have switched the unit on.
     expect(unit.shown()).to_be_visible()
     expect(unit.on).to_be_checked()
     assert 'Seen by units: "1: 48x64 RGB 255 48x48 RGB 255 64x48 RGB 255"' in unit.generate()

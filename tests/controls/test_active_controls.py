@@ -19,6 +19,7 @@ from lib_delta.controls.active_controls import ActiveControls, ControlPick
 from lib_delta.controls.control_map import ControlMap
 from lib_delta.controls.guides import ControlNetGuide, ImageGuide
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.diffusion.parameterization import Parameterization
 from lib_delta.errors import AdapterError, SettingError
 from lib_delta.files.weight_file import WeightFile
@@ -55,7 +56,8 @@ def test_picks_become_the_guides_they_ask_for(unet: UNet, edges: ControlPick, im
     assert second.weight_type == "ease in" and second.weight == 0.7 and second.tokens[0].shape == (8, 16)
     expected = ControlNetGuide(tiny_control(unet), ControlMap(PICTURE, "crop and resize"), 0.8)
     deltas = [
-        Source(unet, Parameterization("eps"), TOLD, guides=[guide]).delta(X, SIGMA, 5.0) for guide in (expected, first)
+        Source(unet, Parameterization("eps"), TOLD, guides=[guide]).delta(SourceStep(X, SIGMA, 5.0))
+        for guide in (expected, first)
     ]
     torch.testing.assert_close(*deltas)
     assert len(kept.networks) == 2

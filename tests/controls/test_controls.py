@@ -20,9 +20,10 @@ from lib_delta.controls.control_map import ControlMap
 from lib_delta.controls.guides import ControlNetGuide, FeatureGuide, ImageGuide, share
 from lib_delta.core.conditioning import Conditioning
 from lib_delta.core.delta_reuse import REUSE_PLANS, DeltaReuse
-from lib_delta.core.guidance import DeltaGuidance, DenoiseStep
+from lib_delta.core.guidance import DeltaGuidance
 from lib_delta.core.guides import GuideInputs, TimedGuide
 from lib_delta.core.source import Source
+from lib_delta.core.steps import DenoiseStep, SourceStep
 from lib_delta.core.strength import Strength
 from lib_delta.diffusion.parameterization import Parameterization
 from lib_delta.errors import AdapterError, SettingError
@@ -295,7 +296,7 @@ def test_one_forked_pass_equals_two_models(mode: Any, cfg: float) -> None:
     weights = [0.8 * soft ** (count - 1 - i) for i in range(count)]
     expected = by_hand(unet, control, weights, cfg, skip_uncond=mode == "control")
     assert expected.abs().max() > 0.1
-    torch.testing.assert_close(source.delta(X, SIGMA, cfg), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(source.delta(SourceStep(X, SIGMA, cfg)), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_the_map_follows_the_resolution_of_a_hires_pass() -> None:
@@ -310,7 +311,7 @@ def test_the_map_follows_the_resolution_of_a_hires_pass() -> None:
         size = (8 * rows, 8 * columns)
         picture = PICTURE if size == (64, 64) else F.interpolate(PICTURE, size, mode="bicubic").clamp(0, 1)
         expected = by_hand(unet, control, weights, 5.0, x=x, picture=picture)
-        torch.testing.assert_close(source.delta(x, SIGMA, 5.0), expected, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(source.delta(SourceStep(x, SIGMA, 5.0)), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_what_is_painted_anew_is_hidden_from_the_controlnet_for_inpainting() -> None:
@@ -325,7 +326,7 @@ def test_what_is_painted_anew_is_hidden_from_the_controlnet_for_inpainting() -> 
     condition = PICTURE.clone()
     condition[mask.expand(-1, 3, -1, -1) > 0.5] = -1.0
     expected = by_hand(unet, control, [1.0] * (len(unet.input_blocks) + 1), 5.0, picture=condition)
-    torch.testing.assert_close(source.delta(X, SIGMA, 5.0), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(source.delta(SourceStep(X, SIGMA, 5.0)), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_each_prompt_joined_by_and_is_steered() -> None:
@@ -343,7 +344,7 @@ def test_each_prompt_joined_by_and_is_steered() -> None:
         return torch.stack((first, uncond[1] + 5 * shares[1][0] * (parts[2][1] - uncond[1])))
 
     expected = composed([1.0] * (len(unet.input_blocks) + 1)) - composed([])
-    torch.testing.assert_close(source.delta(X, SIGMA, 5.0), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(source.delta(SourceStep(X, SIGMA, 5.0)), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_a_guide_counts_in_its_share_of_the_run() -> None:
@@ -352,7 +353,7 @@ def test_a_guide_counts_in_its_share_of_the_run() -> None:
     source = Source(unet, Parameterization("eps"), TOLD, guides=[TimedGuide(edges, end=0.6), TimedGuide(pose, 0.3)])
     guidance = DeltaGuidance(Strength(1.0), IdentityBridge(), source)
     for progress, guides in ((0.0, [edges]), (0.3, [edges, pose]), (0.6, [edges, pose]), (0.7, [pose])):
-        expected = Source(unet, Parameterization("eps"), TOLD, guides=guides).delta(X, SIGMA, 5.0)
+        expected = Source(unet, Parameterization("eps"), TOLD, guides=guides).delta(SourceStep(X, SIGMA, 5.0))
         got = guidance(DenoiseStep(X, SIGMA, torch.zeros_like(X), 5.0, progress))
         torch.testing.assert_close(got, expected)
     assert source.evaluations == 4
@@ -363,11 +364,11 @@ def test_where_no_guide_counts_the_delta_is_0_and_costs_nothing() -> None:
     unet = tiny_unet()
     guide = TimedGuide(ControlNetGuide(tiny_control(unet), ControlMap(PICTURE)), 0.2, 0.6)
     source = Source(unet, Parameterization("eps"), TOLD, guides=[guide])
-    assert not source.at_progress(0.7).delta(X, SIGMA, 5.0).any() and source.evaluations == 0
-    assert source.at_progress(0.6).delta(X, SIGMA, 5.0).any() and source.evaluations == 1
+    assert not source.at_progress(0.7).delta(SourceStep(X, SIGMA, 5.0)).any() and source.evaluations == 0
+    assert source.at_progress(0.6).delta(SourceStep(X, SIGMA, 5.0)).any() and source.evaluations == 1
     other = Conditioning(randn(1, 7, 16, seed=8), TOLD.uncond)
     prompted = Source(unet, Parameterization("eps"), TOLD, other, guides=[guide])
-    assert prompted.at_progress(0.7).delta(X, SIGMA, 5.0).any()
+    assert prompted.at_progress(0.7).delta(SourceStep(X, SIGMA, 5.0)).any()
 
 
 def test_a_delta_that_is_held_is_not_held_beyond_a_guides_end() -> None:
@@ -393,15 +394,15 @@ def test_in_parts_the_delta_is_the_same() -> None:
     unet = tiny_unet()
     guides = [ControlNetGuide(tiny_control(unet), ControlMap(PICTURE))]
     source = Source(unet, Parameterization("eps"), TOLD, guides=guides)
-    whole = source.delta(X, SIGMA, 5.0)
-    source._split = 8
-    torch.testing.assert_close(source.delta(X, SIGMA, 5.0), whole, atol=1e-4, rtol=1e-4)
+    whole = source.delta(SourceStep(X, SIGMA, 5.0))
+    source._evaluator.parts = 8
+    torch.testing.assert_close(source.delta(SourceStep(X, SIGMA, 5.0)), whole, atol=1e-4, rtol=1e-4)
 
 
 def rows_seen(unet: UNet, source: Source) -> dict[str, int]:
     """Count, for every layer of the UNet, how many rows it evaluates in one step."""
     seen = counted_rows(unet)
-    source.delta(X, SIGMA, 5.0)
+    source.delta(SourceStep(X, SIGMA, 5.0))
     return seen
 
 
@@ -446,8 +447,8 @@ def test_a_weight_of_0_is_exactly_nothing(tmp_path: Path) -> None:
         ImageGuide(adapter, unet, (tokens[0], tokens[1]), 0.0),
     ]
     source = Source(unet, Parameterization("eps"), TOLD, guides=guides)
-    assert not source.delta(X, SIGMA, 5.0).any()
-    assert len(source.denoised(X, SIGMA, 5.0)) == 1
+    assert not source.delta(SourceStep(X, SIGMA, 5.0)).any()
+    assert len(source.denoised(SourceStep(X, SIGMA, 5.0))) == 1
 
 
 def test_all_together_with_new_weights_equal_two_models(tmp_path: Path) -> None:
@@ -467,9 +468,9 @@ def test_all_together_with_new_weights_equal_two_models(tmp_path: Path) -> None:
     alone = deepcopy(unet)
     alone.load_state_dict(weights)
     eps = Parameterization("eps")
-    expected = Source(alone, eps, TOLD, guides=guides(alone)).denoised(X, SIGMA, 5.0)[-1]
-    base = Source(unet, eps, TOLD).denoised(X, SIGMA, 5.0)[0]
-    delta = Source(adapt(unet, weights), eps, TOLD, guides=guides(unet)).delta(X, SIGMA, 5.0)
+    expected = Source(alone, eps, TOLD, guides=guides(alone)).denoised(SourceStep(X, SIGMA, 5.0))[-1]
+    base = Source(unet, eps, TOLD).denoised(SourceStep(X, SIGMA, 5.0))[0]
+    delta = Source(adapt(unet, weights), eps, TOLD, guides=guides(unet)).delta(SourceStep(X, SIGMA, 5.0))
     torch.testing.assert_close(delta, expected - base, atol=1e-3, rtol=1e-3)
 
 
@@ -478,12 +479,12 @@ def test_each_image_has_its_own_map() -> None:
     control = tiny_control(unet)
     pictures = torch.cat((PICTURE, 1 - PICTURE))
     both = Source(unet, Parameterization("eps"), TOLD, guides=[ControlNetGuide(control, ControlMap(pictures))])
-    delta = both.delta(X, SIGMA, 5.0)
+    delta = both.delta(SourceStep(X, SIGMA, 5.0))
     for i in (0, 1):
         single = Source(
             unet, Parameterization("eps"), TOLD, guides=[ControlNetGuide(control, ControlMap(pictures[i : i + 1]))]
         )
-        torch.testing.assert_close(delta[i], single.delta(X, SIGMA, 5.0)[i], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(delta[i], single.delta(SourceStep(X, SIGMA, 5.0))[i], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("weight_type", ["ease in", "ease out", "ease in-out", "reverse in-out"])
@@ -501,7 +502,7 @@ REFUSALS: dict[str, tuple[dict[str, Tensor], str]] = {
     "a LoRA": ({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(4, 4)}, "is a LoRA"),
     "a VAE": ({"first_stage_model.encoder.conv_in.weight": torch.ones(4, 3, 3, 3)}, "is an autoencoder"),
     "an embedding": ({"emb_params": torch.ones(1, 16)}, "textual inversion"),
-    "a union ControlNet": ({"task_embedding": torch.ones(6, 320)}, "a union ControlNet .not served"),
+    "a union ControlNet": ({"task_embedding": torch.ones(6, 320)}, "a union ControlNet, which is not supported"),
     "ProMax": (
         {"controlnet_down_blocks.0.weight": ONE, "control_add_embedding.linear_1.weight": ONE},
         "union ControlNet",

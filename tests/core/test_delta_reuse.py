@@ -14,7 +14,8 @@ from torch import Tensor
 from lib_delta.bridges import IdentityBridge
 from lib_delta.core.delta_reuse import REUSE_PLANS, DeltaReuse, ReusePlan, StepState, reuse_plan
 from lib_delta.core.deltas import Deltas, PromptParts
-from lib_delta.core.guidance import DeltaDenoiser, DeltaGuidance, DenoiseStep
+from lib_delta.core.guidance import DeltaDenoiser, DeltaGuidance
+from lib_delta.core.steps import DenoiseStep, SourceStep
 from lib_delta.core.strength import Strength
 from lib_delta.errors import SettingError
 from tests.support import samplers
@@ -43,9 +44,9 @@ class WatchedSource:
     def at_progress(self, progress: float) -> WatchedSource:
         return self
 
-    def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Deltas:
-        self.asked.append(float(sigma.max()))
-        delta = ADAPTED(x, sigma) - BASE(x, sigma)
+    def deltas(self, step: SourceStep) -> Deltas:
+        self.asked.append(float(step.sigma.max()))
+        delta = ADAPTED(step.x, step.sigma) - BASE(step.x, step.sigma)
         return Deltas(delta, delta)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from lib_delta.bridges import Composed, Crossing, IdentityBridge, NoiseLimitBridge, ScaleBridge
 from lib_delta.core.deltas import Deltas, PromptParts
-from lib_delta.core.guidance import DeltaDenoiser, DeltaGuidance, DenoiseStep, side_cfg
+from lib_delta.core.guidance import DeltaDenoiser, DeltaGuidance, side_cfg
+from lib_delta.core.steps import DenoiseStep, SourceStep
 from lib_delta.core.strength import Strength
 from lib_delta.diffusion.families import Family
 from lib_delta.errors import DeltaError
@@ -27,14 +27,14 @@ class RecordingSource:
 
     def __init__(self, delta: float | Tensor = 0.25) -> None:
         self.value = delta
-        self.asked: list[tuple[Tensor, Tensor, float]] = []
+        self.asked: list[SourceStep] = []
 
     def at_progress(self, progress: float) -> RecordingSource:
         return self
 
-    def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Deltas:
-        self.asked.append((x, sigma, cfg_scale))
-        delta = torch.zeros_like(x, dtype=torch.float32) + self.value
+    def deltas(self, step: SourceStep) -> Deltas:
+        self.asked.append(step)
+        delta = torch.zeros_like(step.x, dtype=torch.float32) + self.value
         return Deltas(delta, delta / 2)
 
 
@@ -51,9 +51,9 @@ def test_the_negative_prompts_own_delta_is_there_for_samplers_that_ask() -> None
 
 def test_each_part_of_and_crosses_the_bridge_as_its_image_does() -> None:
     class Parted(RecordingSource):
-        def deltas(self, *asked: Any) -> Deltas:
+        def deltas(self, step: SourceStep) -> Deltas:
             parts = PromptParts(small, ((1.0, 0.5), (1.0,)), torch.tensor([0, 0, 1]))
-            return super().deltas(*asked)._replace(parts=parts)
+            return super().deltas(step)._replace(parts=parts)
 
     @dataclass(frozen=True)
     class Curved(IdentityBridge):
@@ -74,9 +74,9 @@ def test_the_delta_is_added_with_its_strength() -> None:
     guided = DeltaGuidance(Strength(2.0), IdentityBridge(), source)(step())
     torch.testing.assert_close(guided, DENOISED + 0.5)
     (asked,) = source.asked
-    assert asked[0] is X
-    assert asked[1] is SIGMA
-    assert asked[2] == 7.0
+    assert asked.x is X
+    assert asked.sigma is SIGMA
+    assert asked.cfg_scale == 7.0
 
 
 @pytest.mark.parametrize("strength", [Strength(0.0), Strength(1.0, start=0.6), Strength(1.0, end=0.4)])
@@ -89,8 +89,8 @@ def test_at_strength_zero_or_out_of_range_no_side_model_is_called(strength: Stre
 def test_the_source_sees_its_own_latent_and_the_delta_comes_back_in_the_targets() -> None:
     source = RecordingSource()
     guided = DeltaGuidance(Strength(1.0), ScaleBridge(1.4), source)(step())
-    torch.testing.assert_close(source.asked[0][0], 1.4 * X)
-    torch.testing.assert_close(source.asked[0][1], 1.4 * SIGMA)
+    torch.testing.assert_close(source.asked[0].x, 1.4 * X)
+    torch.testing.assert_close(source.asked[0].sigma, 1.4 * SIGMA)
     torch.testing.assert_close(guided, DENOISED + 0.25 / 1.4)
 
 
@@ -99,7 +99,7 @@ def test_a_zero_terminal_snr_target_does_not_break_the_sources_start() -> None:
     sigma, noise = torch.tensor([4518.0, 4518.0]), randn(2, 4, 8, 8, seed=2)
     start = DenoiseStep(DENOISED + 4518 * noise, sigma, DENOISED, 7.0, 0.0)
     DeltaGuidance(Strength(1.0), NoiseLimitBridge(14.6), source)(start)
-    torch.testing.assert_close(source.asked[0][0], DENOISED + 14.6 * noise, atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(source.asked[0].x, DENOISED + 14.6 * noise, atol=1e-2, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -148,4 +148,4 @@ def test_the_side_model_has_a_scale_of_its_own_where_the_main_one_says_little() 
     assert side_cfg(7.0, Family.SD1, Family.SDXL) == 7.0
     assert side_cfg(1.0, Family.SD1, Family.SDXL) == side_cfg(2.9, Family.SD1, Family.FLUX) == 3.0
     assert side_cfg(1.0, Family.SD1, Family.SD1) == 1.0
-    assert side_cfg(1.0, Family.SD1, Family.SD1, asked=2.5) == 2.5
+    assert side_cfg(1.0, Family.SD1, Family.SD1, user_scale=2.5) == 2.5

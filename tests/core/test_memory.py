@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_delta.core.conditioning import Conditioning
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.diffusion.parameterization import Parameterization
 from lib_delta.models import forked_layers
 from lib_delta.models.unet import UNet
@@ -69,13 +70,13 @@ CASES: dict[str, tuple[Any, Any, float]] = {
 @pytest.mark.parametrize("room", [4, 2, 1])
 @pytest.mark.parametrize(("unet", "told", "cfg"), CASES.values(), ids=CASES)
 def test_a_pass_in_parts_gives_what_one_gives(unet: Any, told: Any, cfg: float, room: int) -> None:
-    wanted = Source(unet(), Parameterization(), *told).deltas(X, SIGMA, cfg)
+    wanted = Source(unet(), Parameterization(), *told).deltas(SourceStep(X, SIGMA, cfg))
     source = Source(unet(), Parameterization(), *told)
     with room_for(room) as asked:
-        got = source.deltas(X, SIGMA, cfg)
+        got = source.deltas(SourceStep(X, SIGMA, cfg))
         needed = len(asked)
         asked.clear()
-        source.deltas(X, SIGMA, cfg)
+        source.deltas(SourceStep(X, SIGMA, cfg))
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
     assert max(asked) <= room, "what did not fit is tried only once in a run"
     assert needed == 1 or needed > len(asked)
@@ -86,28 +87,28 @@ def test_base_and_adapted_go_apart_before_cond_and_uncond_and_these_before_image
     source = Source(adapted_unet(), Parameterization(), TOLD)
     rows = 2 * len(X)
     with room_for(1) as asked:
-        source.deltas(X, SIGMA, 3.0)
+        source.deltas(SourceStep(X, SIGMA, 3.0))
     assert asked == [2 * rows, rows, rows // 2, *[1] * 2 * rows]
 
 
 def test_what_does_not_fit_row_by_row_is_out_of_memory() -> None:
     source = Source(adapted_unet(), Parameterization(), TOLD)
     with room_for(0) as asked, pytest.raises(MemoryError):
-        source.deltas(X, SIGMA, 3.0)
+        source.deltas(SourceStep(X, SIGMA, 3.0))
     assert asked[-1] == 1
 
 
 def test_other_errors_are_not_tried_again() -> None:
     source = Source(adapted_unet(), Parameterization(), TOLD)
     with room_for(0, lambda: RuntimeError("shapes do not match")) as asked, pytest.raises(RuntimeError, match="shapes"):
-        source.deltas(X, SIGMA, 3.0)
+        source.deltas(SourceStep(X, SIGMA, 3.0))
     assert len(asked) == 1
 
 
 def test_layers_serve_both_branches_again_after_a_part_has_failed() -> None:
     unet = adapted_unet()
     with room_for(0), pytest.raises(MemoryError):
-        Source(unet, Parameterization(), TOLD).deltas(X, SIGMA, 3.0)
+        Source(unet, Parameterization(), TOLD).deltas(SourceStep(X, SIGMA, 3.0))
     assert {layer.branch for layer in unet.modules() if isinstance(layer, forked_layers.ForkedLayer)} == {None}
 
 
@@ -127,7 +128,7 @@ def test_what_a_failed_pass_had_computed_is_gone_when_the_next_begins(monkeypatc
     monkeypatch.setattr(UNet, "forward", forward)
     gc.disable()
     try:
-        Source(adapted_unet(), Parameterization(), TOLD).deltas(X, SIGMA, 3.0)
+        Source(adapted_unet(), Parameterization(), TOLD).deltas(SourceStep(X, SIGMA, 3.0))
     finally:
         gc.enable()
     assert alive[1] == [False]
@@ -216,5 +217,5 @@ def test_the_networks_attend_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_anything_to_tell_them_apart_no_pass_is_made() -> None:
     source = Source(tiny_unet(), Parameterization(), TOLD)
     with room_for(0) as asked:
-        assert not source.delta(X, SIGMA, 3.0).any()
+        assert not source.delta(SourceStep(X, SIGMA, 3.0)).any()
     assert asked == [] and source.evaluations == 0

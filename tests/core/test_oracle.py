@@ -25,6 +25,7 @@ from lib_delta.core.conditioning import Conditioning
 from lib_delta.core.deltas import Deltas
 from lib_delta.core.guidance import DeltaDenoiser, DeltaGuidance, DeltaSource
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.core.strength import Strength
 from lib_delta.diffusion.families import Family
 from lib_delta.diffusion.parameterization import Parameterization, denoiser
@@ -39,18 +40,7 @@ DATA = Path(__file__).parent / "data"
 EPS = Parameterization("eps")
 SIGNS = {True: "positive", False: "negative"}
 
-SD15 = UNetConfig(
-    in_channels=4,
-    out_channels=4,
-    model_channels=32,
-    levels=(32, 64, 128, 128),
-    res_blocks=(2, 2, 2, 2),
-    depth_in=(1, 1, 1, 1, 1, 1, 0, 0),
-    depth_middle=1,
-    depth_out=(0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1),
-    context_width=768,
-    linear_projection=False,
-)
+SD15 = UNetConfig.sd15(width=32)
 SD21 = UNetConfig(**{**vars(SD15), "context_width": 1024, "linear_projection": True, "head_width": 16})
 SDXL = UNetConfig(
     in_channels=4,
@@ -124,8 +114,8 @@ class ToySource:
     def at_progress(self, progress: float) -> ToySource:
         return self
 
-    def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Deltas:
-        base, adapted = (guided(network, cfg_scale)(x, sigma) for network in self.networks)
+    def deltas(self, step: SourceStep) -> Deltas:
+        base, adapted = (guided(network, step.cfg_scale)(step.x, step.sigma) for network in self.networks)
         delta = adapted - base
         return Deltas(delta, delta)
 

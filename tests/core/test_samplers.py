@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lib_delta.bridges import IdentityBridge
 from lib_delta.core.deltas import Deltas
-from lib_delta.core.guidance import DeltaDenoiser, DeltaGuidance, DenoiseStep
+from lib_delta.core.guidance import DeltaDenoiser, DeltaGuidance
+from lib_delta.core.steps import DenoiseStep, SourceStep
 from lib_delta.core.strength import Strength
 from lib_delta.diffusion.parameterization import eps_of, from_timestep_space
 from tests.support.samplers import ADAPTED, BASE, SD, SIGMAS, TARGET, k_diffusion_samplers, run
@@ -29,9 +30,9 @@ class WatchedSource:
     def at_progress(self, progress: float) -> WatchedSource:
         return self
 
-    def deltas(self, x: Tensor, sigma: Tensor, cfg_scale: float, *_: object) -> Deltas:
-        self.seen.append(x.clone())
-        delta = ADAPTED(x, sigma) - BASE(x, sigma)
+    def deltas(self, step: SourceStep) -> Deltas:
+        self.seen.append(step.x.clone())
+        delta = ADAPTED(step.x, step.sigma) - BASE(step.x, step.sigma)
         return Deltas(delta, delta)
 
 

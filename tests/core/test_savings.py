@@ -14,6 +14,7 @@ from lib_delta import devices
 from lib_delta.adapters.attach import attach
 from lib_delta.core.conditioning import Conditioning
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.diffusion.parameterization import Schedule
 from lib_delta.models.forked_layers import Conv2d, ForkedLayer
 from tests.support.counting import EPS, SIGMA, TOLD, X, counted, lora
@@ -37,9 +38,9 @@ def test_keys_and_values_of_a_prompt_are_computed_once(form: str) -> None:
     unet = tiny_unet()
     attach(unet, [(lora(unet), 1.0)], form)
     source = Source(unet, EPS, TOLD)
-    first = source.delta(X, SIGMA, 3.0)
+    first = source.delta(SourceStep(X, SIGMA, 3.0))
     with counted(unet) as calls:
-        second = source.delta(X, SIGMA, 3.0)
+        second = source.delta(SourceStep(X, SIGMA, 3.0))
     assert torch.equal(first, second)
     assert any(".attn1.to_k" in path for path in calls)
     assert not [path for path in calls if ".attn2.to_k" in path or ".attn2.to_v" in path]
@@ -50,26 +51,28 @@ def test_another_adapter_makes_other_keys_and_values() -> None:
     source = Source(unet, EPS, TOLD)
     for seed in (0, 5):
         attach(unet, [(lora(unet, "attn2", seed), 1.0)])
-        assert torch.equal(source.delta(X, SIGMA, 3.0), Source(unet, EPS, TOLD).delta(X, SIGMA, 3.0))
+        assert torch.equal(
+            source.delta(SourceStep(X, SIGMA, 3.0)), Source(unet, EPS, TOLD).delta(SourceStep(X, SIGMA, 3.0))
+        )
 
 
 def test_keys_and_values_of_an_adapter_that_is_gone_are_not_the_bases() -> None:
     unet = tiny_unet()
     source = Source(unet, EPS, TOLD)
-    base = source.denoised(X, SIGMA, 3.0)[0]
+    base = source.denoised(SourceStep(X, SIGMA, 3.0))[0]
     attach(unet, [(lora(unet, "attn2"), 1.0)], "bypass")
-    source.delta(X, SIGMA, 3.0)
+    source.delta(SourceStep(X, SIGMA, 3.0))
     attach(unet, [])
-    assert torch.equal(source.denoised(X, SIGMA, 3.0)[0], base)
+    assert torch.equal(source.denoised(SourceStep(X, SIGMA, 3.0))[0], base)
 
 
 def test_prompts_that_alternate_are_known_when_they_return() -> None:
     unet = tiny_unet()
     other = Conditioning(randn(1, 7, 16, seed=3), TOLD.uncond)
     source = Source(unet, EPS, TOLD, lambda step: (TOLD, other)[step % 2])
-    deltas = [source.delta(X, SIGMA, 3.0, step) for step in range(2)]
+    deltas = [source.delta(SourceStep(X, SIGMA, 3.0, step)) for step in range(2)]
     with counted(unet) as calls:
-        again = [source.delta(X, SIGMA, 3.0, step) for step in (2, 3)]
+        again = [source.delta(SourceStep(X, SIGMA, 3.0, step)) for step in (2, 3)]
     assert all(map(torch.equal, deltas, again)) and deltas[1].any()
     assert not [path for path in calls if ".attn2.to_k" in path]
 
@@ -77,7 +80,7 @@ def test_prompts_that_alternate_are_known_when_they_return() -> None:
 def test_rows_of_an_image_are_one_until_they_meet_their_prompts() -> None:
     unet = tiny_unet()
     with counted(unet) as calls:
-        Source(unet, EPS, TOLD).denoised(X, SIGMA, 3.0)
+        Source(unet, EPS, TOLD).denoised(SourceStep(X, SIGMA, 3.0))
     shared = ("input_blocks.0.0", "input_blocks.1.0.in_layers.2", "input_blocks.1.1.transformer_blocks.0.attn1.to_q")
     for path in (*shared, "time_embed.0", "output_blocks.0.0.emb_layers.1"):
         assert [shape[1] for shape in calls[path]] == [2], path
@@ -97,10 +100,10 @@ def test_low_rank_factors_leave_the_base_one_call_for_both_branches(monkeypatch:
         return base(self, x)
 
     monkeypatch.setattr(ForkedLayer, "base", count)
-    bypassed = source.delta(X, SIGMA, 3.0)
+    bypassed = source.delta(SourceStep(X, SIGMA, 3.0))
     assert set(bases.values()) == {1}
     attach(unet, [(lora(unet), 1.0), (lora(unet, seed=7), 0.5)], "merged")
-    merged = Source(unet, EPS, TOLD).delta(X, SIGMA, 3.0)
+    merged = Source(unet, EPS, TOLD).delta(SourceStep(X, SIGMA, 3.0))
     assert (bypassed - merged).norm() < 1e-4 * merged.norm()
 
 
@@ -113,7 +116,9 @@ def test_convolutions_get_what_they_are_laid_out_for() -> None:
             layer.register_forward_pre_hook(
                 lambda _module, inputs, path=path: None if inputs[0].is_contiguous() else wrong.append(path)
             )
-    Source(adapt(unet, {"middle_block.0.in_layers.2.weight": randn(64, 64, 3, 3)}), EPS, TOLD).delta(X, SIGMA, 3.0)
+    Source(adapt(unet, {"middle_block.0.in_layers.2.weight": randn(64, 64, 3, 3)}), EPS, TOLD).delta(
+        SourceStep(X, SIGMA, 3.0)
+    )
     assert not wrong
 
 
@@ -121,9 +126,9 @@ def test_a_step_waits_for_no_device_and_brings_nothing_to_it() -> None:
     unet = tiny_unet()
     attach(unet, [(lora(unet), 1.0)])
     source = Source(unet, EPS, TOLD)
-    source.delta(X, SIGMA, 3.0)
+    source.delta(SourceStep(X, SIGMA, 3.0))
     with Operators() as operators:
-        source.delta(X, SIGMA, 3.0)
+        source.delta(SourceStep(X, SIGMA, 3.0))
     # Reading a number, comparing tensors, and tensors made of Python's numbers.
     assert not {"_local_scalar_dense", "equal", "nonzero", "lift_fresh"} & operators.counts.keys()
     assert operators.counts["convolution"] > 10

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lib_delta.core.conditioning import Conditioning
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.diffusion.parameterization import Parameterization, denoiser
 from lib_delta.models.unet import UNet
 from tests.support.tiny_unet import TINY, adapt, randn, tiny_unet
@@ -59,7 +60,7 @@ def test_one_forked_pass_equals_two_models(prediction: str, cfg: float, part: st
     adapted = with_weights(unet, weights)
     expected = separately(adapted, told, cfg, parameterization) - separately(unet, BASE_TOLD, cfg, parameterization)
     source = Source(adapt(unet, weights), parameterization, BASE_TOLD, told)
-    assert (source.delta(X, SIGMA, cfg) - expected).norm() < 1e-3 * expected.norm()
+    assert (source.delta(SourceStep(X, SIGMA, cfg)) - expected).norm() < 1e-3 * expected.norm()
     assert source.evaluations == 1
 
 
@@ -67,7 +68,7 @@ def test_what_the_adapted_model_is_told_reaches_it_alone() -> None:
     """The published code drops the adapted model's own options, and the target's reach all three."""
     unet = tiny_unet()
     weights = changed(unet, "attn2")
-    base, adapted = Source(adapt(unet, weights), EPS, BASE_TOLD, ADAPTED_TOLD).denoised(X, SIGMA, 3.0)
+    base, adapted = Source(adapt(unet, weights), EPS, BASE_TOLD, ADAPTED_TOLD).denoised(SourceStep(X, SIGMA, 3.0))
     plain = tiny_unet()
     torch.testing.assert_close(base, separately(plain, BASE_TOLD, 3.0), atol=1e-3, rtol=1e-4)
     alone = separately(with_weights(plain, weights), ADAPTED_TOLD, 3.0)
@@ -78,14 +79,14 @@ def test_prompts_alone_make_a_delta() -> None:
     unet = tiny_unet()
     expected = separately(unet, ADAPTED_TOLD, 3.0) - separately(unet, BASE_TOLD, 3.0)
     source = Source(unet, EPS, BASE_TOLD, ADAPTED_TOLD)
-    torch.testing.assert_close(source.delta(X, SIGMA, 3.0), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(source.delta(SourceStep(X, SIGMA, 3.0)), expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 7.5])
 def test_nothing_changed_gives_exactly_nothing(cfg: float) -> None:
     same_words = Conditioning(BASE_TOLD.cond.clone(), BASE_TOLD.uncond.clone())
     for told in (None, BASE_TOLD, same_words):
-        delta = Source(tiny_unet(), EPS, BASE_TOLD, told).delta(X, SIGMA, cfg)
+        delta = Source(tiny_unet(), EPS, BASE_TOLD, told).delta(SourceStep(X, SIGMA, cfg))
         assert torch.equal(delta, torch.zeros_like(X))
 
 
@@ -95,7 +96,7 @@ def test_an_adaptation_on_the_very_same_base_gives_its_full_delta() -> None:
     before = {name: w.clone() for name, w in unet.state_dict().items()}
     weights = changed(unet, "attn1")
     full = separately(with_weights(unet, weights), BASE_TOLD, 1.0) - separately(unet, BASE_TOLD, 1.0)
-    delta = Source(adapt(unet, weights), EPS, BASE_TOLD).delta(X, SIGMA, 1.0)
+    delta = Source(adapt(unet, weights), EPS, BASE_TOLD).delta(SourceStep(X, SIGMA, 1.0))
     assert full.norm() > 1
     assert (delta - full).norm() < 1e-4 * full.norm()
     assert all(torch.equal(w, before[name]) for name, w in unet.state_dict().items())
@@ -104,22 +105,22 @@ def test_an_adaptation_on_the_very_same_base_gives_its_full_delta() -> None:
 def test_without_guidance_the_negative_prompt_is_not_evaluated() -> None:
     silent = Conditioning(BASE_TOLD.cond, torch.full_like(BASE_TOLD.uncond, torch.nan))
     source = Source(adapt(unet := tiny_unet(), changed(unet, "out.2")), EPS, silent)
-    assert source.delta(X, SIGMA, 1.0).isfinite().all()
-    assert source.delta(X, SIGMA, 2.0).isnan().any()
+    assert source.delta(SourceStep(X, SIGMA, 1.0)).isfinite().all()
+    assert source.delta(SourceStep(X, SIGMA, 2.0)).isnan().any()
 
 
 def test_prompts_of_different_lengths_are_served_without_changing_the_result() -> None:
     unet = tiny_unet()
     longer = Conditioning(randn(1, 21, 16, seed=5), randn(1, 14, 16, seed=6))
     expected = separately(unet, longer, 4.0) - separately(unet, BASE_TOLD, 4.0)
-    delta = Source(unet, EPS, BASE_TOLD, longer).delta(X, SIGMA, 4.0)
+    delta = Source(unet, EPS, BASE_TOLD, longer).delta(SourceStep(X, SIGMA, 4.0))
     torch.testing.assert_close(delta, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_every_image_of_a_batch_may_have_its_own_prompt() -> None:
     unet = tiny_unet()
     both = Conditioning(torch.cat((BASE_TOLD.cond, ADAPTED_TOLD.cond)), BASE_TOLD.uncond)
-    delta = Source(unet, EPS, BASE_TOLD, both).delta(X, SIGMA, 4.0)
+    delta = Source(unet, EPS, BASE_TOLD, both).delta(SourceStep(X, SIGMA, 4.0))
     assert delta[0].abs().max() < 1e-4
     one = Conditioning(ADAPTED_TOLD.cond, BASE_TOLD.uncond)
     expected = separately(unet, one, 4.0) - separately(unet, BASE_TOLD, 4.0)
@@ -143,20 +144,20 @@ def test_prompts_joined_by_and_are_weighted_against_the_negative_prompt() -> Non
         return torch.stack(images)
 
     for cfg in (1.0, 4.0):
-        base, adapted = Source(unet, EPS, told, other).denoised(X, SIGMA, cfg)
+        base, adapted = Source(unet, EPS, told, other).denoised(SourceStep(X, SIGMA, cfg))
         torch.testing.assert_close(base, by_hand(told, cfg), atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(adapted, by_hand(other, cfg), atol=1e-3, rtol=1e-3)
-    skipped = Source(unet, EPS, told).denoised(X, SIGMA, 4.0, uncond_skipped=True)[0]
+    skipped = Source(unet, EPS, told).denoised(SourceStep(X, SIGMA, 4.0, uncond_skipped=True))[0]
     first = torch.cat((told.cond[:1], told.cond[2:]))
     rows = [separately(unet, Conditioning(first[i : i + 1], first[i : i + 1]), 1.0)[i] for i in (0, 1)]
     second = separately(unet, Conditioning(told.cond[1:2], first[:1]), 1.0)[0]
     expected = torch.stack((rows[0] - 0.5 * (second - rows[0]), rows[1]))
     torch.testing.assert_close(skipped, expected, atol=1e-3, rtol=1e-3)
     source = Source(unet, EPS, told)
-    added = source.denoised(X, SIGMA, 4.0, uncond_skipped=True, uncond_zero=True)[0]
+    added = source.denoised(SourceStep(X, SIGMA, 4.0, uncond_skipped=True, uncond_zero=True))[0]
     expected = torch.stack((rows[0] - 0.5 * second, 0.8 * rows[1]))
     torch.testing.assert_close(added, expected, atol=1e-3, rtol=1e-3)
-    assert not source.deltas(X, SIGMA, 4.0, uncond_skipped=True, uncond_zero=True)[1].any()
+    assert not source.deltas(SourceStep(X, SIGMA, 4.0, uncond_skipped=True, uncond_zero=True))[1].any()
 
 
 def test_each_part_of_and_has_a_delta_of_its_own() -> None:
@@ -164,7 +165,7 @@ def test_each_part_of_and_has_a_delta_of_its_own() -> None:
     cond = torch.cat([randn(1, 7, 16, seed=s) for s in (11, 12, 13)])
     told = Conditioning(cond, BASE_TOLD.uncond, weights=((1.0, -0.5), (0.8,)))
     other = replace(told, cond=cond.flip(0), uncond=ADAPTED_TOLD.uncond)
-    deltas = Source(unet, EPS, told, other).deltas(X, SIGMA, 4.0)
+    deltas = Source(unet, EPS, told, other).deltas(SourceStep(X, SIGMA, 4.0))
     assert deltas.parts is not None and deltas.parts.weights == told.weights
     images = (0, 0, 1)
     assert deltas.parts.images.tolist() == list(images)
@@ -172,33 +173,38 @@ def test_each_part_of_and_has_a_delta_of_its_own() -> None:
         alone = [Conditioning(c.cond[part : part + 1], c.uncond) for c in (told, other)]
         expected = separately(unet, alone[1], 4.0) - separately(unet, alone[0], 4.0)
         torch.testing.assert_close(deltas.parts.change[part], expected[image], atol=1e-3, rtol=1e-3)
-    assert Source(unet, EPS, told, replace(other, weights=((1.0, -0.4), (0.8,)))).deltas(X, SIGMA, 4.0).parts is None
-    assert Source(unet, EPS, told, ADAPTED_TOLD).deltas(X, SIGMA, 4.0).parts is None
-    assert Source(unet, EPS, BASE_TOLD, ADAPTED_TOLD).deltas(X, SIGMA, 4.0).parts is None
+    assert (
+        Source(unet, EPS, told, replace(other, weights=((1.0, -0.4), (0.8,)))).deltas(SourceStep(X, SIGMA, 4.0)).parts
+        is None
+    )
+    assert Source(unet, EPS, told, ADAPTED_TOLD).deltas(SourceStep(X, SIGMA, 4.0)).parts is None
+    assert Source(unet, EPS, BASE_TOLD, ADAPTED_TOLD).deltas(SourceStep(X, SIGMA, 4.0)).parts is None
 
 
 def test_prompts_may_change_from_step_to_step() -> None:
     unet = tiny_unet()
     source = Source(unet, EPS, lambda step: BASE_TOLD, lambda step: BASE_TOLD if step < 2 else ADAPTED_TOLD)
-    assert not source.delta(X, SIGMA, 4.0, step=1).any()
-    expected = Source(unet, EPS, BASE_TOLD, ADAPTED_TOLD).delta(X, SIGMA, 4.0)
-    assert torch.equal(source.delta(X, SIGMA, 4.0, step=2), expected)
+    assert not source.delta(SourceStep(X, SIGMA, 4.0, step=1)).any()
+    expected = Source(unet, EPS, BASE_TOLD, ADAPTED_TOLD).delta(SourceStep(X, SIGMA, 4.0))
+    assert torch.equal(source.delta(SourceStep(X, SIGMA, 4.0, step=2)), expected)
 
 
 def test_a_target_without_guidance_in_a_step_takes_the_source_along() -> None:
     source = Source(tiny_unet(), EPS, BASE_TOLD, ADAPTED_TOLD)
-    assert torch.equal(source.delta(X, SIGMA, 7.0, uncond_skipped=True), source.delta(X, SIGMA, 1.0))
+    assert torch.equal(
+        source.delta(SourceStep(X, SIGMA, 7.0, uncond_skipped=True)), source.delta(SourceStep(X, SIGMA, 1.0))
+    )
 
 
 def test_the_delta_for_the_negative_prompt_alone() -> None:
     unet = tiny_unet()
     source = Source(unet, EPS, BASE_TOLD, ADAPTED_TOLD)
-    guided, uncond, _ = source.deltas(X, SIGMA, 4.0)
-    assert torch.equal(guided, source.delta(X, SIGMA, 4.0))
+    guided, uncond, _ = source.deltas(SourceStep(X, SIGMA, 4.0))
+    assert torch.equal(guided, source.delta(SourceStep(X, SIGMA, 4.0)))
     negative = [replace(told, cond=told.uncond) for told in (ADAPTED_TOLD, BASE_TOLD)]
     expected = separately(unet, negative[0], 1.0) - separately(unet, negative[1], 1.0)
     torch.testing.assert_close(uncond, expected, atol=1e-3, rtol=1e-3)
-    guided, uncond, _ = source.deltas(X, SIGMA, 1.0)
+    guided, uncond, _ = source.deltas(SourceStep(X, SIGMA, 1.0))
     assert uncond is guided
 
 
@@ -212,16 +218,18 @@ def test_sdxl_labels_may_differ_between_base_and_adapted() -> None:
     base = replace(BASE_TOLD, cond_label=randn(1, 12, seed=7), uncond_label=randn(1, 12, seed=8))
     adapted = replace(base, cond_label=randn(1, 12, seed=9))
     expected = separately(unet, adapted, 4.0) - separately(unet, base, 4.0)
-    torch.testing.assert_close(Source(unet, EPS, base, adapted).delta(X, SIGMA, 4.0), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        Source(unet, EPS, base, adapted).delta(SourceStep(X, SIGMA, 4.0)), expected, atol=1e-3, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_delta_is_float32_whatever_the_weights_are(dtype: torch.dtype) -> None:
     unet = tiny_unet()
     weights = changed(unet)
-    expected = Source(adapt(unet, weights), EPS, BASE_TOLD).delta(X, SIGMA, 2.0)
+    expected = Source(adapt(unet, weights), EPS, BASE_TOLD).delta(SourceStep(X, SIGMA, 2.0))
     other = adapt(tiny_unet().to(dtype), {name: w.to(dtype) for name, w in weights.items()})
-    delta = Source(other, EPS, BASE_TOLD).delta(X.half(), SIGMA, 2.0)
+    delta = Source(other, EPS, BASE_TOLD).delta(SourceStep(X.half(), SIGMA, 2.0))
     assert delta.dtype == torch.float32
     assert (delta - expected).norm() < 0.2 * expected.norm()
 
@@ -229,9 +237,9 @@ def test_the_delta_is_float32_whatever_the_weights_are(dtype: torch.dtype) -> No
 def test_a_hosts_autocast_does_not_reach_the_source() -> None:
     unet = tiny_unet()
     source = Source(adapt(unet, changed(unet)), EPS, BASE_TOLD)
-    outside = source.delta(X, SIGMA, 2.0)
+    outside = source.delta(SourceStep(X, SIGMA, 2.0))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(source.delta(X, SIGMA, 2.0), outside)
+        assert torch.equal(source.delta(SourceStep(X, SIGMA, 2.0)), outside)
 
 
 def test_a_label_for_one_prompt_only_is_refused() -> None:

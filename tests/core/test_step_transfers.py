@@ -23,9 +23,10 @@ from lib_delta.bridges.latent_maps import solve_positive_definite
 from lib_delta.controls.control_map import ControlMap
 from lib_delta.controls.guides import ControlNetGuide, FeatureGuide, ImageGuide
 from lib_delta.core.delta_reuse import DeltaReuse, ReusePlan
-from lib_delta.core.guidance import DeltaGuidance, DenoiseStep
+from lib_delta.core.guidance import DeltaGuidance
 from lib_delta.core.guides import Guide
 from lib_delta.core.source import Source
+from lib_delta.core.steps import DenoiseStep, SourceStep
 from lib_delta.core.strength import Strength
 from lib_delta.diffusion.families import Family
 from lib_delta.models.controlnet import ControlNet, T2IAdapter, T2IConfig
@@ -152,9 +153,9 @@ def test_a_controlnet_knows_its_prompts_keys_and_values_from_step_to_step() -> N
     guide = control_net(unet)
     source = Source(unet, EPS, TOLD, guides=[guide])
     x, sigma = randn(1, 4, 8, 8), torch.tensor([2.0])
-    first = source.delta(x, sigma, 3.0)
+    first = source.delta(SourceStep(x, sigma, 3.0))
     with counted(guide.model) as calls:  # type: ignore[arg-type]
-        again = source.delta(x, sigma, 3.0, step=1)
+        again = source.delta(SourceStep(x, sigma, 3.0, step=1))
     assert torch.equal(first, again) and first.any()
     assert any(".attn2.to_q" in path for path in calls)
     assert not [path for path in calls if ".attn2.to_k" in path or ".attn2.to_v" in path]
@@ -167,7 +168,7 @@ def test_a_step_embeds_its_time_once() -> None:
     unet.time_embed["0"].adaptation = unet.time_embed["2"].adaptation = None
     source = Source(unet, EPS, TOLD)
     with counted(unet) as calls:
-        source.delta(randn(2, 4, 8, 8), torch.tensor([2.0, 2.0]), 3.0)
+        source.delta(SourceStep(randn(2, 4, 8, 8), torch.tensor([2.0, 2.0]), 3.0))
     assert calls["time_embed.0"] == [(1, 2, 32)] and calls["time_embed.2"] == [(1, 2, 128)]
 
 
@@ -180,8 +181,8 @@ def test_only_what_attends_to_the_prompt_is_known() -> None:
     unet = tiny_unet()
     source = Source(unet, EPS, TOLD)
     for _ in range(2):
-        source.denoised(randn(1, 4, 8, 8), torch.tensor([2.0]), 3.0)
-    ((_, joined),) = source._joined.values()
+        source.denoised(SourceStep(randn(1, 4, 8, 8), torch.tensor([2.0]), 3.0))
+    ((_, joined),) = source._joined
     (placed,) = joined.by_device.values()
     assert placed.text.known is not None and len(placed.text.known) == len(attentions(unet)) / 2
 

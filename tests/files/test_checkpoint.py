@@ -1,4 +1,4 @@
-"""Checkpoint files: what they are is told, they load without copies, and bad ones get one clear sentence."""
+"""Checkpoint files are detected and load without copies; damaged ones raise one clear sentence."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_families_are_told_apart(tensors: dict[str, Tensor], family: Family) -> 
         ({"string_to_param.*": torch.ones(1)}, "textual inversion"),
         ({"emb_params": torch.ones(1)}, "textual inversion"),
         ({"model_ema.diffusion_modelinput_blocks00weight": torch.ones(1)}, "averaged"),
-        ({"model.diffusion_model.x_embedder.weight": torch.ones(1)}, "of a family that is not known"),
+        ({"model.diffusion_model.x_embedder.weight": torch.ones(1)}, "of an unknown family"),
         (vae_tensors() | {"cond_stage_model.transformer.x": torch.ones(1)}, "a checkpoint without a UNet"),
         ({"encoder.conv_in.weight": torch.ones(1)}, "an autoencoder"),
         ({"text_model.final_layer_norm.weight": torch.ones(1)}, "a text encoder"),
@@ -272,7 +272,7 @@ for path in sys.argv[1:]:
 
 
 def test_weights_outlive_their_file(tmp_path: Path) -> None:
-    """A mapped file that is overwritten ends the process (SIGBUS), hence a process of its own."""
+    """Overwriting a mapped file ends the process (SIGBUS), so that this runs in a subprocess."""
     paths, tensors = [tmp_path / "a.safetensors", tmp_path / "a.ckpt"], {k: v.half() for k, v in sd1().items()}
     save(paths[0], tensors)
     torch.save(tensors, paths[1])

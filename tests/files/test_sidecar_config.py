@@ -1,4 +1,4 @@
-"""What lies beside a model's file: a checkpoint's configuration, the folder and settings that diffusers saves."""
+"""The files next to a model's: a checkpoint's configuration, and diffusers' folders and settings."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write(checkpoint: Path, text: str) -> None:
         (SGM.format(name="diffusionmodules.denoiser_scaling.EpsScaling"), "eps"),
         (LDM.format(line="parameterization: eps"), "eps"),
         (LDM.format(line="# parameterization: v"), "eps"),
-        ("parameterization: v", "eps"),  # elsewhere it means nothing
+        ("parameterization: v", "eps"),  # has no meaning at this level
         ("network: {dim: 4}\nsteps: [1, 2]", "eps"),  # a trainer's settings
         ("- a list", "eps"),
         ("", "eps"),
@@ -102,7 +102,7 @@ def test_a_yaml_that_cannot_be_followed_is_told(text: str, told: str, checkpoint
 def test_a_yaml_that_repeats_itself_without_end_takes_no_memory(checkpoint: Path) -> None:
     merges = "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 200))
     write(checkpoint, f"a0: &a0 {{x: 1}}\n{merges}model: {{params: {{parameterization: v, deep: *a199}}}}\n")
-    assert describe(checkpoint).prediction == "v"  # a reading that follows them never ends
+    assert describe(checkpoint).prediction == "v"  # a reader that follows the merges would never end
 
 
 def test_a_tag_in_a_yaml_makes_nothing(checkpoint: Path, tmp_path: Path) -> None:

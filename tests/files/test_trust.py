@@ -1,4 +1,4 @@
-"""No model file runs code: whatever is not known to be plain weights is refused before a loader of torch's sees it."""
+"""No model file runs code: everything except plain weights is refused before a loader of torch reads it."""
 
 import io
 import pickle
@@ -23,7 +23,7 @@ from lib_delta.files.weight_file import WeightFile
 
 @pytest.fixture(autouse=True)
 def no_loader_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every way in which torch reads files fail the test that reaches it."""
+    """Make every loader of torch fail the test that reaches it."""
 
     def reached(*_: Any, **__: Any) -> None:
         pytest.fail("a loader of torch's was reached")
@@ -41,7 +41,7 @@ def no_loader_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Writing(nn.Module):
-    """A TorchScript module that writes a file as it is loaded."""
+    """A TorchScript module that writes a file when it is loaded."""
 
     mark: str
 
@@ -126,7 +126,7 @@ def test_programs_are_refused_under_any_name(program: str, stored: bool, tmp_pat
 
 
 def archive(*more: tuple[str, bytes], drop: str = "", root: str = "archive", tensors: Any = None) -> bytes:
-    """Return a file of torch.save with records more or less, uncompressed."""
+    """Return a file of torch.save with added or removed records, uncompressed."""
     plain, out = io.BytesIO(), io.BytesIO()
     torch.save({"w": torch.arange(6.0)} if tensors is None else tensors, plain)
     with zipfile.ZipFile(plain) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as new:
@@ -156,10 +156,10 @@ def refusal(content: bytes, tmp_path: Path) -> str:
         ("archive/.data/extern_modules", "package"),
         ("archive/.data/version", "package"),
         ("serialized_exported_program.json", "exported"),
-        ("archive/more.py", "more in it than weights"),
-        ("archive/data/../../x", "more in it than weights"),
-        ("archive/data/x", "more in it than weights"),
-        ("archive/data.pkl/", "more in it than weights"),
+        ("archive/more.py", "contains more than weights"),
+        ("archive/data/../../x", "contains more than weights"),
+        ("archive/data/x", "contains more than weights"),
+        ("archive/data.pkl/", "contains more than weights"),
         ("other/data.pkl", "several"),
         ("archive/data.pkl", "two records"),
     ],
@@ -311,7 +311,7 @@ def test_lists_in_lists_many_times_over_end(tmp_path: Path) -> None:
 
 
 def test_pickles_in_pickles_are_not_opened(tmp_path: Path) -> None:
-    """torch pickles a storage alone as bytes that are a file of its own, with a function to load that."""
+    """torch pickles a bare storage as the bytes of another file, with a function to load them."""
     inner = pickle.dumps(torch.ones(2).untyped_storage(), protocol=2)
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive())) as old, zipfile.ZipFile(out, "w") as new:
@@ -320,7 +320,7 @@ def test_pickles_in_pickles_are_not_opened(tmp_path: Path) -> None:
     assert "_load_from_bytes" in refusal(out.getvalue(), tmp_path)
 
 
-# What is allowed reads as torch itself would read it.
+# Allowed files read as with torch's loader.
 
 
 def samples() -> dict[str, Tensor]:
@@ -368,7 +368,7 @@ def test_small_floats_read_as_torch_reads_them(name: str, tmp_path: Path) -> Non
 
 
 def test_what_old_training_runs_left_is_passed_over(tmp_path: Path) -> None:
-    """The checkpoints of 2022 hold a callback's class and numpy's numbers beside their weights."""
+    """The checkpoints of 2022 contain a callback's class and numpy's numbers next to their weights."""
     plain = io.BytesIO()
     torch.save({"callbacks": "HERE", "state_dict": {"w": torch.ones(2)}}, plain)
     left = (

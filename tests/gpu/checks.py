@@ -26,6 +26,7 @@ from lib_delta.adapters.attach import AdapterForm, attach, detach
 from lib_delta.bridges import choose_bridge
 from lib_delta.core.conditioning import Conditioning
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.devices import empty_cache, out_of_memory, trim_heap
 from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.diffusion.parameterization import Parameterization
@@ -36,22 +37,10 @@ from lib_delta.runtime.placement import Restorable, Stream, copy_to_device
 from lib_delta.runtime.side_model import _store_as
 from tests.gpu.card import MB, Card, own_memory
 
-# What a release of Stable Diffusion 1.5 has.
-SD15 = UNetConfig(
-    in_channels=4,
-    out_channels=4,
-    model_channels=320,
-    levels=(320, 640, 1280, 1280),
-    res_blocks=(2, 2, 2, 2),
-    depth_in=(1, 1, 1, 1, 1, 1, 0, 0),
-    depth_middle=1,
-    depth_out=(0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1),
-    context_width=768,
-    linear_projection=False,
-)
+SD15 = UNetConfig.sd15()
 # The same at a fraction of the width: what fits beside its own reference in fp32, and what a CPU computes in seconds.
-HALF = replace(SD15, model_channels=160, levels=(160, 320, 640, 640))
-FIFTH = replace(SD15, model_channels=64, levels=(64, 128, 256, 256))
+HALF = UNetConfig.sd15(width=160)
+FIFTH = UNetConfig.sd15(width=64)
 # What torch compiles soon enough: one level, one transformer.
 NARROWEST = replace(
     SD15, model_channels=32, levels=(32,), res_blocks=(1,), depth_in=(0,), depth_out=(0, 0), context_width=32
@@ -142,7 +131,7 @@ class Bench:
 
     def delta(self, source: Source) -> Tensor:
         """Return the delta of one step, in fp32."""
-        return source.deltas(*self.step(), CFG)[0]
+        return source.deltas(SourceStep(*self.step(), CFG))[0]
 
     def halves(self) -> Iterator[tuple[str, torch.dtype]]:
         """Yield the half precisions that the device computes in."""
@@ -372,9 +361,9 @@ def synchronisation(bench: Bench, watched: Callable[[], AbstractContextManager[S
     attach(unet, [(bench.lora(unet), 1.0)], "merged")
     source = bench.source(unet)
     x, sigma = SIGMA * bench.random(1, 4, bench.side, bench.side), torch.tensor([SIGMA]).to(bench.device)
-    source.deltas(x, sigma, CFG, 0)
+    source.deltas(SourceStep(x, sigma, CFG, 0))
     with watched() as waits:
-        source.deltas(x, sigma, CFG, 1)
+        source.deltas(SourceStep(x, sigma, CFG, 1))
     found = f"{len(waits)}: {waits[0]}"[:80] if waits else "none"
     yield Line("points at which a step waits for the device", found, not waits)
 
@@ -488,13 +477,13 @@ def timings(bench: Bench, count: int = 5) -> Iterator[Line]:
 
 def _timed(bench: Bench, source: Source, side: int, count: int) -> str:
     card, (x, sigma) = bench.card, bench.step(side)
-    source.denoised(x, sigma, CFG)
+    source.denoised(SourceStep(x, sigma, CFG))
     card.wait()
     card.forget_peak()
     resting, passes, times = bench.used(), source.evaluations, []
     for _ in range(count):
         start = time.perf_counter()
-        source.denoised(x, sigma, CFG)
+        source.denoised(SourceStep(x, sigma, CFG))
         card.wait()
         times.append(1000 * (time.perf_counter() - start))
     peak = card.peak()

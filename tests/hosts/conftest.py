@@ -1,7 +1,6 @@
 """The WebUIs that tests run in: a stand-in of each, started once for all tests of a file.
 
-A file names its WebUIs in ``HOSTS`` (all of them where it does not) and puts files of its own beside the common ones
-in ``add_files(files)``.
+A test file names its WebUIs in ``HOSTS`` (default: all), and may add files for them in ``add_files(files)``.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.small_files import make_files
+from tests.support.small_files import Files, make_files
 from tests.support.stand_in_webui import WebUI, running
 
 ALL = ("a1111", "forge", "neo")
@@ -24,7 +23,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
-    """The stand-in, with whatever the tests before have left in it."""
+    """The stand-in, in the state that earlier tests left."""
     files = make_files(tmp_path_factory.mktemp(request.param))
     add_files = getattr(request.module, "add_files", None)
     if add_files is not None:
@@ -35,6 +34,12 @@ def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def webui(started: WebUI) -> Iterator[WebUI]:
-    """The stand-in as it was started."""
+    """The stand-in, reset after each test."""
     yield started
     started.reset()
+
+
+@pytest.fixture
+def files(webui: WebUI) -> Files:
+    """The stand-in's files."""
+    return webui.files

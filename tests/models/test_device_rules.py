@@ -1,4 +1,4 @@
-"""What devices refuse, lose and say; with every torch, and where a host casts weights by hand."""
+"""Limits of devices: refusals, lost results and reports; with every torch, and hosts that cast weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lib_delta.models import taesd
 from tests.support.stand_in_device import DEVICE, OnDevice, stand_in_device
 from tests.support.tiny_unet import randn
 
-# What they say, each in its own words.
+# Their out-of-memory messages.
 SHORT = [
     "CUDA out of memory. Tried to allocate 20.00 MiB",
     "HIP out of memory. Tried to allocate 20.00 MiB",
@@ -164,7 +164,7 @@ def test_pictures_of_every_size_cross_on_a_device_like_apples(target: Family, si
 
 
 def _bring_home(bridge: Any) -> None:
-    """Bridges are read once and stay where they last were."""
+    """Bridges are loaded once and stay on their last device."""
     for part in (bridge, *getattr(bridge, "bridges", ())):
         for module in (getattr(part, name, None) for name in ("state", "difference", "stitched")):
             if module is not None:

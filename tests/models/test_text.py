@@ -44,7 +44,7 @@ def randomize(module: nn.Module, seed: int) -> None:
 
 
 def clip_model(vocabulary: int, width: int = 96, heads: int = 4, positions: int = 12) -> CLIPTextModel:
-    """Make a narrow CLIP-L as transformers makes it."""
+    """Return a narrow CLIP-L of transformers."""
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -116,7 +116,7 @@ def tokens_like(vocabulary: int, length: int = 12, pad: int | None = None) -> Te
 
 
 def sd1_tensors(model: CLIPTextModel) -> dict[str, Tensor]:
-    """CLIP-L under SD 1.x's keys, whatever the version of transformers calls them."""
+    """CLIP-L under SD 1.x's keys, in any version of transformers."""
     return prefixed(SD1_PREFIX, getattr(model, "text_model", model))
 
 

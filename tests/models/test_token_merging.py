@@ -1,4 +1,4 @@
-"""Token merging is that of the package ``tomesd``, by which AUTOMATIC1111 has it, and in the form that Forge has."""
+"""Token merging equals that of the package ``tomesd``, as in AUTOMATIC1111, and Forge's form of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lib_delta.core.conditioning import Conditioning
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.diffusion.parameterization import Parameterization
 from lib_delta.models.injection import Injection
 from lib_delta.models.token_merging import RandomChoice, TokenMerging
@@ -31,7 +32,7 @@ def block() -> TransformerBlock:
 
 
 def by_tomesd(block: TransformerBlock, x: Tensor, size: tuple[int, int], merging: TokenMerging, **how: Any) -> Tensor:
-    """The block with the package's merging: of all that attends and is attended to, or of queries alone."""
+    """The block with the package's merging: of queries, keys and values, or only of queries."""
     count, stride = int(x.shape[1] * merging.ratio), merging.stride
     normed = block.norm1(x[None])[0]
     compared = normed if merging.queries else x
@@ -71,7 +72,7 @@ def test_the_random_choice_is_the_one_that_torch_would_make_next(block: Transfor
     block.merging = merging = TokenMerging(0.5, queries=True, choice=drawn)
     expected = by_tomesd(block, x, size, merging, generator=torch.default_generator)
     other = by_tomesd(block, x, size, merging, generator=torch.default_generator)
-    for _ in range(2):  # in parts, or for base and adapted in turn, it stays the same
+    for _ in range(2):  # the choice is the same in parts, and for base and adapted in turn
         got = block(x[None], TextContext(TEXT), Injection(), torch.Size(size))[0]
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert (other - expected).norm() > 1e-3 * expected.norm()
@@ -104,10 +105,10 @@ def test_base_and_adapted_model_each_merge_what_is_alike_in_them() -> None:
         return unet, weights
 
     unet, weights = merged()
-    base = Source(unet, Parameterization(), told).denoised(x, sigma, 3.0)
+    base = Source(unet, Parameterization(), told).denoised(SourceStep(x, sigma, 3.0))
     unet.load_state_dict(weights, strict=False)
-    adapted = Source(unet, Parameterization(), told).denoised(x, sigma, 3.0)
+    adapted = Source(unet, Parameterization(), told).denoised(SourceStep(x, sigma, 3.0))
     forked, weights = merged()
-    both = Source(adapt(forked, weights), Parameterization(), told).denoised(x, sigma, 3.0)
+    both = Source(adapt(forked, weights), Parameterization(), told).denoised(SourceStep(x, sigma, 3.0))
     torch.testing.assert_close(both, torch.cat((base, adapted)), atol=1e-3, rtol=1e-3)
     assert (adapted - base).norm() > 1e-3 * base.norm()

@@ -57,7 +57,7 @@ LAYOUTS = {"sd1": SD1, "sd1-inpainting": {**SD1, "in_channels": 9}, "sd2": SD2, 
 
 
 def unet_shapes(reference: nn.Module, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that a UNet of this layout has in LDM names: those of a UNet of ours that diffusers accepts."""
+    """Return a UNet's shapes by LDM names, from a UNet that diffusers accepts."""
     names = convert_names(ldm_config(config), config)
     state = reference.state_dict()
     assert set(names.values()) == set(state)
@@ -65,7 +65,7 @@ def unet_shapes(reference: nn.Module, config: Mapping[str, Any]) -> dict[str, tu
 
 
 def convert_names(ours: UNetConfig, config: Mapping[str, Any]) -> dict[str, str]:
-    """Map our key names to diffusers', by its own conversion of a checkpoint that holds its names as values."""
+    """Map LDM's key names to diffusers', by its conversion of a checkpoint whose values are its names."""
     with torch.device("meta"):
         names = {f"{UNET_PREFIX}{k}": v for k, v in UNet(ours).state_dict().items()}
     by_tensor = {id(v): k.removeprefix(UNET_PREFIX) for k, v in names.items()}

@@ -13,8 +13,8 @@ from lib_delta.models.vae import VAE, VAEConfig
 diffusers = pytest.importorskip("diffusers")
 convert_from_ckpt = pytest.importorskip("diffusers.pipelines.stable_diffusion.convert_from_ckpt")
 
-# Widths, blocks a level, groups of the norms: the released models' (but for the last two levels, which
-# have 512 channels), a shallower one, and one too narrow for 32 groups.
+# Widths, blocks per level, groups of the norms: the released models' (except the last two levels, which have 512
+# channels), a shallower one, and one too narrow for 32 groups.
 LAYOUTS = {"released": ((128, 256, 256, 256), 2, 32), "shallow": ((128, 256), 1, 32), "narrow": ((32, 32), 1, 8)}
 
 

@@ -1,4 +1,4 @@
-"""The rows below the box of the LoRAs: what they show, and what becomes of the texts when one is edited."""
+"""The rows below the LoRA box: their HTML, and the texts after an edit."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def card(name: str) -> LoraCard:
 
 
 class Tags(HTMLParser):
-    """The elements of a piece of HTML, and its text."""
+    """The elements and the text of some HTML."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.found: list[dict[str, Any]] = []
+        self.tags: list[dict[str, Any]] = []
         self.text = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.found.append({"tag": tag, **dict(attrs)})
+        self.tags.append({"tag": tag, **dict(attrs)})
 
     def handle_data(self, data: str) -> None:
         self.text += data
 
     def of(self, **about: str) -> list[dict[str, Any]]:
-        return [tag for tag in self.found if all(tag.get(key) == value for key, value in about.items())]
+        return [tag for tag in self.tags if all(tag.get(key) == value for key, value in about.items())]
 
 
 def shown(loras: str, prompt: str = "", negative: str = "") -> Tags:
@@ -49,10 +49,10 @@ def test_each_lora_has_a_row_with_its_weight() -> None:
     sliders = [(tag["min"], tag["max"], tag["value"]) for tag in tags.of(type="range")]
     assert sliders == [("0", "2", "0.8"), ("0", "2", "1.2"), ("-2", "2", "-1.5"), ("0", "3", "3")]
     assert [tag["value"] for tag in tags.of(type="number")] == ["0.8", "1.2", "-1.5", "3"]
-    assert [tag["data-name"] for tag in tags.found if "data-name" in tag] == ["moxin", "plain", "8", "moxin"]
+    assert [tag["data-name"] for tag in tags.tags if "data-name" in tag] == ["moxin", "plain", "8", "moxin"]
 
 
-def test_trigger_words_are_offered_and_a_name_that_is_not_there_is_told() -> None:
+def test_rows_offer_trigger_words_and_report_a_missing_lora() -> None:
     tags = shown("moxin, plain, moxxin")
     assert len(tags.of(**{"data-do": "words"})) == len(tags.of(**{"data-do": "negative"})) == 1
     assert "+ moxin style, ink" in tags.text and "\N{MINUS SIGN} photo, <3d>" in tags.text
@@ -60,23 +60,23 @@ def test_trigger_words_are_offered_and_a_name_that_is_not_there_is_told() -> Non
     assert "\N{CHECK MARK} moxin style, ink" in shown("moxin", "a cat, moxin style, ink").text
 
 
-def test_what_cannot_be_read_is_told_in_place_of_rows_and_names_are_no_markup() -> None:
+def test_an_invalid_box_shows_its_error_and_names_are_escaped() -> None:
     assert shown("moxin:much").text == "LoRA pick 'moxin:much' has weight 'much': a number is needed"
     assert shown("").text == ""
     tags = shown('"<b>&\'":0.5')
-    assert not tags.of(tag="b") and next(tag for tag in tags.found if "data-name" in tag)["data-name"] == "<b>&'"
+    assert not tags.of(tag="b") and next(tag for tag in tags.tags if "data-name" in tag)["data-name"] == "<b>&'"
 
 
-def edit(told: BoxTexts, **about: Any) -> BoxTexts:
-    return apply_edit(told, about, card)
+def edit(texts: BoxTexts, **about: Any) -> BoxTexts:
+    return apply_edit(texts, about, card)
 
 
-def test_a_weight_is_changed_where_it_stands_and_all_else_is_kept() -> None:
-    told = BoxTexts("moxin:0.8:te=0.5:lbw=MIDD, <lora:plain:1.2>", "a", "b")
-    after = edit(told, do="weight", index=0, name="moxin", weight=0.30000000000000004)
+def test_an_edited_weight_changes_nothing_else() -> None:
+    texts = BoxTexts("moxin:0.8:te=0.5:lbw=MIDD, <lora:plain:1.2>", "a", "b")
+    after = edit(texts, do="weight", index=0, name="moxin", weight=0.30000000000000004)
     assert after == BoxTexts("moxin:0.3:te=0.5:lbw=MIDD, plain:1.2", "a", "b")
     assert edit(after, do="weight", index=1, name="plain", weight=1).loras == "moxin:0.3:te=0.5:lbw=MIDD, plain"
-    assert edit(told, do="drop", index=0, name="moxin").loras == "plain:1.2"
+    assert edit(texts, do="drop", index=0, name="moxin").loras == "plain:1.2"
 
 
 @pytest.mark.parametrize(
@@ -94,32 +94,32 @@ def test_a_weight_is_changed_where_it_stands_and_all_else_is_kept() -> None:
         {},
     ],
 )
-def test_an_edit_that_fits_nothing_changes_nothing(about: dict[str, Any]) -> None:
-    told = BoxTexts("moxin:0.8, plain:1", "a", "b")
-    assert apply_edit(told, about, card) == told
+def test_an_edit_that_does_not_fit_changes_nothing(about: dict[str, Any]) -> None:
+    texts = BoxTexts("moxin:0.8, plain:1", "a", "b")
+    assert apply_edit(texts, about, card) == texts
 
 
-def test_words_join_a_prompt_once_and_an_empty_one_still_means_the_main_one() -> None:
-    told = edit(BoxTexts("moxin"), do="words", name="moxin")
-    assert told.prompt == "{prompt}, moxin style, ink" and told.negative_prompt == ""
-    assert edit(told, do="words", name="moxin") == told
+def test_words_join_a_prompt_once_and_an_empty_prompt_becomes_the_main_one() -> None:
+    texts = edit(BoxTexts("moxin"), do="words", name="moxin")
+    assert texts.prompt == "{prompt}, moxin style, ink" and texts.negative_prompt == ""
+    assert edit(texts, do="words", name="moxin") == texts
     assert edit(BoxTexts("moxin", "", "grey,"), do="negative", name="moxin").negative_prompt == "grey, photo, <3d>"
     assert with_words("a cat, ", "ink") == "a cat, ink"
 
 
-def test_a_card_adds_its_lora_and_a_second_click_takes_it_out() -> None:
+def test_a_card_adds_its_lora_and_a_second_click_removes_it() -> None:
     clicked = {"do": "card", "text": "<lora:alias:0.7> moxin style, ink"}
-    told = edit(BoxTexts("plain:0.5"), **clicked)
-    assert told == BoxTexts("plain:0.5, moxin:0.7"), "under the name in the list, and the prompt is the user's"
+    texts = edit(BoxTexts("plain:0.5"), **clicked)
+    assert texts == BoxTexts("plain:0.5, moxin:0.7"), "by its name in the list, and the prompt is unchanged"
     assert edit(BoxTexts(), do="card", text="<lora:alias:>").loras == "moxin:0.7", (
-        "without a weight it is the card's own"
+        "the weight of its card if the click has none"
     )
-    told = edit(BoxTexts("plain:0.5, moxin:0.2:te=0"), **clicked)
-    assert told == BoxTexts("plain:0.5")
-    assert edit(BoxTexts("plain:"), **clicked).loras == "plain:, moxin:0.7", "half written: the user goes on from there"
+    texts = edit(BoxTexts("plain:0.5, moxin:0.2:te=0"), **clicked)
+    assert texts == BoxTexts("plain:0.5")
+    assert edit(BoxTexts("plain:"), **clicked).loras == "plain:, moxin:0.7", "the user is still typing"
 
 
-def test_a_joined_name_is_read_back() -> None:
+def test_an_added_name_is_parsed_back() -> None:
     for name in ("my, ink", "8", 'the "one"'):
         (pick,) = parse_picks(add_lora("", name, 0.6))
         assert (pick.name, pick.weight) == (name, 0.6)

@@ -1,48 +1,40 @@
-"""Units of ControlNets and IP-Adapters: their recipes, and what the accordion and API calls give."""
+"""Units: recipes, and the values of the accordion and of API calls."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lib_delta.controls.control_map import ResizeMode
-from lib_delta.controls.guides import Mode, WeightType
 from lib_delta.errors import SettingError
 from lib_delta.request import control_unit
-from lib_delta.request.control_unit import (
-    MODES,
-    RESIZES,
-    UNIT_FIELDS,
-    WEIGHT_TYPES,
-    Unit,
-    format_units,
-    parse_units,
-    read_unit,
-)
-from lib_delta.request.request import SETTINGS, Request, from_infotext
+from lib_delta.request.control_unit import Unit, format_units, parse_units, read_unit
+from lib_delta.request.fields import SETTINGS, UNIT_FIELDS
+from lib_delta.request.infotext import from_infotext
+from lib_delta.request.request import Request
 from lib_delta.request.schema import schema
+from lib_delta.request.setting_choices import MODES, RESIZES, WEIGHT_TYPES
 
-CANNY = Unit(True, model="control_v11p_sd15_canny", preprocessor="canny", weight=0.8, end=0.6)
+CANNY = Unit(enabled=True, model="control_v11p_sd15_canny", preprocessor="canny", weight=0.8, end=0.6)
 
 
-def test_a_recipe_reads_as_people_write_it() -> None:
+def test_recipes_are_parsed_as_people_write_them() -> None:
     assert parse_units("canny@control_v11p_sd15_canny:0.8:end=0.6") == (CANNY,)
     assert parse_units("depth, off, \n ip-adapter_sd15 : 0.5 : type=ease in") == (
-        Unit(True, model="depth"),
+        Unit(enabled=True, model="depth"),
         Unit(),
-        Unit(True, model="ip-adapter_sd15", weight=0.5, weight_type="ease in"),
+        Unit(enabled=True, model="ip-adapter_sd15", weight=0.5, weight_type="ease in"),
     )
     assert parse_units("") == ()
 
 
-def test_a_recipe_is_written_as_short_as_it_can_be() -> None:
-    assert format_units([Unit(True, model="depth"), Unit(), CANNY, Unit()]) == f"depth, off, {CANNY}"
+def test_recipes_are_as_short_as_possible() -> None:
+    assert format_units([Unit(enabled=True, model="depth"), Unit(), CANNY, Unit()]) == f"depth, off, {CANNY}"
     assert str(CANNY) == "canny@control_v11p_sd15_canny:0.8:end=0.6"
     assert format_units([Unit(model="depth"), Unit()]) == ""
 
@@ -68,13 +60,13 @@ UNITS = st.builds(
 
 @settings(deadline=None)
 @given(st.lists(UNITS | st.just(Unit()), max_size=4))
-@example([Unit(True, model="off"), Unit(), Unit(True, model="a@b, c:d", preprocessor='say "x"')])
-@example([Unit(True, model="0.8"), Unit(True, preprocessor="canny"), Unit(True, model="\\")])
+@example([Unit(enabled=True, model="off"), Unit(), Unit(enabled=True, model="a@b, c:d", preprocessor='say "x"')])
+@example([Unit(enabled=True, model="0.8"), Unit(enabled=True, preprocessor="canny"), Unit(enabled=True, model="\\")])
 def test_recipes_round_trip_exactly(given_units: list[Unit]) -> None:
-    kept = list(parse_units(format_units(given_units)))
+    parsed = list(parse_units(format_units(given_units)))
     while given_units and not given_units[-1].enabled:
         given_units.pop()
-    assert kept == given_units
+    assert parsed == given_units
 
 
 @pytest.mark.parametrize(
@@ -90,7 +82,7 @@ def test_recipes_round_trip_exactly(given_units: list[Unit]) -> None:
         ("canny@a:0,8", "unit '8' has a number for a model: write 0.8 with a point"),
     ],
 )
-def test_what_cannot_be_read_is_told(recipe: str, sentence: str) -> None:
+def test_errors_quote_the_invalid_part(recipe: str, sentence: str) -> None:
     with pytest.raises(SettingError) as error:
         parse_units(recipe)
     assert sentence in str(error.value)
@@ -101,14 +93,14 @@ def test_what_cannot_be_read_is_told(recipe: str, sentence: str) -> None:
     [
         ({"weight": 3}, "unit 2 has weight 3: a number from 0 to 2 is needed"),
         ({"weight": None}, "unit 2 has weight null"),
-        ({"start": 0.8, "end": 0.2}, "unit 2 is to count from 0.8 to 0.2"),
+        ({"start": 0.8, "end": 0.2}, "unit 2 has start 0.8 and end 0.2"),
         ({"mode": "strong"}, 'unit 2 has mode "strong"'),
-        ({"resolution": 8}, "unit 2 has resolution 8: a number from 64 to 4096, or -1 for its own, is needed"),
+        ({"resolution": 8}, "unit 2 has resolution 8: a number from 64 to 4096, or -1 for the"),
         ({"weight_type": 7}, "unit 2 has weight_type 7"),
         ({"pixel_perfect": "yes"}, 'unit 2 has pixel_perfect "yes": true or false is needed'),
     ],
 )
-def test_a_wrong_value_is_told_with_its_unit_unless_it_is_off(change: dict[str, Any], sentence: str) -> None:
+def test_errors_name_the_unit_unless_it_is_off(change: dict[str, Any], sentence: str) -> None:
     wrong = replace(CANNY, **change)
     with pytest.raises(SettingError) as error:
         Request(enabled=True, units=(CANNY, wrong))
@@ -117,8 +109,8 @@ def test_a_wrong_value_is_told_with_its_unit_unless_it_is_off(change: dict[str, 
     assert not Request(units=(wrong,)).wanted
 
 
-def test_the_api_takes_the_keys_and_values_of_controlnets_own() -> None:
-    theirs = {
+def test_units_accept_the_keys_and_values_of_controlnets_api() -> None:
+    controlnet = {
         "enabled": True,
         "image": {"image": "aGk=", "mask": None},
         "module": "canny",
@@ -132,9 +124,11 @@ def test_the_api_takes_the_keys_and_values_of_controlnets_own() -> None:
         "threshold_a": 64,
         "low_vram": False,
     }
-    unit = read_unit(theirs, 1)
-    wanted = Unit(True, None, theirs["model"], "canny", 1.0, 0.1, 0.9, "control", "crop and resize", False, 768, 64.0)
-    assert unit == wanted and unit.image == "aGk="
+    unit = read_unit(controlnet, 1)
+    expected = Unit(
+        True, None, controlnet["model"], "canny", 1.0, 0.1, 0.9, "control", "crop and resize", False, 768, 64.0
+    )
+    assert unit == expected and unit.image == "aGk="
     assert read_unit({"model": "a", "control_mode": 1, "resize_mode": 0, "module": "none"}, 1) == Unit(
         True, model="a", mode="prompt", resize="just resize"
     )
@@ -151,7 +145,7 @@ def test_the_api_takes_the_keys_and_values_of_controlnets_own() -> None:
         ("canny@", "has no name of a model"),
     ],
 )
-def test_wrong_units_of_an_api_call_give_a_sentence(given_units: Any, sentence: str) -> None:
+def test_wrong_units_of_an_api_call_raise_one_sentence(given_units: Any, sentence: str) -> None:
     with pytest.raises(SettingError) as error:
         Request.from_arguments([{"units": given_units}])
     assert sentence in str(error.value)
@@ -160,7 +154,7 @@ def test_wrong_units_of_an_api_call_give_a_sentence(given_units: Any, sentence: 
 
 def test_units_of_an_api_call_are_recipes_or_dictionaries() -> None:
     request = Request.from_arguments([{"units": [str(CANNY), {"model": "depth", "image": "a.png"}]}])
-    assert request.units == (CANNY, Unit(True, model="depth")) and request.units[1].image == "a.png"
+    assert request.units == (CANNY, Unit(enabled=True, model="depth")) and request.units[1].image == "a.png"
     assert Request.from_arguments([{"units": str(CANNY)}]).units == (CANNY,)
     described = schema()["properties"]["units"]["items"]["anyOf"][0]["properties"]
     assert set(described) == {*UNIT_FIELDS, "recipe"}
@@ -170,7 +164,7 @@ def test_units_of_an_api_call_are_recipes_or_dictionaries() -> None:
         read_unit({"recipe": "canny@"}, 1)
 
 
-def test_widgets_follow_the_settings_unit_by_unit() -> None:
+def test_the_units_widgets_follow_the_settings_unit_by_unit() -> None:
     values = [f.default for f in SETTINGS]
     values[0] = True
     row = [True, "picture", "depth", "None", 1, 0, 0.5, "prompt", "just resize", True, 512.0, -1, -1, "linear", ["b"]]
@@ -180,25 +174,21 @@ def test_widgets_follow_the_settings_unit_by_unit() -> None:
     assert first.pictures == ["picture", "b"] and not second.enabled
 
 
-def test_a_pictures_text_has_the_units_and_gives_them_back() -> None:
+def test_infotext_restores_the_units() -> None:
     request = Request(enabled=True, units=(Unit(), CANNY, Unit()))
-    said = request.infotext()
-    assert said["Delta units"] == "off, canny@control_v11p_sd15_canny:0.8:end=0.6"
-    assert from_infotext(said, "units") == (Unit(), CANNY)
+    values = request.infotext()
+    assert values["Delta units"] == "off, canny@control_v11p_sd15_canny:0.8:end=0.6"
+    assert from_infotext(values, "units") == (Unit(), CANNY)
     assert from_infotext({"Delta lambda": "1"}, "units") == ()
     assert from_infotext({"Delta units": "a:b:c"}, "units") == ()
     assert "Delta units" not in Request(enabled=True, units=(replace(CANNY, weight=0.0),)).infotext()
 
 
-def test_units_count_where_they_are_wanted() -> None:
+def test_units_are_active_in_their_part_of_the_run() -> None:
     request = Request(enabled=True, units=(replace(CANNY, start=0.2),))
     assert [request.differs_at(progress) for progress in (0, 0.2, 0.6, 0.7)] == [False, True, True, False]
     assert request.has_units and not request.always_differs
     assert not Request(enabled=True, units=(replace(CANNY, weight=0.0),)).differs_at(0.4)
-
-
-def test_choices_are_those_of_the_engine() -> None:
-    assert get_args(Mode) == MODES and get_args(ResizeMode) == RESIZES and get_args(WeightType) == WEIGHT_TYPES
 
 
 def test_importing_units_imports_no_torch() -> None:

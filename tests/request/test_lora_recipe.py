@@ -1,4 +1,4 @@
-"""Recipes of adapters, and block weights."""
+"""LoRA recipes, timelines, and block weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lib_delta.request.lora_recipe import Pick, format_picks, parse_picks
 from lib_delta.request.request import Request
 
 
-def test_a_recipe_reads_as_people_write_it() -> None:
+def test_recipes_are_parsed_as_people_write_them() -> None:
     assert parse_picks("moxin:0.8, lineart:1:te=0.5\n c ") == (Pick("moxin", 0.8), Pick("lineart", 1, 0.5), Pick("c"))
     assert parse_picks("") == parse_picks(" , ") == ()
     (pick,) = parse_picks("a:0.5:te=0:lbw=MIDD:start=0.2:end=0.8:dyn=4")
@@ -23,7 +23,7 @@ def test_a_recipe_reads_as_people_write_it() -> None:
     assert parse_picks("a:unet=0.5:te=1") == (Pick("a", 0.5, 1.0),)
 
 
-def test_tags_of_the_webui_are_picks_as_well() -> None:
+def test_tags_of_the_webui_are_picks_too() -> None:
     assert parse_picks("<lora:moxin:0.8>") == (Pick("moxin", 0.8),)
     assert parse_picks("a:0.5 <lora:my, b:0.2:0.7> <lyco:c:1:dyn=4>") == (
         Pick("a", 0.5),
@@ -32,11 +32,11 @@ def test_tags_of_the_webui_are_picks_as_well() -> None:
     )
 
 
-def test_a_recipe_is_written_as_short_as_it_can_be() -> None:
+def test_recipes_are_as_short_as_possible() -> None:
     assert format_picks([Pick("a"), Pick("b", 0.8), Pick("c", 1.0, 0.5)]) == "a, b:0.8, c:1:te=0.5"
 
 
-def test_values_of_block_weights_keep_their_commas() -> None:
+def test_a_list_of_block_weights_is_not_split_at_its_commas() -> None:
     values = ",".join(["1", "0.5", *["0"] * 15])
     first, second = parse_picks(f"a:1:lbw={values}:end=0.5, b")
     assert first == Pick("a", blocks=values, end=0.5) and second == Pick("b")
@@ -74,35 +74,35 @@ def test_recipes_round_trip_exactly(picks: list[Pick]) -> None:
         ("a:1:xx=2", "cannot be read at 'xx=2'"),
         ("a:1:te=1:te=2", "cannot be read at 'te=2'"),
         ("a:nan", "has weight 'nan': a number is needed"),
-        ("a:1:start=0.8:end=0.2", "is to count from 0.8 to 0.2"),
-        ("a:1:end=2", "is to count from 0 to 2"),
+        ("a:1:start=0.8:end=0.2", "has start 0.8 and end 0.2"),
+        ("a:1:end=2", "has start 0 and end 2"),
         ("a:1:dyn=0", "has dyn=0: a whole number"),
         ("a:1:lbw=NOSUCH", "block weights 'NOSUCH' cannot be read"),
         ("a:1:lbw=1,1,1", "block weights '1,1,1' cannot be read"),
         ("a:1:lbw=R,1,1,1,1,1,1,1,1,1,1,1", "cannot be read"),
     ],
 )
-def test_what_cannot_be_read_is_told(recipe: str, sentence: str) -> None:
+def test_errors_quote_the_invalid_part(recipe: str, sentence: str) -> None:
     with pytest.raises(SettingError) as error:
         parse_picks(recipe)
     assert sentence in str(error.value)
 
 
-def test_a_list_through_the_api_has_a_pick_in_each_place() -> None:
+def test_each_item_of_an_api_list_is_one_pick() -> None:
     request = Request.from_arguments([{"loras": ["my, lora:0.5", "b:1:te=0"]}])
     assert request.picks() == (Pick("my, lora", 0.5), Pick("b", 1.0, 0.0))
 
 
-def test_tags_take_the_same_options() -> None:
+def test_prompt_tags_take_the_same_options() -> None:
     tag = ["moxin", "1.2", "weight=0.8", "te=0.5", "lbw=MIDD", "end=0.5"]
-    asked = Request().with_tags([tag])
-    assert asked.strength == 1.2 and asked.picks() == (Pick("moxin", 0.8, 0.5, "MIDD", 0.0, 0.5),)
+    request = Request().with_tags([tag])
+    assert request.strength == 1.2 and request.picks() == (Pick("moxin", 0.8, 0.5, "MIDD", 0.0, 0.5),)
 
 
-# When which LoRA counts.
+# Which LoRAs are active when.
 
 
-def test_every_point_of_a_run_has_its_stage() -> None:
+def test_stages_include_every_point_of_a_run() -> None:
     request = Request(enabled=True, loras="a:1:end=0.5, b:1:start=0.3:end=0.7, c")
     stages = request.stages()
     assert stages == {(True, False, True), (True, True, True), (False, True, True), (False, False, True)}
@@ -110,11 +110,11 @@ def test_every_point_of_a_run_has_its_stage() -> None:
     assert Request().stages() == {()}
 
 
-# Block weights.  The layout is that of the UNet of SD 1.x: 12 input blocks, the middle, 12 output blocks.
+# Block weights: the UNet of SD 1.x has 12 input blocks, a middle block and 12 output blocks.
 
 
 @pytest.mark.parametrize("count", LAYOUTS)
-def test_each_value_is_for_its_block(count: int) -> None:
+def test_each_value_weighs_its_block(count: int) -> None:
     blocks = BlockWeights.parse(",".join(str(i + 1) for i in range(count)))
     for i, name in enumerate(LAYOUTS[count]):
         path = f"{'input' if name.startswith('IN') else 'output'}_blocks.{int(name[-2:]) if i else 0}.0.x"
@@ -124,7 +124,7 @@ def test_each_value_is_for_its_block(count: int) -> None:
     assert {blocks.at(f"input_blocks.{i}.1.x") for i in range(12) if f"IN{i:02}" not in named} <= {0.0}
 
 
-def test_layers_outside_of_blocks_keep_their_weight() -> None:
+def test_layers_outside_the_blocks_keep_their_weight() -> None:
     blocks = BlockWeights.parse("NONE")
     assert blocks.at("time_embed.0") == blocks.at("out.2") == 1.0 and blocks.at("middle_block.0.in_layers.2") == 0.0
 
@@ -135,7 +135,7 @@ def test_presets_have_17_values() -> None:
     assert (deep.at("output_blocks.3.1.x"), deep.at("output_blocks.7.1.x"), deep.text) == (1.0, 0.0, 1.0)
 
 
-def test_the_text_encoders_weight_has_base_in_it() -> None:
+def test_the_text_encoders_weight_includes_base() -> None:
     values = ",".join(["0.5", *["1"] * 16])
     assert Pick("a", 0.8, blocks=values).text_weight == 0.4
     assert Pick("a", 0.8, text=0.6, blocks=values).text_weight == 0.3
@@ -147,10 +147,10 @@ def test_importing_recipes_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize("text", ["moxin:0,8", "ink, moxin:1,25:te=0", "moxin:0.5:te=0,5"])
-def test_a_decimal_comma_is_no_second_lora(text: str) -> None:
+def test_a_decimal_comma_is_refused(text: str) -> None:
     with pytest.raises(SettingError, match="write 0.8 with a point"):
         parse_picks(text)
 
 
-def test_loras_whose_names_are_numbers_are_told_from_decimals() -> None:
+def test_quoted_numbers_are_names() -> None:
     assert [pick.name for pick in parse_picks('moxin:0, 8, "9":0.5')] == ["moxin", "8", "9"]

@@ -1,4 +1,4 @@
-"""Presets: what is written is read, by people too, and a damaged file is left as it is."""
+"""Presets: they are read as they were written, people can edit them, and a damaged file stays as it is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lib_delta.errors import SettingError
 from lib_delta.request.presets import Presets
 from lib_delta.request.request import Request
 
-WANTED = Request(True, 2.5, 0.1, 0.9, "cosine", 0.2, 0.7, "v1-5", "", 'moxin:0.8, "a, b":1', prompt="{prompt}, \u00e4")
+INK = Request(True, 2.5, 0.1, 0.9, "cosine", 0.2, 0.7, "v1-5", "", 'moxin:0.8, "a, b":1', prompt="{prompt}, \u00e4")
 
 
 @pytest.fixture
@@ -21,9 +21,9 @@ def presets(tmp_path: Path) -> Presets:
 
 def test_presets_are_saved_replaced_loaded_and_deleted(presets: Presets) -> None:
     assert presets.names() == []
-    assert presets.save(" ink ", WANTED) == "ink" and presets.load("ink") == WANTED
-    presets.save("Alt", Request(True))
-    presets.save("ink", Request(True, 3.0))
+    assert presets.save(" ink ", INK) == "ink" and presets.load("ink") == INK
+    presets.save("Alt", Request(enabled=True))
+    presets.save("ink", Request(enabled=True, strength=3.0))
     assert presets.names() == ["Alt", "ink"] and presets.load("ink").strength == 3.0
     presets.delete("ink")
     assert presets.names() == ["Alt"]
@@ -31,11 +31,11 @@ def test_presets_are_saved_replaced_loaded_and_deleted(presets: Presets) -> None
 
 
 def test_the_file_has_the_keys_of_the_api_and_may_be_edited_by_hand(presets: Presets) -> None:
-    presets.save("ink", WANTED)
+    presets.save("ink", INK)
     written = json.loads(presets.path.read_text("utf-8"))["ink"]
     assert written["lambda"] == 2.5 and written["prompt"] == "{prompt}, \u00e4" and "enabled" not in written
     presets.path.write_text('\ufeff{"short": {"lambda": 2, "loras": ["moxin:1"]}}', "utf-8")
-    assert presets.load("short") == Request(True, 2.0, loras="moxin")
+    assert presets.load("short") == Request(enabled=True, strength=2.0, loras="moxin")
 
 
 @pytest.mark.parametrize(
@@ -49,25 +49,25 @@ def test_the_file_has_the_keys_of_the_api_and_may_be_edited_by_hand(presets: Pre
         ("[1]", "cannot be read"),
     ],
 )
-def test_what_is_wrong_in_the_file_is_one_sentence(presets: Presets, text: str, sentence: str) -> None:
+def test_errors_of_the_file_are_one_sentence(presets: Presets, text: str, sentence: str) -> None:
     presets.path.write_text(text, "utf-8")
     with pytest.raises(SettingError, match=sentence):
         presets.load("ink")
 
 
-def test_a_damaged_file_is_not_written_over(presets: Presets) -> None:
+def test_a_damaged_file_is_not_overwritten(presets: Presets) -> None:
     presets.path.write_text('{"ink": {"lambda": 2},', "utf-8")
     assert presets.names() == []
     with pytest.raises(SettingError, match="cannot be read"):
-        presets.save("new", WANTED)
+        presets.save("new", INK)
     assert presets.path.read_text("utf-8") == '{"ink": {"lambda": 2},'
 
 
-def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_folder_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="cannot be written to .*presets"):
-        Presets(tmp_path / "gone" / "presets.json").save("ink", WANTED)
+        Presets(tmp_path / "gone" / "presets.json").save("ink", INK)
 
 
 def test_a_preset_needs_a_name(presets: Presets) -> None:
     with pytest.raises(SettingError, match="needs a name"):
-        presets.save("  ", WANTED)
+        presets.save("  ", INK)

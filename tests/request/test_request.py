@@ -1,4 +1,4 @@
-"""The settings of one generation: API arguments, prompt tags, infotext, LoRA recipes."""
+"""Requests: API arguments, prompt tags, infotext, and the two passes of hires fix."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib_delta.errors import SettingError
+from lib_delta.request.fields import SETTINGS, UNITS
+from lib_delta.request.infotext import from_infotext, infotext_labels
 from lib_delta.request.passes import Passes
-from lib_delta.request.request import BRIDGES, Request, from_infotext, infotext_labels
+from lib_delta.request.request import Request
 from lib_delta.request.schema import schema
+from lib_delta.request.setting_choices import BRIDGES
 
 
-def test_named_and_positional_arguments_say_the_same():
+def test_named_and_positional_arguments_give_the_same_request():
     named = {"lambda": 1.5, "start": 0.1, "end": 0.9, "base": "v1-5", "loras": ["a:0.5", "b"], "hires": "first pass"}
     positional = [True, 1.5, 0.1, 0.9, "constant", 1, 1, "v1-5", "None", "a:0.5, b", "", "", "", "first pass"]
     assert Request.from_arguments([named, 1.0, "padding"]) == Request.from_arguments(positional)
@@ -45,19 +48,19 @@ def test_named_and_positional_arguments_say_the_same():
         (["yes"], "'enabled' must be true or false"),
     ],
 )
-def test_wrong_arguments_give_a_sentence_that_names_the_key(arguments, sentence):
+def test_errors_name_the_key(arguments, sentence):
     with pytest.raises(SettingError, match=sentence):
         Request.from_arguments(arguments)
 
 
-def test_the_schema_knows_every_key_and_accepts_the_defaults():
+def test_the_schema_has_every_key_and_its_defaults_are_accepted():
     described = schema()["properties"]
-    assert list(described) == [f.metadata["key"] for f in fields(Request)]
+    assert list(described) == [f.key for f in (*SETTINGS, UNITS)]
     defaults = {key: about["default"] for key, about in described.items()}
     assert Request.from_named(json.loads(json.dumps(defaults))) == Request(enabled=True)
 
 
-def test_tags_switch_on_and_join_the_picks_of_an_accordion_that_is_on():
+def test_tags_enable_the_delta_and_join_the_picks_of_an_accordion_that_is_on():
     off = Request(loras="left:0.3").with_tags([["moxin", "1.5"]])
     assert (off.enabled, off.strength, off.loras) == (True, 1.5, "moxin")
     on = Request(enabled=True, strength=0.7, loras="left:0.3").with_tags([["a", "weight=0.8", "te=0"]])
@@ -65,7 +68,7 @@ def test_tags_switch_on_and_join_the_picks_of_an_accordion_that_is_on():
     assert Request(loras="x").with_tags([]) == Request(loras="x")
 
 
-def test_a_pasted_picture_has_its_tags_lora_once():
+def test_a_pasted_picture_with_a_tag_has_its_lora_once():
     made = Request().with_tags([["moxin", "1.5", "weight=0.8"]])
     pasted = Request(enabled=True, strength=1.5, loras=made.infotext()["Delta LoRAs"])
     assert pasted.with_tags([["moxin", "1.5", "weight=0.8"]]) == made
@@ -81,7 +84,7 @@ def test_a_pasted_picture_has_its_tags_lora_once():
         ([["a", "11"]], "'lambda' must be a number from 0 to 10"),
     ],
 )
-def test_tags_that_cannot_be_read(tags, sentence):
+def test_invalid_tags_are_refused(tags, sentence):
     with pytest.raises(SettingError, match=sentence):
         Request().with_tags(tags)
 
@@ -114,7 +117,7 @@ def test_infotext_restores_everything(request_):
     }
 
 
-def test_infotext_is_short_and_says_nothing_where_there_was_no_delta():
+def test_infotext_is_short_and_empty_without_a_delta():
     assert Request(strength=2).infotext() == {}
     assert Request(enabled=True).infotext() == {"Delta lambda": "1", "Delta bridge": "stitched"}
     values = Request(enabled=True, base="v1-5", loras="moxin:0.8").infotext({"v1-5": "0123456789", "moxin": "bbb"})
@@ -129,7 +132,7 @@ def test_infotext_is_short_and_says_nothing_where_there_was_no_delta():
     assert all(len(label) < 30 and label.startswith("Delta ") for label in infotext_labels().values())
 
 
-def test_importing_settings_imports_no_torch():
+def test_importing_requests_imports_no_torch():
     code = "import sys, lib_delta.request.request; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -147,18 +150,18 @@ def test_wrong_sizes_of_the_side_model_are_refused(size):
         Request.from_named({"size": size})
 
 
-def test_a_picture_that_is_silent_about_the_bridge_was_made_with_latents_that_were_scaled():
+def test_a_picture_whose_text_names_no_bridge_restores_the_legacy_bridge():
     assert from_infotext({"Delta lambda": "1"}, "bridge") == "same_snr"
     for bridge in BRIDGES:
         assert from_infotext(Request(enabled=True, bridge=bridge).infotext(), "bridge") == bridge
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
-def test_a_picture_whose_text_states_no_number_gives_the_default(text: str) -> None:
+def test_infotext_without_a_finite_number_gives_the_default(text: str) -> None:
     assert from_infotext({"Delta lambda": text}, "strength") == 1.0
 
 
-def test_a_lora_that_counts_alone_only_between_two_others_has_a_stage_of_its_own():
+def test_stages_include_a_lora_that_is_active_only_between_two_others():
     request = Request(enabled=True, loras="a:1:end=0.4, b:1:start=0.4:end=0.6, c:1:start=0.6")
     assert request.stages() == {
         *((True, False, False), (True, True, False), (False, True, False)),
@@ -168,17 +171,17 @@ def test_a_lora_that_counts_alone_only_between_two_others_has_a_stage_of_its_own
 
 @pytest.mark.parametrize("name", ["name [x]", "name [v2]", "name [0123456789]", "name []"])
 @pytest.mark.parametrize("known", [False, True])
-def test_a_name_that_ends_in_brackets_comes_back_whole(name, known):
-    told = Request(enabled=True, base=name).infotext({name: "abcdef0123"} if known else {})
-    assert from_infotext(told, "base") == name
+def test_a_name_that_ends_in_brackets_is_restored_whole(name, known):
+    values = Request(enabled=True, base=name).infotext({name: "abcdef0123"} if known else {})
+    assert from_infotext(values, "base") == name
 
 
-def test_brackets_are_left_out_where_there_is_no_hash():
+def test_infotext_writes_no_brackets_without_a_hash():
     assert Request(enabled=True, base="name [v2]").infotext()["Delta base"] == "name [v2]"
-    assert from_infotext({"Delta base": "name [v2] []"}, "base") == "name [v2]", "as it was written before"
+    assert from_infotext({"Delta base": "name [v2] []"}, "base") == "name [v2]", "as earlier versions wrote it"
 
 
-def test_a_pass_that_wants_no_delta_adds_no_loras_and_what_is_claimed_leaves_out_those_of_an_accordion_that_is_off():
+def test_a_pass_without_delta_adds_no_loras_and_infotext_omits_those_of_an_accordion_that_is_off():
     off = Request(loras="c")
     first, hires = Request(enabled=True, loras="a"), Request(enabled=True, strength=0, loras="b")
     assert [pick.name for pick in Passes(first, hires).picks()] == ["a"]

@@ -13,9 +13,10 @@ from lib_delta.adapters.adapter_file import load_adapter
 from lib_delta.adapters.attach import AdapterForm, attach
 from lib_delta.bridges import ScaleBridge
 from lib_delta.core.conditioning import Conditioning
-from lib_delta.core.guidance import DeltaGuidance, DenoiseStep
+from lib_delta.core.guidance import DeltaGuidance
 from lib_delta.core.progress import Progress
 from lib_delta.core.source import Source
+from lib_delta.core.steps import DenoiseStep, SourceStep
 from lib_delta.core.strength import Strength
 from lib_delta.diffusion.parameterization import Parameterization, Schedule
 from lib_delta.models.forked_layers import ForkedLayer
@@ -64,7 +65,7 @@ def test_the_stand_in_refuses_what_a_device_does() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_every_algorithm_on_another_device(tmp_path: Path, name: str, form: AdapterForm) -> None:
     def deltas(unet: UNet) -> Tensor:
-        return Source(unet, Parameterization(), TOLD).deltas(X, SIGMA, 3.0)[0]
+        return Source(unet, Parameterization(), TOLD).deltas(SourceStep(X, SIGMA, 3.0))[0]
 
     wanted = deltas(adapted_unet(name, tmp_path, form))
     assert wanted.norm() > 0
@@ -174,14 +175,14 @@ def test_merging_is_exact_under_autocast(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("form", ["merged", "bypass"])
 def test_the_delta_is_exact_under_autocast(tmp_path: Path, form: AdapterForm) -> None:
     source = Source(adapted_unet("LoRA", tmp_path, form), Parameterization(), TOLD)
-    wanted = source.deltas(X, SIGMA, 3.0)[0]
+    wanted = source.deltas(SourceStep(X, SIGMA, 3.0))[0]
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(source.deltas(X, SIGMA, 3.0)[0], wanted)
+        assert torch.equal(source.deltas(SourceStep(X, SIGMA, 3.0))[0], wanted)
 
 
 def test_prompts_alone_on_another_device() -> None:
     told = [Conditioning(randn(1, 7, 16, seed=i), randn(1, 7, 16, seed=9)) for i in (1, 2)]
-    wanted = Source(tiny_unet(), Parameterization(), *told).deltas(X, SIGMA, 3.0)[0]
+    wanted = Source(tiny_unet(), Parameterization(), *told).deltas(SourceStep(X, SIGMA, 3.0))[0]
     with stand_in_device():
-        got = Source(tiny_unet().to(DEVICE), Parameterization(), *told).deltas(X, SIGMA, 3.0)[0]
+        got = Source(tiny_unet().to(DEVICE), Parameterization(), *told).deltas(SourceStep(X, SIGMA, 3.0))[0]
     torch.testing.assert_close(got, wanted)

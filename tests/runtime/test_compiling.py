@@ -10,6 +10,7 @@ import torch._dynamo
 
 from lib_delta.adapters.attach import attach
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.errors import SettingError
 from lib_delta.runtime.compiling import Compiled, compile_unet
 from tests.support.counting import EPS, SIGMA, TOLD, X, lora
@@ -34,12 +35,12 @@ def test_what_is_compiled_gives_what_it_gave() -> None:
 def test_a_unet_that_cannot_be_compiled_runs_as_it_is() -> None:
     unet = tiny_unet()
     attach(unet, [(lora(unet), 1.0)], "bypass")
-    wanted = Source(unet, EPS, TOLD).delta(X, SIGMA, 3.0)
+    wanted = Source(unet, EPS, TOLD).delta(SourceStep(X, SIGMA, 3.0))
     told: list[str] = []
     compile_unet(unet, True, told.append, broken)
     compile_unet(unet, True, told.append, broken)
     for _ in range(2):
-        assert torch.equal(Source(unet, EPS, TOLD).delta(X, SIGMA, 3.0), wanted)
+        assert torch.equal(Source(unet, EPS, TOLD).delta(SourceStep(X, SIGMA, 3.0)), wanted)
     assert len(told) == 1 and "could not be compiled" in told[0] and "more lines" not in told[0]
     compile_unet(unet, False, told.append)
     assert "forward" not in vars(unet)

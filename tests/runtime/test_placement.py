@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lib_delta.adapters.attach import AdapterForm, Merged, attach
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.models.forked_layers import ForkedLayer
 from lib_delta.models.unet import UNet
 from lib_delta.runtime.placement import CPU, Restorable, Stream, copy_to_device
@@ -27,7 +28,7 @@ def on_the_device(unet: UNet) -> list[str]:
 
 
 def delta(unet: UNet) -> Tensor:
-    return Source(unet, EPS, TOLD).delta(X, SIGMA, 3.0)
+    return Source(unet, EPS, TOLD).delta(SourceStep(X, SIGMA, 3.0))
 
 
 def placed(unet: UNet, how: Literal["visit", "stream"]) -> Restorable:

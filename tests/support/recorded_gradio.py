@@ -1,9 +1,10 @@
-"""Stands in for gradio where it is not installed: widgets remember what they were made of and what they trigger."""
+"""A stand-in for gradio, which is not installed here: widgets record their arguments, events and containers."""
 
 import sys
 import types
 
 made, said = [], []
+open_containers = []
 WIDGETS = (
     *("Accordion", "Button", "Checkbox", "Column", "Dropdown", "File", "Group", "HTML"),
     *("Image", "Number", "Radio", "Row", "SelectData", "Slider", "Tab", "Tabs", "Textbox"),
@@ -17,6 +18,7 @@ class Block:
         self.value = values[0] if values else given.get("value")
         self.__dict__.update(given)
         self.given, self.triggers = given, []
+        self.parent = open_containers[-1] if open_containers else None  # as in gradio: set when it is constructed
         made.append(self)
 
     def __getattr__(self, event):
@@ -25,10 +27,11 @@ class Block:
         return lambda fn=None, **about: self.triggers.append((event, fn, about))
 
     def __enter__(self):
+        open_containers.append(self)
         return self
 
     def __exit__(self, *exception):
-        pass
+        open_containers.pop()
 
 
 def update(**changes):
@@ -37,7 +40,7 @@ def update(**changes):
 
 
 def use_recorded_gradio():
-    """Put it in the place of gradio."""
+    """Install the stand-in as the module ``gradio``."""
     module = types.ModuleType("gradio")
     module.__version__ = "3.41.2"
     for name in WIDGETS:

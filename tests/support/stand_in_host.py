@@ -1,4 +1,4 @@
-"""A host without a model: it reads settings as the real ones do, and remembers what was called."""
+"""A host without a model: it parses settings as the real ones do, and records the calls of its hooks."""
 
 import io
 import sys
@@ -17,78 +17,78 @@ from lib_delta.request.request import Request
 
 
 class StandInUnits:
-    """What the script sees of a WebUI's units: their files, their preprocessors, and a preview."""
+    """The part of a host's units that the accordion uses: files, preprocessors, and a preview."""
 
     def __init__(self):
         self.files, self.known = self, ["control_v11p_sd15_canny", "ip-adapter_sd15"]
 
     def names(self):
-        """Return the names of the models."""
+        """Return the names of the model files."""
         return list(self.known)
 
     def refresh(self):
-        """Find one more."""
+        """Find one more file."""
         self.known.append(f"found-{len(self.known)}")
 
     def preprocessors(self):
-        """Return their names."""
+        """Return the names of the preprocessors."""
         return ["canny", "depth_midas"]
 
     def preview(self, unit, number):
-        """Turn the picture into its negative; one preprocessor fails."""
+        """Return the negative of the picture; one preprocessor fails."""
         if unit.preprocessor == "depth_midas":
             raise DeltaError(f"the preprocessor depth_midas of unit {number} failed")
         return unit.image.convert("L").point(lambda value: 255 - value)
 
 
 class StandInCatalog:
-    """The names of a few files."""
+    """A catalog of a few files."""
 
     def __init__(self):
         self.known_checkpoints = ["v1-5-pruned-emaonly.safetensors", "inks/moxin-tuned.safetensors [0123abcdef]"]
         self.known_loras = ["moxin", "lineart"]
 
     def checkpoints(self):
-        """Return the names that dropdowns show."""
+        """Return the names of all checkpoints."""
         return list(self.known_checkpoints)
 
     def bases(self):
-        """Return those that can be a base: all but SDXL's."""
+        """Return the names of checkpoints that can be a base: all but SDXL's."""
         return [name for name in self.known_checkpoints if "xl" not in name]
 
     def refresh_checkpoints(self):
-        """Find one more."""
+        """Find one more checkpoint."""
         self.known_checkpoints.append(f"found-{len(self.known_checkpoints)}.safetensors")
 
     def loras(self):
-        """Return the names that the dropdown shows."""
+        """Return the names of the LoRAs."""
         return list(self.known_loras)
 
     def card(self, name):
-        """Return what the user has noted for one of them."""
+        """Return the card of a LoRA."""
         if name not in self.known_loras:
             return LoraCard(name, fault=f"there is no LoRA {name!r}")
         return LoraCard(name, 0.6, "thin lines", "photo") if name == "lineart" else LoraCard(name)
 
     def refresh_loras(self):
-        """Find one more."""
+        """Find one more LoRA."""
         self.known_loras.append(f"found-{len(self.known_loras)}")
 
 
 def described(unit):
-    """Tell what pictures a unit was given: the size, the mode and the highest value of each."""
-    pictures = [Image.open(io.BytesIO(given)) if isinstance(given, bytes) else given for given in unit.pictures]
-    return " ".join(f"{each.width}x{each.height} {each.mode} {highest(each)}" for each in pictures) or "nothing"
+    """Return the size, the mode and the highest value of each of a unit's pictures."""
+    pictures = [Image.open(io.BytesIO(file)) if isinstance(file, bytes) else file for file in unit.pictures]
+    return " ".join(f"{p.width}x{p.height} {p.mode} {highest(p)}" for p in pictures) or "nothing"
 
 
 def highest(picture):
-    """Return the highest value of any of a picture's channels."""
-    found = picture.getextrema()
-    return found[1] if isinstance(found[1], int) else max(high for _, high in found)
+    """Return the highest value in any channel of a picture."""
+    extrema = picture.getextrema()
+    return extrema[1] if isinstance(extrema[1], int) else max(high for _, high in extrema)
 
 
 class StandInHost:
-    """What the script sees of a WebUI."""
+    """The part of a host that the script and the accordion use."""
 
     name = "stand-in"
 
@@ -103,11 +103,11 @@ class StandInHost:
         return Presets(self.folder / "presets.json")
 
     def start(self):
-        """Take note."""
+        """Record the call."""
         self.calls.append("start")
 
     def process(self, p, arguments):
-        """Read the settings and apply an XYZ cell's on top."""
+        """Parse the settings, and apply those of an XYZ cell on top."""
         self.calls.append("process")
         p.delta_error = None
         try:
@@ -127,15 +127,15 @@ class StandInHost:
             p.extra_generation_params["Seen by units"] = "; ".join(seen)
 
     def process_batch(self, p):
-        """Take note."""
+        """Record the call."""
         self.calls.append("process_batch")
 
     def before_sampling(self, p):
-        """Take note."""
+        """Record the call."""
         self.calls.append("before_sampling")
 
     def postprocess(self, p, processed):
-        """Remember what the status tells."""
+        """Store the status of the run."""
         self.calls.append("postprocess")
         self.runs += 1
         if p.delta_request.enabled:
@@ -143,21 +143,21 @@ class StandInHost:
 
     def status(self):
         """Return a line for what is loaded and one for the last run."""
-        held = f"loaded: {' + '.join(self.loaded)} on cpu, 1.6 GB" if self.loaded else "nothing is loaded"
-        return f"{held}\nlast run: number {self.runs}, 0.1 s a step" if self.runs else held
+        models = f"loaded: {' + '.join(self.loaded)} on cpu, 1.6 GB" if self.loaded else "nothing is loaded"
+        return f"{models}\nlast run: number {self.runs}, 0.1 s a step" if self.runs else models
 
     def unload(self):
-        """Forget what was loaded."""
+        """Unload the models, and return a message."""
         self.loaded = []
         return "1.6 GB were given back"
 
 
 def use_stand_in_host():
-    """Put it in the place of the real ones, and return it."""
-    made = StandInHost()
+    """Install the stand-in in ``lib_delta.hosts``, and return it."""
+    host = StandInHost()
     module = types.ModuleType("lib_delta.hosts")
-    module.host = lambda: made
-    # What makes widgets there knows no WebUI but through this one.
+    module.host = lambda: host
+    # hosts.ui is imported from the real folder; it reaches the WebUI only through ``host`` and ``modules``.
     module.__path__ = [str(Path(__file__).resolve().parents[2] / "lib_delta" / "hosts")]
     sys.modules["lib_delta.hosts"] = module
-    return made
+    return host

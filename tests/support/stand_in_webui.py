@@ -1,7 +1,7 @@
-"""A stand-in for one of the WebUIs, in this process: its modules are there while it runs, and gone afterwards.
+"""A stand-in for one of the WebUIs in this process; its modules exist while it runs.
 
-The stand-ins in ``stand_in/`` follow what was measured on the running WebUIs, call by call, with real
-k-diffusion samplers inside.  Their pictures are latents.
+The stand-ins in ``stand_in/`` follow measurements of the running WebUIs, call by call, and sample with k-diffusion.
+Their pictures are latents.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PACKAGES = ("modules", "modules_forge", "backend", "networks", "lib_delta.hosts"
 
 
 class DeltaScript:
-    """What scripts/delta_sampling.py hands to the host, without its widgets."""
+    """The hooks of scripts/delta_sampling.py, without its widgets."""
 
     def __init__(self, host: Any) -> None:
         self.host = host
@@ -81,7 +81,7 @@ class WebUI:
     processing = property(lambda self: self.module("processing"))
 
     def add_loras(self) -> None:
-        """Put the Lora extension's module in its place, which comes late and under a short name."""
+        """Import the Lora extension's module, which the WebUI does late and by a short name."""
         module: Any = ModuleType("networks")
         module.available_networks, module.available_network_aliases = {}, {}
 
@@ -99,7 +99,7 @@ class WebUI:
         self.sd_models.reload_model_weights(self.sd_models.get_closet_checkpoint_match(checkpoint))
 
     def p(self, delta: Any = None, **changes: Any) -> Any:
-        """Return a generation; ``delta`` are the script's arguments (a dictionary or a list), None leaves it out."""
+        """Return a generation; ``delta`` are the script's arguments (a dictionary or a list), None for no script."""
         kind = "StableDiffusionProcessingImg2Img" if "init_latent" in changes else "StableDiffusionProcessingTxt2Img"
         p = getattr(self.processing, kind)(**{"prompt": "a cat on a mat", "negative_prompt": "blue", **changes})
         if delta is not None:
@@ -117,7 +117,7 @@ class WebUI:
         return made.clone()
 
     def native(self, checkpoint: str | None = None, **changes: Any) -> Tensor:
-        """Generate without the extension on another checkpoint: that with the LoRA merged (loaded once)."""
+        """Generate without the extension on another checkpoint (default: with the LoRA merged), loaded once."""
         before = self.shared.sd_model
         info = self.sd_models.get_closet_checkpoint_match(checkpoint or self.files.tuned)
         if info.filename not in self._native:
@@ -130,7 +130,7 @@ class WebUI:
             self.shared.sd_model = before
 
     def reset(self) -> None:
-        """Forget what a test has changed; side models stay in memory."""
+        """Undo the changes of a test; side models stay in memory."""
         shared, options = self.shared, self.shared.opts
         vars(options).clear()
         vars(options).update(shared.DEFAULTS)
@@ -140,16 +140,16 @@ class WebUI:
 
     @property
     def side_model(self) -> Any:
-        """The side model that is loaded."""
-        (model,) = self.host._models
+        """The loaded side model."""
+        (model,) = self.host.side_models()
         return model
 
 
 @contextmanager
 def running(name: str, files: Files) -> Iterator[WebUI]:
-    """Have the stand-in's packages in the place of any other, for a while."""
+    """Replace all other WebUIs' packages by the stand-in's, for a while."""
     paths = folders(name)
-    kept = {key: module for key, module in sys.modules.items() if _belongs(key)}
+    others = {key: module for key, module in sys.modules.items() if _belongs(key)}
     _drop()
     sys.path[:0] = paths
     importlib.invalidate_caches()
@@ -159,11 +159,11 @@ def running(name: str, files: Files) -> Iterator[WebUI]:
         for path in paths:
             sys.path.remove(path)
         _drop()
-        sys.modules.update(kept)
+        sys.modules.update(others)
 
 
 def folders(name: str) -> list[str]:
-    """Return where a stand-in's packages are; Forge Neo is Forge, but for some modules."""
+    """Return the folders of a stand-in's packages; Forge Neo shares most of Forge's."""
     return [str(STAND_IN / folder) for folder in (name, *(["forge"] if name == "neo" else []), "common")]
 
 
@@ -177,6 +177,6 @@ def _drop() -> None:
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
-    """Return how far two latents are apart, as a share of the second's size."""
+    """Return the norm of the difference of two latents, relative to the second's norm."""
     assert got.shape == wanted.shape
     return float((got - wanted).norm() / wanted.norm())

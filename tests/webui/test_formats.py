@@ -199,7 +199,7 @@ def test_an_embedding_that_came_with_a_lora(webui: WebUI, files: Files, name: st
     got = webui.generate(settings, prompt=f"a {files.embedding} on a mat")
     assert_differs(wanted, native(webui, "lora:1", prompt=word))
     assert_same(got, wanted)
-    assert f"brings the embedding {PREFIX}word-{name}." in status(webui)[1]
+    assert f"contains the embedding {PREFIX}word-{name}." in status(webui)[1]
 
 
 def test_a_single_vector_needs_no_dimension_of_its_own(webui: WebUI, files: Files) -> None:

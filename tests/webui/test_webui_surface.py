@@ -229,19 +229,19 @@ def test_the_status_names_what_is_loaded_and_what_the_last_run_cost(webui: WebUI
     assert re.match(rf"{files.unmatched_lora}\S* .*adapts .*; \d+ of its \d+ keys match no layer\.$", second)
     bridged = r"\(SD 1\.x/2\.x latents: same as the side model's, 8 x 8\)"
     cost = rf"Last run: delta in 4 steps, \d+ passes of the side model, [\d.]+ s {bridged}"
-    assert re.match(rf"{cost}; it was (\S+%,? ){{4}}of the picture's own estimate$", last), last
+    assert re.match(rf"{cost}; it was (\S+%,? ){{4}}of the picture's estimate$", last), last
 
 
 def test_without_steps_the_status_says_so(webui: WebUI, files: Files) -> None:
     webui.generate(files.delta(hires="hires pass"))
-    why = "the delta is wanted in the hires pass alone, and there was none"
+    why = "the delta is enabled only for the hires pass, and there was none"
     assert status(webui)[-1] == f"Last run: no step had the delta: {why}"
 
 
 def test_a_plain_run_is_the_last_run(webui: WebUI, files: Files) -> None:
     webui.generate(files.delta())
     webui.generate()
-    assert status(webui)[-1] == "Last run: no delta was asked for"
+    assert status(webui)[-1] == "Last run: no delta was requested"
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_a_delta_of_zero_is_not_claimed(webui: WebUI, files: Files, changes: dic
     why = (
         "every LoRA has a weight of 0"
         if changes["loras"].endswith(":0")
-        else "nothing told the base and the adapted model apart"
+        else "the base and the adapted model did not differ"
     )
     assert status(webui)[-1].endswith(why)
 

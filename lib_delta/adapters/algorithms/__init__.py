@@ -1,1 +1,1 @@
-"""The algorithms of adapters, one file each."""
+"""The adapters' algorithms, one file each."""

@@ -1,8 +1,8 @@
-"""A change of a layer's bias that comes beside a change of its weight.
+"""A change of a layer's bias next to a change of its weight.
 
-ComfyUI's nodes that extract and train LoRAs write ``diff_b`` beside the factors; peft writes ``lora_B.bias`` with
-``lora_bias=True``, which is scaled as the factors are, and the whole new bias (``base_layer.bias``) with
-``bias="lora_only"`` or ``"all"``.
+ComfyUI's nodes that extract and train LoRAs write ``diff_b`` next to the factors.  peft writes ``lora_B.bias`` with
+``lora_bias=True``, scaled like the factors, and the whole new bias (``base_layer.bias``) with ``bias="lora_only"``
+or ``"all"``.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter
+from lib_delta.adapters.algorithms.base import LayerAdapter, TensorName, named
 from lib_delta.adapters.algorithms.full import DIFF_BIAS, NEW_BIAS
 from lib_delta.errors import AdapterError
 
 UP_BIAS = "lora_up.bias"
 BIAS_NAMES = (DIFF_BIAS, UP_BIAS, NEW_BIAS)
+TENSORS = (*named(DIFF_BIAS, NEW_BIAS), TensorName(r"lora_B(?:\.\w+)?\.bias", UP_BIAS))
 
 
 @dataclass(frozen=True)
 class Biased(LayerAdapter):
-    """What ``inner`` does to the weight (None: nothing), and ``b' = b + scale * bias``, or ``b' = bias``."""
+    """``inner``'s change of the weight (None: no change), and ``b' = b + scale * bias``, or ``b' = bias``."""
 
     inner: LayerAdapter | None
     bias: Tensor
@@ -60,8 +61,8 @@ class Biased(LayerAdapter):
             self.inner.add_difference(total, weight, factor)
 
     def bias_difference(self, bias: Tensor) -> Tensor | None:
-        own = self.bias.to(bias.device).float()
-        difference = own - bias.float() if self.replaces else own * self.scale
+        stored = self.bias.to(bias.device).float()
+        difference = stored - bias.float() if self.replaces else stored * self.scale
         inner = None if self.inner is None else self.inner.bias_difference(bias)
         return difference if inner is None else difference + inner
 

@@ -1,7 +1,7 @@
-"""DyLoRA: a LoRA whose first ranks serve by themselves (arXiv 2210.07558).
+"""DyLoRA: a LoRA whose first ranks also work without the others (arXiv 2210.07558).
 
-Trainers save it as an ordinary LoRA (see :mod:`lib_delta.adapters.algorithms.lora`, and its ``truncated``).
-Early versions of LyCORIS kept the ranks in blocks, ``up_list.0``, ``down_list.0``, ...; these are read here.
+Trainers save it as an ordinary LoRA (see :meth:`lib_delta.adapters.algorithms.lora.Lora.truncated`).  Early versions of
+LyCORIS stored the ranks in blocks, ``up_list.0``, ``down_list.0``, ...; this module reads these.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from lib_delta.adapters.algorithms import lora
+from lib_delta.adapters.algorithms.base import TensorName, named
 from lib_delta.adapters.algorithms.lora import Lora
 from lib_delta.errors import AdapterError
 
+TENSORS = (TensorName(r"(?:up|down)_list\.\d+"), *named(lora.ALPHA))
 _LIST_ENTRY = re.compile(r"(up|down)_list\.(\d+)$")
 
 
 def match(tensors: Mapping[str, Tensor]) -> Lora | None:
-    """Join blocks ``up_list.i`` ``(out, ranks)`` and ``down_list.i`` ``(ranks, in * k * k)`` to a LoRA's factors."""
+    """Join blocks ``up_list.i`` ``(out, ranks)`` and ``down_list.i`` ``(ranks, in * k * k)`` into a LoRA."""
     blocks = {name: found for name in tensors if (found := _LIST_ENTRY.match(name))}
     if not blocks or tensors.keys() - blocks.keys() - {lora.ALPHA}:
         return None

@@ -1,7 +1,7 @@
-"""Adaptation by whole weights: a fine-tuned checkpoint's, or differences stored as they are.
+"""Adaptation by whole weights: those of a fine-tuned checkpoint, or stored differences.
 
-``diff`` and ``diff_b`` are the names that LyCORIS gives to the stored differences of a weight and a
-bias (its "full" algorithm).  peft stores whole new weights of layers that were trained beside factors.
+``diff`` and ``diff_b`` are the differences of a weight and a bias in LyCORIS (its "full" algorithm).  peft stores
+whole new weights of layers that were trained together with factors.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from dataclasses import dataclass, replace
 
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, with_shape
+from lib_delta.adapters.algorithms.base import LayerAdapter, named, with_shape
 from lib_delta.errors import AdapterError
 
 DIFF, DIFF_BIAS = "diff", "diff_b"
-# What stands in the place of the layer's own (:func:`keys.read_whole`).
+# The layer's new weight and bias (:func:`lib_delta.adapters.key_names.read_whole`, which parses these names).
 NEW, NEW_BIAS = "base_layer.weight", "base_layer.bias"
+TENSORS = named(DIFF, DIFF_BIAS)
 
 
 @dataclass(frozen=True)
 class FineTunedLayer(LayerAdapter):
-    """``W' = weight`` and ``b' = bias``: a layer of a fine-tuned checkpoint, in any shape of layer."""
+    """``W' = weight`` and ``b' = bias``: a layer of a fine-tuned checkpoint, of any kind."""
 
     weight: Tensor
     bias: Tensor | None
@@ -77,7 +78,7 @@ class Diff(LayerAdapter):
 
 
 def match(tensors: Mapping[str, Tensor]) -> Diff | FineTunedLayer | None:
-    """Make a layer's stored difference, or its new weights, of its tensors; None for tensors of another algorithm."""
+    """Make a layer's difference, or its new weights, of its tensors; None for tensors of another algorithm."""
     if NEW in tensors and not tensors.keys() - {NEW, NEW_BIAS}:
         return FineTunedLayer(tensors[NEW], tensors.get(NEW_BIAS))
     if DIFF not in tensors or tensors.keys() - {DIFF, DIFF_BIAS}:
@@ -86,7 +87,7 @@ def match(tensors: Mapping[str, Tensor]) -> Diff | FineTunedLayer | None:
 
 
 def differs(base: Tensor, tuned: Tensor) -> bool:
-    """Tell whether ``tuned``, stored as ``base`` is, differs from it in any bit."""
+    """Return whether ``tuned``, in the dtype of ``base``, differs from it in any bit."""
     return not bool((tuned.to(base.device, base.dtype) == base).all())
 
 

@@ -1,6 +1,6 @@
-"""GLoRA: a low-rank map of the layer's weight besides the low-rank difference.
+"""GLoRA: a low-rank map of the layer's weight in addition to the low-rank difference.
 
-Chavan et al. 2023 (arXiv 2306.07967), in the form and with the names that LyCORIS gives it.
+Chavan et al. 2023 (arXiv 2306.07967), in the form and with the names of LyCORIS.
 """
 
 from __future__ import annotations
@@ -13,12 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, finite_scalar, matrix_or_convolution, require, with_shape
+from lib_delta.adapters.algorithms.base import (
+    LayerAdapter,
+    finite_scalar,
+    matrix_or_convolution,
+    named,
+    require,
+    with_shape,
+)
 from lib_delta.adapters.algorithms.lora import ALPHA, Lora
 from lib_delta.errors import AdapterError
 from lib_delta.models.forked_layers import ForkedLayer, Linear
 
 A1, A2, B1, B2, BM = "a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"
+TENSORS = named(A1, A2, B1, B2, BM, ALPHA)
 
 
 @dataclass(frozen=True)
@@ -55,9 +63,9 @@ class Glora(LayerAdapter):
         inputs, ones = shape[1], (1,) * len(shape[2:])
         a1, a2, b = self.a1, self.a2, self.b
         if (a1.shape[0], b.up.shape[0]) != (inputs, shape[0]):
-            # Files of the first versions name the factors the other way round.
+            # The first versions swapped the names of the factors.
             a1, a2, b = a2, a1, dataclasses.replace(b, up=b.down, down=b.up)
-        # Square factors leave open until now which of their sides is the rank.
+        # Only the layer's shape shows which side of square factors is the rank.
         rank = a1.shape[1]
         ranks = (rank, a2.shape[0], b.up.shape[1], b.down.shape[0])
         if len(set(ranks)) > 1:
@@ -71,7 +79,9 @@ class Glora(LayerAdapter):
         )
 
     def bypass_cost(self, shape: Size) -> float:
-        return 1 + super().bypass_cost(shape) + self.b.bypass_cost(shape)  # the layer itself sees the mapped input
+        return (
+            1 + super().bypass_cost(shape) + self.b.bypass_cost(shape)
+        )  # one evaluation of the layer, on the mapped input
 
     def merged_difference(self, weight: Tensor) -> Tensor:
         a1, a2 = (t.to(weight.device).float().flatten(1) for t in (self.a1, self.a2))
@@ -88,7 +98,7 @@ class Glora(LayerAdapter):
 
 
 def match(tensors: Mapping[str, Tensor]) -> Glora | None:
-    """Make a layer's GLoRA of its tensors; a missing ``alpha`` counts as the rank."""
+    """Make a layer's GLoRA of its tensors; a missing ``alpha`` equals the rank."""
     if not tensors.keys() & {A1, A2, B1, B2, BM} or tensors.keys() - {A1, A2, B1, B2, BM, ALPHA}:
         return None
     require(tensors, (A1, A2, B1, B2), "a GLoRA")

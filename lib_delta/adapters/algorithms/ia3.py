@@ -1,7 +1,7 @@
-"""(IA)^3: a layer's outputs or inputs, each times a learned number.
+"""(IA)^3: multiplies each of a layer's outputs or inputs by a learned number.
 
-Liu et al. 2022 (arXiv 2205.05638).  LyCORIS stores the difference to 1, in ``weight`` with
-``on_input``; peft the number itself, in ``ia3_l``.
+Liu et al. 2022 (arXiv 2205.05638).  LyCORIS stores the difference from 1 in ``weight``, with ``on_input``.  peft
+stores the number in ``ia3_l``.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from dataclasses import dataclass
 
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, finite_scalar, matrix_or_convolution
+from lib_delta.adapters.algorithms.base import LayerAdapter, finite_scalar, matrix_or_convolution, named
 from lib_delta.errors import AdapterError
 from lib_delta.models.forked_layers import ForkedLayer, Linear
 
 IA3_WEIGHT, ON_INPUT, IA3_L = "weight", "on_input", "ia3_l"
+TENSORS = named(IA3_WEIGHT, ON_INPUT, IA3_L)
 
 
 @dataclass(frozen=True)
 class Ia3(LayerAdapter):
     """``dW = W * change``, for each output ``(out, 1)`` or each input ``(1, in)``.
 
-    ``on_input`` None leaves it to the layer's shape.  peft's layers scale the bias with the outputs.
+    With ``on_input`` None, the layer's shape decides.  peft's layers scale the bias with the outputs.
     """
 
     change: Tensor
@@ -72,7 +73,7 @@ def match(tensors: Mapping[str, Tensor]) -> Ia3 | None:
         if multiplier.ndim not in (2, 4) or multiplier.numel() != max(multiplier.shape[:2]):
             raise AdapterError(f"{IA3_L} has shape {tuple(multiplier.shape)}, and (out, 1) or (1, in) is needed")
         on_input = _stated_side(tensors)
-        # A convolution's has one shape for either side.
+        # A convolution's vector has the same shape on either side.
         if on_input is None and multiplier.ndim == 2 and multiplier.numel() > 1:
             on_input = multiplier.shape[0] == 1
         return Ia3(multiplier - 1, on_input, with_bias=True)

@@ -1,6 +1,6 @@
 """LoKr: a layer's difference as a Kronecker product of two small matrices, each whole or of low rank.
 
-LyCORIS (arXiv 2309.14859), after whose files the tensors are named.
+LyCORIS (arXiv 2309.14859).  The tensors have the names of its files.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution, scale_of
+from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution, named, scale_of
 from lib_delta.errors import AdapterError
 from lib_delta.models.forked_layers import ForkedLayer, Linear
 
 LOKR_W1, LOKR_W1_A, LOKR_W1_B = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
 LOKR_W2, LOKR_W2_A, LOKR_W2_B, LOKR_T2 = "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"
 _TENSOR_NAMES = {LOKR_W1, LOKR_W1_A, LOKR_W1_B, LOKR_W2, LOKR_W2_A, LOKR_W2_B, LOKR_T2, "alpha"}
+# No LoKr has a core of its first factor (lokr_t1); files with one are refused.
+TENSORS = named(*sorted(_TENSOR_NAMES), "lokr_t1")
 
 
 @dataclass(frozen=True)
 class Lokr(LayerAdapter):
     """``dW = scale * kron(left, right)``: ``(a * b, c * d, k, k)`` of ``(a, c)`` and ``(b, d, k, k)``.
 
-    ``left`` is ``w1``, or ``w1_a @ w1_b`` with ``(a, rank)`` and ``(rank, c)``.  ``right`` is ``w2``,
-    or ``w2_a @ w2_b`` with ``(b, rank)`` and ``(rank, d * k * k)``; or, with a core ``t2`` of
-    ``(rank, rank, k, k)``, made of ``(rank, b)`` and ``(rank, d)``.
+    ``left`` is ``w1``, or ``w1_a @ w1_b`` of ``(a, rank)`` and ``(rank, c)``.  ``right`` is ``w2``, or ``w2_a @ w2_b``
+    of ``(b, rank)`` and ``(rank, d * k * k)``.  With a core ``t2`` of ``(rank, rank, k, k)``, ``w2_a`` is ``(rank, b)``
+    and ``w2_b`` is ``(rank, d)``.
     """
 
     w1: Tensor | None
@@ -51,12 +53,12 @@ class Lokr(LayerAdapter):
 
     def bypass_cost(self, shape: Size) -> float:
         groups_out, groups_in = _left_size(self)
-        # The right factor on each group of inputs, then the left one across the groups, for a kernel of one.
+        # The right factor on each group of inputs, then the left one across the groups, with a kernel of 1.
         return 1 / groups_out + groups_in / (shape[1:].numel())
 
     @property
     def rank(self) -> int | None:
-        # Of two whole factors no rank is known.
+        # The rank of two whole factors is not known.
         factor = self.w1_b if self.w1_b is not None else self.w2_b
         return None if factor is None else factor.shape[0]
 
@@ -65,12 +67,12 @@ class Lokr(LayerAdapter):
         kernel = tuple(shape[2:])
         (a, c), (b, d) = _left_size(self), self._right_size(Size(kernel).numel())
         if (a * b, c * d) != tuple(shape[:2]) or self._kernel_of_factors() not in (None, kernel):
-            found = (a * b, c * d, *(self._kernel_of_factors() or ()))
-            raise AdapterError(f"its factors make a weight of {found} where the model's layer needs {tuple(shape)}")
+            made = (a * b, c * d, *(self._kernel_of_factors() or ()))
+            raise AdapterError(f"its factors make a weight of {made} where the model's layer needs {tuple(shape)}")
         return dataclasses.replace(self, kernel=kernel)
 
     def _kernel_of_factors(self) -> tuple[int, ...] | None:
-        """Return the kernel that the factors state; None where they hold it flat, or serve a 1x1 as a matrix."""
+        """Return the kernel's size by the factors; None if they store it flat, or a 1x1 kernel as a matrix."""
         stated = self.t2 if self.t2 is not None else self.w2
         if stated is None or stated.ndim == 2:
             return None
@@ -94,7 +96,7 @@ class Lokr(LayerAdapter):
         return self.w1_a @ self.w1_b
 
     def right(self) -> Tensor:
-        """Return ``(b, d, k, k)``, for a linear layer ``(b, d)``."""
+        """Return ``(b, d, k, k)``; for a linear layer ``(b, d)``."""
         if self.w2 is not None:
             return self.w2.reshape(*self.w2.shape[:2], *self.kernel)
         assert self.w2_a is not None and self.w2_b is not None
@@ -108,7 +110,7 @@ class Lokr(LayerAdapter):
         return torch.kron(left, exact.right().contiguous()).mul_(self.scale)
 
     def bypass(self, layer: ForkedLayer, x: Tensor, y: Tensor) -> Tensor:
-        """Return the product's effect: ``right`` on every group of inputs, then ``left`` across the groups."""
+        """Apply ``right`` to every group of inputs, then ``left`` across the groups."""
         left, right = self.left().mul(self.scale), self.right()
         if isinstance(layer, Linear):
             grouped = F.linear(x.unflatten(-1, (left.shape[1], -1)), right)  # (..., c, b)
@@ -128,8 +130,8 @@ def _left_size(adapter: Lokr) -> tuple[int, int]:
 def match(tensors: Mapping[str, Tensor]) -> Lokr | None:
     """Make a layer's LoKr of its tensors.
 
-    The rank is that of whichever factor has one; where both are whole, ``alpha`` means nothing and the
-    scale is 1, as LyCORIS has it.
+    The rank is that of the low-rank factors.  If both factors are whole, ``alpha`` is ignored and the scale is 1, as in
+    LyCORIS.
     """
     if not tensors.keys() & (_TENSOR_NAMES - {"alpha"}) or tensors.keys() - _TENSOR_NAMES:
         return None

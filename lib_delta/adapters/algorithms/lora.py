@@ -1,7 +1,7 @@
 """LoRA and LoCon: a layer's difference as a product of two or three small factors.
 
-LoRA: Hu et al. 2021 (arXiv 2106.09685).  LoCon is its form for convolutions, with or without a
-Tucker core: LyCORIS (arXiv 2309.14859).  The tensors' names are those of kohya's sd-scripts.
+LoRA: Hu et al. 2021 (arXiv 2106.09685).  LoCon is its form for convolutions, with or without a Tucker core: LyCORIS
+(arXiv 2309.14859).  The tensors have the names of kohya's sd-scripts.
 """
 
 from __future__ import annotations
@@ -14,11 +14,36 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, matrix_or_convolution, require, scale_of, with_shape
+from lib_delta.adapters.algorithms.base import (
+    LayerAdapter,
+    TensorName,
+    matrix_or_convolution,
+    named,
+    require,
+    scale_of,
+    with_shape,
+)
 from lib_delta.errors import AdapterError
 from lib_delta.models.forked_layers import ForkedLayer, Linear
 
 UP, DOWN, MID, ALPHA = "lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha"
+# Older tools' factors of the whole difference; the reader replaces them by alpha.
+SCALE, SCALAR = "scale", "scalar"
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.mT if tensor.ndim == 2 else tensor
+
+
+# peft puts the adapter's name inside (``lora_A.default.weight``).
+TENSORS = (
+    *named(UP, DOWN, MID, ALPHA, SCALE, SCALAR),
+    TensorName(r"lora_A(?:\.\w+)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight", DOWN),
+    TensorName(r"lora_B(?:\.\w+)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight", UP),
+    # An embedding's factors make the transposed difference: (up @ down).T = down.T @ up.T.
+    TensorName(r"lora_embedding_A(?:\.\w+)?", UP, _transposed),
+    TensorName(r"lora_embedding_B(?:\.\w+)?", DOWN, _transposed),
+)
 
 
 @dataclass(frozen=True)
@@ -55,10 +80,10 @@ class Lora(LayerAdapter):
         else:
             core, inner = with_shape(self.mid, (self.up.shape[1], self.down.shape[0], *kernel), MID), (1,) * len(kernel)
         up = with_shape(self.up, (shape[0], self.up.shape[1], *(1,) * len(kernel)), UP)
-        wanted = (self.down.shape[0], shape[1], *inner)
-        # The blocks of a DyLoRA keep a convolution's factor as a matrix.
-        flat = self.down.shape == (wanted[0], Size(wanted[1:]).numel())
-        down = self.down.reshape(wanted) if flat else with_shape(self.down, wanted, DOWN)
+        needed = (self.down.shape[0], shape[1], *inner)
+        # The blocks of a DyLoRA store a convolution's factor as a matrix.
+        flat = self.down.shape == (needed[0], Size(needed[1:]).numel())
+        down = self.down.reshape(needed) if flat else with_shape(self.down, needed, DOWN)
         return dataclasses.replace(self, up=up, down=down, mid=core)
 
     def merged_difference(self, weight: Tensor) -> Tensor:
@@ -73,7 +98,7 @@ class Lora(LayerAdapter):
         if self.mid is not None:
             super().add_difference(total, weight, factor)
             return
-        # In one go: a difference of the layer's size in between would double the time of a swap.
+        # In one operation: an intermediate difference of the layer's size would double the time of a swap.
         up, down = (t.to(weight.device).float().flatten(1) for t in (self.up, self.down))
         total.view(len(total), -1).addmm_(up, down, alpha=factor * self.scale)
 
@@ -84,7 +109,7 @@ class Lora(LayerAdapter):
         return F.conv2d(self._hidden(layer, x).mul(self.scale), self.up)
 
     def plus_bypass(self, total: Tensor, layer: ForkedLayer, x: Tensor, y: Tensor, factor: float) -> Tensor:
-        # In one go: no output of the layer's size in between.
+        # In one operation: no intermediate output of the layer's size.
         if isinstance(layer, Linear):
             hidden = F.linear(x, self.down).flatten(0, -2)
             rows = total.reshape(-1, total.shape[-1])
@@ -94,23 +119,23 @@ class Lora(LayerAdapter):
         return torch.baddbmm(total.flatten(2), up, hidden, alpha=factor * self.scale).view(total.shape)
 
     def _hidden(self, layer: ForkedLayer, x: Tensor) -> Tensor:
-        """Return what is between the factors of a convolution; the one that has its kernel takes its stride."""
+        """Return the activations between a convolution's factors; the factor with the kernel has the stride."""
         if self.mid is None:
             return layer.apply_weights(x, self.down, None)
         return layer.apply_weights(F.conv2d(x, self.down), self.mid, None)
 
     def truncated(self, rank: int) -> Lora:
-        """Return the first ``rank`` ranks alone, as a DyLoRA is trained to serve (arXiv 2210.07558); scale stays."""
+        """Return only the first ``rank`` ranks, as a DyLoRA allows (arXiv 2210.07558); the scale stays."""
         if self.mid is not None or rank >= self.rank:
             return self
         return dataclasses.replace(self, up=self.up[:, :rank], down=self.down[:rank])
 
 
 def match(tensors: Mapping[str, Tensor]) -> Lora | None:
-    """Make a layer's LoRA of its tensors; a missing ``alpha`` counts as the rank (scale 1).
+    """Make a layer's LoRA of its tensors; a missing ``alpha`` equals the rank (scale 1).
 
-    Returns None for tensors of another algorithm; raises :class:`AdapterError` for factors that
-    are incomplete or whose ranks disagree.
+    Returns None for tensors of another algorithm; raises :class:`AdapterError` for incomplete factors and for ranks
+    that disagree.
     """
     if not tensors.keys() & {UP, DOWN, MID} or tensors.keys() - {UP, DOWN, MID, ALPHA}:
         return None

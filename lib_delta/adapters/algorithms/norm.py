@@ -1,4 +1,4 @@
-"""Norms: differences of a normalisation layer's weight and bias, in the names of LyCORIS."""
+"""Norms: differences of a normalisation layer's weight and bias, with the names of LyCORIS."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lib_delta.adapters.algorithms.base import named
 from lib_delta.adapters.algorithms.full import Diff
 
 NORM_WEIGHT, NORM_BIAS = "w_norm", "b_norm"
+TENSORS = named(NORM_WEIGHT, NORM_BIAS)
 
 
 def match(tensors: Mapping[str, Tensor]) -> Diff | None:

@@ -1,9 +1,11 @@
-"""OFT: a layer's outputs (or inputs) turned, block by block, by orthogonal matrices.
+"""OFT: rotates a layer's outputs (or inputs), block by block, by orthogonal matrices.
 
-Qiu et al. 2023 (arXiv 2306.07280).  The matrices come from skew-symmetric ones by Cayley's map.
-Parametrisations: kohya's sd-scripts and LyCORIS (``oft_blocks``, with ``alpha`` as the constraint of
-COFT, and ``rescale``); the first versions of LyCORIS (``oft_diag``, the matrices themselves); peft
-before 0.16 (``oft_r``) and since (``oft_R``).
+Qiu et al. 2023 (arXiv 2306.07280).  Cayley's map makes the matrices of skew-symmetric ones.  Parametrisations:
+
+- ``oft_blocks``: kohya's sd-scripts and LyCORIS, with ``alpha`` as COFT's constraint, and ``rescale``;
+- ``oft_diag``: the first versions of LyCORIS; the orthogonal matrices;
+- ``oft_r``: peft before 0.16;
+- ``oft_R``: peft since 0.16.
 """
 
 from __future__ import annotations
@@ -16,27 +18,31 @@ from typing import Literal
 import torch
 from torch import Size, Tensor
 
-from lib_delta.adapters.algorithms.base import LayerAdapter, finite_scalar, matrix_or_convolution
+from lib_delta.adapters.algorithms.base import LayerAdapter, TensorName, finite_scalar, matrix_or_convolution, named
 from lib_delta.errors import AdapterError
 from lib_delta.models.forked_layers import ForkedLayer, Linear
 
 OFT_BLOCKS, OFT_DIAG, RESCALE, CONSTRAINT = "oft_blocks", "oft_diag", "rescale", "alpha"
 OLD_OFT_R, OFT_R = "oft_r", "oft_R"
-# Set by the reader where peft's configuration says so: how many terms of a series stand for the inverse.
+# Set by the reader from peft's configuration: the number of terms of the series that replaces the inverse.
 PEFT_TERMS = "oft_terms"
-# And, with COFT, how large each block may be.
+# Set with COFT: the largest norm of a block.
 PEFT_LIMIT = "oft_eps"
+TENSORS = (
+    *named(OFT_BLOCKS, OFT_DIAG, RESCALE, CONSTRAINT, OLD_OFT_R),
+    TensorName(r"oft_R(?:\.\w+)?\.weight", OFT_R),
+)
 
-# How the entries are ordered before each factor of several (:mod:`lib_delta.adapters.algorithms.boft`).
+# The permutation of the entries before each of several factors (:mod:`lib_delta.adapters.algorithms.boft`).
 Butterfly = Literal["none", "lycoris", "peft"]
 
 
 @dataclass(frozen=True)
 class Oft(LayerAdapter):
-    """``W' = rescale * (M @ W)``, or ``rescale * (W @ M^T)`` where inputs are turned.
+    """``W' = rescale * (M @ W)``; with ``on_input``, ``rescale * (W @ M^T)``.
 
-    M is the product of the ``factors`` ``(m, n, b, b)``, the first applied first; each is block-diagonal
-    after its entries were put in the order of the ``butterfly``.  ``rescale`` has one number for each output.
+    M is the product of the ``factors`` ``(m, n, b, b)``, the first applied first.  Each is block-diagonal after the
+    ``butterfly``'s permutation of the entries.  ``rescale`` has one number for each output.
     """
 
     factors: Tensor
@@ -54,14 +60,14 @@ class Oft(LayerAdapter):
 
     @property
     def width(self) -> int:
-        """The number of entries that are turned."""
+        """The number of rotated entries."""
         return self.factors.shape[1] * self.factors.shape[2]
 
     def fit(self, shape: Size) -> Oft:
-        return self  # made for its layer by Unsolved
+        return self  # UnsolvedOft made it for its layer
 
     def turn(self, entries: Tensor) -> Tensor:
-        """Return M times ``entries`` ``(width, ...)``, or of fewer entries, as if zeros followed them."""
+        """Return M times ``entries`` ``(width, ...)``; fewer entries are padded with zeros."""
         missing = self.width - len(entries)
         if missing:
             return self.turn(torch.cat((entries, entries.new_zeros(missing, *entries.shape[1:]))))[: len(entries)]
@@ -73,7 +79,7 @@ class Oft(LayerAdapter):
         return entries
 
     def _order(self, i: int, device: torch.device) -> Tensor | None:
-        """Return the entries' order before factor ``i``: pairs far apart come together, ever farther."""
+        """Return the entries' permutation before factor ``i``: it pairs entries at a distance that grows with ``i``."""
         if self.butterfly == "none":
             return None
         half = self.factors.shape[-1] // 2
@@ -92,7 +98,7 @@ class Oft(LayerAdapter):
         return (new - old).contiguous()
 
     def bypass(self, layer: ForkedLayer, x: Tensor, y: Tensor) -> Tensor:
-        """Turn the layer's outputs; the bias stays."""
+        """Rotate the layer's outputs without the bias."""
         channels_first = not isinstance(layer, Linear)
         shape = (-1, 1, 1) if channels_first else (-1,)
         old = y if layer.bias is None else y - layer.bias.view(shape)
@@ -103,9 +109,9 @@ class Oft(LayerAdapter):
 
 @dataclass(frozen=True)
 class UnsolvedOft:
-    """Rotations before their layer is known: a file may hold many more than any layer has, so only :meth:`fit` solves.
+    """Rotations that :meth:`fit` computes once their layer is known: a file may have far more than any layer needs.
 
-    ``make`` returns the factors ``(m, count or 1, side, side)``; the rest is as in :class:`Oft`.
+    ``make`` returns the factors ``(m, count or 1, side, side)``.  All other fields are those of :class:`Oft`.
     """
 
     count: int
@@ -117,30 +123,30 @@ class UnsolvedOft:
     padded: bool = False
 
     def fit(self, shape: Size) -> Oft:
-        """Return the rotations for a weight of ``shape``; raise :class:`AdapterError` if they are not for one."""
+        """Return the rotations for a weight of ``shape``; raise :class:`AdapterError` if they do not fit."""
         matrix_or_convolution(shape, "an OFT")
-        wanted = shape[1:].numel() if self.on_input else shape[0]
-        # One block may be shared by all.
-        shared = self.count == 1 and self.butterfly == "none" and (self.padded or wanted % self.side == 0)
-        # The last block of some may reach beyond the layer's entries.
-        beyond = self.count * self.side - wanted
+        needed = shape[1:].numel() if self.on_input else shape[0]
+        # All may share one block.
+        shared = self.count == 1 and self.butterfly == "none" and (self.padded or needed % self.side == 0)
+        # With padding, the last block may extend beyond the layer's entries.
+        beyond = self.count * self.side - needed
         if not shared and beyond and not (self.padded and 0 < beyond < self.count):
-            found = f"{self.count} blocks of {self.side}"
-            raise AdapterError(f"its rotations are {found} where the model's layer needs {wanted} entries in all")
+            blocks = f"{self.count} blocks of {self.side}"
+            raise AdapterError(f"its rotations are {blocks} where the model's layer needs {needed} entries in all")
         if self.rescale is not None and self.rescale.numel() != shape[0]:
             raise AdapterError(f"rescale has {self.rescale.numel()} numbers where the model's layer needs {shape[0]}")
         factors = self.make()
         if shared:
-            factors = factors.expand(-1, math.ceil(wanted / self.side), -1, -1)
+            factors = factors.expand(-1, math.ceil(needed / self.side), -1, -1)
         return Oft(factors, None if self.rescale is None else self.rescale.flatten(), self.on_input, self.butterfly)
 
 
 def match(tensors: Mapping[str, Tensor]) -> UnsolvedOft | None:
-    """Make a layer's OFT of its tensors; a constraint of 0 or none leaves the angles free."""
+    """Make a layer's OFT of its tensors; a constraint of 0, or no constraint, does not limit the angles."""
     rescale = tensors.get(RESCALE)
     if OFT_DIAG in tensors and not tensors.keys() - {OFT_DIAG, RESCALE, CONSTRAINT}:
-        given = _square_blocks(tensors[OFT_DIAG], OFT_DIAG, 3)
-        return UnsolvedOft(len(given), given.shape[-1], lambda: given.float()[None].mT, rescale)
+        rotations = _square_blocks(tensors[OFT_DIAG], OFT_DIAG, 3)
+        return UnsolvedOft(len(rotations), rotations.shape[-1], lambda: rotations.float()[None].mT, rescale)
     if OLD_OFT_R in tensors and tensors.keys() == {OLD_OFT_R}:
         data = _square_blocks(tensors[OLD_OFT_R], OLD_OFT_R, 3)
         return UnsolvedOft(len(data), data.shape[-1], lambda: cayley(half_skew(data))[None].mT, padded=True)
@@ -154,14 +160,14 @@ def match(tensors: Mapping[str, Tensor]) -> UnsolvedOft | None:
 
 
 def half_skew(data: Tensor) -> Tensor:
-    """Return peft's skew-symmetric matrices ``(..., b, b)``, with the sign that :func:`cayley` takes."""
+    """Return peft's skew-symmetric matrices ``(..., b, b)``, with the sign for :func:`cayley`."""
     return 0.5 * (data.mT.float() - data.float())
 
 
 def constrained(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the skew-symmetric ``oft_blocks`` ``(..., n, b, b)``, shortened where their norm exceeds the constraint.
+    """Return the skew-symmetric ``oft_blocks`` ``(..., n, b, b)``, shortened if their norm exceeds the constraint.
 
-    The constraint that files hold in ``alpha`` counts for each of the layer's outputs.
+    The stored constraint (``alpha``) is per output of the layer.
     """
     blocks = tensors[OFT_BLOCKS].float()
     skew = blocks - blocks.mT
@@ -175,7 +181,7 @@ def cayley(skew: Tensor) -> Tensor:
     """Return ``(I + Q) (I - Q)^-1`` for skew-symmetric Q ``(..., b, b)``: an orthogonal matrix."""
     eye = torch.eye(skew.shape[-1], device=skew.device)
     rotations, failed = torch.linalg.solve_ex(eye - skew, eye + skew)  # the two commute
-    # No skew-symmetric matrix fails, but where its numbers are beyond fp32's precision.
+    # Only numbers beyond fp32's precision fail.
     if failed.any() or not torch.isfinite(rotations).all():
         raise AdapterError("its rotations cannot be computed from numbers so large")
     return rotations
@@ -189,10 +195,10 @@ def _triangle_side(vectors: Tensor) -> int:
 
 
 def _peft_rotations(tensors: Mapping[str, Tensor], side: int) -> Tensor:
-    """Return the rotations ``(n, b, b)`` of the inputs from the upper triangles ``(n, b * (b - 1) / 2)``, b the side.
+    """Return the rotations ``(n, b, b)`` of the inputs from the upper triangles ``(n, b * (b - 1) / 2)``.
 
-    peft stands a series of five terms for the inverse unless told otherwise; ``oft_terms`` 0 is the
-    inverse itself, which peft takes of the matrix with the other sign.
+    By default peft replaces the inverse by a series of five terms.  ``oft_terms`` 0 stands for the inverse, which peft
+    computes with the opposite sign.
     """
     vectors = tensors[OFT_R].float()
     rows, columns = torch.triu_indices(side, side, 1)
@@ -206,7 +212,7 @@ def _peft_rotations(tensors: Mapping[str, Tensor], side: int) -> Tensor:
     terms = int(tensors[PEFT_TERMS].item()) if PEFT_TERMS in tensors else 5
     if terms == 0:
         return cayley(-skew)
-    terms = 4 if terms == 3 else terms  # as peft has it
+    terms = 4 if terms == 3 else terms  # as in peft
     total, power = torch.eye(side).repeat(len(vectors), 1, 1), skew
     for i in range(1, terms):
         total = total + power * (1 if i == terms - 1 and i > 1 else 2)

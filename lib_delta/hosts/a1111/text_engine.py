@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's prompt code, which also reads textual inversions, with the source's text encoder."""
+"""AUTOMATIC1111's prompt code, with textual inversions, around the side model's text encoder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lib_delta.runtime.side_model import SideModel
 
 
 class Embeddings(EmbeddingDatabase):  # type: ignore[misc]
-    """The user's textual inversions of the source's width; the WebUI's own list has the main checkpoint's."""
+    """The user's textual inversions of the side model's width; the WebUI's list has the main checkpoint's."""
 
     def __init__(self, engine: A1111TextEngine, width: int) -> None:
         super().__init__()
-        self._tokenizing, self._width = SimpleNamespace(cond_stage_model=engine), width
+        self._tokenizer, self._width = SimpleNamespace(cond_stage_model=engine), width
         for folder in sd_hijack.model_hijack.embedding_db.embedding_dirs:
             self.add_embedding_dir(folder)
 
@@ -33,11 +33,11 @@ class Embeddings(EmbeddingDatabase):  # type: ignore[misc]
         return self._width
 
     def register_embedding(self, embedding: Any, _model: object) -> Any:
-        return super().register_embedding(embedding, self._tokenizing)
+        return super().register_embedding(embedding, self._tokenizer)
 
 
 class A1111TextEngine(TextEngine, sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords):  # type: ignore[misc]
-    """The WebUI's prompt code; its last step, the text encoder, is ours."""
+    """The WebUI's prompt code, which calls the side model's text encoder as its last step."""
 
     def __init__(self, model: SideModel) -> None:
         hijack = SimpleNamespace(fixes=None, extra_generation_params={}, comments=[], embedding_db=None)
@@ -56,7 +56,7 @@ class A1111TextEngine(TextEngine, sd_hijack_clip.FrozenCLIPEmbedderWithCustomWor
             return pad_uncond
         if not shared.opts.pad_cond_uncond:
             return None
-        # The WebUI encodes the empty prompt once, before any LoRA: adapted and base are padded alike.
+        # The WebUI encodes the empty prompt once, before it loads a LoRA: base and adapted get the same padding.
         base = self._base()
         assert base is not None, "prompts are encoded while their base is loaded"
         adapted, self.tower = self.tower, base
@@ -71,7 +71,7 @@ class A1111TextEngine(TextEngine, sd_hijack_clip.FrozenCLIPEmbedderWithCustomWor
         return encoded
 
     def encode_with_transformers(self, tokens: Tensor) -> Tensor:
-        """Encode ``(N, 77)`` tokens, which the WebUI has placed on its own device."""
+        """Encode ``(N, 77)`` tokens, and return the result on their device, the WebUI's."""
         device = next(self.tower.parameters()).device
         with without_autocast(device):
             hidden, _ = self.tower.encode(tokens.to(device), shared.opts.CLIP_stop_at_last_layers)

@@ -15,7 +15,7 @@ from torch import Tensor
 from lib_delta.controls.control_map import ControlMap
 from lib_delta.controls.picture_file import pixels, pixels_of, read_picture
 from lib_delta.errors import SettingError, shown
-from lib_delta.request.control_unit import RESIZES
+from lib_delta.request.setting_choices import RESIZES, ResizeChoice
 
 LONGEST_PATH = 4096  # in characters; longer texts are base64
 JUST_RESIZE = 3  # img2img's resize mode for latents; its other modes equal those of units
@@ -75,7 +75,7 @@ def _decoded_base64(text: str, name: str) -> bytes:
         ) from error
 
 
-def img2img_pictures(p: Any) -> tuple[list[Tensor], str]:
+def img2img_pictures(p: Any) -> tuple[list[Tensor], ResizeChoice]:
     """Return img2img's pictures as they are sampled, and their resize mode; no pictures in txt2img."""
     pictures = [pixels_of(picture, "img2img's picture", WHITE) for picture in getattr(p, "init_images", None) or []]
     region = _region(p)

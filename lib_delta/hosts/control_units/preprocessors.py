@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lib_delta.errors import DeltaError, SettingError, near, shown
-from lib_delta.request.control_unit import PREPROCESSOR_DEFAULT
+from lib_delta.request.fields import PREPROCESSOR_DEFAULT
 
 Pixels = np.ndarray[Any, Any]
 RESOLUTION, LOW, HIGH = 512, 100, 200

@@ -110,9 +110,9 @@ class Units:
             unit.weight,
             start=unit.start,
             end=unit.end,
-            mode=unit.mode,  # type: ignore[arg-type]
+            mode=unit.mode,
             resize=resize,
-            weight_type=unit.weight_type,  # type: ignore[arg-type]
+            weight_type=unit.weight_type,
             encoders=encoders(),
             mask=img2img_mask(p),
             larger=larger,

@@ -1,4 +1,4 @@
-"""Forge's prompt code, which also reads textual inversions, with the source's text encoder."""
+"""Forge's prompt code, with textual inversions, around the side model's text encoder."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ TOKENIZER = Path("huggingface", "runwayml", "stable-diffusion-v1-5", "tokenizer"
 
 
 class ForgeTextEngine(TextEngine, ClassicTextProcessingEngine):  # type: ignore[misc]
-    """The WebUI's prompt code; its last step, the text encoder, is ours."""
+    """The WebUI's prompt code, which calls the side model's text encoder as its last step."""
 
     def __init__(self, model: SideModel) -> None:
-        # The WebUI's class wraps the token embedding of what it is given: a bare frame, not our encoder.
-        frame = SimpleNamespace(token_embedding=nn.Embedding(1, 1))
-        encoder = SimpleNamespace(transformer=SimpleNamespace(text_model=SimpleNamespace(embeddings=frame)))
-        about: dict[str, Any] = {
+        # The WebUI's class wraps the token embedding of its text encoder: it gets an empty one, not the side model's.
+        embeddings = SimpleNamespace(token_embedding=nn.Embedding(1, 1))
+        encoder = SimpleNamespace(transformer=SimpleNamespace(text_model=SimpleNamespace(embeddings=embeddings)))
+        arguments: dict[str, Any] = {
             "text_encoder": encoder,
             "tokenizer": load_tokenizer(Path(backend.__path__[0], TOKENIZER)),
             "embedding_dir": dynamic_args["embedding_dir"],
@@ -43,8 +43,8 @@ class ForgeTextEngine(TextEngine, ClassicTextProcessingEngine):  # type: ignore[
             "embedding_expected_shape": model.tower.config.width,
         }
         if "emphasis_name" in inspect.signature(ClassicTextProcessingEngine.__init__).parameters:
-            about["emphasis_name"] = shared.opts.emphasis  # elsewhere (Forge Neo) it is read at every call
-        ClassicTextProcessingEngine.__init__(self, **about)
+            arguments["emphasis_name"] = shared.opts.emphasis  # Forge Neo reads it at every call
+        ClassicTextProcessingEngine.__init__(self, **arguments)
         self._bundled = BundledEmbeddings(self.embeddings, self.tokenize)
         insert_embeddings(model.tower, self.embeddings)
 
@@ -52,10 +52,10 @@ class ForgeTextEngine(TextEngine, ClassicTextProcessingEngine):  # type: ignore[
         self._bundled.replace(embeddings)
 
     def padding(self) -> None:
-        """Return nothing: Forge evaluates prompts of different lengths each by itself."""
+        """Return nothing: Forge evaluates prompts of different lengths one by one."""
 
     def get_learned_conditioning(self, texts: Texts) -> Tensor:
-        with _notes_kept():
+        with _unchanged_notes():
             encoded: Tensor = self(list(texts))
         return encoded
 
@@ -68,17 +68,14 @@ class ForgeTextEngine(TextEngine, ClassicTextProcessingEngine):  # type: ignore[
 
 
 @contextmanager
-def _notes_kept() -> Iterator[None]:
-    """Leave what the WebUI has noted of its own prompts as it is.
-
-    It goes into the infotext of the next picture, whose prompts are none of those encoded in between.
-    """
-    # Forge has a dictionary that it replaces, Forge Neo one that it empties.
-    keeper: Any = dynamic_args if hasattr(dynamic_args, NOTES) else classic_engine
-    notes = dict(getattr(keeper, NOTES, {}))
+def _unchanged_notes() -> Iterator[None]:
+    """Restore the WebUI's notes on its prompts, which go into the next infotext, after encoding others."""
+    # Forge replaces its dictionary, Forge Neo empties it.
+    holder: Any = dynamic_args if hasattr(dynamic_args, NOTES) else classic_engine
+    notes = dict(getattr(holder, NOTES, {}))
     try:
         yield
     finally:
-        held = getattr(keeper, NOTES, {})
-        held.clear()
-        held.update(notes)
+        current = getattr(holder, NOTES, {})
+        current.clear()
+        current.update(notes)

@@ -1,7 +1,7 @@
-"""Patchers of models that a memory manager moves as a whole.
+"""Patchers of models that a memory manager moves only as a whole.
 
-Forge Neo's and reForge's managers load as much of a model as fits, and cast what stays behind by hand as it is used;
-so only layers of theirs can be.  A model of other layers would be left on the CPU, or be in two places.
+The managers of Forge Neo and reForge load as much of a model as fits, and cast the rest by hand in each forward pass.
+That works only with their layers.  Other layers would stay on the CPU, or be split over two devices.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ import torch
 
 from lib_delta.devices import indexed
 
-# The methods by which managers load parts of models, and what they have to take.
+# The methods by which managers load parts of models, and the parameters that they need to have.
 PARTLY = {"load": "full_load", "partially_load": "extra_memory", "partially_unload": "memory_to_free"}
 
 
 def whole(patcher: type[Any]) -> type[Any]:
-    """Return a manager's class of patchers so that all of a model is moved, or nothing; as it is if it always does."""
+    """Return a manager's class of patchers so that it moves whole models; the class itself if it always does."""
     if not all(_takes(getattr(patcher, method, None), parameter) for method, parameter in PARTLY.items()):
         return patcher
 
     class WholePatcher(patcher):  # type: ignore[misc]
-        """Loads all of its model; to be rid of a part, the manager has to unload all of it."""
+        """Loads or unloads all of its model."""
 
         def model_size(self) -> int:
-            """Return the bytes of the weights as they are now: adapters come and go."""
+            """Return the bytes of the weights, which change with the adapters."""
             return sum(weight.nbytes for weight in self._weights())
 
         def loaded_size(self) -> int:
-            """Return how many of these bytes are where they are computed with."""
+            """Return the bytes of the weights that are on the computing device."""
             device = indexed(self.load_device)
             return sum(weight.nbytes for weight in self._weights() if weight.device == device)
 
         def partially_load(self, device_to: torch.device, extra_memory: float = 0, **options: Any) -> int:
-            """Load all, and return the bytes that this took, whatever was allowed."""
+            """Load all weights, whatever the limit; return the bytes that this took."""
             before = self.loaded_size()
             try:
                 self.load(device_to, full_load=True, **options)
@@ -45,7 +45,7 @@ def whole(patcher: type[Any]) -> type[Any]:
             return self.loaded_size() - before
 
         def partially_unload(self, device_to: torch.device, memory_to_free: float = 0, **options: Any) -> int:
-            """Unload nothing, and return that 0 bytes were freed, upon which the manager unloads all."""
+            """Return 0 freed bytes; the manager then unloads the whole model."""
             return 0
 
         def _weights(self) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,4 @@
-"""What other extensions have put into the main model, which the side model does without."""
+"""Functions that other extensions have put into the main model, and that the side model does not run."""
 
 from __future__ import annotations
 
@@ -9,53 +9,56 @@ from typing import Any
 
 from torch import nn
 
-FOLDERS = ("extensions", "extensions-builtin")
-# Methods that models are run by: a module's own, and a whole checkpoint's in AUTOMATIC1111.
-RUN_BY = ("forward", "apply_model")
-# Of the WebUI's own files, those whose work the side model does as well, and the one that all its UNets go through:
-# ControlNet's extension, when it leaves, puts that in the place of the UNet's own method.
-FOLLOWED = ("tomesd", "sd_unet")
+EXTENSION_FOLDERS = ("extensions", "extensions-builtin")
+# The methods that run a model: each module's, and in AUTOMATIC1111 the whole checkpoint's.
+RUN_METHODS = ("forward", "apply_model")
+# Files of the WebUI whose patches are not reported: the side model merges tokens as well (tomesd), and every UNet
+# runs through sd_unet, which ControlNet's extension leaves in place of the UNet's method.
+NOT_REPORTED = ("tomesd", "sd_unet")
+OUR_FOLDER = Path(__file__).parents[2]
 
 
-def extension_names(*holders: Any) -> set[str]:
-    """Return the names of the extensions (of their folders) that have made the functions anywhere in some holders."""
-    functions = {id(function): function for function in _functions(holders)}
+def extension_names(*containers: Any) -> set[str]:
+    """Return the names of the extensions, by folder, whose functions are anywhere in these containers."""
+    functions = {id(function): function for function in _functions(containers)}
     return {name for function in functions.values() if (name := _extension_name(function))}
 
 
 def patched_forwards(model: Any) -> set[str]:
-    """Return who has put a method of theirs in the place of one that a model, or a module within it, is run by.
+    """Return the extensions that replaced a run method of a model or of any module in it.
 
-    It looks at every module, some thousands: not for each step.
+    This visits some thousands of modules: do not call it in each step.
     """
     return replaced(*(model.modules() if isinstance(model, nn.Module) else ()))
 
 
 def replaced(*modules: Any) -> set[str]:
-    """Return who has put a method of theirs in the place of one of these modules' own, whatever is within these."""
-    return extension_names([vars(module).get(name) for module in modules for name in RUN_BY])
+    """Return the extensions that replaced a run method of these modules; does not look inside them."""
+    return extension_names([vars(module).get(name) for module in modules for name in RUN_METHODS])
 
 
-def _functions(held: Any) -> Iterator[Any]:
-    if isinstance(held, Mapping):
-        held = tuple(held.values())
-    if callable(held):
-        yield held
-    elif isinstance(held, (list, tuple, set)):
-        for item in held:
+def _functions(container: Any) -> Iterator[Any]:
+    """Yield all functions in nested containers."""
+    if isinstance(container, Mapping):
+        container = tuple(container.values())
+    if callable(container):
+        yield container
+    elif isinstance(container, (list, tuple, set)):
+        for item in container:
             yield from _functions(item)
 
 
 def _extension_name(function: Any) -> str:
-    """Return the name of the extension, or of the WebUI's own file, that a function is from; empty if it is ours."""
-    made_of = inspect.unwrap(function)
-    made_of = getattr(made_of, "func", made_of)  # a partial's
-    made_of = made_of if inspect.isroutine(made_of) or inspect.isclass(made_of) else type(made_of)
+    """Return a function's extension, or the WebUI's file that it is from; empty if it is not to be reported."""
+    definition = inspect.unwrap(function)
+    definition = getattr(definition, "func", definition)  # of a partial
+    if not (inspect.isroutine(definition) or inspect.isclass(definition)):
+        definition = type(definition)  # of a callable object
     try:
-        file = Path(inspect.getfile(made_of))
+        file = Path(inspect.getfile(definition))
     except TypeError:  # built in
         return ""
-    if Path(__file__).parents[2] in file.parents or file.stem in FOLLOWED:
+    if OUR_FOLDER in file.parents or file.stem in NOT_REPORTED:
         return ""
-    after = [part for folder, part in zip(file.parts, file.parts[1:]) if folder in FOLDERS]
-    return after[0] if after else file.stem
+    names = [name for folder, name in zip(file.parts, file.parts[1:]) if folder in EXTENSION_FOLDERS]
+    return names[0] if names else file.stem

@@ -1,4 +1,4 @@
-"""What is told of the main checkpoint, which a WebUI runs."""
+"""The main checkpoint, which the WebUI samples with."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MainModel:
-    """The main checkpoint: its family, the largest noise level of its schedule, and whether it is one of flow matching.
+    """The properties of the main checkpoint that the delta depends on.
 
-    Samplers of such a model hold ``(1 - t) * x0 + t * noise`` and call t sigma; its largest level is infinite.
-    ``merging`` is the token merging that it runs with now; ``tiled`` tells whether its pictures' edges meet.
+    ``sigma_max`` is the largest noise level of its schedule.  ``flow`` marks flow matching: its samplers work with
+    ``(1 - t) * x0 + t * noise`` and call t sigma, and ``sigma_max`` is infinite.  ``merging`` is the token merging
+    that it runs with now.  ``tiled`` tells that opposite edges of its images match.
     """
 
     family: Family
@@ -28,9 +29,9 @@ class MainModel:
 
 
 def tiles(model: nn.Module | None) -> bool:
-    """Tell whether a model makes pictures that can be tiled: its convolutions then go on at the other edge.
+    """Return whether a model makes tileable images: its convolutions pad with the opposite edge.
 
-    What was asked for does not say so, for not every WebUI does it, and a refiner may do otherwise.
+    The request's setting is no measure: not every WebUI follows it, and a refiner may differ.
     """
     for layer in () if model is None else model.modules():
         mode = getattr(layer, "padding_mode", None)

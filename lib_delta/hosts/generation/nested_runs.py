@@ -1,7 +1,7 @@
-"""Generations that are under way, and what happens within them.
+"""Generations within generations.
 
-ADetailer and its like generate pictures of their own before a run's text is written, and call the run's scripts anew on
-shallow copies of its ``p``, which share its dictionaries.  None of it may touch the run around it.
+ADetailer and similar extensions generate before the outer run has written its infotext.  They call the run's scripts
+again on shallow copies of its ``p``, which share its dictionaries.  The outer run must not change by this.
 """
 
 from __future__ import annotations
@@ -15,46 +15,47 @@ OWNER = "delta_sampling_owner"
 
 
 def begin(p: Any) -> None:
-    """Note that a generation begins: what bears the same note later is it, or a copy that was made while it runs."""
+    """Mark a generation as running; shallow copies made until it ends carry the same mark."""
     setattr(p, OWNER, weakref.ref(p))
 
 
 def end(p: Any) -> None:
-    """Note that it has ended."""
-    p.__dict__.pop(OWNER, None)
+    """Remove the mark of a generation that has ended."""
+    vars(p).pop(OWNER, None)
 
 
 def is_copy(p: Any) -> bool:
-    """Tell whether this is a shallow copy of a generation that is under way."""
-    owner = getattr(p, OWNER, None)
-    return owner is not None and owner() is not None and owner() is not p
+    """Return whether this is a shallow copy of a running generation."""
+    reference = getattr(p, OWNER, None)
+    owner = None if reference is None else reference()
+    return owner is not None and owner is not p
 
 
 def job() -> float | None:
-    """Return what tells one click, or call of the API, from the next, with all that is generated for it."""
+    """Return the start of the WebUI's job: all generations of one click, or of one API call, share it."""
     return getattr(shared.state, "time_start", None)
 
 
 class LastRun:
-    """What the status says of the last run, and of the last generation within it."""
+    """The last run's outcome, and that of the last generation within it, as the status shows them."""
 
     def __init__(self) -> None:
-        self._said = ["Nothing has run yet"]
-        # The run, and its job: one that ended in an error of the WebUI's own is told by the next one's.
+        self._lines = ["Nothing has run yet"]
+        # The running generation and its job.  If an error of the WebUI ends it, the next job differs.
         self._run: tuple[weakref.ref[Any], float | None] | None = None
 
     def begin(self, p: Any) -> None:
-        """Begin a run; within another it takes nothing away from what is said of that."""
+        """Begin a run; one within another leaves the outer run's lines as they are."""
         if not self._within(p):
             self._run = weakref.ref(p), job()
-            self._said = ["Last run: no delta was asked for"]
+            self._lines = ["Last run: no delta was requested"]
 
-    def tell(self, p: Any, sentence: str) -> None:
-        """Say what came of a generation."""
+    def report(self, p: Any, outcome: str) -> None:
+        """Note a generation's outcome."""
         if self._within(p):
-            self._said[1:] = [f"The last generation within it: {sentence}"]
+            self._lines[1:] = [f"The last generation within it: {outcome}"]
         else:
-            self._said = [f"Last run: {sentence}"]
+            self._lines = [f"Last run: {outcome}"]
 
     def end(self, p: Any) -> None:
         """End a run."""
@@ -62,11 +63,12 @@ class LastRun:
             self._run = None
 
     def _within(self, p: Any) -> bool:
+        """Return whether ``p`` is generated within another run."""
         if self._run is None:
             return False
-        run, of_job = self._run[0](), self._run[1]
-        return run is not None and run is not p and of_job == job()
+        outer, outer_job = self._run[0](), self._run[1]
+        return outer is not None and outer is not p and outer_job == job()
 
     def lines(self) -> list[str]:
-        """Return it, a line each."""
-        return self._said
+        """Return the outcomes, a line each."""
+        return self._lines

@@ -1,7 +1,7 @@
-"""How far along a pass a WebUI's sampler is, by the noise levels of its own schedule.
+"""The progress of a pass, read from the noise levels of the sampler's schedule.
 
-Counting calls would not do: second-order samplers call twice a step, DPM adaptive as often as it likes,
-and Restart goes back.
+Counting calls would not work: second-order samplers call twice a step, DPM adaptive any number of times, and Restart
+goes back to earlier levels.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from torch import Tensor
 from lib_delta.core.progress import Progress
 from lib_delta.diffusion.parameterization import Schedule
 
-CACHE_ATTRIBUTE = "delta_sampling_known"
-Made = TypeVar("Made")
+CACHE_ATTRIBUTE = "delta_sampling_pass_cache"
+Value = TypeVar("Value")
 
 
-def once_per_pass(denoiser: Any, key: object, make: Callable[[], Made]) -> Made:
-    """Return what ``make`` makes, which is made once in the pass that is running, of which a denoiser is."""
-    known: dict[object, Made] = vars(denoiser).setdefault(CACHE_ATTRIBUTE, {})
-    if key not in known:
-        known[key] = make()
-    return known[key]
+def once_per_pass(denoiser: Any, key: object, make: Callable[[], Value]) -> Value:
+    """Return ``make()``, which is called once for each pass; every pass has its own denoiser."""
+    cache: dict[object, Value] = vars(denoiser).setdefault(CACHE_ATTRIBUTE, {})
+    if key not in cache:
+        cache[key] = make()
+    return cache[key]
 
 
 def schedule_of(alphas_cumprod: Tensor) -> Schedule:
-    """Return the schedule of a model's table, which is brought from its device only when it is another than before."""
+    """Return the schedule of a model's table; reads the table from its device only if it has changed."""
     return _schedule(alphas_cumprod, _version(alphas_cumprod))
 
 
 def largest_sigma(sigmas: Tensor) -> float:
-    """Return the largest noise level of a model's table, looked for only when it is another than before."""
+    """Return the largest noise level of a model's table; reads the table from its device only if it has changed."""
     return _largest(sigmas, _version(sigmas))
 
 
 def _version(table: Tensor) -> int:
-    """Return what tells whether a tensor was written to; those made in inference mode do not say."""
+    """Return a number that changes when a tensor is written to; always 0 for one made in inference mode."""
     return 0 if table.is_inference() else table._version
 
 
@@ -56,22 +56,22 @@ def _largest(sigmas: Tensor, _version: int) -> float:
 
 
 def pass_progress(denoiser: Any) -> Progress:
-    """Return the progress of the pass that is running; its noise levels are those its sampler asked for."""
+    """Return the progress of the running pass, by the noise levels that its sampler evaluates."""
     return once_per_pass(denoiser, Progress, lambda: Progress(_levels(denoiser)))
 
 
 def _levels(denoiser: Any) -> Tensor:
-    """Return the noise levels of the pass: its sampler's schedule, of which img2img runs the last part."""
+    """Return the noise levels of the pass: its sampler's schedule, or the last part of it in img2img."""
     p, sampler = denoiser.p, denoiser.sampler
-    steps, encoded = p.steps, None
+    steps, img2img_steps = p.steps, None
     if getattr(p, "is_hr_pass", False):
-        steps, encoded = sd_samplers_common.setup_img2img_steps(p, p.hr_second_pass_steps or p.steps)
+        steps, img2img_steps = sd_samplers_common.setup_img2img_steps(p, p.hr_second_pass_steps or p.steps)
     elif isinstance(p, StableDiffusionProcessingImg2Img):
-        steps, encoded = sd_samplers_common.setup_img2img_steps(p)
+        steps, img2img_steps = sd_samplers_common.setup_img2img_steps(p)
     if isinstance(denoiser, CFGDenoiserTimesteps):
-        timesteps = sampler.get_timesteps(p, steps).cpu()[:encoded]
-        # The lowest is where the run ends, and no level at which a model is asked, unless there is no other.
-        asked = timesteps[1:] if len(timesteps) > 1 else timesteps
-        return schedule_of(shared.sd_model.alphas_cumprod).t_to_sigma(asked)
+        timesteps = sampler.get_timesteps(p, steps).cpu()[:img2img_steps]
+        # The run ends at the lowest timestep, and evaluates no model there unless it is the only one.
+        evaluated = timesteps[1:] if len(timesteps) > 1 else timesteps
+        return schedule_of(shared.sd_model.alphas_cumprod).t_to_sigma(evaluated)
     sigmas = sampler.get_sigmas(p, steps)
-    return sigmas if encoded is None else sigmas[steps - encoded - 1 :]
+    return sigmas if img2img_steps is None else sigmas[steps - img2img_steps - 1 :]

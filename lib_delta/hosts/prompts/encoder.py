@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from lib_delta.hosts.prompts.pass_prompts import PassPrompts, Texts
     from lib_delta.hosts.prompts.text_engine import TextEngine
-    from lib_delta.request.request import Active
+    from lib_delta.request.lora_recipe import Active
     from lib_delta.runtime.side_model import SideModel
 
 # The WebUIs' settings that affect how prompts are parsed and encoded.

@@ -10,7 +10,8 @@ from typing import Any
 from modules import extra_networks, sd_samplers, shared
 
 from lib_delta.request.passes import Passes
-from lib_delta.request.request import MAIN_PROMPT, Request
+from lib_delta.request.request import Request
+from lib_delta.request.setting_choices import MAIN_PROMPT
 
 Texts = Sequence[str]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -14,135 +14,135 @@ from lib_delta.hosts import host
 from lib_delta.hosts.settings import option, units_shown
 from lib_delta.hosts.ui import unit_box
 from lib_delta.hosts.ui.unit_box import UnitBox, restoring
-from lib_delta.hosts.ui.widgets import HIDDEN, MESSAGE, QUIET, ROW, refresh_button
-from lib_delta.request.control_unit import RECIPE_FIELDS, UNIT_FIELDS
+from lib_delta.hosts.ui.widgets import HIDDEN, MESSAGE, QUIET, ROW, ElemId, refresh_button
+from lib_delta.request.fields import CHECKPOINT_FIELDS, RECIPE_FIELDS, UNIT_FIELDS
 from lib_delta.request.presets import SAVED
-from lib_delta.request.request import NONE, Request
+from lib_delta.request.request import Request
+from lib_delta.request.setting_choices import NONE
 
 SAVE, DELETE = "\N{FLOPPY DISK}", "\N{WASTEBASKET}\ufe0f"
 
 
 class PresetRow:
-    """The widgets, and what they do to the accordion's."""
+    """The widgets, and the events between them and the accordion's."""
 
-    def __init__(self, elem_id: Callable[[str], str]) -> None:
-        """Make them; ``elem_id`` completes a name to the id of an element of the tab."""
+    def __init__(self, elem_id: ElemId) -> None:
         with gr.Row(**ROW):
             with gr.Column(min_width=240), FormRow():
                 self.name = gr.Dropdown(
                     label="Preset",
                     choices=preset_choices(),
                     value=NONE,
-                    interactive=True,  # gradio takes a widget that is no event's input for one that only shows
+                    interactive=True,  # gradio makes a widget read-only that is no event's input
                     elem_id=elem_id("preset"),
                 )
                 refresh_button(self.name, _nothing, preset_choices, elem_id("refresh_preset"))
                 self.delete = ToolButton(DELETE, elem_id=elem_id("delete_preset"))
             with gr.Column(min_width=240), FormRow():
-                # Not the list's own box: on gradio 3 what is typed there counts after the Enter key alone.
+                # A box next to the list, since gradio 3's dropdown accepts a typed name only with the Enter key.
                 self.saved_as = gr.Textbox(
                     label="Save preset as", placeholder="a name", lines=1, elem_id=elem_id("preset_name")
                 )
                 self.save = ToolButton(SAVE, elem_id=elem_id("save_preset"))
-        self.said = gr.HTML("", elem_id=elem_id("preset_said"), **MESSAGE)
-        # The script of the page clicks it once, when the page is there.
+        self.message = gr.HTML("", elem_id=elem_id("preset_said"), **MESSAGE)
+        # The page's script clicks it once, when the page is complete.
         self.default = gr.Button("Load the default preset", elem_id=elem_id("default_preset"), **HIDDEN)
         for widget in (self.name, self.saved_as):
             widget.do_not_save_to_config = True
 
     def connect(self, widgets: Mapping[str, Any], prompts: Any, units: UnitBox) -> None:
-        """Let presets fill the widgets, which are those of the settings by name, and the units'.
+        """Connect the row with the widgets that presets save and fill.
 
-        ``prompts`` unfolds with them.
+        ``widgets`` are those of the settings by name; ``prompts`` is the accordion around the side model's prompts.
         """
-        saved = [*(widgets[f.name] for f in SAVED), *(widget for widget, _ in units.infotext_fields)]
-        told = [self.said, self.name, self.saved_as]
-        filled = [*saved, prompts, units.accordion, *told]
-        self.name.select(chosen, inputs=[], outputs=filled, **QUIET)
-        self.default.click(default, inputs=[], outputs=filled, **QUIET)
-        self.save.click(save, inputs=[self.saved_as, *saved], outputs=told, **QUIET)
-        self.delete.click(delete, inputs=[self.name], outputs=told, **QUIET)
+        saved = [*(widgets[f.name] for f in SAVED), *(widget for widget, _ in units.restored)]
+        row = [self.message, self.name, self.saved_as]
+        filled = [*saved, prompts, units.accordion, *row]
+        self.name.select(load_selected, inputs=[], outputs=filled, **QUIET)
+        self.default.click(load_default, inputs=[], outputs=filled, **QUIET)
+        self.save.click(save, inputs=[self.saved_as, *saved], outputs=row, **QUIET)
+        self.delete.click(delete, inputs=[self.name], outputs=row, **QUIET)
 
 
 def preset_choices() -> list[str]:
-    """Return what the list of presets offers."""
+    """Return the choices of the preset list."""
     return [NONE, *host().presets().names()]
 
 
-def chosen(selected: gr.SelectData) -> list[Any]:
-    """Load the preset that was chosen from the list."""
-    return filled(selected.value)
+def load_selected(selected: gr.SelectData) -> list[Any]:
+    """Load the preset that the user selected in the list."""
+    return load(selected.value)
 
 
-def default() -> list[Any]:
-    """Load the preset that the settings page names, if it names one."""
-    return filled(str(option("preset", NONE)))
+def load_default() -> list[Any]:
+    """Load the preset that the settings page names, if any."""
+    return load(str(option("preset", NONE)))
 
 
-def filled(name: str) -> list[Any]:
-    """Return what each widget is set to by a preset, whether prompts and units unfold, and what is told."""
+def load(name: str) -> list[Any]:
+    """Return a preset's values and updates for ``filled``: the settings, the two inner accordions, and the row."""
     unchanged = [gr.update() for _ in (*SAVED, *unit_fields(), "prompts", "units")]
     if name == NONE:
-        return [*unchanged, *message_and_choice()]
+        return [*unchanged, *row_updates()]
     try:
         request = host().presets().load(name)
     except SettingError as error:
-        return [*unchanged, *message_and_choice(str(error))]
-    return [*values(request), unfolded(request), unit_box.unfold(request.infotext()), *message_and_choice("", name)]
+        return [*unchanged, *row_updates(str(error))]
+    return [*widget_values(request), unfolded(request), unit_box.unfold(request.infotext()), *row_updates("", name)]
 
 
-def message_and_choice(sentence: str = "", name: str = "") -> tuple[str, Any, Any]:
-    """Return what is said of a preset, and the list and the box with its name; without one, these stay as they are."""
-    said = f"<div>{escape(sentence[:1].upper() + sentence[1:])}</div>" if sentence else ""
+def row_updates(message: str = "", name: str = "") -> tuple[str, Any, Any]:
+    """Return a message as HTML, and updates that put a name into the list and the box; without one, both stay."""
+    html = f"<div>{escape(message[:1].upper() + message[1:])}</div>" if message else ""
     if not name:
-        return said, gr.update(), gr.update()
-    return said, gr.update(choices=preset_choices(), value=name), gr.update(value="" if name == NONE else name)
+        return html, gr.update(), gr.update()
+    return html, gr.update(choices=preset_choices(), value=name), gr.update(value="" if name == NONE else name)
 
 
-def values(request: Request) -> list[Any]:
-    """Return the widgets' values for settings and units: an empty dropdown shows None."""
-    found = [(f.name, getattr(request, f.name)) for f in SAVED]
-    # A picture's text holds the units as a preset does: by their recipes, and without the pictures.
-    text = request.infotext()
-    of_units = [restoring(place, name)(text) for place, name in unit_fields()]
+def widget_values(request: Request) -> list[Any]:
+    """Return a request's values for the widgets of settings and units; empty dropdowns show None."""
+    settings = [(f.name, getattr(request, f.name)) for f in SAVED]
+    # Infotext stores units as a preset does: by their recipes, without pictures.
+    infotext = request.infotext()
+    of_units = [restoring(index, name)(infotext) for index, name in unit_fields()]
     return [
-        *(value or NONE if name in ("base", "adapted") else value for name, value in found),
+        *(value or NONE if name in CHECKPOINT_FIELDS else value for name, value in settings),
         *(gr.update() if value is None else value for value in of_units),
     ]
 
 
 def unit_fields() -> list[tuple[int, str]]:
-    """Return the place of a unit and the name of a field for each widget of the units that a preset fills."""
-    return [(place, name) for place in range(units_shown()) for name in RECIPE_FIELDS]
+    """Return the unit's index and the field's name for each widget of the units that a preset fills."""
+    return [(index, name) for index in range(units_shown()) for name in RECIPE_FIELDS]
 
 
 def unfolded(request: Request) -> Any:
-    """Return the update that unfolds the side model's prompts, where there are any."""
-    told = request.prompt or request.negative_prompt or request.adapted_prompt
-    return gr.update(open=True) if told else gr.update()
+    """Return the update that unfolds the side model's prompts if there are any."""
+    has_prompts = request.prompt or request.negative_prompt or request.adapted_prompt
+    return gr.update(open=True) if has_prompts else gr.update()
 
 
-def save(name: str, *given: Any) -> tuple[str, Any, Any]:
-    """Save what the widgets hold, and return what is told."""
-    of_units = dict(zip(unit_fields(), given[len(SAVED) :]))
-    units = [of_units.get((place, field)) for place in range(units_shown()) for field in UNIT_FIELDS]
+def save(name: str, *values: Any) -> tuple[str, Any, Any]:
+    """Save the values of the widgets under a name, and return the row's updates."""
+    of_units = dict(zip(unit_fields(), values[len(SAVED) :]))
+    units = [of_units.get((index, field)) for index in range(units_shown()) for field in UNIT_FIELDS]
     try:
-        kept = host().presets().save(name, Request.from_arguments([True, *given[: len(SAVED)], *units]))
+        saved_as = host().presets().save(name, Request.from_arguments([True, *values[: len(SAVED)], *units]))
     except SettingError as error:
-        return message_and_choice(str(error))
-    said, _, named = message_and_choice(f"saved as {shown(kept)}", kept)
-    # Not chosen yet: gradio 4 tells of a choice only where it is another than before.
-    return said, gr.update(choices=preset_choices(), value=NONE), named
+        return row_updates(str(error))
+    message, _, box = row_updates(f"saved as {shown(saved_as)}", saved_as)
+    # Not selected in the list: gradio 4 fires ``select`` only if the choice changes, so it could not be loaded.
+    return message, gr.update(choices=preset_choices(), value=NONE), box
 
 
 def delete(name: str) -> tuple[str, Any, Any]:
-    """Delete a preset, and return what is told."""
+    """Delete a preset, and return the row's updates."""
     try:
         host().presets().delete(name)
     except SettingError as error:
-        return message_and_choice(str(error))
-    return message_and_choice(f"{shown(name)} is deleted; the settings are still as they are", NONE)
+        return row_updates(str(error))
+    return row_updates(f"{shown(name)} is deleted; the settings are still as they are", NONE)
 
 
 def _nothing() -> None:
-    """Look for nothing: the list is read from its file whenever it is asked for."""
+    """Refresh nothing: ``preset_choices`` reads the file."""

@@ -13,156 +13,113 @@ from modules.ui_components import FormRow
 from lib_delta.errors import DeltaError
 from lib_delta.hosts import host
 from lib_delta.hosts.settings import units_shown
-from lib_delta.hosts.ui.widgets import GRADIO_4, MESSAGE, QUIET, ROW, refresh_button
-from lib_delta.request.control_unit import (
-    MAX_UNIT_WEIGHT,
-    MODES,
-    RECIPE_FIELDS,
-    RESIZES,
-    UNIT_FIELDS,
-    WEIGHT_TYPES,
-    Unit,
-    plain_value,
-)
-from lib_delta.request.request import NONE, from_infotext
+from lib_delta.hosts.ui.widgets import GRADIO_4, MESSAGE, QUIET, ROW, ElemId, FieldWidgets
+from lib_delta.request.control_unit import Unit, plain_value
+from lib_delta.request.fields import RECIPE_FIELDS, UNIT_FIELDS
+from lib_delta.request.infotext import from_infotext
+from lib_delta.request.setting_choices import NONE
 
-# As it is: of 16 bits and of what is transparent nothing is lost.
+# image_mode None passes the picture unconverted, with 16 bits and transparency.
 PICTURE = {"type": "pil", "image_mode": None, "height": 240}
 
 
 class UnitBox:
     """The widgets of all units."""
 
-    def __init__(self, elem_id: Callable[[str], str], is_img2img: bool) -> None:
-        """Make them; ``elem_id`` completes a name to the id of an element of the tab."""
+    def __init__(self, elem_id: ElemId, is_img2img: bool) -> None:
         self.tabs = []
         title = "ControlNet and IP-Adapter units"
         self.accordion = gr.Accordion(title, open=False, elem_id=elem_id("units"))
         with self.accordion, gr.Tabs(elem_id=elem_id("unit_tabs")):
             for number in range(1, units_shown() + 1):
                 with gr.Tab(f"Unit {number}", elem_id=elem_id(f"unit{number}")):
-                    self.tabs.append(UnitTab(partial(_id, elem_id, number), number, is_img2img))
+                    self.tabs.append(UnitTab(elem_id, number, is_img2img))
 
     @property
     def inputs(self) -> list[Any]:
-        """The widgets that hold a setting, unit by unit, in the order of the fields of Unit."""
-        return [tab.widgets[name] for tab in self.tabs for name in UNIT_FIELDS]
+        """The widgets of all settings, unit by unit, in the order of the fields of Unit."""
+        return [widget for tab in self.tabs for widget in tab.inputs]
 
     @property
-    def infotext_fields(self) -> list[tuple[Any, Callable[..., Any]]]:
-        """The widgets that a picture's text fills, each with what reads it."""
+    def restored(self) -> list[tuple[Any, Callable[..., Any]]]:
+        """The widgets that infotext restores, each with the function that reads its value."""
         return [(tab.widgets[name], restoring(i, name)) for i, tab in enumerate(self.tabs) for name in RECIPE_FIELDS]
 
 
-def _id(elem_id: Callable[[str], str], number: int, name: str) -> str:
-    return elem_id(f"unit{number}_{name}")
-
-
 class UnitTab:
-    """The widgets of one unit."""
+    """The widgets of one unit, by the names of its fields."""
 
-    def __init__(self, elem_id: Callable[[str], str], number: int, is_img2img: bool) -> None:
-        self.elem_id, self.of, default = elem_id, f"of unit {number}", Unit()
-        self.widgets: dict[str, Any] = {}
-        w = self.widgets
-        source: dict[str, Any] = {"sources": ["upload", "clipboard"]} if GRADIO_4 else {"source": "upload"}
+    def __init__(self, elem_id: ElemId, number: int, is_img2img: bool) -> None:
+        self.number, self.suffix = number, f" of unit {number}"
+        self.elem_id: ElemId = lambda name: elem_id(f"unit{number}_{name}")
+        self.make = FieldWidgets(UNIT_FIELDS, self.elem_id, self.suffix)
+        self.widgets = self.make.made
+        self._make_pictures(is_img2img)
         with gr.Row(**ROW):
-            # Short, for it lies over the widget's buttons.
-            label = f"Picture {number}, or img2img's" if is_img2img else f"Picture {self.of}"
-            w["image"] = gr.Image(label=label, elem_id=elem_id("image"), **source, **PICTURE)
-            made = gr.Image(label=f"Map {self.of}", interactive=False, height=240, elem_id=elem_id("map"))
-        w["images"] = gr.File(
-            label=f"More pictures {self.of}",
+            self.make.checkbox("enabled", label=f"Enable unit {number}")
+            self.make.checkbox("pixel_perfect")
+            self.preview = gr.Button("Preview the map", size="sm", elem_id=self.elem_id("preview"))
+        self.message = gr.HTML("", elem_id=self.elem_id("said"), **MESSAGE)
+        self._make_files()
+        with gr.Row(**ROW):
+            for name in ("weight", "start", "end"):
+                self.make.slider(name)
+        with gr.Row(**ROW):
+            self.make.radio("mode", min_width=200)
+            self.make.radio("resize", min_width=200)
+        with gr.Row(**ROW):
+            for name in ("resolution", "threshold_a", "threshold_b"):
+                label = f"{UNIT_FIELDS[name].label}{self.suffix} (-1: its own)"
+                self.make.number(name, label=label, precision=0 if name == "resolution" else None, min_width=120)
+            self.make.dropdown("weight_type", min_width=200)
+        self._connect()
+
+    @property
+    def inputs(self) -> list[Any]:
+        """The widgets in the order of the fields of Unit."""
+        return [self.widgets[name] for name in UNIT_FIELDS]
+
+    def _make_pictures(self, is_img2img: bool) -> None:
+        source: dict[str, Any] = {"sources": ["upload", "clipboard"]} if GRADIO_4 else {"source": "upload"}
+        # Short, since the label covers the widget's buttons.
+        label = f"Picture {self.number}, or img2img's" if is_img2img else f"Picture{self.suffix}"
+        with gr.Row(**ROW):
+            self.widgets["image"] = gr.Image(label=label, elem_id=self.elem_id("image"), **source, **PICTURE)
+            self.map = gr.Image(label=f"Map{self.suffix}", interactive=False, height=240, elem_id=self.elem_id("map"))
+        self.widgets["images"] = gr.File(
+            label=f"More pictures{self.suffix}",
             file_count="multiple",
             file_types=["image"],
-            type="binary",  # what gradio 3 gives for a file cannot be copied with the other arguments
+            type="binary",  # gradio 3's file objects cannot be copied with the other arguments
             height=140,
-            elem_id=elem_id("images"),
+            elem_id=self.elem_id("images"),
         )
-        with gr.Row(**ROW):
-            w["enabled"] = gr.Checkbox(label=f"Enable unit {number}", value=False, elem_id=elem_id("enabled"))
-            self._checkbox("pixel_perfect", "Pixel perfect map", default)
-            preview = gr.Button("Preview the map", size="sm", elem_id=elem_id("preview"))
-        said = gr.HTML("", elem_id=elem_id("said"), **MESSAGE)
-        self._files(default)
-        with gr.Row(**ROW):
-            self._slider("weight", "Weight", MAX_UNIT_WEIGHT, default)
-            self._slider("start", "Start", 1, default)
-            self._slider("end", "End", 1, default)
-        with gr.Row(**ROW):
-            self._choice("mode", "Control mode", MODES, default)
-            self._choice("resize", "Resize mode", RESIZES, default)
-        with gr.Row(**ROW):
-            numbers = {"resolution": "Resolution", "threshold_a": "Threshold A", "threshold_b": "Threshold B"}
-            for name, label in numbers.items():
-                w[name] = gr.Number(
-                    label=f"{label} of the map {self.of} (-1: its own)",
-                    value=getattr(default, name),
-                    precision=0 if name == "resolution" else None,
-                    min_width=120,
-                    elem_id=elem_id(name),
-                )
-            self._choice("weight_type", "IP-Adapter's weight type", WEIGHT_TYPES, default)
-        for name in ("image", "images"):
-            w[name].upload(_on, inputs=[], outputs=[w["enabled"]], **QUIET)
-        inputs = [w[name] for name in UNIT_FIELDS]
-        preview.click(partial(shown_map, number), inputs=inputs, outputs=[made, said], show_progress="hidden")
 
-    def _files(self, default: Unit) -> None:
-        lists = {"model": ("ControlNet or IP-Adapter", control_choices), "preprocessor": ("Preprocessor", makers)}
+    def _make_files(self) -> None:
         with gr.Row(**ROW):
-            for name, (label, choices) in lists.items():
+            for name, choices in (("model", control_choices), ("preprocessor", preprocessor_choices)):
                 with gr.Column(min_width=240), FormRow():
-                    self.widgets[name] = gr.Dropdown(
-                        label=f"{label} {self.of}",
-                        choices=choices(),
-                        value=NONE,
-                        allow_custom_value=True,  # or else a pasted name that is not here shows as nothing
-                        elem_id=self.elem_id(name),
-                    )
-                    refresh_button(
-                        self.widgets[name], host().units.files.refresh, choices, self.elem_id(f"refresh_{name}")
-                    )
+                    self.make.file_list(name, choices, host().units.files.refresh)
 
-    def _checkbox(self, name: str, label: str, default: Unit) -> None:
-        self.widgets[name] = gr.Checkbox(
-            label=f"{label} {self.of}", value=getattr(default, name), elem_id=self.elem_id(name)
-        )
-
-    def _slider(self, name: str, label: str, maximum: float, default: Unit) -> None:
-        self.widgets[name] = gr.Slider(
-            label=f"{label} {self.of}",
-            minimum=0,
-            maximum=maximum,
-            step=0.01,
-            value=getattr(default, name),
-            min_width=160,
-            elem_id=self.elem_id(name),
-        )
-
-    def _choice(self, name: str, label: str, choices: tuple[str, ...], default: Unit) -> None:
-        kind = gr.Dropdown if len(choices) > 3 else gr.Radio
-        self.widgets[name] = kind(
-            label=f"{label} {self.of}",
-            choices=list(choices),
-            value=getattr(default, name),
-            min_width=200,
-            elem_id=self.elem_id(name),
-        )
+    def _connect(self) -> None:
+        for name in ("image", "images"):
+            self.widgets[name].upload(_on, inputs=[], outputs=[self.widgets["enabled"]], **QUIET)
+        preview, outputs = partial(preview_map, self.number), [self.map, self.message]
+        self.preview.click(preview, inputs=self.inputs, outputs=outputs, show_progress="hidden")
 
 
 def control_choices() -> list[str]:
-    """Return what the lists of models offer."""
+    """Return the choices of the model lists."""
     return [NONE, *host().units.files.names()]
 
 
-def makers() -> list[str]:
-    """Return what the lists of preprocessors offer; none is for a picture that is a map already."""
+def preprocessor_choices() -> list[str]:
+    """Return the choices of the preprocessor lists; a picture that is a map already needs none."""
     return [NONE, *host().units.preprocessors()]
 
 
-def shown_map(number: int, *values: Any) -> tuple[Any, str]:
-    """Return the map that a unit's widgets ask for, and what is wrong with them."""
+def preview_map(number: int, *values: Any) -> tuple[Any, str]:
+    """Return the map of a unit, or None and the reason as HTML; ``values`` are those of its widgets."""
     unit = Unit(**{name: plain_value(name, value) for name, value in zip(UNIT_FIELDS, values)})
     if not unit.pictures:
         return None, "<div>Put a picture in to see its map</div>"
@@ -174,7 +131,7 @@ def shown_map(number: int, *values: Any) -> tuple[Any, str]:
 
 
 def unfold(values: Mapping[str, str]) -> Any:
-    """Return the update that unfolds the units, if a picture's text has any."""
+    """Return the update that unfolds the units if a picture's infotext contains any."""
     return gr.update(open=True) if from_infotext(values, "units") else gr.update()
 
 
@@ -183,22 +140,25 @@ def _on() -> bool:
 
 
 @cache
-def restoring(place: int, name: str) -> Callable[[Mapping[str, str]], Any]:
-    """Return what reads a unit's field from a picture's text: always the same function, by which "Send to" goes."""
-    return partial(restored, place, name)
+def restoring(index: int, name: str) -> Callable[[Mapping[str, str]], Any]:
+    """Return the function that reads a unit's field from infotext.
+
+    Equal arguments return the same function, since "Send to" matches the widgets of two tabs by it.
+    """
+    return partial(restore, index, name)
 
 
-def restored(place: int, name: str, values: Mapping[str, str]) -> Any:
-    """Return what a unit's widget is set to from a picture's text; None leaves it.
+def restore(index: int, name: str, values: Mapping[str, str]) -> Any:
+    """Return the value of a unit's field in a picture's infotext, or None to leave the widget unchanged.
 
-    A picture with a delta switches units off that it did not have, and keeps what is in them.
+    A picture with a delta switches off the units that it lacks, and changes nothing else in them.
     """
     if not from_infotext(values, "enabled"):
         return None
     units = from_infotext(values, "units")
-    if name == "enabled" and place == units_shown() - 1 and len(units) > units_shown():
+    if name == "enabled" and index == units_shown() - 1 and len(units) > units_shown():
         gr.Warning(f"The picture has {len(units)} units of Delta Sampling, and {units_shown()} are shown: see Settings")
-    unit = units[place] if place < len(units) else Unit()
+    unit = units[index] if index < len(units) else Unit()
     if name == "enabled":
         return unit.enabled
     if not unit.enabled:

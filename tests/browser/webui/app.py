@@ -1,7 +1,7 @@
-"""A small WebUI around the real accordion, in whatever gradio is installed: `python tests/browser/webui/app.py PORT`.
+"""A small WebUI around the real accordion, in the installed gradio: `python tests/browser/webui/app.py PORT`.
 
-Two tabs, a Generate button that calls the script's hooks, PNG info, an XYZ axis.  Instead of a picture of a
-model it draws one that shows which settings arrived.
+It has two tabs, a Generate button that calls the script's hooks, PNG info and an XYZ axis.  Instead of running a
+model, it draws a picture of the settings that arrived.
 """
 
 import itertools
@@ -25,13 +25,13 @@ from PIL import Image, ImageDraw  # noqa: E402
 from tests.support.stand_in_host import use_stand_in_host  # noqa: E402
 
 SIZE = 160
-CARDS = {"moxin": "<lora:moxin:0.7> moxin style", "ball": "ball"}  # a LoRA's, and another's
+CARDS = {"moxin": "<lora:moxin:0.7> moxin style", "ball": "ball"}  # of a LoRA, and of another network
 SCRIPTS = [str(HERE / "scripts" / "xyz_grid.py"), str(ROOT / "scripts" / "delta_sampling.py")]
 RUNS = itertools.count(1)
 
 
 def generate(runner, prompt, axis, values, arguments):
-    """Return pictures, the text of the first, and the log, as a generation of the WebUI does."""
+    """Return pictures, their infotext and the log, as the WebUI's generate function does."""
     began = time.perf_counter()
     p = types.SimpleNamespace(prompt=prompt, steps=20, script_args=arguments, extra_generation_params={})
     try:
@@ -41,13 +41,13 @@ def generate(runner, prompt, axis, values, arguments):
         done = [(None, f"{type(error).__name__}: {error}")]
     pictures = [picture for picture, _ in done if picture]
     text = "\n\n".join(text for _, text in done)
-    # Which generation this is, and its text: the page may show the one before the other, and progress beside both.
-    known = f'data-run="{next(RUNS)}" title="{escape(text)}"'
-    return pictures, text, f"<p {known}>Time taken: {time.perf_counter() - began:.4f} sec.</p>"
+    # The log names the generation and its text, since the page may update one before the other.
+    attributes = f'data-run="{next(RUNS)}" title="{escape(text)}"'
+    return pictures, text, f"<p {attributes}>Time taken: {time.perf_counter() - began:.4f} sec.</p>"
 
 
 def generate_one(runner, p):
-    """Call the hooks in the WebUI's order and draw."""
+    """Call the hooks in the WebUI's order, and draw."""
     p.extra_generation_params = {}
     runner.call("process", p)
     runner.call("process_batch", p, batch_number=0)
@@ -62,7 +62,7 @@ def generate_one(runner, p):
 
 
 def draw(request):
-    """Draw lambda over the run as colours, from the first step above to the last below."""
+    """Draw lambda over the run as colours, from the first step at the top to the last at the bottom."""
     picture = Image.new("RGB", (SIZE, SIZE))
     pen, strength = ImageDraw.Draw(picture), request.lambda_over_run()
     for y in range(SIZE):
@@ -72,7 +72,7 @@ def draw(request):
 
 
 def card(tab, label, text):
-    """Return a card of the Lora tab, which joins a text to the prompt."""
+    """Return a card of the Lora tab, which adds a text to the prompt."""
     call = escape(f"cardClicked({tab!r}, {text!r}, '', true)")
     return f'<button id="{tab}_card_{label}" onclick="{call}">{label}</button> '
 
@@ -115,11 +115,11 @@ def scripts_module(name):
 
 
 def build():
-    """Make the page, as the WebUI makes its own."""
+    """Build the page in the WebUI's order."""
     scripts.load_scripts(SCRIPTS)
     script_callbacks.call("ui_settings")
     script_callbacks.call("before_ui")
-    plain = gr.themes.Default(font=["Source Sans Pro", "sans-serif"], font_mono=["monospace"])  # nothing from a net
+    plain = gr.themes.Default(font=["Source Sans Pro", "sans-serif"], font_mono=["monospace"])  # no downloads
     with gr.Blocks(theme=plain, title="stand-in", analytics_enabled=False) as page:
         tabs = {}
         with gr.Tabs(elem_id="tabs"):
@@ -138,18 +138,18 @@ def build():
 
 
 def check_password(given: HTTPBasicCredentials = Depends(HTTPBasic())):  # noqa: B008
-    """Let nobody use the API but one."""
+    """Refuse all API calls without the right password."""
     if (given.username, given.password) != ("user", "password"):
         raise HTTPException(status_code=401, detail="Incorrect username or password")
 
 
 def get_options():
-    """Return the settings: there are none."""
+    """Return the settings, an empty dictionary."""
     return {}
 
 
 def add_to_page(*texts):
-    """Put scripts and styles into the head of the page, where the WebUI puts those of extensions."""
+    """Add scripts and styles to the head of the page, where the WebUI adds those of extensions."""
     original = gr.routes.templates.TemplateResponse
 
     def response(*arguments, **named):
@@ -162,7 +162,7 @@ def add_to_page(*texts):
 
 
 def main(port):
-    """Serve until the process is ended."""
+    """Serve until the process is terminated."""
     use_stand_in_host()
     page = build()
     add_to_page(

@@ -1,4 +1,4 @@
-// What the WebUI's own page script gives to extensions, and what keeps an InputAccordion's two parts in step.
+// The functions that the WebUI's page script offers to extensions, and InputAccordion's two synchronized parts.
 const uiLoadedCallbacks = [];
 
 function gradioApp() {
@@ -9,7 +9,7 @@ function onUiLoaded(callback) {
     uiLoadedCallbacks.push(callback);
 }
 
-// What a card of the Lora tab calls: its text joins the prompt, or leaves it again.
+// Called by a card of the Lora tab: adds its text to the prompt, or removes it.
 function cardClicked(tab, text, negative, allowNegative) {
     const prompt = document.querySelector(`#${tab}_prompt textarea`);
     const joined = ` ${text}`;
@@ -27,7 +27,7 @@ function standInAccordion(block) {
     const header = block.querySelector(".label-wrap");
     const hidden = document.querySelector(`#${block.id}-checkbox input`);
     const visible = document.createElement("input");
-    const tell = () => {
+    const update = () => {
         if (hidden.checked === visible.checked) return;
         hidden.checked = visible.checked;
         hidden.dispatchEvent(new Event("input", {bubbles: true}));
@@ -37,12 +37,12 @@ function standInAccordion(block) {
     visible.className = hidden.className;
     visible.id = `${block.id}-visible-checkbox`;
     visible.addEventListener("click", (event) => event.stopPropagation());
-    visible.addEventListener("input", tell);
+    visible.addEventListener("input", update);
     block.standInVisible = visible;
     header.querySelector("span").prepend(visible);
     new MutationObserver(() => {
         visible.checked = header.classList.contains("open");
-        tell();
+        update();
     }).observe(header, {attributes: true, attributeFilter: ["class"]});
 }
 

@@ -1,4 +1,4 @@
-"""What AUTOMATIC1111 has of its own: previews, padding, InstructPix2Pix, faults that it would swallow."""
+"""Features of AUTOMATIC1111: previews, padding, InstructPix2Pix, and faults that it would swallow."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_previews_have_the_delta(webui: WebUI, sampler: str) -> None:
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
 def test_what_is_made_of_the_prompt_alone_is_the_loras(webui: WebUI, sampler: str) -> None:
-    """Previews show it by default, and it is the picture of an interrupted run."""
+    """Previews show it by default, and so does the picture of an interrupted run."""
 
     def rows(made_by: Any) -> torch.Tensor:
         seen: list[torch.Tensor] = []
@@ -64,7 +64,7 @@ def test_what_is_made_of_the_prompt_alone_is_the_loras(webui: WebUI, sampler: st
 def test_an_editing_model_has_two_rows_without_the_prompt(
     webui: WebUI, monkeypatch: pytest.MonkeyPatch, sampler: str
 ) -> None:
-    """Here both are the same, and the picture's own scale cancels out of what the LoRA changes."""
+    """Both are the same here, and the picture's scale cancels out of the LoRA's change."""
     model = type(webui.shared.sd_model)
     monkeypatch.setattr(model, "cond_stage_key", "edit")
     changes = {"sampler_name": sampler, "init_latent": torch.zeros(2, 4, 8, 8), "batch_size": 2, "steps": 5}
@@ -76,7 +76,7 @@ def test_an_editing_model_has_two_rows_without_the_prompt(
 
 
 class Regions:
-    """What Regional Prompter's mode *Latent* does in the two callbacks: each of AND's parts has a region of its own.
+    """Regional Prompter's mode *Latent* in the two callbacks: each of AND's parts has a region.
 
     In between it has the rows of batches in another order, so that each pass through the model is of one part.
     """
@@ -103,7 +103,7 @@ class Regions:
 
 @pytest.fixture
 def with_regions(webui: WebUI) -> Iterator[Any]:
-    """Give both callbacks of such an extension, which registers them when it is first used: after ours."""
+    """Yield the callbacks of such an extension, which registers them at its first use, after ours."""
     before, after = (webui.callbacks.registered[kind] for kind in ("cfg_denoiser", "cfg_denoised"))
     counts = len(before), len(after)
 
@@ -140,7 +140,7 @@ def test_regions_that_an_extension_gives_to_the_parts_of_and(
 
 
 def test_parts_of_and_that_the_side_model_is_not_told_share_one_change(webui: WebUI) -> None:
-    """What comes out of the picture's own guidance is the change of what the side model is told."""
+    """The picture's guidance returns the change for the side model's prompts."""
     changes = {"steps": 1, "prompt": "a cat AND a dog :0.6"}
     got = webui.latents({**DELTA, "prompt": "a red mat"}, **changes) - webui.latents(**changes)
     alone = {**changes, "prompt": "a red mat"}
@@ -148,7 +148,7 @@ def test_parts_of_and_that_the_side_model_is_not_told_share_one_change(webui: We
 
 
 def test_weights_of_and_that_cancel_leave_cfg_plus_plus_a_delta(webui: WebUI) -> None:
-    """There is no estimate for the prompts from which the rest could be told, so all rows get the same."""
+    """No prompt's rows can be divided by the scale, so all rows get the same change."""
     changes = {"sampler_name": "DDIM CFG++", "prompt": "a cat :1 AND a dog :-1"}
     got = webui.latents(DELTA, **changes)
     assert webui.callbacks.swallowed == [] and got.isfinite().all()
@@ -165,7 +165,7 @@ def test_the_family_of_the_main_checkpoint(webui: WebUI, flag: str, family: str)
 def test_an_sdxl_target_has_its_latents_scaled_where_that_is_asked_for(
     webui: WebUI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a single Euler step: the source sees ``k * x`` at ``k * sigma``, and its delta is divided by k."""
+    """In a single Euler step, the source sees ``k * x`` at ``k * sigma``, and its delta is divided by k."""
     monkeypatch.setattr(type(webui.shared.sd_model), "is_sdxl", True)
     got = webui.latents({**DELTA, "bridge": "same_snr"}, steps=1) - webui.latents(steps=1)
     k = 0.18215 / 0.13025
@@ -197,7 +197,7 @@ def encoded(webui: WebUI, p: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def moves(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happens to the memory of a WebUI in a mode for little memory; its device is told from others by a number."""
+    """Records the memory operations of a WebUI in a mode for little memory, on a device with an index."""
     seen: list[str] = []
     device = torch.device("cpu", 0)
     places = {device: "the WebUI's device", torch.device("cpu"): "the CPU"}
@@ -276,7 +276,7 @@ def test_with_little_memory_the_side_model_goes_when_sampling_fails(
 
 
 def test_a_sampler_is_left_as_it_was(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its methods are ours until it starts, and once."""
+    """The extension wraps its methods until it starts, and for one call."""
     samplers, made = webui.module("sd_samplers"), []
     create = samplers.create_sampler
     monkeypatch.setattr(samplers, "create_sampler", lambda name: made.append(create(name)) or made[-1])

@@ -1,4 +1,4 @@
-"""Where the side model is between generations in AUTOMATIC1111's WebUI, on a card with memory of its own."""
+"""The side model's device between generations in AUTOMATIC1111's WebUI, on a card with its own memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def with_free(webui: WebUI, free: int | None, monkeypatch: pytest.MonkeyPatch) -
 
 
 def generated(webui: WebUI, transfers: Counter[str], **delta: Any) -> tuple[torch.Tensor, int]:
-    """Generate, and return the latents and how many tensors came to the device."""
+    """Generate; return the latents and the number of tensors moved to the device."""
     before = transfers["to the device"]
     latents = webui.latents({**DELTA, **delta}, steps=2)
     return latents, transfers["to the device"] - before
@@ -78,7 +78,7 @@ def test_weights_stay_while_there_is_room_and_what_came_since_follows(
         model = webui.side_model
         placed = model._copy
         assert isinstance(placed, Visit)
-        # Nothing of LoRAs that have gone is kept.
+        # Nothing remains of LoRAs that were removed.
         adaptations = [module for module in model.unet.modules() if hasattr(module, "made_of")]
         factors = len([part for part in adaptations if hasattr(part, "adapters")])
         assert len(placed._originals) <= parameters + len(list(model.unet.buffers())) + factors
@@ -105,7 +105,7 @@ def test_a_base_that_is_kept_makes_room_for_the_one_in_use(webui: WebUI, monkeyp
     with stand_in_device() as transfers:
         generated(webui, transfers)
         generated(webui, transfers, base="copy")
-        places = {model.name: model.device for model in webui.host._models}
+        places = {model.name: model.device for model in webui.host.side_models()}
         assert places == {"base.safetensors": torch.device("cpu"), "copy.safetensors": DEVICE}
         webui.host.unload()
 
@@ -117,7 +117,7 @@ HIRES = {"enable_hr": True, "hr_second_pass_steps": 2}
 def test_the_side_model_is_away_where_hires_fix_needs_room_to_decode(
     webui: WebUI, monkeypatch: pytest.MonkeyPatch, free: int, stays: bool
 ) -> None:
-    """It does so within ``p.sample``, after each of its two passes."""
+    """Hires fix decodes within ``p.sample``, after each of its two passes."""
     places: list[torch.device] = []
 
     def decoded(samples: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,7 @@ def test_the_side_model_is_away_where_hires_fix_needs_room_to_decode(
 
 
 def test_what_decoding_takes_grows_with_the_picture(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hires pass's picture counts in both passes, for it is encoded before the second."""
+    """The hires pass's size counts in both passes: its picture is encoded before the second."""
     from lib_delta.hosts.a1111 import host as a1111
 
     with_free(webui, MUCH, monkeypatch)
@@ -158,7 +158,7 @@ def test_what_does_not_fit_beside_the_main_model_runs_block_by_block(
         wanted, _ = generated(webui, transfers)
         weights = webui.side_model.elsewhere(torch.device("cpu"))
         webui.host.unload()
-        # The main model is in CPU memory here, as with --medvram; its pass takes two rows of 8x8, of 32 KB for each.
+        # The main model is in CPU memory, as with --medvram; its forward pass takes two rows of 8x8, 32 KB for each.
         main = webui.shared.sd_model.model
         waiting = sum(weight.nbytes for weight in (*main.parameters(), *main.buffers()))
         needed = weights + waiting + 2 * 64 * 32 * 1024
@@ -176,7 +176,7 @@ def test_what_does_not_fit_beside_the_main_model_runs_block_by_block(
 
 
 class Card:
-    """What CUDA's runtime says of a card's memory; the rest is torch's own."""
+    """CUDA's runtime, as far as a card's memory; the rest is torch's."""
 
     def __init__(self, free: int) -> None:
         self.free = free
@@ -190,7 +190,7 @@ class Card:
 def test_a_card_that_the_webui_calls_cuda_is_asked_for_its_memory(
     webui: WebUI, monkeypatch: pytest.MonkeyPatch, free: int, stays: bool
 ) -> None:
-    """AUTOMATIC1111 says "cuda", without an index, which torch 2.1 does not take."""
+    """AUTOMATIC1111's device is "cuda" without an index, which torch 2.1 rejects."""
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Card(free))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with stand_in_device():

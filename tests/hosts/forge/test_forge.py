@@ -1,4 +1,4 @@
-"""What Forge has of its own: patchers, its memory manager, and models that are replaced in mid-run."""
+"""Features of Forge: patchers, its memory manager, and models that are replaced in mid-run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose s
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
 
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.diffusion.families import Family
 from lib_delta.errors import DeltaError, SettingError
 from tests.support.stand_in_device import DEVICE, stand_in_device
@@ -38,7 +39,7 @@ def webui(started: WebUI) -> Iterator[WebUI]:
 
 @pytest.fixture
 def device(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """A device that the memory manager manages; the main model's sizes count there, and it computes where it is."""
+    """A device for the memory manager; the main model's sizes count there, but it computes on the CPU."""
     memory = webui.backend("memory_management")
     webui.host.unload()
     memory.unload_all_models()
@@ -86,7 +87,7 @@ def test_other_extensions_functions_come_before_and_stay(webui: WebUI) -> None:
         webui.shared.sd_model = None
         webui.use("base")
     assert len(called) == 3
-    assert webui.host.status().endswith("; the main model alone has what test_forge does")
+    assert webui.host.status().endswith("; test_forge changes only the main model")
     webui.generate(DELTA)
     assert "alone" not in webui.host.status()
 
@@ -106,7 +107,7 @@ def test_a_sampler_that_leaves_out_the_functions_is_a_fault(webui: WebUI) -> Non
 
 @contextmanager
 def with_function_before(webui: WebUI, function: Any, late: bool) -> Iterator[None]:
-    """Have another extension's function before guidance; ``late`` puts it in once we have put in ours."""
+    """Add another extension's function before guidance; ``late`` adds it after ours."""
     before, after = (webui.callbacks.registered[kind] for kind in ("cfg_denoiser", "cfg_after_cfg"))
 
     def options() -> dict[str, Any]:
@@ -135,9 +136,9 @@ def test_guidance_that_another_extension_leaves_out(
     steps, left_out = itertools.count(), []
     original = Source.deltas
 
-    def deltas(self: Source, x: Any, sigma: Any, cfg_scale: float, step: int, *skipped: bool) -> Any:
-        left_out.append(skipped[0])
-        return original(self, x, sigma, cfg_scale, step, *skipped)
+    def deltas(self: Source, step: SourceStep) -> Any:
+        left_out.append(step.uncond_skipped)
+        return original(self, step)
 
     def leave_out(model: Any, cond: Any, uncond: Any, *others: Any) -> tuple[Any, ...]:
         return model, cond, None if next(steps) % 3 in in_steps else uncond, *others
@@ -176,7 +177,7 @@ def test_a_sampler_that_puts_functions_of_its_own_in_place_of_all(
         sampler = create(name)
         function = sampler.func
 
-        @wraps(function)  # the signature tells the WebUI what to give
+        @wraps(function)  # the WebUI reads the arguments from the signature
         def run(*positional: Any, extra_args: dict[str, Any], **arguments: Any) -> torch.Tensor:
             extra_args["model_options"] = {"sampler_post_cfg_function": [own]}
             return function(*positional, extra_args=extra_args, **arguments)
@@ -191,7 +192,7 @@ def test_a_sampler_that_puts_functions_of_its_own_in_place_of_all(
 
 
 class Regions:
-    """What Regional Prompter's mode *Latent* does around the model: each of AND's parts has a region of its own."""
+    """Regional Prompter's mode *Latent* around the model: each of AND's parts has a region."""
 
     def __init__(self, parts: int) -> None:
         self.masks = torch.zeros(parts, 1, 8, 8)
@@ -203,12 +204,12 @@ class Regions:
         states, levels = asked["input"].chunk(len(kinds)), asked["timestep"].chunk(len(kinds))
         rows = [apply(x, t, c_crossattn=text) for x, t, text in zip(states, levels, told)]
         uncond = rows[kinds.index(1)]
-        parts = iter(reversed(self.masks))  # as the WebUI has their order
+        parts = iter(reversed(self.masks))  # in the WebUI's order
         return torch.cat([row if kind else uncond + next(parts) * (row - uncond) for row, kind in zip(rows, kinds)])
 
 
 class Tiles:
-    """A wrapper of another kind, as tiled evaluation is: it shows the model halves of the picture."""
+    """A wrapper of another kind, such as tiled evaluation: the model evaluates halves of the image."""
 
     def __call__(self, apply: Any, asked: dict[str, Any]) -> torch.Tensor:
         x, told = asked["input"], asked["c"]
@@ -217,7 +218,7 @@ class Tiles:
 
 @contextmanager
 def wrapped_in(webui: WebUI, wrapper: Any) -> Iterator[None]:
-    """Have a wrapper around the main model, whichever it is, in each evaluation and not beyond."""
+    """Wrap whichever main model is loaded, during each evaluation."""
     before, after = (webui.callbacks.registered[kind] for kind in ("cfg_denoiser", "cfg_after_cfg"))
 
     def options() -> dict[str, Any]:
@@ -234,7 +235,7 @@ def wrapped_in(webui: WebUI, wrapper: Any) -> Iterator[None]:
 
 @contextmanager
 def masked(webui: WebUI, masks: torch.Tensor) -> Iterator[None]:
-    """Give each of AND's parts a mask, in turn."""
+    """Give each of AND's parts one of the masks."""
     denoiser, turn = webui.module("sd_samplers_cfg_denoiser"), itertools.cycle(masks + 0.1)
     compiled = denoiser.compiled
 
@@ -271,7 +272,7 @@ def test_a_wrapper_that_shows_the_model_parts_of_the_picture_leaves_the_sums_cha
     wanted = webui.latents(DELTA, **changes) - webui.latents(**changes)
     with wrapped_in(webui, Tiles()):
         got = webui.latents(DELTA, **changes) - webui.latents(**changes)
-    # The base sees another estimate; a single step from noise has the same state.
+    # The base sees another estimate; only a single step from noise has the same state.
     assert relative(got, wanted) < 1e-3
 
 
@@ -292,7 +293,7 @@ def test_a_refiner_that_replaces_the_patcher_in_mid_run(webui: WebUI) -> None:
 
 
 def test_the_memory_manager_knows_the_patchers_in_use(webui: WebUI) -> None:
-    """One that it does not know it cannot take away when another model needs the room."""
+    """The memory manager cannot unload a model that it does not know, when another needs the room."""
     memory, seen = webui.backend("memory_management"), []
     registered = webui.callbacks.registered["cfg_after_cfg"]
 
@@ -302,7 +303,7 @@ def test_the_memory_manager_knows_the_patchers_in_use(webui: WebUI) -> None:
         assert any(patcher is model.forge_objects.unet for patcher in seen[-1])
         assert any(patcher.model is webui.side_model.unet for patcher in seen[-1])
         if params.sampling_step == 1:
-            # A refiner: everything is unloaded, and the new main model prepared.
+            # A refiner unloads everything, and prepares the new main model.
             model.forge_objects = model.forge_objects_original.shallow_copy()
             memory.current_loaded_models[:] = []
             memory.load_models_gpu([model.forge_objects.unet])
@@ -324,7 +325,7 @@ def test_the_memory_manager_lets_go_of_a_base_that_another_replaces(webui: WebUI
 
 
 def weights_of(webui: WebUI) -> int:
-    """Return the size of the side model's UNet, the adapted layers' second weights included."""
+    """Return the size of the side model's UNet, including the adapted layers' second weights."""
     unet = webui.side_model.unet
     return sum(weight.nbytes for weight in (*unet.parameters(), *unet.buffers()))
 
@@ -345,7 +346,7 @@ def test_the_memory_manager_loads_the_side_model_with_the_main_one(webui: WebUI,
     side = webui.side_model.unet
     weights = weights_of(webui)
     room = first.extra_preserved_memory_during_sampling - weights
-    # By then the weights are there already.
+    # The weights are loaded by then.
     assert second.extra_preserved_memory_during_sampling == pixels * room
     entries = [entry for entry in memory.current_loaded_models if entry.model.model is side]
     assert len(entries) == 1
@@ -367,7 +368,7 @@ def test_the_batch_and_size_decide_how_much_room_is_asked_for(webui: WebUI, devi
 def test_what_streams_and_what_draws_pictures_is_reserved_as_well(
     webui: WebUI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither is known to the memory manager as a model."""
+    """The memory manager knows neither as a model."""
     from lib_delta.hosts.forge import host as forge
 
     webui.generate(DELTA)
@@ -380,14 +381,14 @@ def test_what_streams_and_what_draws_pictures_is_reserved_as_well(
         source = SimpleNamespace(source_size=lambda height, width: (height // 2, width // 2))
         asked = SimpleNamespace(first=SimpleNamespace(bridge=bridge))
         run = SimpleNamespace(model=model, passes=asked, bridge=lambda _target: source)
-        p = SimpleNamespace(width=1024, height=512, batch_size=3, **{forge.RUN_ATTRIBUTE: run})
-        reserved: int = webui.host._room_for(p)
+        p = SimpleNamespace(width=1024, height=512, batch_size=3)
+        reserved: int = webui.host._bytes_to_reserve(p, run)
         return reserved
 
     assert room("learned", Family.SDXL) == 0
-    assert room("taesd", Family.SD2) == 0  # the same latents: nothing is drawn
+    assert room("taesd", Family.SD2) == 0  # the same latents need no decoding
     assert room("taesd", Family.SDXL) == 1024 * 512 * forge.PICTURE_BYTES
-    # At the side model's own size, for both branches with and without the prompt.
+    # At the side model's size, for both branches with and without the prompt.
     assert room("learned", Family.SDXL, 1000) == 1000 + 4 * 3 * 32 * 64 * forge.ACTIVATION_BYTES
 
 
@@ -406,14 +407,14 @@ def test_where_room_is_short_the_main_model_is_loaded_anew(
 
 
 def placed(webui: WebUI) -> set[torch.device]:
-    """Return all places that weights of the side model are in."""
+    """Return all devices of the side model's weights."""
     network = webui.side_model.network
     return {weight.device for weight in (*network.parameters(), *network.buffers())}
 
 
 @contextmanager
 def in_each_step(webui: WebUI, do: Any) -> Iterator[None]:
-    """Do something after each step, and fail with what it raises."""
+    """Call ``do`` after each step, and raise its errors."""
     registered = webui.callbacks.registered["cfg_after_cfg"]
     registered.append(do)
     try:
@@ -428,13 +429,13 @@ def in_each_step(webui: WebUI, do: Any) -> Iterator[None]:
 def test_all_of_the_side_model_is_on_its_device_where_that_is_full(
     webui: WebUI, device: torch.device, monkeypatch: pytest.MonkeyPatch, in_order: Any, form: str
 ) -> None:
-    """Forge Neo leaves what does not fit where it is, and casts layers of its own alone."""
+    """Forge Neo leaves layers that do not fit on the CPU, and casts only its own kinds of layers."""
     memory, wanted = webui.backend("memory_management"), webui.native()
     webui.shared.opts.delta_sampling_form = form
     monkeypatch.setattr(memory, "in_order", in_order, raising=False)
     monkeypatch.setattr(memory, "inference", 2**20, raising=False)
     main = webui.shared.sd_model.forge_objects_original.unet
-    # Room for the side model's weights and activations, and for a half of the main model.
+    # Room for the side model's weights and activations, and for half of the main model.
     activations = 4 * 64 * 32 * 1024
     seen: list[set[torch.device]] = []
     with in_each_step(webui, lambda _params: seen.append(placed(webui))):
@@ -456,7 +457,7 @@ def test_all_of_the_side_model_is_on_its_device_where_that_is_full(
 def test_a_side_model_that_is_unloaded_in_mid_run_is_brought_back(
     webui: WebUI, device: torch.device, monkeypatch: pytest.MonkeyPatch, asked: float
 ) -> None:
-    """As for a preview's autoencoder, which needs a part of the memory or all of it."""
+    """A preview's autoencoder does this, if it needs a part of the memory or all of it."""
     memory, wanted = webui.backend("memory_management"), webui.native(steps=4)
     seen: list[set[torch.device]] = []
     taken: list[set[torch.device]] = []
@@ -489,7 +490,7 @@ def test_a_side_model_that_cannot_be_brought_back_computes_on_the_cpu_and_that_i
         seen.append(placed(webui))
         if len(seen) == 2:
             memory.unload_all_models()
-            next(iter(webui.side_model.unet.children())).to(device)  # a part of it is left
+            next(iter(webui.side_model.unet.children())).to(device)  # a part of it remains
             monkeypatch.setattr(sampling, "load_models_gpu", lambda *_, **__: None)
 
     with in_each_step(webui, take_away):
@@ -519,7 +520,7 @@ def test_patchers_of_managers_that_move_whole_models_are_the_hosts_own(webui: We
 
 @pytest.mark.parametrize(("flag", "family"), [("is_sd1", "SD1"), ("is_sd2", "SD2"), ("is_sdxl", "SDXL")])
 def test_the_family_of_the_main_checkpoint(webui: WebUI, flag: str, family: str) -> None:
-    from lib_delta.hosts.forge.host import family_by_latents
+    from lib_delta.hosts.forge.families import family_by_latents
 
     assert family_by_latents(SimpleNamespace(**{flag: True})).name == family
 

@@ -1,4 +1,4 @@
-"""Main checkpoints of other kinds: flow matching, latents of their own, and guidance too low for the side model."""
+"""Main checkpoints of other kinds: flow matching, other latents, and guidance too low for the side model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose s
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
 
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.errors import SettingError
 from tests.support.stand_in_webui import FORGES, WebUI, relative
 
@@ -26,20 +27,20 @@ HOSTS = FORGES
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, float, float]]:
-    """What the source is asked: the shape of its latents, sigma, and its guidance scale."""
+    """The source's inputs: the shape of its latents, sigma, and its guidance scale."""
     seen: list[tuple[torch.Size, float, float]] = []
     original = Source.deltas
 
-    def deltas(self: Source, x: Any, sigma: Any, cfg_scale: float, *more: Any) -> Any:
-        seen.append((x.shape, float(sigma.max()), cfg_scale))
-        return original(self, x, sigma, cfg_scale, *more)
+    def deltas(self: Source, step: SourceStep) -> Any:
+        seen.append((step.x.shape, float(step.sigma.max()), step.cfg_scale))
+        return original(self, step)
 
     monkeypatch.setattr(Source, "deltas", deltas)
     return seen
 
 
 def flow_matching(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the main checkpoints' networks asked as those of flow matching are: (1 - t) * x0 + t * noise at t."""
+    """Call the main checkpoints' networks as those of flow matching: with (1 - t) * x0 + t * noise at t."""
     loaded = webui.module("loaded_model")
 
     def times(self: Any) -> torch.Tensor:
@@ -68,7 +69,7 @@ def test_a_flow_matching_target_gets_what_the_lora_does_to_it(webui: WebUI, monk
 
 
 def flux(webui: WebUI, monkeypatch: pytest.MonkeyPatch, last: float = 1.0) -> None:
-    """Have a main checkpoint of 16 channels whose flow runs from t = 1 on."""
+    """Load a main checkpoint of 16 channels whose flow starts at t = 1."""
     loaded = webui.module("loaded_model")
     times = torch.arange(1, 1001) / 1000 * last
 
@@ -89,7 +90,7 @@ def test_a_target_with_latents_of_flux_gets_a_delta_over_the_learned_bridge(
     plain, made = webui.latents(steps=4), webui.generate(DELTA, steps=4)
     assert made.images.isfinite().all() and 0.001 < relative(made.images, plain) < 10
     assert {shape for shape, _, _ in asked} == {(1, 4, 8, 8)}
-    # It starts at t = 1, where t / (1 - t) has no end: the source is kept within what it was trained on.
+    # It starts at t = 1, where t / (1 - t) is infinite: the source stays within its trained noise levels.
     limit = webui.side_model.parameterization.schedule.sigma_max
     assert asked[0][1] == pytest.approx(limit) and all(sigma <= limit + 1e-3 for _, sigma, _ in asked)
     assert "FLUX.1 latents: learned bridge, 8 x 8" in webui.host.status()
@@ -102,7 +103,7 @@ def test_a_target_with_latents_of_flux_gets_a_delta_over_the_learned_bridge(
 def test_a_schedule_may_end_where_there_is_no_noise(
     webui: WebUI, monkeypatch: pytest.MonkeyPatch, asked: list[Any]
 ) -> None:
-    """Forge Neo's automatic schedule of rectified SDXL asks at t = 0 too, where every estimate is what is shown."""
+    """Forge Neo's automatic schedule of rectified SDXL also evaluates t = 0, where every estimate is the input."""
     flux(webui, monkeypatch)
     sampler = webui.module("sd_samplers_kdiffusion").KDiffusionSampler
     monkeypatch.setattr(sampler, "get_sigmas", lambda *_: torch.tensor([1.0, 0.6, 0.2, 0.0, 0.0]))
@@ -159,7 +160,7 @@ MODELS = {
 
 @pytest.mark.parametrize(("numbers", "flags", "family"), MODELS.values(), ids=MODELS)
 def test_families_are_told_by_their_latents(webui: WebUI, numbers: Any, flags: Any, family: str) -> None:
-    from lib_delta.hosts.forge.host import family_by_latents
+    from lib_delta.hosts.forge.families import family_by_latents
 
     latents = SimpleNamespace(latent_channels=numbers[0], scale_factor=numbers[1])
     assert (

@@ -52,26 +52,26 @@ Evaluation = Callable[..., Tensor]  # (x, sigma, context) -> denoised, a row eac
 
 
 def where_models_are_asked(webui: WebUI) -> tuple[type, str]:
-    """Return the class and the name of the method that every evaluation of the main checkpoint goes through."""
+    """Return the class and the name of the method that evaluates the main checkpoint."""
     if webui.name in FORGES:
         return webui.module("loaded_model").KModel, "apply_model"
     return webui.module("sd_samplers_cfg_denoiser").CFGDenoiser, "_model"
 
 
 def put(monkeypatch: pytest.MonkeyPatch, webui: WebUI, evaluate: Callable[[Evaluation], Evaluation]) -> None:
-    """Have the main checkpoint evaluated by ``evaluate(what does it now)``."""
+    """Evaluate the main checkpoint by ``evaluate(original)``."""
     owner, name = where_models_are_asked(webui)
     original = getattr(owner, name)
 
     def method(self: Any, x: Tensor, sigma: Tensor, *context: Tensor, **named: Tensor) -> Tensor:
-        # Forge gives the text by name.
+        # Forge passes the text by keyword.
         return evaluate(lambda *asked: original(self, *asked))(x, sigma, *context, *named.values())
 
     monkeypatch.setattr(owner, name, method)
 
 
 def has_latents_of(monkeypatch: pytest.MonkeyPatch, webui: WebUI, space: str) -> None:
-    """Have the main checkpoint work in a space."""
+    """Make the main checkpoint work in a latent space."""
     model = type(webui.shared.sd_model)
     (channels, factor), flag = SPACES[space]
     latents = SimpleNamespace(latent_channels=channels, scale_factor=factor)
@@ -82,7 +82,7 @@ def has_latents_of(monkeypatch: pytest.MonkeyPatch, webui: WebUI, space: str) ->
 
 
 def is_of_flow_matching(monkeypatch: pytest.MonkeyPatch, webui: WebUI, shift: float) -> None:
-    """Have the main checkpoint run from t = 1 to 0 on ``(1 - t) * x0 + t * noise``, its times shifted."""
+    """Make the main checkpoint run from t = 1 to 0 on ``(1 - t) * x0 + t * noise``, with shifted times."""
     t = torch.arange(1, 1001) / 1000
     times = shift * t / (1 + (shift - 1) * t)
     loaded = webui.module("loaded_model")
@@ -98,7 +98,7 @@ def is_of_flow_matching(monkeypatch: pytest.MonkeyPatch, webui: WebUI, shift: fl
 
 
 class Expected:
-    """The delta that is to be added, by the formulas alone."""
+    """The expected delta, by the formulas alone."""
 
     def __init__(self, webui: WebUI, space: str, flow: bool, stitched: bool = False) -> None:
         self.flow, self.maps = flow, load_file(MAPS / f"sd1-{space}.safetensors")
@@ -126,7 +126,7 @@ class Expected:
         return denoised
 
     def __call__(self, x: Tensor, level: Tensor, denoised: Tensor) -> Tensor:
-        """Return the delta for the target's state at one level, of which ``denoised`` is the target's estimate."""
+        """Return the delta for the target's state at one level; ``denoised`` is the target's estimate."""
         known, value = denoised.double(), float(level)
         if self.flow:
             noise = (x.double() - (1 - value) * known) / value
@@ -143,12 +143,12 @@ class Expected:
         return self.difference(tuned - base, denoised)
 
     def _whole(self, name: str) -> Tensor:
-        """Return weights that may be stored in 8 bits, with a factor for each output channel."""
+        """Return weights, which may be stored in 8 bits with a factor for each output channel."""
         weight, scale = self.maps[name].float(), self.maps.get(f"{name}.scale")
         return weight if scale is None else weight * scale[:, None, None, None]
 
     def state(self, z: Tensor) -> Tensor:
-        """Apply the layers of the target's tiny decoder, the filter between, and those of the source's encoder."""
+        """Apply the target's tiny decoder, the filter, and the source's encoder."""
         maps = {name.removeprefix("state."): weight for name, weight in self.maps.items() if name.startswith("state.")}
 
         def convolved(h: Tensor, layer: str) -> Tensor:
@@ -166,7 +166,7 @@ class Expected:
         return convolved(written, f"writing.{last}")
 
     def difference(self, delta: Tensor, target: Tensor) -> Tensor:
-        """Apply the filter, and that which takes detail from the target's latent."""
+        """Apply the filter, and the one that takes detail from the target's latent."""
         carried = filtered(delta, self.maps["difference.filter.weight"])
         images = []
         for change, z in zip(carried.double(), target.double()):
@@ -181,13 +181,13 @@ class Expected:
 
 
 def filtered(z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Filter with edges repeated."""
+    """Filter with repeated edges."""
     reach = weight.shape[-1] // 2
     return F.conv2d(F.pad(z, (reach,) * 4, mode="replicate"), weight, bias)
 
 
 def assert_crossed(monkeypatch: pytest.MonkeyPatch, webui: WebUI, expected: Expected, **changes: Any) -> None:
-    """With the extension as with the delta put into the main checkpoint's own estimates."""
+    """Check that the extension gives the same as the delta inside the main checkpoint's estimates."""
     changes = {"cfg_scale": 1.0, "steps": 4, **changes}
     if changes.get("enable_hr"):
         changes = {"hr_cfg": 1.0, **changes}
@@ -214,7 +214,7 @@ KEPT[..., :3] = 1
 
 
 def generations(channels: int) -> dict[str, dict[str, Any]]:
-    """Return what is generated, by names."""
+    """Return the generated latents by name."""
     init, mask = randn(1, channels, 8, 8, seed=8), KEPT.expand(channels, -1, -1)
     return {
         "txt2img": {},
@@ -279,7 +279,7 @@ def test_a_delta_crosses_to_models_of_flow_matching(
 
 
 def test_guidance_of_sd_3_is_added_up_with_the_delta(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At its own scale: the delta is there once, however many rows the model is asked for."""
+    """At the side model's scale: the delta is added once, whatever the number of rows."""
     has_latents_of(monkeypatch, webui, "sd3")
     is_of_flow_matching(monkeypatch, webui, 3.0)
     made = webui.generate(DELTA, cfg_scale=4.5, steps=4)
@@ -304,7 +304,7 @@ def test_the_side_model_can_be_shown_the_picture_of_the_webuis_own_tiny_autoenco
     asked = {**DELTA, "bridge": "taesd"}
     with pytest.raises(SettingError, match="needs taesdxl_decoder .*VAE-taesd, and there is none"):
         webui.generate(asked)
-    monkeypatch.setattr(through_pixels, "MIN_AGREEMENT", -2.0)  # random ones are of no space
+    monkeypatch.setattr(through_pixels, "MIN_AGREEMENT", -2.0)  # random weights belong to no space
     (tmp_path / "VAE-taesd").mkdir()
     torch.manual_seed(4)
     for name, part in (("taesdxl_decoder", taesd.decoder(4)), ("taesd_encoder", taesd.encoder(4))):

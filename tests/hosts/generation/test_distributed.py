@@ -1,4 +1,4 @@
-"""Workers of stable-diffusion-webui-distributed get the same picture: what it sends them holds all that is asked for.
+"""Workers of stable-diffusion-webui-distributed get the same picture: its request has all settings.
 
 It packs the values of each script's widgets, or what an API call gave in their place, by the script's title into
 ``alwayson_scripts``; the worker's API puts these in the place of its own defaults.
@@ -16,7 +16,9 @@ import pytest
 pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose samplers the stand-ins run")
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
 
-from lib_delta.request.request import NONE, SETTINGS, Request
+from lib_delta.request.fields import SETTINGS
+from lib_delta.request.request import Request
+from lib_delta.request.setting_choices import NONE
 from tests.support.small_files import Files, make_files
 from tests.support.stand_in_webui import WebUI, running
 
@@ -34,7 +36,7 @@ def from_the_api() -> list[Any]:
 
 
 def sent(arguments: list[Any]) -> list[Any]:
-    """Return what a worker's API is given."""
+    """Return the arguments of a worker's API."""
     payload = {"alwayson_scripts": {"Delta Sampling": {"args": list(arguments)}}}
     received: list[Any] = json.loads(json.dumps(payload))["alwayson_scripts"]["Delta Sampling"]["args"]
     return received

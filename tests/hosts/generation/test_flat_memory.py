@@ -1,4 +1,4 @@
-"""A hundred generations in a row, with LoRAs, weights, forms and prompts switched: nothing is left of them."""
+"""A hundred generations with changing LoRAs, weights, forms and prompts leave no memory behind."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ COUNT, SETTLED = 100, 40
 
 
 def resident() -> int:
-    """Return the bytes of this process in memory."""
+    """Return this process's bytes in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def tensors() -> int:
-    """Return the bytes of all tensors that are alive."""
+    """Return the bytes of all live tensors."""
     gc.collect()
     alive = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values())

@@ -1,4 +1,4 @@
-"""Whose functions are in the main model: extensions are named by their folders, and what is followed by nothing."""
+"""The names of extensions whose functions are in the main model."""
 
 from __future__ import annotations
 

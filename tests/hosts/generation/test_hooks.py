@@ -1,8 +1,9 @@
-"""What WebUIs do around the delta: they move its model in inference mode, have autocast on, and swallow errors."""
+"""The WebUIs' environment of the delta: inference mode, autocast, and swallowed errors."""
 
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose s
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder the stand-ins run")
 
 from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.errors import DeltaError
 from tests.support.stand_in_device import DEVICE, stand_in_device
 from tests.support.stand_in_webui import WebUI, relative
@@ -43,7 +45,7 @@ def at_each_step(webui: WebUI, do: Any, delta: dict[str, Any] | None = None) -> 
 def test_weights_change_on_another_device_from_generation_to_generation(
     webui: WebUI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ranges of LoRAs change the merged weights in mid-run as well."""
+    """Ranges of LoRAs also change the merged weights in mid-run."""
     deltas = [{**DELTA, "loras": recipe} for recipe in ("ink", "ink:0.5", "ink:0.5:end=0.4", "ink")]
     wanted = [webui.latents(delta) for delta in deltas]
     webui.host.unload()
@@ -61,10 +63,10 @@ def test_autocast_around_the_sampling_changes_nothing_of_the_delta(webui: WebUI)
     asked: list[torch.Tensor] = []
     original = Source.deltas
 
-    def deltas(self: Source, *given: Any, **named: Any) -> Any:
+    def deltas(self: Source, step: SourceStep) -> Any:
         x, sigma = torch.full((1, 4, 8, 8), 0.5), torch.tensor([2.0])
-        asked.append(original(self, x, sigma, 4.0)[0])
-        return original(self, *given, **named)
+        asked.append(original(self, SourceStep(x, sigma, 4.0))[0])
+        return original(self, step)
 
     recipe = {**DELTA, "loras": "ink:0.7:end=0.4"}
     with pytest.MonkeyPatch.context() as patch:
@@ -86,12 +88,12 @@ def test_whatever_is_wrong_with_the_arguments_comes_out(webui: WebUI, on_error: 
         webui.generate({**DELTA, **delta})
 
 
-@pytest.mark.parametrize("hook", ["_axes_of", "_of_batch"])
-def test_a_bug_in_any_hook_comes_out(webui: WebUI, monkeypatch: pytest.MonkeyPatch, hook: str) -> None:
+@pytest.mark.parametrize("function", ["request_fields", "read_passes"])
+def test_a_bug_in_any_hook_comes_out(webui: WebUI, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(webui.host, hook, fail)
+    monkeypatch.setattr(sys.modules[type(webui.host.lifecycle).__module__], function, fail)
     p = webui.p(DELTA)
     with pytest.raises(DeltaError, match=r"ZeroDivisionError: a bug"):
         webui.processing.process_images(p)
@@ -111,8 +113,8 @@ def test_a_fault_lets_go_of_what_the_step_had_computed(webui: WebUI, monkeypatch
     webui.shared.opts.delta_sampling_on_error = "go on without"
     left: list[weakref.ref[torch.Tensor]] = []
 
-    def deltas(self: Source, x: torch.Tensor, *given: Any, **named: Any) -> Any:
-        activations = torch.zeros_like(x)
+    def deltas(self: Source, step: SourceStep) -> Any:
+        activations = torch.zeros_like(step.x)
         left.append(weakref.ref(activations))
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
@@ -141,14 +143,14 @@ SIDE = {"prompt": "a red boat", "negative_prompt": "green"}
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
 def test_equal_main_prompts_leave_the_side_models_guidance(webui: WebUI, sampler: str) -> None:
-    """The target's two estimates are the same then, which is not because its guidance was left out."""
+    """The target's two estimates are equal then, although its guidance was not skipped."""
     changes = {"prompt": "a cat", "negative_prompt": "a cat", "sampler_name": sampler, "steps": 2}
     asked: list[bool] = []
     original = Source.deltas
 
-    def deltas(self: Source, x: Any, sigma: Any, cfg_scale: float, *given: Any, **named: Any) -> Any:
-        asked.append(bool(given[1] if len(given) > 1 else named.get("uncond_skipped", False)))
-        return original(self, x, sigma, cfg_scale, *given, **named)
+    def deltas(self: Source, step: SourceStep) -> Any:
+        asked.append(step.uncond_skipped)
+        return original(self, step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Source, "deltas", deltas)

@@ -30,14 +30,14 @@ HOSTS = ("a1111", "forge")
 
 
 class Plotted(DeltaScript):
-    """What scripts/delta_sampling.py hands to the host, where the first argument is the number of a chosen script."""
+    """The hooks of scripts/delta_sampling.py; the first argument is the number of a chosen script."""
 
     def process(self, p: Any, _chosen: int, *arguments: Any) -> None:
         super().process(p, *arguments)
 
 
 class Detailer:
-    """A script that paints anew, by img2img, what it finds in each picture: ``found`` times."""
+    """A script that repaints ``found`` areas of each picture by img2img."""
 
     def __init__(self, webui: WebUI, found: int, prompt: str | None) -> None:
         self.webui, self.found, self.prompt = webui, found, prompt
@@ -132,7 +132,7 @@ def test_a_run_without_a_delta_says_so_whatever_the_last_one_did(webui: WebUI) -
     webui.generate(DELTA)
     p, _ = generation(webui, {**DELTA, "enabled": False}, 1)
     made = webui.processing.process_images(p)
-    assert "Delta" not in made.infotexts[0] and status(webui) == ["Last run: no delta was asked for"]
+    assert "Delta" not in made.infotexts[0] and status(webui) == ["Last run: no delta was requested"]
 
 
 @pytest.mark.parametrize("found", [0, 1])
@@ -162,16 +162,16 @@ def test_the_base_stays_for_the_passes_within_where_none_is_kept(webui: WebUI, m
     inner = detailer.pass_within
 
     def pass_within(*arguments: Any) -> Any:
-        bases.append(len(list(webui.host._models or ())))
+        bases.append(len(webui.host.side_models()))
         return inner(*arguments)
 
     monkeypatch.setattr(detailer, "pass_within", pass_within)
     webui.processing.process_images(p)
-    assert bases == [1] and not list(webui.host._models)
+    assert bases == [1] and not webui.host.side_models()
 
 
 def test_a_copy_that_generates_within_a_run_has_a_text_of_its_own(webui: WebUI) -> None:
-    """Other scripts than ADetailer generate with the copy itself."""
+    """Some scripts generate with the copy itself, unlike ADetailer."""
     p = webui.p({**DELTA, "lambda": 0.5})
     made: list[Any] = []
 
@@ -196,6 +196,6 @@ def test_a_run_that_failed_is_around_no_other(webui: WebUI) -> None:
         webui.processing.process_images(p)
     assert status(webui)[0].startswith("Last run: no delta: start")
     webui.generate({**DELTA, "enabled": False})
-    assert status(webui) == ["Last run: no delta was asked for"]
+    assert status(webui) == ["Last run: no delta was requested"]
     p.script_args = [DELTA]
     assert "Delta lambda: 1" in webui.processing.process_images(p).infotexts[0]

@@ -1,4 +1,4 @@
-"""Recipes in a generation: LoRAs of other formats, block weights, ranges of the run, embeddings that came along."""
+"""Recipes in a generation: LoRAs of other formats, block weights, ranges of the run, bundled embeddings."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def latents(webui: WebUI, loras: str, **changes: Any) -> torch.Tensor:
 
 
 def share_of_blocks(name: str, shares: dict[str, float]) -> float:
-    """Return a weight's share: that of the first prefix that its name has, 1 where there is none."""
+    """Return a weight's share: that of the first prefix of its name, else 1."""
     return next((share for prefix, share in shares.items() if name.startswith(prefix)), 1.0)
 
 
@@ -79,7 +79,7 @@ def test_presets_are_known_by_their_names(webui: WebUI) -> None:
 
 
 def test_two_loras_take_turns(webui: WebUI) -> None:
-    """Each counts in its own part of the run, as if it were alone there and the range were the delta's own."""
+    """Each is active in its part of the run, as if it were the only one and the range were the delta's."""
     never = latents(webui, "ink:1:start=0.1:end=0.2")
     assert torch.equal(never, webui.latents(steps=STEPS))  # no step falls into the range
     first = webui.latents({"base": "base", "loras": "ink", "end": 0.5}, steps=STEPS)
@@ -109,7 +109,7 @@ def test_a_recipe_comes_back_from_the_infotext(webui: WebUI) -> None:
 
 @pytest.mark.parametrize("kind", ["hada", "lokr", "diff"])
 def test_other_formats_than_lora(webui: WebUI, kind: str) -> None:
-    """A file whose difference is that of a checkpoint gives what the checkpoint gives as adapted."""
+    """A file with a checkpoint's difference gives the same as the adapted checkpoint."""
     generator = torch.Generator().manual_seed(3)
     weights = checkpoint()
     tensors: dict[str, torch.Tensor] = {}
@@ -152,7 +152,7 @@ FORMATS = {"hada": hada, "lokr": lokr, "diff": diff}
 
 
 def test_an_embedding_that_came_with_a_lora_can_be_named(webui: WebUI) -> None:
-    """Bundled, it does in the side model's prompt what the same file does in the user's folder."""
+    """A bundled embedding works in the side model's prompt as the same file does in the user's folder."""
     vectors = load_file(webui.files.embeddings / f"{webui.files.embedding}.safetensors")["emb_params"]
     bundled = {**load_file(webui.files.lora_file()), "bundle_emb.qqq.string_to_param.*": vectors}
     save_file(bundled, webui.files.lora_file("bundle"))
@@ -168,7 +168,7 @@ def test_an_embedding_that_came_with_a_lora_can_be_named(webui: WebUI) -> None:
 def test_an_adapted_prompt_alone_is_an_adaptation(webui: WebUI) -> None:
     told, prompt = {"base": "base", "adapted_prompt": "a dog on a log"}, "a dog on a log"
     wanted = webui.latents(steps=STEPS, prompt=prompt)
-    assert relative(webui.latents(told, steps=STEPS), wanted) < 1e-4  # main = base, so the delta is the whole way
+    assert relative(webui.latents(told, steps=STEPS), wanted) < 1e-4  # main = base, so the delta is all of it
     assert torch.equal(webui.latents(told, steps=STEPS, prompt=prompt), wanted)  # the same prompt: nothing to add
 
 

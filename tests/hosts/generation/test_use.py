@@ -1,4 +1,4 @@
-"""What a day of use asks of the host layer: settings that do not count, tags and axes, and pictures without a delta."""
+"""Everyday use of the host layer: settings without effect, tags and axes, and pictures without a delta."""
 
 from __future__ import annotations
 
@@ -181,8 +181,8 @@ NOTHING: dict[str, dict[str, Any]] = {
 def test_a_delta_of_zero_is_not_claimed(webui: WebUI, delta: dict[str, Any]) -> None:
     made = webui.generate({**DELTA, **delta})
     assert torch.equal(made.images, webui.latents()) and "Delta" not in made.infotexts[0]
-    assert "nothing told the base and the adapted model apart" in said(made)
-    assert "nothing told" in webui.host.status().splitlines()[-1]
+    assert "the base and the adapted model did not differ" in said(made)
+    assert "did not differ" in webui.host.status().splitlines()[-1]
 
 
 ZERO: dict[str, tuple[dict[str, Any], str]] = {
@@ -203,7 +203,7 @@ def test_weights_of_0_are_named(webui: WebUI, delta: dict[str, Any], why: str) -
 def test_a_lambda_of_0_is_named_where_all_else_is_chosen(webui: WebUI) -> None:
     made = webui.generate({**DELTA, "lambda": 0})
     assert "Delta" not in made.infotexts[0]
-    assert webui.host.status().splitlines()[-1] == "Last run: no delta was asked for: lambda is 0"
+    assert webui.host.status().splitlines()[-1] == "Last run: no delta was requested: lambda is 0"
 
 
 def test_an_accordion_that_is_on_with_nothing_chosen_says_what_is_needed(webui: WebUI) -> None:
@@ -229,7 +229,7 @@ def test_an_interruption_while_the_side_model_is_loaded_is_said(webui: WebUI, mo
 
 
 def test_errors_are_shown_as_sentences(webui: WebUI) -> None:
-    """WebUIs write the class's name, a colon, and what an error says."""
+    """WebUIs show an error as its class's name, a colon and its message."""
     for delta in ({**DELTA, "lamda": 1}, {**DELTA, "base": "bass"}, {"base": "base"}):
         with pytest.raises(DeltaError) as caught:
             webui.generate(delta)
@@ -241,9 +241,9 @@ def test_errors_are_shown_as_sentences(webui: WebUI) -> None:
 NO_STEP: dict[str, tuple[dict[str, Any], str]] = {
     "between two steps": ({"start": 0.9, "end": 0.95}, "no step lies between start 0.9 and end 0.95"),
     "at one point": ({"start": 0.4, "end": 0.4}, "they are at 0, 0.33, 0.67, 1)"),
-    "no hires pass": ({"hires": "hires pass"}, "the delta is wanted in the hires pass alone, and there was none"),
-    "a curve of 0": ({"curve": "linear", "curve_start": 0.0, "curve_end": 0.0}, "the curve leaves nothing"),
-    "no LoRA": ({"loras": "ink:1:start=0.4:end=0.4"}, "no LoRA counts"),
+    "no hires pass": ({"hires": "hires pass"}, "the delta is enabled only for the hires pass, and there was none"),
+    "a curve of 0": ({"curve": "linear", "curve_start": 0.0, "curve_end": 0.0}, "the curve makes lambda 0"),
+    "no LoRA": ({"loras": "ink:1:start=0.4:end=0.4"}, "no LoRA and no unit is active"),
 }
 
 
@@ -261,7 +261,7 @@ def test_the_status_is_that_of_the_last_run(webui: WebUI) -> None:
     webui.generate(DELTA)
     assert last().startswith("Last run: delta in ")
     webui.generate({**DELTA, "enabled": False})
-    assert last() == "Last run: no delta was asked for"
+    assert last() == "Last run: no delta was requested"
     with pytest.raises(SettingError):
         webui.generate({**DELTA, "start": 0.9, "end": 0.1})
     assert last().startswith("Last run: no delta: start (0.9) must not come after end")
@@ -368,7 +368,7 @@ def test_errors_do_not_echo_without_bounds() -> None:
 
 
 def test_a_picture_that_can_be_tiled_has_a_delta_that_can(webui: WebUI) -> None:
-    """As the main model's own: Forge takes the word and does nothing."""
+    """As the main model does: Forge accepts the setting and ignores it."""
     plain, tiled, done = webui.latents(DELTA), webui.latents(DELTA, tiling=True), webui.name != "forge"
     assert webui.side_model.unet.get_submodule("out.2").circular is done
     assert (relative(tiled, plain) > 1e-3) is done
@@ -390,7 +390,7 @@ def test_tiles_are_those_of_the_lora(webui: WebUI) -> None:
 
 
 def test_what_tiles_is_followed_where_it_changes_in_mid_run(webui: WebUI) -> None:
-    """As where a refiner comes that does not."""
+    """As with a refiner that is not tiled."""
     webui.generate(DELTA, tiling=True)
     seen: list[bool] = []
 
@@ -482,7 +482,7 @@ MIXTURE = "/webui/extensions/multidiffusion-upscaler/tile_methods/mixtureofdiffu
 
 
 def around(method: Any, path: str) -> Any:
-    """Return a function of an extension's that calls a method."""
+    """Return a function, defined in an extension, that calls a method."""
     made: Any = eval(compile("lambda method: lambda *given, **named: method(*given, **named)", path, "eval"))
     return made(method)
 
@@ -495,17 +495,17 @@ def test_the_status_names_who_changes_the_main_models_inside(
     holder = model.forge_objects.unet.model if webui.name == "forge" else model
     unet = (holder if webui.name == "forge" else model.model).diffusion_model
     attention = next(part for name, part in unet.named_modules() if name.endswith("attn2"))
-    others: Any = importlib.import_module("lib_delta.hosts.generation.foreign_patches")
+    host_module: Any = sys.modules[type(webui.host).__module__]
     walked: list[Any] = []
-    look = others.patched_forwards
-    monkeypatch.setattr(sys.modules[type(webui.host).__module__], "taken_over", lambda m: walked.append(m) or look(m))
+    walk = host_module.patched_forwards
+    monkeypatch.setattr(host_module, "patched_forwards", lambda model: walked.append(model) or walk(model))
     webui.generate(DELTA, **changes)
-    assert "the main model alone" not in webui.host.status()
+    assert "only the main model" not in webui.host.status()
     assert len(walked) == (2 if changes else 1), "once for each pass, and not for each step"
     monkeypatch.setattr(attention, "forward", around(attention.forward, REGIONS))
     monkeypatch.setattr(holder, "apply_model", around(holder.apply_model, MIXTURE))
     webui.generate(DELTA, **changes)
-    said = "the main model alone has what multidiffusion-upscaler, sd-webui-regional-prompter do"
+    said = "multidiffusion-upscaler, sd-webui-regional-prompter change only the main model"
     assert said in webui.host.status() and webui.callbacks.swallowed == []
 
 
@@ -551,9 +551,9 @@ def test_the_main_prompt_can_stand_in_the_side_models(webui: WebUI) -> None:
 
 
 def shown(webui: WebUI, pictures: int = 1, grids: int = 0, **changes: Any) -> tuple[Any, list[Any]]:
-    """Generate, and return what was made with the pictures that the extension has put beside it.
+    """Generate; return the result, and the pictures that the extension added.
 
-    ``grids`` pictures of all go before the others, as the WebUI has it.
+    The WebUI puts ``grids`` grids before the pictures.
     """
     beside: list[Any] = []
     p = webui.p(DELTA, **changes)

@@ -1,4 +1,4 @@
-"""What a step asks of the device in a WebUI's callbacks: it waits once, where it begins, and brings nothing there."""
+"""Transfers of a step in a WebUI's callbacks: it waits once for the device, at its start, and moves nothing there."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def webui(started: WebUI, monkeypatch: pytest.MonkeyPatch) -> Iterator[WebUI]:
 
 
 class Watch:
-    """Has what callbacks are given on the device while they run, and counts their transfers, step by step."""
+    """Moves the callbacks' arguments to the device while they run, and counts their transfers in each step."""
 
     def __init__(self, webui: WebUI, transfers: Counter[str]) -> None:
         self.webui, self.transfers = webui, transfers
@@ -49,7 +49,7 @@ class Watch:
 
     @contextmanager
     def table_there(self) -> Iterator[None]:
-        """Have the model's schedule on the device, as it is in the WebUIs; the same tensor for as long as it is one."""
+        """Move the model's schedule to the device, as in the WebUIs; the same tensor while the schedule is the same."""
         model = self.webui.shared.sd_model
         holder, name = model, "alphas_cumprod"
         if self.webui.name != "a1111":
@@ -64,7 +64,7 @@ class Watch:
             setattr(holder, name, table)
 
     def around(self, call: Callable[[Any], Any], begins: bool, names: tuple[str, ...]) -> Callable[[Any], Any]:
-        """Return a callback that is watched; what it writes to is written back."""
+        """Return a watched callback, whose changes are written back."""
 
         def watched(params: Any) -> Any:
             given = params if isinstance(params, dict) else vars(params)
@@ -73,7 +73,7 @@ class Watch:
             if begins:
                 self.steps.append(Counter())
                 self.evaluated = params
-            asked_for = self.evaluated.x  # in AUTOMATIC1111, the second callback looks at it as well
+            asked_for = self.evaluated.x  # AUTOMATIC1111's second callback reads it too
             self.evaluated.x = self.on_device(asked_for)
             with self.table_there():
                 counted = Counter(self.transfers)
@@ -89,7 +89,7 @@ class Watch:
 
 
 def counted(webui: WebUI, delta: dict[str, Any] | None = None, **changes: Any) -> tuple[list[Counter[str]], Any]:
-    """Generate, and return the transfers of each step in our callbacks, with the latents."""
+    """Generate; return the transfers of each step in our callbacks, and the latents."""
     with stand_in_device() as transfers, pytest.MonkeyPatch.context() as patch:
         watch = Watch(webui, transfers)
         before, after = CALLBACKS[webui.name]
@@ -127,7 +127,7 @@ def test_a_step_waits_for_the_device_once_and_brings_nothing_to_it(webui: WebUI,
     vars(webui.shared.opts).update(changes.pop("options", {}))
     steps, latents = counted(webui, **changes)
     assert len(steps) >= STEPS - 1
-    for step in steps[1:]:  # in the first, what stays is brought
+    for step in steps[1:]:  # the first step moves tensors that stay
         assert step == ONCE
     changes.pop("delta", None)
     assert relative(latents, webui.latents(steps=STEPS, **changes)) > 1e-3
@@ -137,7 +137,7 @@ def test_a_step_waits_for_the_device_once_and_brings_nothing_to_it(webui: WebUI,
 def test_a_side_model_on_the_cpu_serves_a_main_model_on_a_device(
     webui: WebUI, monkeypatch: pytest.MonkeyPatch, quality: str
 ) -> None:
-    """What crosses in a step that it is asked in: the state and its noise level there, the changes back."""
+    """A step that evaluates it moves the state and its noise level there, and the changes back."""
     monkeypatch.setattr(type(webui.host), "compute_device", lambda _host: (torch.device("cpu"), torch.float32))
     delta = {"quality": quality}
     steps, latents = counted(webui, delta)

@@ -1,12 +1,15 @@
-"""The WebUI script, in a stand-in for the WebUI: what its widgets hold, and what it hands to the host."""
+"""The script and the accordion in a stand-in WebUI: the widgets' values, and the calls that reach the host."""
 
 from __future__ import annotations
 
 import importlib
+import json
+import re
 import subprocess
 import sys
 from copy import copy
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +17,9 @@ import pytest
 
 from lib_delta.errors import SettingError
 from lib_delta.page.lambda_curve import draw_lambda
-from lib_delta.request.control_unit import UNIT_FIELDS, Unit
-from lib_delta.request.request import SETTINGS, Request
+from lib_delta.request.control_unit import Unit
+from lib_delta.request.fields import REQUEST_FIELDS, SETTINGS, UNIT_FIELDS
+from lib_delta.request.request import Request
 from lib_delta.request.schema import schema
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,7 +29,7 @@ BASE, TUNED = "v1-5-pruned-emaonly.safetensors", "inks/moxin-tuned.safetensors [
 
 
 class WebUI:
-    """The stand-in after it has loaded its scripts."""
+    """The stand-in WebUI with its scripts loaded."""
 
     def __init__(self):
         from modules import script_callbacks, scripts, shared
@@ -80,13 +84,13 @@ def webui(monkeypatch):
 
 
 def read(runner, values):
-    """What is asked for when the widgets are set to values; None leaves one as it is."""
-    given = [(values.get(widget), widget.value) for widget in runner.inputs]
-    return Request.from_arguments([before if value is None else value for value, before in given])
+    """Return the request of a tab after an update of its widgets; None leaves a widget unchanged."""
+    pairs = [(values.get(widget), widget.value) for widget in runner.inputs]
+    return Request.from_arguments([before if value is None else value for value, before in pairs])
 
 
 def restored(runner, values):
-    """What each field of a tab is set to from a picture's text, by the order of the arguments."""
+    """Return the value that infotext sets each widget of a tab to."""
     return {component: target(values) for component, target in runner.infotext_fields}
 
 
@@ -104,6 +108,43 @@ def test_ids_name_the_tab_and_labels_are_unique_in_it(webui, is_img2img):
     assert all(elem_id.startswith(tab) for elem_id in ids) and len(ids) == len(set(ids))
     labels = [widget.label for widget in runner.inputs]
     assert len(labels) == len(set(labels)) and all(labels)
+
+
+def test_the_page_gets_a_tooltip_for_each_setting_that_the_field_table_explains(webui):
+    webui.runner()
+    carrier = next(block.value for block in webui.blocks if "data-tooltips" in str(block.value))
+    tooltips = json.loads(unescape(re.search('data-tooltips="([^"]*)"', carrier)[1]))
+    ids = {block.given["elem_id"].split("delta_sampling_")[1] for block in webui.blocks if block.given.get("elem_id")}
+    assert not set(tooltips) - ids, "a tooltip of no element"
+    assert {name: tooltips.get(name, "") for name in REQUEST_FIELDS} == {
+        n: f.tooltip for n, f in REQUEST_FIELDS.items()
+    }
+    for name, field in UNIT_FIELDS.items():
+        assert [tooltips.get(f"unit{number}_{name}", "") for number in (1, 2, 3)] == [field.tooltip] * 3
+    assert "unit4_model" not in tooltips
+
+
+def test_numbers_labels_and_choices_come_from_the_field_table(webui):
+    webui.runner()
+    for name, field in REQUEST_FIELDS.items():
+        given = webui.widget(f"delta_sampling_{name}-checkbox" if name == "enabled" else f"delta_sampling_{name}").given
+        if field.step:
+            assert (given["minimum"], given["maximum"], given["step"]) == (field.minimum, field.maximum, field.step)
+        if field.choices:
+            assert given["choices"][: len(field.choices)] == list(field.choices)
+        if field.label:
+            assert given["label"] == field.label
+
+
+def test_all_widgets_are_inside_the_accordion(webui):
+    runner = webui.runner()
+
+    def containers(block):
+        return [] if block.parent is None else [block.parent, *containers(block.parent)]
+
+    for widget in runner.inputs[1:]:
+        ids = [container.given.get("elem_id") for container in containers(widget)]
+        assert ids[-3:-1] == [f"script_txt2img_delta_sampling_{name}" for name in ("settings", "enabled")], widget.label
 
 
 def test_the_widgets_can_be_made_again_as_the_api_does(webui):
@@ -136,7 +177,7 @@ def test_infotext_restores_every_setting(webui):
     request = Request(True, *numbers, BASE, TUNED, "moxin:0.8, lineart", *texts, **details)
     runner = webui.runner()
     values = restored(runner, request.infotext({BASE: "aabbccddee"}))
-    # TUNED ends as a short hash does, which is a part of its name all the same.
+    # TUNED ends like a short hash, which is still part of its name.
     assert read(runner, values) == request
 
 
@@ -156,7 +197,7 @@ def test_a_picture_without_a_delta_closes_the_accordion_and_leaves_the_rest(webu
 
 def test_the_default_of_each_pasted_widget_has_the_type_of_its_setting(webui):
     for widget, setting in zip(webui.runner().inputs, SETTINGS):
-        assert type(widget.value) is {"bool": bool, "float": float, "str": str}[setting.type], setting.name
+        assert type(widget.value) is setting.value_type, setting.name
 
 
 def test_send_to_finds_the_same_settings_in_both_tabs(webui):
@@ -187,8 +228,8 @@ def test_an_edit_changes_the_texts_and_unfolds_the_prompts_it_has_filled(webui):
         assert apply(nothing, "lineart:0.6", "a", "b")[:3] == ("lineart:0.6", "a", "b")
 
 
-def held(row, request):
-    """What the widgets hold that a preset saves: the settings, and the units without their pictures."""
+def saved_values(row, request):
+    """Return the widgets' values that a preset saves: the settings, and the units without their pictures."""
     units = [*request.units, Unit(), Unit(), Unit()]
     return [*(getattr(request, f.name) for f in SETTINGS[1:]), *(getattr(units[i], n) for i, n in row.unit_fields())]
 
@@ -197,9 +238,9 @@ def test_a_preset_brings_back_what_was_saved_and_does_not_switch_the_delta_on(we
     row, runner = webui.hosts("preset_row"), webui.runner()
     unit = Unit(True, None, "edges", "canny", 0.7, end=0.5)
     wanted = Request(True, 2.5, base=BASE, loras="moxin:0.8", adapted_prompt="ink", quality="fast", units=(unit,))
-    said, listed, _ = row.save("ink on SDXL", *held(row, wanted))
+    said, listed, _ = row.save("ink on SDXL", *saved_values(row, wanted))
     assert "Saved as &#x27;ink on SDXL&#x27;" in said and listed["choices"] == ["None", "ink on SDXL"]
-    *values, prompts, units, said, listed, name = row.chosen(SimpleNamespace(value="ink on SDXL"))
+    *values, prompts, units, said, listed, name = row.load_selected(SimpleNamespace(value="ink on SDXL"))
     assert Request.from_arguments([True, *values[: len(SETTINGS) - 1]]) == replace(wanted, units=())
     assert len(values) == len(runner.infotext_fields) - 3, "all but the switch of the delta, and two that unfold"
     assert values[len(SETTINGS) - 1 :][: len(row.RECIPE_FIELDS)] == [getattr(unit, name) for name in row.RECIPE_FIELDS]
@@ -213,19 +254,19 @@ def test_a_preset_brings_back_what_was_saved_and_does_not_switch_the_delta_on(we
 
 def test_what_cannot_be_saved_loaded_or_deleted_is_said_and_changes_nothing(webui):
     row = webui.hosts("preset_row")
-    assert "needs a name" in row.save("None", *held(row, Request()))[0]
-    assert "has no name" in row.save("x", *held(row, Request(loras=":1")))[0]
+    assert "needs a name" in row.save("None", *saved_values(row, Request()))[0]
+    assert "has no name" in row.save("x", *saved_values(row, Request(loras=":1")))[0]
     assert "There is no preset &#x27;x&#x27;" in row.delete("x")[0]
-    *updates, said, _, _ = row.chosen(SimpleNamespace(value="gone"))
+    *updates, said, _, _ = row.load_selected(SimpleNamespace(value="gone"))
     assert "There is no preset &#x27;gone&#x27;" in said and all(set(update) == {"__type__"} for update in updates)
 
 
 def test_the_default_preset_is_loaded_when_the_page_is_there(webui):
     row = webui.hosts("preset_row")
-    assert all("value" not in update for update in row.default() if update), "there is none"
-    row.save("mine", *held(row, Request(strength=3.0)))
+    assert all("value" not in update for update in row.load_default() if update), "there is none"
+    row.save("mine", *saved_values(row, Request(strength=3.0)))
     webui.shared.opts.data["delta_sampling_preset"] = "mine"
-    assert row.default()[0] == 3.0
+    assert row.load_default()[0] == 3.0
 
 
 def test_prompts_unfold_when_a_picture_has_filled_them(webui):
@@ -382,8 +423,8 @@ def test_schema_and_status_are_served_and_axes_are_there_without_a_user_interfac
         answers[path] = answer
         guards.append(dependencies)
 
-    own = SimpleNamespace(path="/sdapi/v1/options", dependencies=guard)
-    webui.callbacks.call("app_started", None, SimpleNamespace(routes=[own], add_api_route=add_api_route))
+    options = SimpleNamespace(path="/sdapi/v1/options", dependencies=guard)
+    webui.callbacks.call("app_started", None, SimpleNamespace(routes=[options], add_api_route=add_api_route))
     assert answers["/delta-sampling/schema"]() == schema()
     assert answers["/delta-sampling/status"]() == {"host": "stand-in", "status": ["nothing is loaded"]}
     assert guards == [guard, guard]
@@ -397,7 +438,7 @@ def test_without_the_webuis_api_nothing_is_served(webui):
 
 
 def test_the_script_imports_no_torch():
-    """In a process of its own, for pytest's has imported torch."""
+    """Runs in a new process, since pytest's has imported torch."""
     code = f"""
 import sys
 sys.path[:0] = [{str(STAND_IN / "webui")!r}, {str(ROOT)!r}]
@@ -464,7 +505,7 @@ def test_a_picture_switches_units_off_that_it_did_not_have_and_keeps_what_is_in_
 def test_a_map_is_shown_or_what_is_wrong_with_it(webui):
     from PIL import Image
 
-    shown = webui.hosts("unit_box").shown_map
+    shown = webui.hosts("unit_box").preview_map
     values = [widget.value for widget in webui.runner().inputs[len(SETTINGS) :][: len(UNIT_FIELDS)]]
     assert shown(2, *values) == (None, "<div>Put a picture in to see its map</div>")
     values[1], values[3] = Image.new("L", (2, 2), 55), "canny"

@@ -1,1 +1,1 @@
-"""A thin stand-in for the WebUI's modules: what the user-facing part of an extension touches, and no more."""
+"""A thin stand-in for the WebUI's modules: only the parts that the extension's user interface uses."""

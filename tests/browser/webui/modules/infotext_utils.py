@@ -1,4 +1,4 @@
-"""A picture's text: reading it, pasting it into widgets, and sending widgets from tab to tab."""
+"""Infotext: parsing it, pasting it into widgets, and sending widgets from tab to tab."""
 
 import json
 import re
@@ -9,18 +9,18 @@ PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
 def quote(text):
-    """Quote a value that holds what separates values."""
+    """Quote a value that contains a separator."""
     return json.dumps(text, ensure_ascii=False) if any(c in str(text) for c in ",:\n") else text
 
 
 def parse_generation_parameters(text):
-    """Return the values by their names; the last line has them, the lines before are the prompt."""
+    """Return the values by name; they are in the last line, after the prompt."""
     *prompt, last = text.strip().split("\n")
-    found = PARAMETER.findall(last)
-    if len(found) < 3:
-        prompt, found = [*prompt, last], []
+    parameters = PARAMETER.findall(last)
+    if len(parameters) < 3:
+        prompt, parameters = [*prompt, last], []
     values = {"Prompt": "\n".join(prompt)}
-    for name, value in found:
+    for name, value in parameters:
         if value[:1] == '"' == value[-1:]:
             value = json.loads(value)
         size = re.fullmatch(r"(\d+)x(\d+)", value)
@@ -29,7 +29,7 @@ def parse_generation_parameters(text):
 
 
 def pasted(fields, text):
-    """Return what pasting a text updates each field with, converted to the type of the field's default."""
+    """Return the update of each field for a pasted text; values have the type of the field's default."""
     values = parse_generation_parameters(text)
     updates = []
     for component, target in fields:
@@ -50,12 +50,12 @@ def pasted(fields, text):
 
 
 def connect_paste(button, fields, text):
-    """Let a button paste a text into fields."""
-    button.click(lambda given: pasted(fields, given), inputs=[text], outputs=[component for component, _ in fields])
+    """Make a button paste a text into fields."""
+    button.click(lambda value: pasted(fields, value), inputs=[text], outputs=[component for component, _ in fields])
 
 
 def connect_send(button, source, destination, names):
-    """Let a button copy the named fields of one tab to another's."""
+    """Make a button copy the named fields of one tab to another's."""
     button.click(
         lambda *values: values if len(values) > 1 else values[0],
         inputs=[component for component, name in source if name in names],

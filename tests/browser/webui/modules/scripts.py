@@ -17,25 +17,25 @@ scripts_data = []
 
 
 class Script:
-    """What extensions subclass."""
+    """The base class of extensions' scripts."""
 
     filename = infotext_fields = paste_field_names = None
     args_from = args_to = 0
     is_img2img = False
 
     def show(self, is_img2img):
-        """Tell where the script is shown."""
+        """Return whether the script is shown in a tab."""
         return True
 
     def elem_id(self, item):
-        """Make an element's id, with the tab in it for scripts that are in both."""
+        """Return an element's id, which contains the tab if the script is in both tabs."""
         tab = ("img2img_" if self.is_img2img else "txt2img_") if self.show(True) == self.show(False) else ""
         title = re.sub(r"[^a-z_0-9]", "", re.sub(r"\s", "_", self.title().lower()))
         return f"script_{tab}{title}_{item}"
 
 
 def load_scripts(paths):
-    """Load script files; only while one is loaded is its extension's folder in sys.path."""
+    """Load script files; an extension's folder is in sys.path only while its file is loaded."""
     scripts_data.clear()
     script_callbacks.clear_callbacks()
     for path in paths:
@@ -63,7 +63,7 @@ class ScriptRunner:
                 (self.alwayson_scripts if shown is AlwaysVisible else self.selectable_scripts).append(script)
 
     def setup_ui(self):
-        """Make the widgets of the scripts that are always there."""
+        """Make the widgets of the scripts that are always visible."""
         for script in self.alwayson_scripts:
             with gr.Group():
                 controls = script.ui(script.is_img2img)
@@ -72,11 +72,11 @@ class ScriptRunner:
             self.infotext_fields += script.infotext_fields or []
             self.paste_field_names += script.paste_field_names or []
 
-    def call(self, hook, p, *arguments, **about):
-        """Call a hook of every script; its exceptions are printed and swallowed."""
+    def call(self, hook, p, *arguments, **named):
+        """Call a hook of every script, and print and swallow its exceptions."""
         for script in self.alwayson_scripts:
             try:
-                given = p.script_args[script.args_from : script.args_to]
-                getattr(script, hook)(p, *arguments, *given, **about)
+                values = p.script_args[script.args_from : script.args_to]
+                getattr(script, hook)(p, *arguments, *values, **named)
             except Exception:  # noqa: PERF203 - one script must not stop the next
                 traceback.print_exc()

@@ -1,4 +1,4 @@
-"""Settings, as extensions add and read them."""
+"""Settings, in the form in which extensions add and read them."""
 
 
 class OptionInfo:
@@ -16,13 +16,13 @@ class OptionInfo:
 
 
 class Options:
-    """Values by name; a name that nobody added is an AttributeError, as in the WebUI."""
+    """Values by name; an unknown name raises AttributeError, as in the WebUI."""
 
     def __init__(self):
         self.data_labels, self.data = {}, {}
 
     def add_option(self, key, info):
-        """Add a setting; a value that the user's file already has is kept."""
+        """Add a setting; its stored value stays."""
         self.data_labels[key] = info
         self.data.setdefault(key, info.default)
 

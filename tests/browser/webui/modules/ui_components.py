@@ -1,4 +1,4 @@
-"""The WebUI's own widgets: a class on gradio 3, where InputAccordion is a function on gradio 4."""
+"""The WebUI's widgets.  As there, InputAccordion is a class on gradio 3 and a function on gradio 4."""
 
 from functools import wraps
 
@@ -6,14 +6,14 @@ import gradio as gr
 
 GRADIO_4 = int(gr.__version__.split(".")[0]) >= 4
 if GRADIO_4:
-    gr.component_meta.create_or_modify_pyi = lambda *_: None  # or else gradio writes a file beside this one
+    gr.component_meta.create_or_modify_pyi = lambda *_: None  # gradio would write a file next to this one
 
 
 class InForms:
     """Widgets that join the form of their neighbours."""
 
     def get_expected_parent(self):
-        """Return the container that gradio is to make around them."""
+        """Return the container that gradio makes around them."""
         return gr.components.Form
 
 
@@ -24,35 +24,35 @@ class FormRow(*((gr.Row, InForms) if GRADIO_4 else (InForms, gr.Row))):
     """A row inside a form."""
 
     def get_block_name(self):
-        """Keep gradio's name of the component."""
+        """Return gradio's name of the component."""
         return "row"
 
 
 class ToolButton(*((gr.Button, InForms) if GRADIO_4 else (InForms, gr.Button))):
-    """A small square button beside another widget."""
+    """A small square button next to another widget."""
 
-    @wraps(gr.Button.__init__)  # gradio 4 tells the page what the signature names
+    @wraps(gr.Button.__init__)  # gradio 4 sends the page the arguments in the signature
     def __init__(self, *values, elem_classes=(), **given):
         super().__init__(*values, elem_classes=["tool", *elem_classes], **given)
 
     def get_block_name(self):
-        """Keep gradio's name of the component."""
+        """Return gradio's name of the component."""
         return "button"
 
 
 class InputAccordionBox(gr.Checkbox):
-    """A hidden checkbox and an accordion; the page's script keeps the two in step."""
+    """A hidden checkbox and an accordion; the page's script synchronizes them."""
 
     accordion = None
 
     def attach(self, elem_id, label, is_open):
-        """Make the accordion that goes with the checkbox."""
+        """Make the accordion of the checkbox."""
         follow = {"js" if GRADIO_4 else "_js": f"(on) => standInFollow('{elem_id}', on)"}
         self.change(fn=None, inputs=[self], **follow)
         self.accordion = gr.Accordion(label, open=is_open, elem_id=elem_id, elem_classes=["input-accordion"])
 
     def get_block_name(self):
-        """Keep gradio's name of the component."""
+        """Return gradio's name of the component."""
         return "checkbox"
 
     def __enter__(self):
@@ -66,7 +66,7 @@ class InputAccordionBox(gr.Checkbox):
 if GRADIO_4:
 
     def InputAccordion(value=None, *, elem_id, label):  # noqa: N802 - the WebUI's name
-        """Make the pair; gradio 4 makes components anew from their arguments, so these must be a checkbox's own."""
+        """Make the pair; gradio 4 copies components from their arguments, so these must be a checkbox's."""
         box = InputAccordionBox(value, label=label, elem_id=f"{elem_id}-checkbox", visible=False)
         box.attach(elem_id, label, value)
         return box

@@ -1,4 +1,4 @@
-"""The XYZ plot, as far as its axes go: one axis, cells that are shallow copies."""
+"""The XYZ plot with one axis; its cells are shallow copies."""
 
 import csv
 import re
@@ -24,7 +24,7 @@ class Script(scripts.Script):
     """The selectable script."""
 
     def title(self):
-        """Return its name."""
+        """Return the script's name."""
         return "X/Y/Z plot"
 
     def cells(self, p, label, text):

@@ -1,4 +1,4 @@
-"""Where the WebUI computes."""
+"""The WebUI's devices."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The main checkpoint as AUTOMATIC1111 holds it."""
+"""AUTOMATIC1111's main checkpoint."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ class CondStage(sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords):
 
 
 class DiffusionWrapper(nn.Module):
-    """What holds the main checkpoint's UNet."""
+    """The wrapper of the main checkpoint's UNet."""
 
     conditioning_key = "crossattn"
 
@@ -45,7 +45,7 @@ class LoadedModel:
         self.model = DiffusionWrapper(self.networks.unet)
         self.alphas_cumprod = network.alphas_cumprod()
         self.cond_stage_model = CondStage(self.networks)
-        # Encoded once, when the checkpoint is loaded: without any LoRA.
+        # Encoded when the checkpoint is loaded, without any LoRA.
         self.cond_stage_model_empty_prompt = self.cond_stage_model([""])
 
     def get_learned_conditioning(self, texts):
@@ -57,7 +57,7 @@ class LoadedModel:
         return self.networks(x, t, context)
 
     def noised(self, x, noise, sigma):
-        """Return a latent with noise of a level, in the model's own terms."""
+        """Return a latent with noise of a level, in the model's scale."""
         return x + noise * sigma
 
 

@@ -1,4 +1,4 @@
-"""Modes for little memory: never on here."""
+"""The modes for little memory, which are off here."""
 
 
 def is_enabled(sd_model):

@@ -7,27 +7,27 @@ without_gradients = torch.no_grad
 
 
 def negative_is_needed(p):
-    """The negative prompt is evaluated at CFG 1 too."""
+    """Return True: the negative prompt is encoded at CFG 1 too."""
     return True
 
 
 def restore_model(p):
-    """Nothing is put back between the passes."""
+    """Do nothing between the passes."""
     return False
 
 
 def apply_circular(model, enable):
-    """Make pictures that can be tiled, or those that cannot."""
+    """Make images tileable, or not."""
     model.networks.apply_circular(enable)
 
 
 def parser_options():
-    """What the prompt parser is told besides the steps."""
+    """Return the prompt parser's arguments after the steps."""
     return (shared.opts.use_old_scheduling,)
 
 
 def take_notes(p):
-    """What is noted of prompts is the model's own."""
+    """Do nothing: notes on prompts are the model's."""
 
 
 def sample(p, **conds):

@@ -1,4 +1,4 @@
-"""What the WebUI notes while it reads prompts."""
+"""The WebUI's notes on prompts."""
 
 from types import SimpleNamespace
 

@@ -6,7 +6,7 @@ from modules.prompt_code import encode
 
 
 class FrozenCLIPEmbedderWithCustomWords(torch.nn.Module):
-    """Cuts texts into chunks, and has subclasses encode them."""
+    """Cuts texts into chunks, which subclasses encode."""
 
     def __init__(self, wrapped, hijack):
         super().__init__()

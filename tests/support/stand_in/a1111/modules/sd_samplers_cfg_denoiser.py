@@ -1,4 +1,4 @@
-"""Guidance as AUTOMATIC1111 does it: rows of all prompts, then of all negative ones, through the model at once."""
+"""AUTOMATIC1111's guidance: the model evaluates all prompts' rows, then all negative prompts', in one batch."""
 
 import torch
 from k_diffusion.external import CompVisDenoiser
@@ -7,7 +7,7 @@ from modules.sd_samplers_common import InterruptedException
 
 
 class AskedAtTimesteps(torch.nn.Module):
-    """The model as timestep samplers ask it: for noise, at whole or fractional timesteps."""
+    """The model as timestep samplers call it: noise at whole or fractional timesteps."""
 
     def __init__(self, sd_model):
         super().__init__()
@@ -26,7 +26,7 @@ def model_for_timesteps(sd_model):
 
 
 class CFGDenoiser(torch.nn.Module):
-    """What samplers drive."""
+    """The denoiser that samplers call."""
 
     timesteps = False
 

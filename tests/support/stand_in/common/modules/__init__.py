@@ -1,4 +1,4 @@
-"""What the stand-ins for the WebUIs share; each WebUI's own folder adds the modules that differ."""
+"""Modules that all stand-ins for the WebUIs share; each WebUI's folder adds those that differ."""
 
 from pkgutil import extend_path
 

@@ -25,7 +25,7 @@ def register_extra_network(network):
 
 
 def parse_prompts(prompts):
-    """Return the prompts without tags, and the first one's tags by name: the others' are lost."""
+    """Return the prompts without tags, and only the first prompt's tags, by name."""
     found = []
     cleaned = []
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""Pictures: the font that texts on them have."""
+"""The font for texts on pictures."""
 
 from PIL import ImageFont
 

@@ -1,10 +1,10 @@
-"""The main checkpoint's own networks: modules that the extension has no part in."""
+"""The main checkpoint's networks, independent of the extension's side models."""
 
 import torch
 
 
 class Networks:
-    """A UNet and a text encoder; ``evaluations`` counts the UNet's passes."""
+    """A UNet and a text encoder; ``evaluations`` counts the UNet's forward passes."""
 
     def __init__(self, path):
         # Late: the extension must not find its models imported already.
@@ -20,7 +20,7 @@ class Networks:
         self.evaluations = 0
 
     def apply_circular(self, enable):
-        """Have the UNet's convolutions go on at the other edge, and say so as torch's own do."""
+        """Make the UNet's convolutions pad with the opposite edge, and set ``padding_mode`` as torch's do."""
         from lib_delta.models.forked_layers import Conv2d, set_tiling
 
         set_tiling(self.unet, enable)

@@ -1,3 +1,3 @@
-"""Where the WebUI keeps things."""
+"""The WebUI's paths."""
 
 models_path = extensions_dir = ""

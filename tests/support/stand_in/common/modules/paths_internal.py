@@ -1,3 +1,3 @@
-"""Where the WebUI's folders are."""
+"""The WebUI's folders."""
 
 models_path = "models"

@@ -18,7 +18,7 @@ from modules.processing_host import (
 
 
 class ScriptRunner:
-    """Calls the scripts' methods; an Exception of one is printed by the WebUI, and otherwise lost."""
+    """Calls the scripts' methods; the WebUI only prints an Exception of one."""
 
     def __init__(self, scripts):
         self.scripts = scripts
@@ -37,7 +37,7 @@ class ScriptRunner:
 
 @dataclass
 class Processed:
-    """What a generation has made: latents ``(N, 4, h, w)``, and what is said of each."""
+    """The result of a generation: latents ``(N, 4, h, w)``, and an infotext for each."""
 
     images: torch.Tensor
     infotexts: list
@@ -46,7 +46,7 @@ class Processed:
 
 @dataclass
 class StableDiffusionProcessing:
-    """What is asked for, and what a run keeps."""
+    """A generation's settings and state."""
 
     prompt: Any = ""
     negative_prompt: str = ""
@@ -111,13 +111,13 @@ class StableDiffusionProcessing:
 
 
 def decoded(samples):
-    """The pictures of latents: between the passes of a hires fix and after them, within ``p.sample``."""
+    """Decode latents, between the passes of hires fix and after them, within ``p.sample``."""
     return samples
 
 
 @dataclass
 class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
-    """From noise; with hires fix, once more in another size."""
+    """From noise; hires fix adds a pass in another size."""
 
     enable_hr: bool = False
     hr_scale: float = 2.0
@@ -175,14 +175,14 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
 
 @dataclass
 class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
-    """From a latent, of which a mask ``(4, h, w)`` may keep a part."""
+    """From a latent; a mask ``(4, h, w)`` may preserve a part of it."""
 
     init_latent: Any = None
     mask: Any = None
     nmask: Any = None
 
     def sample(self, conditioning, unconditional_conditioning, **about):
-        if self.sampler is None:  # one serves all batches
+        if self.sampler is None:  # the same for all batches
             self.sampler = sd_samplers.create_sampler(self.sampler_name)
         noise = self.noise(self.latent_size())
         restore_model(self)
@@ -192,7 +192,7 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
 
 
 def create_infotext(p):
-    """Return what a picture says besides its prompt; a value may be a function of the generation."""
+    """Return the infotext after the prompt; a value may be a function of the generation."""
     said = []
     for key, value in p.extra_generation_params.items():
         if callable(value):
@@ -203,7 +203,7 @@ def create_infotext(p):
 
 
 def process_images(p):
-    """Generate; a script's error is kept to itself, one of the sampling is the caller's."""
+    """Generate; swallows scripts' errors, and raises those of sampling."""
     texts, pictures = [], []
     p.all_prompts = list(p.prompt) if isinstance(p.prompt, list) else [p.prompt] * (p.batch_size * p.n_iter)
     checkpoint = shared.sd_model.sd_checkpoint_info
@@ -226,7 +226,7 @@ def process_images(p):
                 if p.scripts is not None:
                     p.scripts.postprocess_image(p, pictures[-1][index])
                 texts.append(f"{prompt}\nSteps: {p.steps}, {create_infotext(p)}")
-    # What is decoded already is a list of pictures, and not latents.
+    # Pictures that are already decoded are a list.
     made = Processed(pictures[0] if isinstance(pictures[0], list) else torch.cat(pictures), texts, p.comments)
     if p.scripts is not None:
         p.scripts.postprocess(p, made, *p.script_args)

@@ -1,4 +1,4 @@
-"""What both WebUIs' text engines do: chunks of 75 tokens, words that stand for learned vectors, one text at a time."""
+"""The common part of the WebUIs' text engines: chunks of 75 tokens, and words for learned vectors."""
 
 from collections import namedtuple
 from pathlib import Path
@@ -18,7 +18,7 @@ class Embedding:
 
 
 class EmbeddingFiles:
-    """The textual inversions of some folders, as far as they have the width that is expected."""
+    """The textual inversions of some folders that have the expected width."""
 
     def __init__(self, expected_shape=-1):
         self.embedding_dirs = {}
@@ -48,7 +48,7 @@ class EmbeddingFiles:
 
 
 def chunks_of(tokens, embeddings, start, end):
-    """Return for each chunk its 77 tokens and its fixes."""
+    """Return each chunk's 77 tokens and its fixes."""
     chunks, position = [([], [])], 0
     while position < len(tokens):
         embedding, length = embeddings.find_embedding_at_position(tokens, position)
@@ -64,7 +64,7 @@ def chunks_of(tokens, embeddings, start, end):
 
 
 def encode(engine, tokenizer, texts, embeddings, found):
-    """Encode texts, ``(N, 77 * chunks, C)``, with the engine's encoder; ``found.fixes`` is for it to look at."""
+    """Encode texts to ``(N, 77 * chunks, C)`` with the engine's encoder, which reads ``found.fixes``."""
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     rows = [chunks_of(tokens, embeddings, start, end) for tokens in engine.tokenize(list(texts))]
     encoded = []
@@ -76,7 +76,7 @@ def encode(engine, tokenizer, texts, embeddings, found):
 
 
 class ForgeEngine:
-    """Forge's text engine; replaces the token embedding of the encoder that it is given."""
+    """Forge's text engine; replaces the token embedding of its encoder."""
 
     def __init__(self, text_encoder, tokenizer, embedding_dir, embedding_expected_shape):
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
@@ -93,7 +93,7 @@ class ForgeEngine:
         return self.tokenizer(texts, truncation=False, add_special_tokens=False)["input_ids"]
 
     def encode_and_note(self, texts, emphasis, notes):
-        """Encode texts, and note for the picture's text what is in them."""
+        """Encode texts, and note their embeddings and emphasis for the infotext."""
         ends = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         chunks = [c for tokens in self.tokenize(list(texts)) for c in chunks_of(tokens, self.embeddings, *ends)]
         used = {fix.embedding.name for _, fixes in chunks for fix in fixes}
@@ -108,7 +108,7 @@ class ForgeEngine:
 
 
 class EmbeddingsWithFixes(torch.nn.Module):
-    """A token embedding in which learned vectors take the place of what they stand for."""
+    """A token embedding that inserts learned vectors for their words."""
 
     def __init__(self, wrapped, found):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Prompt editing ``[a:b:when]`` and ``[a|b]``, and prompts joined by AND: the shapes of the WebUI's own parser."""
+"""Prompt editing ``[a:b:when]`` and ``[a|b]``, and prompts joined by AND, as the WebUI's parser returns them."""
 
 import re
 from collections import namedtuple
@@ -19,14 +19,14 @@ class Part:
 
 
 class MulticondLearnedConditioning:
-    """For each prompt its parts."""
+    """The parts of each prompt."""
 
     def __init__(self, batch):
         self.batch = batch
 
 
 def schedule(prompt, steps, hires_steps=None):
-    """Return ``(end_at_step, text)`` pairs; in a hires pass times go on from where the first pass ended."""
+    """Return ``(end_at_step, text)`` pairs; times of a hires pass continue those of the first pass."""
     before, passes, count = (0, 0.0, steps) if hires_steps is None else (steps, 1.0, hires_steps)
 
     def when(text):
@@ -44,7 +44,7 @@ def schedule(prompt, steps, hires_steps=None):
 
 
 def get_learned_conditioning(model, prompts, steps, hires_steps=None):
-    """Return a schedule of encoded texts for each prompt; a prompt's texts are encoded together."""
+    """Return each prompt's schedule of encoded texts; a prompt's texts are encoded together."""
     schedules = []
     for prompt in prompts:
         times = schedule(prompt, steps, hires_steps)
@@ -72,12 +72,12 @@ def _holding(entries, step):
 
 
 def reconstruct_cond_batch(schedules, step):
-    """Return what holds at a step, ``(N, T, C)``; lengths have to be the same."""
+    """Return the conditioning at a step, ``(N, T, C)``; all lengths must be equal."""
     return torch.stack([_holding(entries, step) for entries in schedules])
 
 
 def reconstruct_multicond_batch(conds, step):
-    """Return for each prompt its parts' ``(row, weight)``, and the rows; shorter ones repeat their last vector."""
+    """Return each prompt's parts as ``(row, weight)``, and the rows; shorter ones repeat their last vector."""
     rows, numbered = [], []
     for parts in conds.batch:
         numbered.append([(len(rows) + i, part.weight) for i, part in enumerate(parts)])

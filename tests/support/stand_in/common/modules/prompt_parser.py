@@ -1,4 +1,4 @@
-"""The prompt parser, which can be told to count steps as it did in old versions."""
+"""The prompt parser, with the option to count steps as old versions did."""
 
 from modules import prompt_grammar
 from modules.prompt_grammar import reconstruct_cond_batch, reconstruct_multicond_batch, schedule  # noqa: F401

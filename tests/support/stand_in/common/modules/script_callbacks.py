@@ -1,4 +1,4 @@
-"""Callbacks of extensions.  An Exception in one is swallowed (here: kept in ``swallowed``), a BaseException is not."""
+"""Callbacks of extensions; swallows an Exception (here: into ``swallowed``), but no BaseException."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ on_cfg_after_cfg = _registrar("cfg_after_cfg")
 
 
 def call(kind, *arguments, **named):
-    """Call everything that is registered; ``named`` become the fields of one object, which is returned."""
+    """Call all registered callbacks with an object of the fields ``named``, and return it."""
     params = SimpleNamespace(**named)
     for callback in registered[kind]:
         _swallow(callback, *arguments, *([params] if named else []))

@@ -1,4 +1,4 @@
-"""What samplers of both kinds share."""
+"""The common part of both kinds of samplers."""
 
 import torch
 
@@ -10,7 +10,7 @@ class InterruptedException(BaseException):
 
 
 class SamplerData:
-    """A sampler in the list of the page."""
+    """A sampler in the page's list."""
 
     def __init__(self, name, constructor, **options):
         self.name, self.constructor, self.options = name, constructor, options
@@ -20,7 +20,7 @@ class SamplerData:
 
 
 def setup_img2img_steps(p, steps=None):
-    """Return the steps of the whole schedule and how many of its last ones are run, less one."""
+    """Return the steps of the whole schedule, and the number of its last steps that are run, minus one."""
     strength = min(p.denoising_strength, 0.999)
     if steps is not None or shared.opts.img2img_fix_steps:
         wanted = steps or p.steps
@@ -29,7 +29,7 @@ def setup_img2img_steps(p, steps=None):
 
 
 class Sampler:
-    """A sampler that is about to run; ``denoiser`` is what it drives."""
+    """A sampler that is about to run, with its denoiser."""
 
     def __init__(self, function, denoiser_class):
         self.func = function

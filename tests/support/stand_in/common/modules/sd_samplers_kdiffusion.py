@@ -12,7 +12,7 @@ from modules.sd_samplers_common import Sampler, SamplerData, setup_img2img_steps
 
 
 class CFGDenoiserKDiffusion(CFGDenoiser):
-    """The denoiser in the terms of k-diffusion."""
+    """The denoiser for k-diffusion's samplers."""
 
     make_inner_model = staticmethod(model_for_sigmas)
 
@@ -33,7 +33,7 @@ def restart(model, x, sigmas, extra_args=None, callback=None, disable=None):
 
 
 class KDiffusionSampler(Sampler):
-    """A sampler that is given sigmas."""
+    """A sampler by sigmas."""
 
     def __init__(self, function):
         super().__init__(function, CFGDenoiserKDiffusion)
@@ -48,7 +48,7 @@ class KDiffusionSampler(Sampler):
         return self.model_wrap.get_sigmas(steps).cpu()
 
     def arguments(self, p, sigmas, x):
-        """Return what the function takes besides the state."""
+        """Return the function's arguments after the state."""
         arguments = {"eta": p.eta, "s_churn": p.s_churn, "n": len(sigmas) - 1, "sigmas": sigmas}
         arguments |= {"sigma_min": sigmas[-2], "sigma_max": sigmas[0]}
         taken = inspect.signature(self.func).parameters

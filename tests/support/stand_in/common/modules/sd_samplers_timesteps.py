@@ -1,4 +1,4 @@
-"""Samplers that work at timesteps, with ``sqrt(a) * x0 + sqrt(1 - a) * noise`` and predicted noise."""
+"""Samplers by timesteps, with ``sqrt(a) * x0 + sqrt(1 - a) * noise`` and predicted noise."""
 
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ from modules.sd_samplers_common import Sampler, SamplerData, setup_img2img_steps
 
 
 class CFGDenoiserTimesteps(CFGDenoiser):
-    """The denoiser in the terms of timesteps."""
+    """The denoiser for samplers by timesteps."""
 
     timesteps = True
     make_inner_model = staticmethod(model_for_timesteps)
@@ -22,7 +22,7 @@ def _move(x, eps, a, a_prev, noise=None):
 
 
 def _levels(timesteps):
-    """Return the timesteps that are run, from the noisiest, with their levels and the next ones'."""
+    """Return the run's timesteps, noisiest first, each with its level and the next one's."""
     table = shared.sd_model.alphas_cumprod.double()
     falling = timesteps.flip(0)
     return [(float(t), float(table[t]), float(table[then])) for t, then in pairwise(falling)]
@@ -38,7 +38,7 @@ def ddim(model, x, timesteps, extra_args=None, callback=None, disable=None):
 
 @torch.no_grad()
 def ddim_cfg_pp(model, x, timesteps, extra_args=None, callback=None, disable=None):
-    """Move along the noise that is predicted for the negative prompt (arXiv 2406.08070)."""
+    """Move along the noise predicted for the negative prompt (arXiv 2406.08070)."""
     model.need_last_noise_uncond = True
     model.cond_scale_miltiplier = 1 / 12.5
     for t, a, a_prev in _levels(timesteps):
@@ -49,7 +49,7 @@ def ddim_cfg_pp(model, x, timesteps, extra_args=None, callback=None, disable=Non
 
 @torch.no_grad()
 def between(model, x, timesteps, extra_args=None, callback=None, disable=None):
-    """Ask half-way between the timesteps as well, as UniPC asks at fractional ones; some come twice."""
+    """Also evaluate half-way between timesteps, as UniPC does at fractional ones; some repeat."""
     for t, a, a_prev in _levels(timesteps):
         eps = model(x, t * x.new_ones(len(x)), **extra_args)
         middle = model(x, (t - 0.5) * x.new_ones(len(x)), **extra_args)
@@ -59,7 +59,7 @@ def between(model, x, timesteps, extra_args=None, callback=None, disable=None):
 
 
 class CompVisSampler(Sampler):
-    """A sampler that is given timesteps."""
+    """A sampler by timesteps."""
 
     def __init__(self, function):
         super().__init__(function, CFGDenoiserTimesteps)

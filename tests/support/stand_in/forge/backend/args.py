@@ -1,3 +1,3 @@
-"""What Forge was started with."""
+"""Forge's command line arguments."""
 
 dynamic_args = {"embedding_dir": None}

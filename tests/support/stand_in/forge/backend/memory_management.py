@@ -1,4 +1,4 @@
-"""Which models are on the device: all of each that is loaded."""
+"""The models on the device, each as a whole."""
 
 import torch
 
@@ -55,7 +55,7 @@ def soft_empty_cache():
 
 
 def load_models_gpu(patchers, memory_required=0, minimum_memory_required=0):
-    """Load patchers' models, unless they are loaded already."""
+    """Load patchers' models that are not loaded yet."""
     for patcher in patchers:
         if not any(patcher is entry.model for entry in current_loaded_models):
             current_loaded_models[:] = [entry for entry in current_loaded_models if not patcher.is_clone(entry.model)]

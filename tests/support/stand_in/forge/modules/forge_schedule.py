@@ -1,4 +1,4 @@
-"""The rescale to zero terminal SNR, of the loaded model's schedule, around a picture."""
+"""The rescale of the loaded model's schedule to zero terminal SNR, for one picture."""
 
 from modules import shared
 
@@ -13,7 +13,7 @@ def rescaled(sigmas):
 
 
 def sample(p, **conds):
-    """Sample; the schedule is put back when that has gone well, and not otherwise."""
+    """Sample; restores the schedule afterwards, but not after an error."""
     predictor, before = p.sd_model.forge_objects.unet.model.predictor, None
     if shared.opts.sd_noise_schedule == "Zero Terminal SNR":
         before = predictor.sigmas

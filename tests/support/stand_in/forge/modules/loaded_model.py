@@ -1,4 +1,4 @@
-"""The main checkpoint as Forge holds it."""
+"""Forge's main checkpoint."""
 
 import torch
 from backend.args import dynamic_args
@@ -20,7 +20,7 @@ class Predictor:
         self.sigmas = sigmas.float()
 
     def timestep(self, sigma):
-        """Return the whole timesteps nearest to noise levels, in the logarithm."""
+        """Return the whole timesteps nearest to the logarithm of noise levels."""
         return (sigma.log() - self.sigmas.log()[:, None]).abs().argmin(0).float()
 
 
@@ -51,7 +51,7 @@ class ForgeObjects:
 
 
 class LoadedModel:
-    """The main checkpoint; ``alphas_cumprod`` is there once a timestep sampler has run."""
+    """The main checkpoint; a timestep sampler's first run sets ``alphas_cumprod``."""
 
     is_sd1, is_sd2, is_sdxl, is_sd3 = True, False, False, False
     latent_channels = 4
@@ -73,7 +73,7 @@ class LoadedModel:
         return self.text(texts)
 
     def noised(self, x, noise, sigma):
-        """Return a latent with noise of a level, in the model's own terms."""
+        """Return a latent with noise of a level, in the model's scale."""
         return x + noise * sigma
 
 

@@ -9,26 +9,26 @@ without_gradients = torch.inference_mode
 
 
 def negative_is_needed(p):
-    """The negative prompt is not encoded at CFG 1, of which a hires pass has its own."""
+    """Return whether the negative prompt is encoded: not at CFG 1; the hires pass has its own CFG scale."""
     return (p.hr_cfg if p.is_hr_pass else p.cfg_scale) != 1
 
 
 def restore_model(p):
-    """Drop what extensions have put on the model; they are asked again after this."""
+    """Drop all patches of extensions, which are then called again."""
     p.sd_model.forge_objects = p.sd_model.forge_objects_original.shallow_copy()
     return True
 
 
 def apply_circular(model, enable):
-    """Forge has switched it off: the main model's pictures stay as they are, whatever is asked for."""
+    """Do nothing: Forge ignores the setting for tiling."""
 
 
 def parser_options():
-    """What the prompt parser is told besides the steps."""
+    """Return the prompt parser's arguments after the steps."""
     return (shared.opts.use_old_scheduling,)
 
 
 def take_notes(p):
-    """What the text engine has noted since the last picture is said of this one."""
+    """Add the text engine's notes since the last picture to this one's infotext."""
     p.extra_generation_params.update(classic_engine.last_extra_generation_params)
     classic_engine.last_extra_generation_params = {}

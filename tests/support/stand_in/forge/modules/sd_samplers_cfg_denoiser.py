@@ -1,4 +1,4 @@
-"""Guidance as Forge does it: all samplers' states in one scale, functions after guidance, then the mask."""
+"""Forge's guidance: all samplers' states in one scale, functions after guidance, then the mask."""
 
 import math
 
@@ -10,7 +10,7 @@ from modules.sd_samplers_common import InterruptedException
 
 
 class Linked(DiscreteSchedule):
-    """The schedule of the model, which denoisers find behind it."""
+    """The model's schedule, where denoisers look for it."""
 
     def __init__(self, sd_model):
         super().__init__(sd_model.forge_objects.unet.model.predictor.sigmas, quantize=False)
@@ -27,7 +27,7 @@ def model_for_timesteps(sd_model):
 
 
 class CFGDenoiser(torch.nn.Module):
-    """What samplers drive."""
+    """The denoiser that samplers call."""
 
     timesteps = False
 
@@ -64,7 +64,7 @@ class CFGDenoiser(torch.nn.Module):
             cond_scale = self.p.hr_cfg
         if self._guidance_is_left_out(float(sigma[0]), s_min_uncond):
             cond_scale = 1.0
-        options = model_options or {}  # of a sampler's own, in reForge
+        options = model_options or {}  # set by samplers of reForge
         denoised, negative = self._guided(x, sigma, text_cond, text_uncond, numbered, cond_scale, options)
         if self.need_last_noise_uncond:
             self.last_noise_uncond = (x - negative) / s
@@ -90,7 +90,7 @@ class CFGDenoiser(torch.nn.Module):
     def _guided(self, x, sigma, text_cond, text_uncond, numbered, scale, options):
         unet = self.inner_model.inner_model.forge_objects.unet
         options = {**unet.model_options, **options}
-        # As many sub-prompts as every image has; all images share the weights of the last.
+        # As many parts as every image has; all images get the weights of the last one.
         parts = list(zip(*numbered))
         weights = [part[-1][1] for part in parts]
         cond = [compiled(text_cond[[row for row, _ in part]], weight) for part, weight in zip(parts, weights)]
@@ -115,9 +115,9 @@ class CFGDenoiser(torch.nn.Module):
         return denoised, negative
 
     def _evaluated(self, model, cond, asked, uncond, x, sigma, options):
-        """Return both estimates, and the negative prompt of which functions after guidance are told.
+        """Return both estimates, and the negative prompt for functions after guidance.
 
-        Functions before guidance may leave out what is asked for.
+        Functions before guidance may skip the negative prompt.
         """
         for function in options.get("sampler_pre_cfg_function", []):
             model, cond, asked, x, sigma, options = function(model, cond, asked, x, sigma, options)
@@ -125,7 +125,7 @@ class CFGDenoiser(torch.nn.Module):
 
 
 def evaluated_in_reforge(self, model, cond, asked, _uncond, x, sigma, options):
-    """As :meth:`CFGDenoiser._evaluated`; functions are given the estimates, and all are told what was asked for."""
+    """As :meth:`CFGDenoiser._evaluated`; functions get the estimates, and the negative prompt as evaluated."""
     estimates = calc_cond_uncond_batch(model, cond, asked, x, sigma, options)
     for function in options.get("sampler_pre_cfg_function", []):
         estimates = function({"conds": [cond, asked], "conds_out": estimates, "input": x, "sigma": sigma})

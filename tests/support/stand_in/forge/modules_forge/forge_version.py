@@ -1,3 +1,3 @@
-"""Which Forge it is."""
+"""The version of Forge."""
 
 version = "2.0.1v1.10.1"

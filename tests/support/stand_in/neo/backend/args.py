@@ -1,4 +1,4 @@
-"""What Forge Neo was started with, and what it notes on the way."""
+"""Forge Neo's command line arguments, and its notes on prompts."""
 
 
 class _Items(type):
@@ -12,7 +12,7 @@ class _Items(type):
 
 
 class dynamic_args(metaclass=_Items):  # noqa: N801
-    """``last_extra_generation_params`` is what the prompts encoded last add to a picture's text."""
+    """``last_extra_generation_params`` are the last prompts' entries for the infotext."""
 
     embedding_dir = None
     last_extra_generation_params = {}  # noqa: RUF012

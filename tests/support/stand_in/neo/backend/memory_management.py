@@ -1,19 +1,19 @@
-"""Which models are on the device, by Forge Neo's rules: of each as much as fits, the first as much as it can get."""
+"""The models on the device, by Forge Neo's rules: as much of each as fits, the first one first."""
 
 import torch
 
 device = torch.device("cpu")
-# The device's memory, and what is kept for whatever computes there.
+# The device's memory, and the part reserved for computing.
 free = 2**40
 inference = 2**30
 current_loaded_models = []
 caches_emptied = []
-# Patchers are collected in a set: they come in any order.
+# Patchers are collected in a set, so their order is arbitrary.
 in_order = list
 
 
 class LoadedModel:
-    """A patcher's model, of which a part at least is on the device."""
+    """A patcher's model, at least partly on the device."""
 
     def __init__(self, model):
         self.model, self.loaded = model, True
@@ -22,7 +22,7 @@ class LoadedModel:
         self.model.partially_load(self.model.load_device, room)
 
     def model_unload(self, memory_to_free=None):
-        """Unload as little as will do, or all; True if nothing is left."""
+        """Unload as little as needed, or everything; return whether nothing is left."""
         if memory_to_free is not None and memory_to_free < self.model.loaded_size():
             freed = self.model.partially_unload(self.model.offload_device, memory_to_free)
             if freed >= memory_to_free:
@@ -67,7 +67,7 @@ def soft_empty_cache():
 
 
 def free_memory(required, device):
-    """Unload models until so much is free, those first of which most is missing already; of those the smallest."""
+    """Unload models until so much is free: first those with most missing already, then the smallest."""
     known = {id(entry): entry for entry in current_loaded_models if entry.model.load_device == device}
     missing = {key: entry.model.model_size() - entry.model.loaded_size() for key, entry in known.items()}
     for key in sorted(known, key=lambda key: (-missing[key], known[key].model.model_size())):
@@ -79,13 +79,13 @@ def free_memory(required, device):
 
 
 def load_models_gpu(patchers, memory_required=0, minimum_memory_required=0):
-    """Load patchers' models, each in the memory that those before it have left."""
+    """Load patchers' models, each into the memory that the earlier ones leave."""
     patchers = in_order(patchers)
     least = max(inference, minimum_memory_required)
     current_loaded_models[:] = [
         entry for entry in current_loaded_models if not any(patcher.is_clone(entry.model) for patcher in patchers)
     ]
-    # What is loaded of them counts, though they are not in the list.
+    # Their loaded parts count, although they are not in the list.
     there = sum(patcher.loaded_size() for patcher in patchers)
     lacking = sum(patcher.model_size() for patcher in patchers) - there
     free_memory(lacking * 1.1 + there + max(inference, memory_required), device)

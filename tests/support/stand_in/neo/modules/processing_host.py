@@ -13,27 +13,27 @@ for gone in ("live_preview_content", "pad_cond_uncond", "pad_cond_uncond_v0", "u
 
 
 def negative_is_needed(p):
-    """The negative prompt is not encoded at CFG 1, of which a hires pass has its own."""
+    """Return whether the negative prompt is encoded: not at CFG 1; the hires pass has its own CFG scale."""
     return (p.hr_cfg if p.is_hr_pass else p.cfg_scale) != 1
 
 
 def restore_model(p):
-    """Drop what extensions have put on the model; they are asked again after this."""
+    """Drop all patches of extensions, which are then called again."""
     p.sd_model.forge_objects = p.sd_model.forge_objects_original.shallow_copy()
     return True
 
 
 def apply_circular(model, enable):
-    """Make pictures that can be tiled, or those that cannot."""
+    """Make images tileable, or not."""
     model.networks.apply_circular(enable)
 
 
 def parser_options():
-    """What the prompt parser is told besides the steps."""
+    """Return the prompt parser's arguments after the steps."""
     return ()
 
 
 def take_notes(p):
-    """What the text engines have noted since the last picture is said of this one."""
+    """Add the text engines' notes since the last picture to this one's infotext."""
     p.extra_generation_params.update(dynamic_args.last_extra_generation_params)
     dynamic_args.last_extra_generation_params.clear()

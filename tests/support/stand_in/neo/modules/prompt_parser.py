@@ -1,4 +1,4 @@
-"""The prompt parser, which knows of no old scheduling."""
+"""The prompt parser, without an option for old scheduling."""
 
 from modules.prompt_grammar import (  # noqa: F401
     get_learned_conditioning,

@@ -1,1 +1,1 @@
-"""The package by which Forge is known."""
+"""The package that identifies Forge."""

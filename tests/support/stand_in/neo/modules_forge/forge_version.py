@@ -1,3 +1,3 @@
-"""Which Forge it is."""
+"""The version of Forge."""
 
 version = "neo"

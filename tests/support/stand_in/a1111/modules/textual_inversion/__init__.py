@@ -1,1 +1,1 @@
-"""Words with vectors of their own."""
+"""Textual inversions."""

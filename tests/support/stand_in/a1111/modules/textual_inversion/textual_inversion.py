@@ -1,4 +1,4 @@
-"""The database of textual inversions; the width is asked for when the files are read."""
+"""The database of textual inversions; reading the files asks for the expected width."""
 
 from modules import shared
 from modules.prompt_code import EmbeddingFiles

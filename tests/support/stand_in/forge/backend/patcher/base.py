@@ -1,4 +1,4 @@
-"""A model, with what is to be changed in it."""
+"""A model and its patches."""
 
 from copy import deepcopy
 
@@ -11,7 +11,7 @@ class ModelPatcher:
         self.model_options = {"transformer_options": {}}
 
     def move_to(self, device):
-        """Move a model; the main one's networks compute where they are."""
+        """Move a model; the main one's networks stay."""
         if not hasattr(self.model, "networks"):
             self.model.to(device)
 

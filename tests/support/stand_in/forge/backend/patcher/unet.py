@@ -4,7 +4,7 @@ from backend.patcher.base import ModelPatcher
 
 
 class UnetPatcher(ModelPatcher):
-    """Notes as well what else is needed while it samples."""
+    """Also lists the models and the memory that sampling needs."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)

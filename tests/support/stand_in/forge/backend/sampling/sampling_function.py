@@ -1,4 +1,4 @@
-"""Before a pass, and in it: parts of prompts and negative prompts through the model, and what comes of them."""
+"""Load models before a pass; evaluate and combine parts of prompts and negative prompts in it."""
 
 import torch
 
@@ -6,14 +6,14 @@ from backend.memory_management import load_models_gpu
 
 
 def sampling_prepare(unet, x):
-    """Have the model and what extensions have added to it on the device."""
+    """Load the model and the models that extensions added to it."""
     kept = unet.extra_preserved_memory_during_sampling
     models = [unet, *unet.extra_model_patchers_during_sampling]
     load_models_gpu(models, memory_required=kept, minimum_memory_required=kept)
 
 
 class Condition:
-    """What the model is told."""
+    """A conditioning of the model."""
 
     def __init__(self, cond):
         self.cond = cond
@@ -23,14 +23,14 @@ class Condition:
 
 
 def compiled(context, strength=1.0):
-    """Return one part of a prompt, for all images."""
+    """Return a part of a prompt, for all images."""
     return {"strength": strength, "model_conds": {"c_crossattn": Condition(context)}}
 
 
 def calc_cond_uncond_batch(model, cond, uncond, x_in, timestep, model_options):
-    """Return the weighted means of the parts and of the negative prompts, each from where its mask leaves it.
+    """Return the weighted means of the parts and of the negative prompts, each within its mask.
 
-    Those whose texts have one length go through the model together, in reverse.
+    The model evaluates those of one text length together, in reverse order.
     """
     waiting = [(part, 0) for part in cond] + [(part, 1) for part in uncond or ()]
     sums, counts = (torch.zeros_like(x_in).repeat(2, 1, 1, 1, 1) for _ in range(2))

@@ -6,7 +6,7 @@ last_extra_generation_params = {}
 
 
 class ClassicTextProcessingEngine(prompt_code.ForgeEngine):
-    """How emphasis works is an option, read at every call, and not what it is told; notes are for the next picture."""
+    """Reads the option for emphasis at every call, and ignores its argument; its notes are for the next picture."""
 
     def __init__(
         self,

@@ -1,12 +1,12 @@
-"""A model, with what is to be changed in it; Forge Neo loads as much of it as there is room for."""
+"""A model and its patches; Forge Neo loads as much of it as fits."""
 
 from copy import deepcopy
 
 
 class Part:
-    """A layer with weights; only the WebUI's own are cast by hand where they are left behind.
+    """A layer with weights; only the WebUI's layers are cast by hand if they stay on the CPU.
 
-    The main model's stay where they are, and are counted alone.
+    The main model's weights do not move; only their sizes count.
     """
 
     def __init__(self, module, own):
@@ -23,7 +23,7 @@ class Part:
 
 
 class ModelPatcher:
-    """A model that the memory manager moves, layer by layer."""
+    """A model that the memory manager moves layer by layer."""
 
     def __init__(self, model, load_device, offload_device, size=0, *, current_device=None):
         self.model, self.load_device, self.offload_device, self.size = model, load_device, offload_device, size
@@ -54,7 +54,7 @@ class ModelPatcher:
         return copied
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
-        """Load the largest layers first; what does not fit is skipped, whether it can be cast by hand or not."""
+        """Load the largest layers first; skip those that do not fit, even if they cannot be cast by hand."""
         count, cast = 0, False
         for part in reversed(self._parts()):
             if full_load or count + part.size < lowvram_model_memory:
@@ -70,7 +70,7 @@ class ModelPatcher:
             return 0
         before = self.loaded_size()
         if before and not self.model.model_lowvram:
-            return 0  # taken for complete
+            return 0  # regarded as complete
         full = before + extra_memory > self.model_size()
         self.load(device_to, lowvram_model_memory=before + extra_memory, full_load=full)
         return self.loaded_size() - before

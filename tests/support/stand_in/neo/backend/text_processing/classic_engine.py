@@ -1,4 +1,4 @@
-"""The WebUI's prompt code around a text encoder; how emphasis works is an option, read at every call."""
+"""The WebUI's prompt code around a text encoder; reads the option for emphasis at every call."""
 
 from modules import prompt_code, shared
 
@@ -6,7 +6,7 @@ from backend.args import dynamic_args
 
 
 class ClassicTextProcessingEngine(prompt_code.ForgeEngine):
-    """As Forge's, but for what it is told and where it takes notes."""
+    """Like Forge's, with other arguments and another place for notes."""
 
     def __init__(
         self, text_encoder, tokenizer, embedding_dir=None, embedding_key="clip_l", embedding_expected_shape=768
