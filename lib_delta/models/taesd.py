@@ -94,6 +94,9 @@ def load_taesd(path: Path, part: str) -> nn.Sequential:
             raise CheckpointError(f"{path.name} is not the {part} of a tiny autoencoder (TAESD)")
         with torch.device("meta"):
             module = encoder(channels) if part == "encoder" else decoder(channels)
+        unknown = sorted(key for key in file.shapes.keys() - module.state_dict().keys() if key[0].isdigit())
+        if unknown:  # TAEF2's blocks have more layers, and would compute something else without them
+            raise CheckpointError(f"{path.name} is a tiny autoencoder with other layers than TAESD's ({unknown[0]})")
         load_weights(module, {key: file.tensor(key) for key in file.shapes}, path.name)
     return module
 

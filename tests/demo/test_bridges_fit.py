@@ -291,6 +291,10 @@ def test_a_tiny_autoencoder_is_read_by_its_shapes(tmp_path: Path) -> None:
     assert taesd.load_taesd(tmp_path / "d.pth", "decoder")(torch.rand(1, 4, 2, 3)).shape == (1, 3, 16, 24)
     with pytest.raises(CheckpointError, match="e.pth is not the decoder of a tiny autoencoder"):
         taesd.load_taesd(tmp_path / "e.pth", "decoder")
+    more = {**taesd.decoder(4).state_dict(), "3.pool.0.weight": torch.zeros(256, 64, 1, 1)}
+    save_file(more, tmp_path / "more.safetensors")
+    with pytest.raises(CheckpointError, match=r"other layers than TAESD's \(3\.pool\.0\.weight\)"):
+        taesd.load_taesd(tmp_path / "more.safetensors", "decoder")
 
 
 def checkpoint(path: Path, more: dict[str, torch.Tensor]) -> Path:
