@@ -83,15 +83,16 @@ def test_all_checks_pass_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_a_merge_that_obeys_autocast_is_found(bench: checks.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = attach._summed
+    original = attach._merge
 
-    def rounded(*given: Any) -> Any:
-        weight, bias = original(*given)
+    def rounded(*given: Any, **named: Any) -> Any:
+        weight, bias = original(*given, **named)
         return weight.bfloat16().to(weight.dtype), bias
 
-    monkeypatch.setattr(
-        attach, "_summed", lambda *given: (rounded if torch.is_autocast_cpu_enabled() else original)(*given)
-    )
+    def merge(*given: Any, **named: Any) -> Any:
+        return (rounded if torch.is_autocast_cpu_enabled() else original)(*given, **named)
+
+    monkeypatch.setattr(attach, "_merge", merge)
     monkeypatch.setattr(attach, "without_autocast", lambda _device: torch.enable_grad())
     assert [line.good for line in checks.ambient(bench)] == [True, False]
 
