@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tests.support.controls import image_tensors, save, their_encoder
-from tests.support.demo_models import EMOJI, models  # noqa: F401  (a fixture)
+from tests.support.demo_models import EMOJI
 
 pytest.importorskip("k_diffusion")
 pytest.importorskip("diffusers")

@@ -28,7 +28,7 @@ from lib_delta.core.strength import Strength
 from lib_delta.errors import CheckpointError
 from lib_delta.files.weight_file import WeightFile
 from lib_delta.models.vae import VAE
-from tests.support.demo_models import EMOJI, models  # noqa: F401  (a fixture)
+from tests.support.demo_models import EMOJI
 
 
 @pytest.fixture(scope="module")
