@@ -178,7 +178,7 @@ class Control:
     def guide(self, base: Model) -> Guide:
         """Load both files, for a base's UNet."""
         picture = ControlMap(read_picture(self.picture), "crop and resize")
-        return follow(load_control(self.model, base.unet), base.unet, picture, self.weight, self.mode)
+        return follow(load_control(self.model, base.unet), base.unet, picture, self.weight, mode=self.mode)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from tests.support.demo_models import EMOJI
 
 
 @pytest.fixture(scope="module")
-def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of models, with every target trained for two steps."""
     cache = tmp_path_factory.mktemp("cache")
     names = ["fox", "castle", "cat face"]
