@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
+pytest.importorskip("scipy", reason="scipy is not installed, whose filters draw the styles")
+
 from demo import bridges as measured
 from demo.autoencoders import TINY, Autoencoder, tiny, tiny_part
 from demo.bridge_judge import PictureJudge, markdown, summary

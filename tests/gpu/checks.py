@@ -6,6 +6,7 @@ They import torch and this extension, and nothing that a WebUI's Python lacks.
 from __future__ import annotations
 
 import gc
+import importlib
 import statistics
 import sys
 import tempfile
@@ -385,8 +386,9 @@ def waits() -> Iterator[Sequence[str]]:
 def generation(bench: Bench) -> Iterator[Line]:
     """Generate in the stand-in of AUTOMATIC1111, which names its device without a number, as the WebUI does."""
     place = bench.card.unindexed
-    sys.path[:0] = [str(ROOT / "tests" / "hosts"), *map(str, _k_diffusion())]
+    sys.path[:0] = map(str, _k_diffusion())
     try:
+        importlib.import_module("k_diffusion")
         from tests.support.small_files import make_files
         from tests.support.stand_in_webui import running
     except ImportError as error:
