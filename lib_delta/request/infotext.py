@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lib_delta import __version__
 from lib_delta.errors import SettingError
 from lib_delta.request.control_unit import Unit, format_units, parse_units
 from lib_delta.request.fields import CHECKPOINT_FIELDS, REQUEST_FIELDS, SETTINGS, UNITS
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 LORA_HASHES = "Delta LoRA hashes"
 NOT_APPLIED = "Delta not applied"
+VERSION = "Delta version"  # for readers: settings restore by their own labels
 # Written even if it is the default: the bridge's default is another for pictures whose text names none.
 ALWAYS_WRITTEN = ("strength", "bridge")
 _HASHED = re.compile(r" \[([0-9a-f]{10})?\]$")  # the hash that WebUIs write after a checkpoint's name
@@ -30,7 +32,7 @@ def infotext_labels() -> dict[str, str]:
 
 
 def to_infotext(request: Request, hashes: Mapping[str, str]) -> dict[str, str]:
-    """Return the text's values by label: lambda, the bridge, and every setting that is not the default.
+    """Return the text's values by label: lambda, the bridge, every setting that is not the default, and the version.
 
     ``hashes`` are short hashes by the names of the side files.
     """
@@ -45,6 +47,7 @@ def to_infotext(request: Request, hashes: Mapping[str, str]) -> dict[str, str]:
     lora_hashes = [f"{pick.name}: {hashes[pick.name]}" for pick in request.picks() if pick.name in hashes]
     if lora_hashes:
         values[LORA_HASHES] = ", ".join(lora_hashes)
+    values[VERSION] = __version__
     return values
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lib_delta import __version__
 from lib_delta.errors import SettingError
 from lib_delta.request.fields import SETTINGS, UNITS
 from lib_delta.request.infotext import from_infotext, infotext_labels
@@ -119,7 +120,11 @@ def test_infotext_restores_everything(request_):
 
 def test_infotext_is_short_and_empty_without_a_delta():
     assert Request(strength=2).infotext() == {}
-    assert Request(enabled=True).infotext() == {"Delta lambda": "1", "Delta bridge": "stitched"}
+    assert Request(enabled=True).infotext() == {
+        "Delta lambda": "1",
+        "Delta bridge": "stitched",
+        "Delta version": __version__,
+    }
     values = Request(enabled=True, base="v1-5", loras="moxin:0.8").infotext({"v1-5": "0123456789", "moxin": "bbb"})
     assert values == {
         "Delta lambda": "1",
@@ -127,6 +132,7 @@ def test_infotext_is_short_and_empty_without_a_delta():
         "Delta LoRAs": "moxin:0.8",
         "Delta bridge": "stitched",
         "Delta LoRA hashes": "moxin: bbb",
+        "Delta version": __version__,
     }
     assert from_infotext({}, "enabled") is False
     assert all(len(label) < 30 and label.startswith("Delta ") for label in infotext_labels().values())

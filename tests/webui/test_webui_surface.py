@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lib_delta import __version__
 from tests.support.webui.client import SCRIPT, RefusedError, WebUI, decode, skip_without_infotexts
 from tests.support.webui.files import Files
 from tests.support.webui.results import delta_keys, plot, plot_arguments, status, texts_of, without_hash
@@ -126,6 +127,7 @@ def test_a_saved_picture_gives_the_settings_back(webui: WebUI, files: Files) -> 
     answer = webui.post("/sdapi/v1/png-info", {"image": picture})
     read = {key: value for key, value in answer["parameters"].items() if key.startswith("Delta ")}
     read.pop("Delta LoRA hashes", None)
+    assert read.pop("Delta version") == __version__
     assert {key: without_hash(str(value)) for key, value in read.items()} == all_texts(files)
 
 

@@ -13,7 +13,7 @@ from lib_delta.hosts.files.catalog import Catalog
 from lib_delta.hosts.generation.state import axes_of, request_of
 from lib_delta.hosts.generation.xyz_cell import is_xyz_cell, write_infotext_of_grid
 from lib_delta.request.control_unit import format_units
-from lib_delta.request.infotext import LORA_HASHES, NOT_APPLIED, infotext_labels
+from lib_delta.request.infotext import LORA_HASHES, NOT_APPLIED, VERSION, infotext_labels
 from lib_delta.request.passes import Passes
 from lib_delta.request.request import Request
 
@@ -60,7 +60,7 @@ class Infotext:
 
 def clear_infotext(p: Any) -> None:
     """Remove everything that the extension has written into a generation's infotext."""
-    for label in (*infotext_labels().values(), LORA_HASHES, UNIT_HASHES, MAP_HASHES, NOT_APPLIED):
+    for label in (*infotext_labels().values(), LORA_HASHES, UNIT_HASHES, MAP_HASHES, NOT_APPLIED, VERSION):
         p.extra_generation_params.pop(label, None)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from modules import shared
 
+from lib_delta import __version__
 from lib_delta.hosts import host
 from lib_delta.request.schema import schema
 
@@ -23,7 +24,7 @@ def add_routes(app: Any) -> None:
 
 def status() -> dict[str, Any]:
     """Return the status for API callers."""
-    return {"host": host().name, "status": host().status().splitlines()}
+    return {"version": __version__, "host": host().name, "status": host().status().splitlines()}
 
 
 def join_adetailer(script_name: str) -> None:

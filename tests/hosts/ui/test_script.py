@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lib_delta import __version__
 from lib_delta.errors import SettingError
 from lib_delta.page.lambda_curve import draw_lambda
 from lib_delta.request.control_unit import Unit
@@ -426,7 +427,11 @@ def test_schema_and_status_are_served_and_axes_are_there_without_a_user_interfac
     options = SimpleNamespace(path="/sdapi/v1/options", dependencies=guard)
     webui.callbacks.call("app_started", None, SimpleNamespace(routes=[options], add_api_route=add_api_route))
     assert answers["/delta-sampling/schema"]() == schema()
-    assert answers["/delta-sampling/status"]() == {"host": "stand-in", "status": ["nothing is loaded"]}
+    assert answers["/delta-sampling/status"]() == {
+        "version": __version__,
+        "host": "stand-in",
+        "status": ["nothing is loaded"],
+    }
     assert guards == [guard, guard]
     assert webui.axis("Lambda")
 

@@ -39,7 +39,7 @@ def delta_keys(infotext: str) -> dict[str, str]:
     return {
         key: json.loads(value) if value.startswith('"') else value.strip()
         for key, value in pairs
-        if key != "Delta LoRA hashes"
+        if key not in ("Delta LoRA hashes", "Delta version")
     }
 
 
