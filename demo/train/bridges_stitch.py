@@ -67,8 +67,12 @@ def stitched(decoder: nn.Sequential, encoder: nn.Sequential, layers: Layers, z: 
 
 
 def copy_layers(layers: nn.Sequential, trained: nn.Sequential) -> None:
-    """Copy weights between layers that may have other numbers in their networks."""
-    layers.load_state_dict(nn.Sequential(*trained).state_dict())
+    """Copy weights between layers that may have other numbers in their networks.
+
+    A map sees one latent at a time, often a crop, so it leaves out what TAEF2 normalises over the whole image.
+    """
+    weights = nn.Sequential(*trained).state_dict()
+    layers.load_state_dict({key: value for key, value in weights.items() if ".pool." not in key})
 
 
 def seen_through(z: Tensor, pixels: Tensor) -> Filter:

@@ -10,6 +10,7 @@ from lib_delta.bridges.composed import Composed
 from lib_delta.bridges.identity import SAME_SIZE, IdentityBridge
 from lib_delta.bridges.learned import weights_path
 from lib_delta.bridges.noise_limit import NoiseLimitBridge
+from lib_delta.bridges.packed import Packed
 from lib_delta.bridges.registry import bridge_form
 from lib_delta.bridges.resolution import Noise, ResolutionBridge
 from lib_delta.diffusion.families import Family
@@ -71,9 +72,12 @@ def choose_bridge(
     )
     if chosen.resizes:
         # The limit applies to the noise level that the source receives, after averaging.
-        return _composed(bridge, *limit)
-    # The limit applies to the target's sigma: the little that a scale adds to it does not matter.
-    return _composed(*limit, bridge, *resolution)
+        whole = _composed(bridge, *limit)
+    else:
+        # The limit applies to the target's sigma: the little that a scale adds to it does not matter.
+        whole = _composed(*limit, bridge, *resolution)
+    packing = target.packing if isinstance(target, Family) else 1
+    return whole if packing == 1 else Packed(whole, packing)
 
 
 def bridge_status(
@@ -130,5 +134,5 @@ def _no_bridge(source: Space, target: Space) -> str:
     reached = f"{', '.join(first)} or {last}" if first else last
     return (
         f"no bridge leads from the {source.label} latents of the side model to those of {target.label} ({models}): "
-        f"choose a main checkpoint with latents of {reached}"
+        f"choose a main checkpoint with latents of {reached}, or fit maps to those latents (docs/bridges.md)"
     )

@@ -56,6 +56,9 @@ def taesd_bridge(settings: BridgeSettings) -> LearnedBridge:
     a missing file, and :class:`CheckpointError` for one whose content does not match its name.
     """
     source, target, folder = settings.source, settings.target, settings.autoencoders
+    for space in (source, target):
+        if space not in TINY:
+            raise SettingError(f"the bridge taesd does not know latents of {space.label}: choose the stitched bridge")
     decoder = FileState.of(_taesd_file(folder, target, "decoder"))
     encoder = FileState.of(_taesd_file(folder, source, "encoder"))
     state = _loaded(decoder, encoder, source, target, tiled=settings.tiled)

@@ -5,17 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from lib_delta.diffusion.latent_spaces import Space
+from lib_delta.diffusion.latent_spaces import LATENT_STRIDE, Space
 
 
 @dataclass(frozen=True)
 class FamilyTraits:
-    """The traits of a family; ``context_width`` is the width of the released models' encoded text."""
+    """The traits of a family.
+
+    ``context_width`` is the width of the released models' encoded text.  Models see ``packing`` x ``packing`` points of a
+    latent as channels of one point.
+    """
 
     label: str
     space: Space
     context_width: int
     served: bool = True
+    packing: int = 1
 
 
 class Family(Enum):
@@ -36,7 +41,8 @@ class Family(Enum):
     LUMINA2 = FamilyTraits("Lumina 2", Space.FLUX1, 2304, served=False)
     Z_IMAGE = FamilyTraits("Z-Image", Space.FLUX1, 2560, served=False)
     HIDREAM = FamilyTraits("HiDream", Space.FLUX1, 4096, served=False)
-    FLUX2 = FamilyTraits("Flux 2", Space.FLUX2, 7680, served=False)
+    FLUX2 = FamilyTraits("Flux 2", Space.FLUX2, 7680, served=False, packing=2)
+    MUGEN = FamilyTraits("Mugen", Space.FLUX2, 2048, served=False)
     QWEN_IMAGE = FamilyTraits("Qwen-Image", Space.WAN21, 3584, served=False)
     WAN = FamilyTraits("Wan", Space.WAN21, 4096, served=False)
 
@@ -57,8 +63,18 @@ class Family(Enum):
 
     @property
     def latent_channels(self) -> int:
-        """The number of channels of a latent."""
-        return self.space.channels
+        """The number of channels of a model's input."""
+        return self.space.channels * self.packing**2
+
+    @property
+    def packing(self) -> int:
+        """The side of the square of latent points that one point of a model's input holds as channels."""
+        return self.value.packing
+
+    @property
+    def latent_stride(self) -> int:
+        """The image pixels per point of a model's input, along each side."""
+        return LATENT_STRIDE * self.packing
 
     @property
     def context_width(self) -> int:

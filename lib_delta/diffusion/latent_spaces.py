@@ -22,14 +22,15 @@ class SpaceTraits:
 class Space(Enum):
     """A latent space; scale factors and shifts come from each release's configuration.
 
-    No bridge maps to the last two; they are listed so that messages can name them.
+    No bridge maps to the last one; it is listed so that messages can name it.  FLUX.2's latents are those after the
+    normalisation of its autoencoder.
     """
 
     SD1 = SpaceTraits("sd1", "SD 1.x/2.x", 4, 0.18215)
     SDXL = SpaceTraits("sdxl", "SDXL", 4, 0.13025)
     SD3 = SpaceTraits("sd3", "SD 3", 16, 1.5305, 0.0609)
     FLUX1 = SpaceTraits("flux1", "FLUX.1", 16, 0.3611, 0.1159)
-    FLUX2 = SpaceTraits("flux2", "FLUX.2", 128, 1.0)
+    FLUX2 = SpaceTraits("flux2", "FLUX.2", 32, 1.0)
     WAN21 = SpaceTraits("wan21", "Wan 2.1", 16, 1.0)
 
     @property

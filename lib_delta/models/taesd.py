@@ -39,6 +39,24 @@ class Block(nn.Module):
         return F.relu(self.conv(x) + x)
 
 
+class PooledBlock(Block):
+    """A block that first adds features normalised over the whole image, as TAEF2's at the latents' size do."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        wide = 4 * channels
+        self.pool = nn.Sequential(
+            Conv2d(channels, wide, 1, bias=False),
+            nn.GroupNorm(4, wide),
+            nn.ReLU(),
+            Conv2d(wide, channels, 1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        added: Tensor = super().forward(x + self.pool(x))
+        return added
+
+
 class SoftClamp(nn.Module):
     """Limit latents to the decoder's training range."""
 
@@ -94,8 +112,11 @@ def load_taesd(path: Path, part: str) -> nn.Sequential:
             raise CheckpointError(f"{path.name} is not the {part} of a tiny autoencoder (TAESD)")
         with torch.device("meta"):
             module = encoder(channels) if part == "encoder" else decoder(channels)
+            for number in {int(key.split(".")[0]) for key in file.shapes if re.match(r"\d+\.pool\.", key)}:
+                if number < len(module) and isinstance(module[number], Block):
+                    module[number] = PooledBlock(CHANNELS)
         unknown = sorted(key for key in file.shapes.keys() - module.state_dict().keys() if key[0].isdigit())
-        if unknown:  # TAEF2's blocks have more layers, and would compute something else without them
+        if unknown:  # without them the others would compute something else
             raise CheckpointError(f"{path.name} is a tiny autoencoder with other layers than TAESD's ({unknown[0]})")
         load_weights(module, {key: file.tensor(key) for key in file.shapes}, path.name)
     return module

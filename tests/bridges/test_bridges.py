@@ -21,6 +21,7 @@ from lib_delta.bridges import (
     ScaleBridge,
     bridge_status,
     choose_bridge,
+    describe_bridge,
     form_names,
     registry,
 )
@@ -121,7 +122,9 @@ def test_every_pair_of_spaces_has_a_learned_bridge(source: Space, target: Space)
 
 
 def test_learned_maps_are_small() -> None:
-    assert sum(path.stat().st_size for path in WEIGHTS.glob("*.safetensors") if "stitched" not in path.name) < 2_000_000
+    learned = [path for path in WEIGHTS.glob("*.safetensors") if "stitched" not in path.name]
+    assert sum(path.stat().st_size for path in learned if "flux2" not in path.name) < 2_000_000
+    assert all(path.stat().st_size < 550_000 for path in learned if "flux2" in path.name)
 
 
 def test_autocast_and_half_precision_do_not_touch_a_learned_bridge() -> None:
@@ -199,7 +202,7 @@ def test_sizes_that_do_not_divide_still_average_to_the_level_that_is_told() -> N
 
 def test_the_status_line_tells_space_bridge_and_size() -> None:
     assert bridge_status(Family.SD1, Family.SDXL, 112, 144) == "SDXL latents: stitched bridge, 72 x 56"
-    assert bridge_status(Family.SD1, Family.CHROMA, 64, 64) == "FLUX.1 latents: learned bridge, 64 x 64"
+    assert bridge_status(Family.SD1, Family.CHROMA, 64, 64) == "FLUX.1 latents: stitched bridge, 64 x 64"
     assert bridge_status(Family.SD1, Family.SD2, 96, 64) == "SD 1.x/2.x latents: same as the side model's, 64 x 96"
     assert "scale only (published)" in bridge_status(Family.SD1, Family.SDXL, 64, 64, form="published")
 
@@ -225,7 +228,7 @@ def test_a_form_is_added_by_a_line_in_the_registry(monkeypatch: pytest.MonkeyPat
 
 
 def test_latents_that_no_bridge_leads_to_are_refused() -> None:
-    reached = r"SD 1\.x/2\.x, SDXL, SD 3 or FLUX\.1"
+    reached = r"SD 1\.x/2\.x, SDXL, SD 3, FLUX\.1 or FLUX\.2"
     named = r"Wan 2\.1 \(Qwen-Image, Wan\)"
     with pytest.raises(SettingError, match=rf"no bridge leads .* to those of {named}: .* latents of {reached}"):
         choose_bridge(Family.SD1, Family.QWEN_IMAGE)
@@ -233,6 +236,33 @@ def test_latents_that_no_bridge_leads_to_are_refused() -> None:
         choose_bridge(Family.SD1, Family.FLUX, form="published")
     with pytest.raises(SettingError, match="form of a bridge must be one of"):
         choose_bridge(Family.SD1, Family.SDXL, form="other")
+
+
+@pytest.mark.parametrize("source", [Family.SD1, Family.SDXL], ids=lambda family: family.label)
+def test_a_model_of_packed_latents_is_reached_as_one_of_the_same_latents(source: Family) -> None:
+    """FLUX.2's models see squares of four points as channels of one, and Mugen sees the points."""
+    packed, plain = (choose_bridge(source, target, size="picture") for target in (Family.FLUX2, Family.MUGEN))
+    points, noise = randn(2, 32, 16, 24), randn(2, 32, 16, 24, seed=1)
+
+    def squares(z: torch.Tensor) -> torch.Tensor:
+        """Pack points as the WebUI does: ``c (i pi) (j pj) -> (c pi pj) i j``."""
+        return z.reshape(2, -1, 8, 2, 12, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, -1, 8, 12)
+
+    assert Family.FLUX2.latent_channels == 128 and Family.FLUX2.latent_stride == 16
+    found = packed.to_source(squares(points + S * noise), SIGMA, squares(points))
+    wanted = plain.to_source(points + S * noise, SIGMA, points)
+    assert torch.equal(found[0], wanted[0]) and found[0].shape == (2, 4, 16, 24)
+    assert packed.source_size(8, 12) == plain.source_size(16, 24)
+    delta = randn(2, 4, 16, 24, seed=2)
+    carried = packed.delta_to_target(delta, found[2])
+    assert torch.equal(carried, squares(plain.delta_to_target(delta, wanted[2]))) and carried.any()
+    assert not packed.delta_to_target(torch.zeros_like(delta), found[2]).any()
+    assert describe_bridge(packed, Family.FLUX2, 64, 64).startswith("FLUX.2 latents: ")
+
+
+def test_the_taesd_bridge_does_not_know_flux2() -> None:
+    with pytest.raises(SettingError, match=r"taesd does not know latents of FLUX\.2"):
+        choose_bridge(Family.SD1, Family.FLUX2, form="taesd")
 
 
 def test_a_map_that_knows_half_the_size_gives_it_and_averages_for_others() -> None:

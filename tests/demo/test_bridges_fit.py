@@ -28,7 +28,7 @@ from demo.train import bridges as stage
 from demo.train.bridges_difference import LARGE, Batch, Examples, Lessons, TinyPair, fit_difference, trained
 from demo.train.bridges_fit import Size, detailed, linear_bridge, save
 from demo.train.bridges_pictures import EDITS, Sizes, draw, edited
-from demo.train.bridges_stitch import Layers, Seam, seen_through, stitched, tuned, until_seam
+from demo.train.bridges_stitch import Layers, Seam, copy_layers, seen_through, stitched, tuned, until_seam
 from demo.train.bridges_styles import STYLES, styled
 from demo.train.common import Run
 from demo.train.data import Emoji
@@ -293,10 +293,30 @@ def test_a_tiny_autoencoder_is_read_by_its_shapes(tmp_path: Path) -> None:
     assert taesd.load_taesd(tmp_path / "d.pth", "decoder")(torch.rand(1, 4, 2, 3)).shape == (1, 3, 16, 24)
     with pytest.raises(CheckpointError, match="e.pth is not the decoder of a tiny autoencoder"):
         taesd.load_taesd(tmp_path / "e.pth", "decoder")
-    more = {**taesd.decoder(4).state_dict(), "3.pool.0.weight": torch.zeros(256, 64, 1, 1)}
+    more = {**taesd.decoder(4).state_dict(), "3.gate.weight": torch.zeros(256, 64, 1, 1)}
     save_file(more, tmp_path / "more.safetensors")
-    with pytest.raises(CheckpointError, match=r"other layers than TAESD's \(3\.pool\.0\.weight\)"):
+    with pytest.raises(CheckpointError, match=r"other layers than TAESD's \(3\.gate\.weight\)"):
         taesd.load_taesd(tmp_path / "more.safetensors", "decoder")
+
+
+def test_a_block_that_normalises_over_the_image_is_read_as_its_formula(tmp_path: Path) -> None:
+    """TAEF2 has such blocks at the latents' size."""
+    plain = taesd.decoder(32)
+    pool = [0.1 * randn(256, 64, 1, 1), 1 + 0.1 * randn(256), 0.1 * randn(256), 0.1 * randn(64, 256, 1, 1)]
+    names = ("0.weight", "1.weight", "1.bias", "3.weight")
+    weights = {**plain.state_dict(), **{f"3.pool.{name}": value for name, value in zip(names, pool)}}
+    save_file(weights, tmp_path / "taef2_decoder.safetensors")
+    read = taesd.load_taesd(tmp_path / "taef2_decoder.safetensors", "decoder")
+    x = randn(2, 64, 6, 6).relu()
+    wide = F.conv2d(x, pool[0]).unflatten(1, (4, 64)).flatten(2)
+    wide = (wide - wide.mean(2, keepdim=True)) / (wide.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    wide = wide.reshape(2, 256, 6, 6) * pool[1][:, None, None] + pool[2][:, None, None]
+    pooled = x + F.conv2d(wide.relu(), pool[3])
+    torch.testing.assert_close(read[3](x), plain[3](pooled), atol=1e-5, rtol=1e-4)
+    # A map takes the layers without it.
+    layers = taesd.first_of_decoder(32, 1)
+    copy_layers(layers, read[:4])
+    assert torch.equal(layers(randn(1, 32, 4, 4)), plain[:4](randn(1, 32, 4, 4)))
 
 
 def checkpoint(path: Path, more: dict[str, torch.Tensor]) -> Path:

@@ -62,7 +62,13 @@ class StitchedFormula:
             moment = rows.T @ (wanted - wanted.mean(0)) / len(rows)
             follows.append((rows @ torch.linalg.inv(gram) @ moment + wanted.mean(0)).T.reshape(change.shape))
         features = torch.cat((filtered, torch.stack(follows).float()), 1)
-        return self.filtered("difference.detail", features), features
+        detailed = "difference.detail.weight" in self.weights
+        return self.filtered("difference.detail", features) if detailed else filtered, features
+
+    def known(self, target: Tensor) -> Tensor:
+        """Return the state map's reading of the target's latent; maps without networks read nothing."""
+        read = "state.reading.1.weight" in self.weights
+        return torch.cat((self.read("state.reading", target), target), 1) if read else target
 
     def __call__(self, delta: Tensor, source: Tensor, target: Tensor) -> Tensor:
         """Return what becomes of a delta of the target's size, or of half of it."""
@@ -71,7 +77,7 @@ class StitchedFormula:
         linear, features = self.linear(enlarged, target)
         changed = self.read("stitched.reading", source + delta) - self.read("stitched.reading", source)
         read = torch.cat((changed, delta), 1)
-        base = self.filtered("stitched.base", torch.cat((self.read("state.reading", target), target), 1))
+        base = self.filtered("stitched.base", self.known(target))
         if half:
             raised = F.pixel_shuffle(self.filtered("stitched.half_seam", read), 2)
             change = self.filtered("stitched.half_mix", raised) + self.filtered("stitched.half_linear", features)

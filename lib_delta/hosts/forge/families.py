@@ -15,6 +15,7 @@ FAMILIES = {
     (16, 0.3611): Family.FLUX,
     (16, 1.0): Family.WAN,
     (128, 1.0): Family.FLUX2,
+    (32, 1.0): Family.MUGEN,
 }
 FLAGS = {"is_sdxl": Family.SDXL, "is_sd3": Family.SD3, "is_sd2": Family.SD2, "is_sd1": Family.SD1}
 
@@ -31,7 +32,7 @@ def family_by_latents(model: Any) -> Family:
     if family is None:
         raise SettingError(
             f"the main checkpoint ({type(model).__name__}) is of {unknown} that Delta Sampling does not know: "
-            "SD 1.x, SD 2.x, SDXL, SD 3 or one with FLUX.1's latents is needed"
+            "SD 1.x, SD 2.x, SDXL, SD 3 or one with FLUX.1's or FLUX.2's latents is needed"
         )
     # SD 1.x and SD 2.x share their latents.
     return Family.SD2 if family is Family.SD1 and flagged is Family.SD2 else family

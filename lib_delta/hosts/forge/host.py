@@ -21,7 +21,6 @@ from torch import Tensor
 
 from lib_delta.core.steps import DenoiseStep
 from lib_delta.devices import indexed
-from lib_delta.diffusion.latent_spaces import LATENT_STRIDE
 from lib_delta.errors import DeltaError
 from lib_delta.hosts.base import Host
 from lib_delta.hosts.compute_device import ACTIVATION_BYTES
@@ -200,7 +199,8 @@ class Forge(Host):
         to_load = 0 if self._patcher is None else run.model.elsewhere(device)
         room = to_load + run.model.streamed_bytes
         if self._patcher is not None or run.model.streamed_bytes:
-            rows, columns = run.bridge(target).source_size(height // LATENT_STRIDE, width // LATENT_STRIDE)
+            stride = target.family.latent_stride
+            rows, columns = run.bridge(target).source_size(height // stride, width // stride)
             # Both branches, each with and without the prompt.
             room += 4 * p.batch_size * rows * columns * ACTIVATION_BYTES
         if run.passes.first.bridge == "taesd" and target.family.space is not run.model.report.family.space:

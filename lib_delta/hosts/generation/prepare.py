@@ -110,7 +110,8 @@ def _set_controls(host: Host, p: Any, passes: Passes, model: SideModel, request:
             size=request.side_size,
             autoencoders=host.tiny_autoencoders(),
         )
-        rows, columns = bridge.source_size(-(-height // LATENT_STRIDE), -(-width // LATENT_STRIDE))
+        stride = family.latent_stride
+        rows, columns = bridge.source_size(-(-height // stride), -(-width // stride))
         return LATENT_STRIDE * rows, LATENT_STRIDE * columns
 
     picks, map_hashes = host.units.picks(p, passes, side_size)

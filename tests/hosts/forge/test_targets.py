@@ -93,7 +93,7 @@ def test_a_target_with_latents_of_flux_gets_a_delta_over_the_learned_bridge(
     # It starts at t = 1, where t / (1 - t) is infinite: the source stays within its trained noise levels.
     limit = webui.side_model.parameterization.schedule.sigma_max
     assert asked[0][1] == pytest.approx(limit) and all(sigma <= limit + 1e-3 for _, sigma, _ in asked)
-    assert "FLUX.1 latents: learned bridge, 8 x 8" in webui.host.status()
+    assert "FLUX.1 latents: stitched bridge, 8 x 8" in webui.host.status()
     assert torch.equal(webui.latents({**DELTA, "lambda": 0}, steps=4), plain)
     for form in ("published", "same_snr"):
         with pytest.raises(SettingError, match="differ in more than scale"):
@@ -154,7 +154,8 @@ MODELS = {
     "SD 3.5 in Forge": ((16, 1.5305), {"is_sd3": True}, "SD3"),
     "Flux, Chroma, Z-Image": ((16, 0.3611), {}, "FLUX"),
     "Qwen-Image": ((16, 1.0), {"is_wan": True}, "WAN"),
-    "Flux 2 Klein": ((128, 1.0), {}, "FLUX2"),
+    "Flux 2 Klein, Ernie": ((128, 1.0), {}, "FLUX2"),
+    "Mugen, which pretends to be SDXL": ((32, 1.0), {"is_sdxl": True}, "MUGEN"),
 }
 
 
@@ -168,9 +169,9 @@ def test_families_are_told_by_their_latents(webui: WebUI, numbers: Any, flags: A
     )
 
 
-def test_a_model_that_pretends_to_be_sdxl_is_refused(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
-    mugen = SimpleNamespace(latent_format=SimpleNamespace(latent_channels=32, scale_factor=1.0))
-    monkeypatch.setattr(type(webui.shared.sd_model), "model_config", mugen, raising=False)
+def test_a_model_of_unknown_latents_is_refused(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = SimpleNamespace(latent_format=SimpleNamespace(latent_channels=3, scale_factor=1.0))
+    monkeypatch.setattr(type(webui.shared.sd_model), "model_config", pixels, raising=False)
     monkeypatch.setattr(type(webui.shared.sd_model), "is_sdxl", True)
     with pytest.raises(SettingError, match="latents .* that Delta Sampling does not know"):
         webui.generate(DELTA)
