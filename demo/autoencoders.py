@@ -18,6 +18,7 @@ from lib_delta.models.loading import load_vae
 from lib_delta.models.vae import VAE
 
 TINY = {Space.SD1: "taesd", Space.SDXL: "taesdxl", Space.SD3: "taesd3", Space.FLUX1: "taef1"}
+ALSO_TINY = {Space.FLUX2: "taef2"}  # used if it is there
 WHERE = (
     "the tiny autoencoders (taesd, taesdxl, taesd3 and taef1, each as NAME_encoder and NAME_decoder, .safetensors "
     "or .pth) are needed: WebUIs download them for previews into models/VAE-taesd, and github.com/madebyollin/taesd "
@@ -52,12 +53,16 @@ def tiny(folder: Path) -> dict[Space, Autoencoder]:
     missing = [name for name in TINY.values() for part in taesd.PARTS if not _file(folder, name, part).is_file()]
     if missing:
         raise CheckpointError(f"{folder} has no {missing[0]}: {WHERE}")
-    return {space: _tiny(folder, space) for space in TINY}
+    spaces = [*TINY]
+    for space, name in ALSO_TINY.items():
+        if all(_file(folder, name, part).is_file() for part in taesd.PARTS):
+            spaces.append(space)
+    return {space: _tiny(folder, space) for space in spaces}
 
 
 def tiny_part(folder: Path, space: Space, part: str) -> nn.Sequential:
     """Read the "encoder" or the "decoder" of a tiny autoencoder, in single precision."""
-    return taesd.load_taesd(_file(folder, TINY[space], part), part)
+    return taesd.load_taesd(_file(folder, (TINY | ALSO_TINY)[space], part), part)
 
 
 def _tiny(folder: Path, space: Space) -> Autoencoder:

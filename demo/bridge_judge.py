@@ -1,15 +1,19 @@
 """Judge ways of carrying a change in decoded pictures: part of ``python -m demo.evaluate --only bridges``.
 
-Every way gets the source's true change, at the target's size or with the source at half of it, and the target's clean
-latent. The target's decoder then shows the edit. Its PSNR against the edited photo lies between that of no change and
+Every way gets the source's true change, at the target's size or a smaller one, and the target's clean latent. The target's decoder then shows the edit. Its PSNR against the edited photo lies between that of no change and
 that of the true change, which loses what the autoencoder loses.
+
+``latent_rgb_factors.json`` has a second judge: the linear estimates of colour that WebUIs use for previews, ``(C, 3)``
+for each space. They were made from the released autoencoders, and no tiny one had a part in them.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +23,14 @@ from demo.autoencoders import Autoencoder
 from demo.edits import NAMES, edited, luma
 from lib_delta.bridges import Bridge, Crossing, SideSize, choose_bridge
 from lib_delta.bridges.stitched_difference import stitched_path
-from lib_delta.diffusion.latent_spaces import LATENT_STRIDE, Space
+from lib_delta.diffusion.latent_spaces import Space
 
 # Forms of bridges; "taesd" shows what the tiny autoencoders make of a change (the bridge of that name carries states
 # only), and "scale" is the form "same_snr".
 FORMS = {"learned": "learned", "stitched": "stitched", "scale": "same_snr"}
 WAYS = ("learned", "stitched", "taesd", "scale")
 NONE, TRUE = "none", "true"
+RGB_FACTORS = Path(__file__).with_name("latent_rgb_factors.json")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Score:
 
     ``cosine`` and ``size`` compare the latent's change with the true one (size: the median ratio of norms). ``psnr``
     compares the decoded edit with the edited photo, in decibels. ``edges`` and ``colours`` are cosines of the decoded
-    change with the photo's: of the gradient's size, and of averages over 8x8 pixels.
+    change with the photo's: of the gradient's size, and of averages over 8x8 pixels. ``factors`` is that of colours by
+    the published linear estimates, without a decoder.
     """
 
     cosine: float
@@ -42,6 +48,7 @@ class Score:
     psnr: float
     edges: float
     colours: float
+    factors: float
 
 
 Scores = dict[str, dict[str, Score]]  # by edit, then by way
@@ -53,18 +60,19 @@ def judged_pairs(spaces: Sequence[Space]) -> list[tuple[Space, Space]]:
 
 
 class PictureJudge:
-    """Photos ``(N, 3, H, W)``, and the ways of one pair of spaces at one size of the source."""
+    """Photos ``(N, 3, H, H)``, and the ways of one pair of spaces, with the source at 1 / ``ratio`` of the size."""
 
     def __init__(
-        self, photos: Tensor, autoencoders: Mapping[Space, Autoencoder], pair: tuple[Space, Space], halved: bool
+        self, photos: Tensor, autoencoders: Mapping[Space, Autoencoder], pair: tuple[Space, Space], ratio: float = 1
     ) -> None:
-        self.photos, self.halved = photos, halved
+        self.photos, self.factors = photos, rgb_factors(pair[1])
+        self.side = round(photos.shape[-1] / ratio)
         self.start, self.end = (autoencoders[space] for space in pair)
         self.target = self.end.encode(photos)
         self.bridges = self._bridges(*pair)
 
     def _bridges(self, source: Space, target: Space) -> dict[str, Bridge]:
-        size: SideSize = LATENT_STRIDE * (self.target.shape[-1] // 2) if self.halved else "picture"
+        size: SideSize = "picture" if self.side == self.photos.shape[-1] else self.side
         ways = [way for way in FORMS if way != "scale" or source.channels == target.channels]
         return {way: choose_bridge(source, target, form=FORMS[way], size=size) for way in ways}
 
@@ -90,7 +98,7 @@ class PictureJudge:
         return {way: self._score(each, true, goal) for way, each in carried.items()}
 
     def _of_source(self, pictures: Tensor) -> Tensor:
-        return self.start.encode(F.avg_pool2d(pictures, 2) if self.halved else pictures)
+        return self.start.encode(F.interpolate(pictures, (self.side, self.side), mode="area"))
 
     def _over_pictures(self, change: Tensor) -> Tensor:
         """Return the change of the target's picture that the source's decoder shows, encoded."""
@@ -109,7 +117,14 @@ class PictureJudge:
             psnr(made, goal),
             _cosine(_edges(made) - _edges(self.shown), _edges(goal) - _edges(self.photos)),
             _cosine(F.avg_pool2d(made - self.shown, 8), F.avg_pool2d(goal - self.photos, 8)),
+            _cosine(torch.einsum("nchw,ck->nkhw", change, self.factors), F.avg_pool2d(goal - self.photos, 8)),
         )
+
+
+@cache
+def rgb_factors(space: Space) -> Tensor:
+    """Return the published linear estimate of colour by the channels of a space, ``(C, 3)``."""
+    return torch.tensor(json.loads(RGB_FACTORS.read_text("utf-8"))[space.key])
 
 
 def psnr(made: Tensor, goal: Tensor) -> float:
@@ -150,7 +165,7 @@ def figures(scores: Scores) -> dict[str, object]:
 
 def markdown(scores: Scores, title: str) -> str:
     """Format the summary as a Markdown table, and the PSNR by edit as a second one."""
-    columns = ("cosine", "size", "psnr", "edges", "colours", "worst")
+    columns = ("cosine", "size", "psnr", "edges", "colours", "factors", "worst")
     lines = [f"| {title} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for way, row in summary(scores).items():
         lines.append(f"| {way} | " + " | ".join(f"{row[column]:.2f}" for column in columns) + " |")

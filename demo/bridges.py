@@ -11,6 +11,7 @@ edits; at full detail, and averaged 2x2.  Pairs with a stitched map are also jud
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -28,13 +29,17 @@ from demo import bridge_judge as judge
 from demo.autoencoders import Autoencoder
 from demo.edits import blurred, edited
 from demo.train import bridges as stage
-from lib_delta.bridges import Bridge, LearnedBridge, ResolutionBridge, ScaleBridge
+from lib_delta.bridges import Bridge, LearnedBridge, ResolutionBridge, ScaleBridge, SideSize, choose_bridge
 from lib_delta.bridges.learned import load_bridge, weights_path
-from lib_delta.diffusion.latent_spaces import Space
+from lib_delta.bridges.stitched_difference import load_stitched, stitched_path
+from lib_delta.diffusion.latent_spaces import LATENT_STRIDE, Space
 
 SIDE = 192
 PUBLIC_DOMAIN = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field")  # scikit-image's names
 SHOWN = (Space.SD1, Space.SDXL)
+RATIOS = (1.0, 2.0, 1.5, 3.0)  # of the target's size to the source's
+SIZES = {1.0: "full", 2.0: "half", 1.5: "1/1.5", 3.0: "1/3"}
+STRIP_EDITS = ("line_art", "watercolour", "warm", "grey")
 Figures = dict[str, Any]
 
 
@@ -150,43 +155,51 @@ def _cosine(made: Tensor, wanted: Tensor, average: int) -> float:
     return float(F.cosine_similarity(*(F.avg_pool2d(d, average).flatten(1) for d in (made, wanted))).mean())
 
 
-def figures(latents: Latents, bridge: Callable[[Space, Space], LearnedBridge]) -> Figures:
+def figures(latents: Latents, bridge: Callable[[Space, Space], LearnedBridge | None]) -> Figures:
     """Measure every ordered pair of spaces: ``a->b`` has the state map and the difference map from a to b."""
     table: Figures = {}
-    for start in latents.autoencoders:
-        for end in latents.autoencoders:
-            if start is not end:
-                there = bridge(start, end)
-                back = bridge(end, start)
-                row = latents.state(back, start, end) | latents.half(back, start, end)
-                row |= latents.differences(there, start, end)
-                row["averaged_2x2"] = latents.differences(there, start, end, 2)
-                if start.channels == end.channels:
-                    scale = ScaleBridge(start.scale_factor / end.scale_factor)
-                    row["scale"] = latents.state(
-                        ScaleBridge(end.scale_factor / start.scale_factor), start, end
-                    ) | latents.differences(scale, start, end)
-                table[f"{start.key}->{end.key}"] = row
+    for start, end in itertools.permutations(latents.autoencoders, 2):
+        there, back = bridge(start, end), bridge(end, start)
+        row: Figures = {}
+        if back is not None:
+            row |= latents.state(back, start, end) | latents.half(back, start, end)
+        if there is not None:
+            row |= latents.differences(there, start, end)
+            row["averaged_2x2"] = latents.differences(there, start, end, 2)
+        if start.channels == end.channels:
+            scale = ScaleBridge(start.scale_factor / end.scale_factor)
+            row["scale"] = latents.state(
+                ScaleBridge(end.scale_factor / start.scale_factor), start, end
+            ) | latents.differences(scale, start, end)
+        if row:
+            table[f"{start.key}->{end.key}"] = row
     return table
 
 
-def shipped(source: Space, target: Space) -> LearnedBridge:
-    """Return the extension's bridge for an ordered pair."""
-    return load_bridge(weights_path(source, target))
+def shipped(source: Space, target: Space) -> LearnedBridge | None:
+    """Return the extension's bridge for an ordered pair; None if it has none."""
+    path = weights_path(source, target)
+    return load_bridge(path) if path.exists() else None
 
 
-def strip(latents: Latents, start: Space, end: Space, bridge: Bridge) -> Image.Image:
-    """Draw photo, edited photo, and photo with the delta mapped by scale and by the bridge, for three edits."""
-    scale, own = ScaleBridge(start.scale_factor / end.scale_factor), latents.autoencoders[end]
-    columns = ("photo", "edited photo", "photo + delta, scaled", "photo + delta, learned bridge")
-    rows = [(i, name) for i, name in enumerate(("grey", "warm", "line_art")) if i < len(latents.pictures)]
+def strip(latents: Latents, start: Space, end: Space) -> Image.Image:
+    """Draw photo, edited photo, and photo with the delta mapped by scale and by the default bridge, for some edits.
+
+    The source sees the photo at half the size, as SD 1.x sees a picture of 1024 x 1024.
+    """
+    size: SideSize = LATENT_STRIDE * (latents.clean[end].shape[-1] // 2)
+    ways = [choose_bridge(start, end, form=form, size=size) for form in ("same_snr", "stitched")]
+    source, own = latents.autoencoders[start], latents.autoencoders[end]
+    columns = ("photo", "edited photo", "photo + delta, scaled", "photo + delta, stitched bridge")
+    rows = list(enumerate(STRIP_EDITS[: len(latents.pictures)]))
     sheet = Image.new("RGB", (len(columns) * SIDE, len(rows) * SIDE + 18), "white")
     for column, title in enumerate(columns):
         ImageDraw.Draw(sheet).text((column * SIDE + 4, 3), title, fill="black")
     for row, (i, name) in enumerate(rows):
-        target, change = latents.clean[end][i : i + 1], latents.changes[start][name][i : i + 1]
-        shown = [latents.pictures[i : i + 1], EDITS[name](latents.pictures[i : i + 1])]
-        shown += [own.decode(target + carried(way, change, target)) for way in (scale, bridge)]
+        photo, target = latents.pictures[i : i + 1], latents.clean[end][i : i + 1]
+        shown = [photo, edited(photo, name)]
+        change = source.encode(F.avg_pool2d(shown[1], 2)) - latents.halves[start][i : i + 1]
+        shown += [own.decode(target + carried(way, change, target)) for way in ways]
         for column, picture in enumerate(shown):
             pixels = (picture[0].permute(1, 2, 0) * 255).round().byte().numpy()
             sheet.paste(Image.fromarray(pixels), (column * SIDE, 18 + row * SIDE))
@@ -209,21 +222,26 @@ def measure(options: argparse.Namespace) -> None:
         for pair, row in refitted.items():
             table[pair]["refitted"] = row
     drawn = all(space in autoencoders for space in SHOWN)
-    write(options.bridges_out, table, strip(latents, *SHOWN, shipped(*SHOWN)) if drawn else None)
+    write(options.bridges_out, table, strip(latents, *SHOWN) if drawn else None)
     print(markdown(table), *shown, f"written to {options.bridges_out}", sep="\n\n")
     if options.autoencoders:
         print("\nfilters fitted anew to these autoencoders:", markdown(refitted), sep="\n\n")
 
 
 def judged(pictures: Tensor, autoencoders: Mapping[Space, Autoencoder], table: Figures) -> list[str]:
-    """Judge the pairs that have a stitched map in pictures, at both sizes; add figures, and return Markdown tables."""
+    """Judge the pairs that have a stitched map in pictures; add figures, and return Markdown tables.
+
+    Maps that know sources of half the size are judged at both sizes, and the pair that is drawn at two more.
+    """
     shown = []
     for source, target in judge.judged_pairs(tuple(autoencoders)):
         row = table.setdefault(f"{source.key}->{target.key}", {})
-        for size, halved in (("full", False), ("half", True)):
-            scores = judge.PictureJudge(pictures, autoencoders, (source, target), halved).measure()
-            row.setdefault("pictures", {})[size] = judge.figures(scores)
-            shown.append(judge.markdown(scores, f"{source.key}->{target.key}, source at {size} size"))
+        ratios = RATIOS if (source, target) == SHOWN else RATIOS[:2]
+        maps_half = load_stitched(stitched_path(source, target)).maps_half
+        for ratio in ratios if maps_half else (1.0,):
+            scores = judge.PictureJudge(pictures, autoencoders, (source, target), ratio).measure()
+            row.setdefault("pictures", {})[SIZES[ratio]] = judge.figures(scores)
+            shown.append(judge.markdown(scores, f"{source.key}->{target.key}, source at {SIZES[ratio]} size"))
     return shown
 
 
@@ -245,6 +263,8 @@ def markdown(table: Figures) -> str:
     titles = "state", "unexplained", "blurred", "averaged", "PSNR decoded (ceiling)", "half the size", "PSNR (ceiling)"
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for pair, row in table.items():
+        if "state_psnr" not in row:
+            continue
         shares = [f"{row[f'state_unexplained{kind}']:.2f}" for kind in ("", "_blurred", "_averaged")]
         same, half = (f"{row[f'{kind}_psnr']:.1f} ({row[f'{kind}_psnr_ceiling']:.1f})" for kind in ("state", "half"))
         lines.append(f"| {' | '.join((pair, *shares, same, format(row['half_unexplained'], '.2f'), half))} |")
@@ -254,6 +274,8 @@ def markdown(table: Figures) -> str:
         "|---" * (len(EDITS) + 1) + "|",
     ]
     for pair, row in table.items():
+        if "averaged_2x2" not in row:
+            continue
         cells = [f"{row[name]:.2f} / {row['averaged_2x2'][name]:.2f}" for name in EDITS]
         lines.append(f"| {pair} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -59,7 +59,8 @@ def run(options: argparse.Namespace, load: Callable[[], Emoji]) -> None:
     if options.pair:
         run_pair(options, generated(coloured(load())))
         return
-    autoencoders = read(options)
+    # FLUX.2's maps come from --pair, because filters are poor there.
+    autoencoders = {space: each for space, each in read(options).items() if space is not Space.FLUX2}
     encoders: dict[Space | str, Autoencoder] = dict(autoencoders)
     if Space.SD1 in autoencoders:
         encoders[HALVES] = halved(autoencoders[Space.SD1])

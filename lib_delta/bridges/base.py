@@ -77,10 +77,12 @@ class BridgeForm:
     """A form of bridge: its name in requests, its label in the status line, and the function that makes it.
 
     ``resizes`` says whether the bridge applies ``resolution`` itself.  Such a bridge is fitted to latents of real
-    images, so it maps the target's full noise, and the side model's size may be automatic.
+    images, so it maps the target's full noise, and the side model's size may be automatic.  ``halves`` makes that half
+    the image's size wherever the side model can work at it.
     """
 
     name: str
     label: str
     make: Callable[[BridgeSettings], Bridge]
     resizes: bool = True
+    halves: bool = False

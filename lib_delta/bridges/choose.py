@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from lib_delta.bridges.base import Bridge, BridgeSettings
+from lib_delta.bridges.base import Bridge, BridgeForm, BridgeSettings
 from lib_delta.bridges.composed import Composed
 from lib_delta.bridges.identity import SAME_SIZE, IdentityBridge
 from lib_delta.bridges.learned import weights_path
@@ -48,8 +48,9 @@ def choose_bridge(
         sigma_max: the largest noise level of the source's training, if the target's schedule exceeds it
             (:class:`NoiseLimitBridge`).
         form: a name of :data:`lib_delta.bridges.registry.FORMS`; ignored if both share a space.
-        size: the side model's size.  "automatic" shows images above 768 x 768 to the side model at the area
-            of 512 x 512 if the form resizes.  Otherwise it equals "picture", the image's full size.
+        size: the side model's size.  "automatic" shows images above 768 x 768 to the side model at half their size
+            if the form halves and that is at most 768 x 768, and else at the area of 512 x 512, if the form resizes.
+            Otherwise it equals "picture", the image's full size.
         noise: see :class:`ResolutionBridge`.
         tiled: whether the image's edges meet across from each other.
         autoencoders: the folder of tiny autoencoders, for the form "taesd".
@@ -61,7 +62,7 @@ def choose_bridge(
     """
     start, end = _space(source), _space(target)
     chosen = bridge_form(form)
-    resolution = _resolution(size, noise, tiled=tiled, automatic=start is not end and chosen.resizes)
+    resolution = _resolution(size, noise, tiled=tiled, form=chosen if start is not end else None)
     limit = () if sigma_max is None else (NoiseLimitBridge(sigma_max),)
     if start is end:
         return _composed(*limit, IdentityBridge(), *resolution)
@@ -70,12 +71,9 @@ def choose_bridge(
     bridge = chosen.make(
         BridgeSettings(start, end, resolution[0] if resolution else SAME_SIZE, tiled=tiled, autoencoders=autoencoders)
     )
-    if chosen.resizes:
-        # The limit applies to the noise level that the source receives, after averaging.
-        whole = _composed(bridge, *limit)
-    else:
-        # The limit applies to the target's sigma: the little that a scale adds to it does not matter.
-        whole = _composed(*limit, bridge, *resolution)
+    # The limit applies to the noise level that the source receives, after averaging.  Next to a scale it applies to the
+    # target's sigma: the little that a scale adds to it does not matter.
+    whole = _composed(bridge, *limit) if chosen.resizes else _composed(*limit, bridge, *resolution)
     packing = target.packing if isinstance(target, Family) else 1
     return whole if packing == 1 else Packed(whole, packing)
 
@@ -109,19 +107,20 @@ def _space(model: Family | Space) -> Space:
     return model.space if isinstance(model, Family) else model
 
 
-def _resolution(size: SideSize, noise: Noise, *, tiled: bool, automatic: bool) -> tuple[Bridge, ...]:
-    """Return the bridge that changes latents to ``size``, or none; ``automatic``: whether that size may change them."""
-    if size == "picture" or (size == "automatic" and not automatic):
+def _resolution(size: SideSize, noise: Noise, *, tiled: bool, form: BridgeForm | None) -> tuple[Bridge, ...]:
+    """Return the bridge that changes latents to ``size``, or none; ``form`` is None within one space."""
+    if size == "picture" or (size == "automatic" and (form is None or not form.resizes)):
         return ()
+    halves = False
     if size == "automatic":
-        side, limit = NATIVE_SIDE, LARGEST_SIDE
+        side, limit, halves = NATIVE_SIDE, LARGEST_SIDE, form is not None and form.halves
     elif isinstance(size, int) and not isinstance(size, bool) and size >= LEAST_SIDE:
         side = limit = size
     else:
         raise SettingError(
             f"the size of the side model must be automatic, picture or {LEAST_SIDE} and more, not {size!r}"
         )
-    return (ResolutionBridge(side // LATENT_STRIDE, limit // LATENT_STRIDE, noise, tiled),)
+    return (ResolutionBridge(side // LATENT_STRIDE, limit // LATENT_STRIDE, noise, tiled, halves),)
 
 
 def _composed(*bridges: Bridge) -> Bridge:

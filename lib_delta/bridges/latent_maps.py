@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_delta.bridges.area_average import averaged
+from lib_delta.bridges.resizing import averaged
 from lib_delta.files.stored_file import Shapes
 from lib_delta.models import taesd
 from lib_delta.models.unpatched import Conv2d

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_delta.bridges.area_average import averaged, windows_of
 from lib_delta.bridges.base import Crossing
+from lib_delta.bridges.resizing import averaged, resized, windows_of
 from lib_delta.errors import SettingError
 
 Noise = Literal["averaged", "unit"]
@@ -22,8 +22,8 @@ NEAR = 0.1  # relative difference in size
 class ResolutionBridge:
     """Average the source's latents down to about ``side * side``, and enlarge the delta again.
 
-    Latents of up to ``limit * limit`` pass unchanged.  Half the size is used if it is near ``side``.  Otherwise the
-    aspect ratio is preserved as well as multiples of 8 allow.
+    Latents of up to ``limit * limit`` pass unchanged.  Half the size is used if it is near ``side``, or with ``halves``
+    if it is no more than ``limit * limit``.  Otherwise the aspect ratio is preserved as well as multiples of 8 allow.
 
     ``noise`` selects how the noise is reduced.  "averaged" averages it with the rest, and evaluates the source at the
     lower sigma that results (2x2 averages halve it).  "unit" preserves its variance, and evaluates the source at the
@@ -36,6 +36,7 @@ class ResolutionBridge:
     limit: int
     noise: Noise = "averaged"
     tiled: bool = False
+    halves: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.side <= self.limit:
@@ -52,8 +53,8 @@ class ResolutionBridge:
     def source_size(self, height: int, width: int) -> tuple[int, int]:
         if height * width <= self.limit**2:
             return height, width
-        # Learned maps predict latents at half the size.  At other sizes latents are averaged, unlike a smaller image's.
-        if height % 2 == width % 2 == 0 and abs(math.sqrt(height * width) / 2 / self.side - 1) < NEAR:
+        # Learned maps predict latents at half the size.  At other sizes they are less accurate.
+        if height % 2 == width % 2 == 0 and self._suits(math.sqrt(height * width) / 2):
             return height // 2, width // 2
         shrink = self.side / math.sqrt(height * width)
         # No side may grow, as one of a very elongated image would.
@@ -61,6 +62,9 @@ class ResolutionBridge:
             max(SIDE_MULTIPLE, round(length * shrink / SIDE_MULTIPLE) * SIDE_MULTIPLE) for length in (height, width)
         ]
         return min(height, across[0]), min(width, across[1])
+
+    def _suits(self, half: float) -> bool:
+        return abs(half / self.side - 1) < NEAR or (self.halves and half <= self.limit)
 
     def to_source(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor, Crossing]:
         full = (x.shape[-2], x.shape[-1])
@@ -76,24 +80,7 @@ class ResolutionBridge:
 
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
         assert crossing.target is not None
-        height, width = crossing.target.shape[-2:]
-        if delta.shape[-2:] == (height, width):
-            return delta
-        return (_enlarged_tile if self.tiled else _enlarged)(delta, height, width)
-
-
-def _enlarged(delta: Tensor, height: int, width: int) -> Tensor:
-    return F.interpolate(delta, (height, width), mode="bilinear", align_corners=False)
-
-
-def _enlarged_tile(delta: Tensor, height: int, width: int) -> Tensor:
-    """Enlarge after padding with as much of the opposite edges as makes whole points of the result."""
-    rows, columns = delta.shape[-2:]
-    down, across = rows // math.gcd(rows, height), columns // math.gcd(columns, width)
-    more_down, more_across = down * height // rows, across * width // columns
-    around = F.pad(delta, (across, across, down, down), mode="circular")
-    enlarged = _enlarged(around, height + 2 * more_down, width + 2 * more_across)
-    return enlarged[..., more_down : more_down + height, more_across : more_across + width]
+        return resized(delta, (crossing.target.shape[-2], crossing.target.shape[-1]), tiled=self.tiled)
 
 
 def _noise_left(full: tuple[int, int], size: tuple[int, int]) -> float:

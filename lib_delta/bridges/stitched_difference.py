@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lib_delta.bridges.base import BridgeForm, BridgeSettings, Crossing
 from lib_delta.bridges.latent_maps import Filter, StateMap, set_circular, stitched_blocks
 from lib_delta.bridges.learned import WEIGHTS, LearnedBridge, learned_bridge, load_map
+from lib_delta.bridges.resizing import resized
 from lib_delta.devices import without_autocast
 from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.files.stored_file import Shapes
@@ -20,7 +21,8 @@ from lib_delta.files.weight_file import WeightFile
 from lib_delta.models import taesd
 
 LABEL = "stitched bridge"
-# At half the size the mean with the linear map is as good in decoded pictures, and sharper (docs/bridges.md).
+# For a source of half the size, or more, the mean with the linear map is as good in decoded pictures, and sharper
+# (docs/bridges.md).
 HALF_SHARE = 0.5
 
 
@@ -78,10 +80,6 @@ class StitchedDifference(nn.Module):
         raised = shapes.get("half_mix.weight", (0, 0))[1]
         return cls(channels, stitched_blocks(shapes), known, base, shapes["linear.weight"][-1], raised)
 
-    def maps(self, size: tuple[int, int], target: tuple[int, int]) -> bool:
-        """Return whether differences of ``size`` can be mapped to latents of the ``target`` size."""
-        return size == target or (self.maps_half and target == (2 * size[0], 2 * size[1]))
-
     def forward(self, difference: Tensor, source: Tensor, known: Tensor, linear: Tensor) -> Tensor:
         """Map a difference of the target's size, or of half of it.
 
@@ -121,35 +119,68 @@ class StitchedDifference(nn.Module):
 class StitchedBridge(LearnedBridge):
     """A learned bridge with a stitched map of differences.
 
-    At the target's size ``stitched`` maps the delta; at half of it, the mean of ``stitched`` and ``difference``; at
-    other sizes, ``difference`` only. The target's latent is read once a step, for the state and for the delta.
+    At the target's size ``stitched`` maps the delta. A delta of any other size is resized to half the target's, where
+    ``stitched`` maps it; down to half the size, the mean of that and of ``difference`` is used. The target's latent is
+    read once a step, for the state and for the delta.
     """
 
     state: StateMap
     stitched: StitchedDifference
+    tiled: bool = False
     label: str = LABEL
 
     def _source_state(self, target: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         state = self.state.to(target.device)
         known = state.known(target)
-        return state.mapped(known, size), known
+        return self._state_at(known, size), known
+
+    def _state_at(self, known: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the source's clean latent at a size, by the target's reading.
+
+        For a size that is neither the target's nor half of it, the reading is resized to twice the size, as if the
+        target's image had it. That leaves half of the error of resizing the source's latent (docs/bridges.md).
+        """
+        twice = 2 * size[0], 2 * size[1]
+        if size != tuple(known.shape[-2:]):
+            halved = self.state.at_half_size(resized(known, twice, tiled=self.tiled))
+            if halved is not None:
+                return halved
+        return self.state.mapped(known, size)
 
     @torch.no_grad()
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
         target, known = crossing.target, crossing.known
         assert target is not None and known is not None
-        size, full = (delta.shape[-2], delta.shape[-1]), (target.shape[-2], target.shape[-1])
-        if not self.stitched.maps(size, full):
+        full = target.shape[-2], target.shape[-1]
+        same_size = delta.shape[-2:] == full
+        if not same_size and not self.stitched.maps_half:
             return super().delta_to_target(delta, crossing)
-        delta = delta.float()
-        enlarged = self.resolution.delta_to_target(delta, crossing.parts[0])
         with without_autocast(delta.device):
-            difference = self.difference.to(delta.device)
-            features = difference.features(enlarged, target)
-            carried: Tensor = self.stitched.to(delta.device)(delta, crossing.denoised, known, features)
-            if size == full:
-                return carried
-            return torch.lerp(difference.from_features(features), carried, HALF_SHARE)
+            if same_size:
+                return self._carried(delta.float(), crossing.denoised, known, target)[0]
+            return self._from_another_size(delta.float(), crossing.denoised, known, target)
+
+    def _from_another_size(self, delta: Tensor, source: Tensor, known: Tensor, target: Tensor) -> Tensor:
+        full, size = (target.shape[-2], target.shape[-1]), (delta.shape[-2], delta.shape[-1])
+        half = (full[0] + 1) // 2, (full[1] + 1) // 2
+        if size != half:
+            source = self._state_at(known, half)
+        # Odd sizes have no half; a point more has one.
+        even = 2 * half[0], 2 * half[1]
+        known, target = (resized(each, even, tiled=self.tiled) for each in (known, target))
+        delta = resized(delta, half, tiled=self.tiled)
+        carried, linear = self._carried(delta, source, known, target)
+        if size[0] * size[1] >= half[0] * half[1]:
+            carried = torch.lerp(linear, carried, HALF_SHARE)
+        return resized(carried, full, tiled=self.tiled)
+
+    def _carried(self, delta: Tensor, source: Tensor, known: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Map a delta of the target's size or half of it; return that and what the linear map makes of it."""
+        difference, stitched = self.difference.to(delta.device), self.stitched.to(delta.device)
+        enlarged = resized(delta, (target.shape[-2], target.shape[-1]), tiled=self.tiled)
+        features = difference.features(enlarged, target)
+        carried: Tensor = stitched(delta, source, known, features)
+        return carried, difference.from_features(features)
 
 
 def stitched_path(source: Space, target: Space) -> Path:
@@ -180,7 +211,8 @@ def stitched_bridge(settings: BridgeSettings) -> LearnedBridge:
         name=learned.name,
         resolution=learned.resolution,
         stitched=load_stitched(path, tiled=settings.tiled),
+        tiled=settings.tiled,
     )
 
 
-STITCHED = BridgeForm("stitched", LABEL, stitched_bridge)
+STITCHED = BridgeForm("stitched", LABEL, stitched_bridge, halves=True)

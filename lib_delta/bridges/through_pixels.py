@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_delta.bridges.area_average import averaged
 from lib_delta.bridges.base import BridgeForm, BridgeSettings
 from lib_delta.bridges.latent_maps import set_circular
 from lib_delta.bridges.learned import LearnedBridge, load_bridge, weights_path
+from lib_delta.bridges.resizing import averaged
 from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.errors import CheckpointError, SettingError
 from lib_delta.files.weight_file import FileState

@@ -12,8 +12,8 @@ from lib_delta.diffusion.latent_spaces import LATENT_STRIDE, Space
 class FamilyTraits:
     """The traits of a family.
 
-    ``context_width`` is the width of the released models' encoded text.  Models see ``packing`` x ``packing`` points of a
-    latent as channels of one point.
+    ``context_width`` is the width of the released models' encoded text.  Models see ``packing`` x ``packing`` points
+    of a latent as channels of one point.
     """
 
     label: str

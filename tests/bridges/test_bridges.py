@@ -154,7 +154,7 @@ def test_noise_stays_white_when_channels_are_more_or_fewer() -> None:
 
 
 def test_the_source_of_a_learned_bridge_sees_large_pictures_at_its_own_size() -> None:
-    bridge = choose_bridge(Family.SD1, Family.SDXL)
+    bridge = choose_bridge(Family.SD1, Family.SDXL, form="learned")
     assert bridge.source_size(64, 64) == (64, 64)
     assert bridge.source_size(96, 96) == (96, 96)
     assert bridge.source_size(128, 128) == (64, 64)

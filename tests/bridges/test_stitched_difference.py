@@ -80,15 +80,25 @@ def test_a_delta_of_another_strength_is_carried_in_nearly_the_same_direction(siz
         assert float((ratio - 1).abs().max()) < 0.15
 
 
-@pytest.mark.parametrize(("size", "side"), [(64, 24), (64, 20)])
-def test_sizes_other_than_full_and_half_are_carried_as_by_the_learned_bridge(size: int, side: int) -> None:
-    bridge, crossing = crossed(Space.SD1, Space.SDXL, side, size)
-    learned = choose_bridge(Space.SD1, Space.SDXL, form="learned", size=size)
-    delta = randn(*crossing.denoised.shape, seed=2)
-    assert torch.equal(bridge.delta_to_target(delta, crossing), learned.delta_to_target(delta, crossing))
+# Sides of the source's latent between the target's and its half, and below it; a target of an odd side.
+OTHER_SIZES = [(128, 24), (64, 20), (64, 24), (64, 17)]
 
 
-@pytest.mark.parametrize(("size", "side"), [*SIZES, (64, 24)])
+@pytest.mark.parametrize(("size", "side"), OTHER_SIZES)
+def test_deltas_of_other_sizes_are_carried_as_those_of_half_the_size(size: int, side: int) -> None:
+    bridge = choose_bridge(Space.SD1, Space.SDXL, size=size)
+    clean = randn(2, 4, side, side)
+    x, _, crossing = bridge.to_source(clean, torch.full((2,), 2.0), clean)
+    assert x.shape[-1] not in (side, side / 2)
+    formula = StitchedFormula(Space.SD1, Space.SDXL)
+    torch.testing.assert_close(crossing.denoised, formula.state(clean, x.shape[-1]), atol=2e-4, rtol=1e-3)
+    delta = 0.3 * randn(*x.shape, seed=2)
+    expected = formula.of_another_size(delta, clean)
+    torch.testing.assert_close(bridge.delta_to_target(delta, crossing), expected, atol=2e-4, rtol=1e-3)
+    assert float(expected.std()) > 0.05 and expected.shape == clean.shape
+
+
+@pytest.mark.parametrize(("size", "side"), SIZES)
 def test_the_state_is_that_of_the_learned_bridge(size: object, side: int) -> None:
     clean, sigma = randn(2, 4, side, side), torch.tensor([2.0, 0.5])
     x = clean + sigma[:, None, None, None] * randn(2, 4, side, side, seed=1)
@@ -97,6 +107,27 @@ def test_the_state_is_that_of_the_learned_bridge(size: object, side: int) -> Non
         for form in ("stitched", "learned")
     )
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "stitched", "learned"),
+    [
+        (1024, 1024, (64, 64), (64, 64)),
+        (832, 1216, (52, 76), (52, 76)),
+        (1536, 1024, (96, 64), (80, 56)),
+        (1536, 1536, (96, 96), (64, 64)),
+        (2048, 2048, (64, 64), (64, 64)),
+        (1000, 1000, (64, 64), (64, 64)),
+        (768, 768, (96, 96), (96, 96)),
+    ],
+)
+def test_the_automatic_size_is_half_the_pictures_where_the_side_model_can_work_at_it(
+    width: int, height: int, stitched: tuple[int, int], learned: tuple[int, int]
+) -> None:
+    """Pictures made with the learned bridge keep the size that they were made with."""
+    for form, size in (("stitched", stitched), ("learned", learned)):
+        bridge = choose_bridge(Space.SD1, Space.SDXL, form=form)
+        assert bridge.source_size(height // 8, width // 8) == size[::-1]
 
 
 def test_each_delta_crosses_by_its_image() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib_delta.bridges import choose_bridge
-from lib_delta.bridges.area_average import averaged
+from lib_delta.bridges.resizing import averaged
 from lib_delta.devices import out_of_memory, without_autocast
 from lib_delta.diffusion.families import Family
 from lib_delta.diffusion.latent_spaces import Space

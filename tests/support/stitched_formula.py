@@ -70,14 +70,37 @@ class StitchedFormula:
         read = "state.reading.1.weight" in self.weights
         return torch.cat((self.read("state.reading", target), target), 1) if read else target
 
-    def __call__(self, delta: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        """Return what becomes of a delta of the target's size, or of half of it."""
+    def state(self, target: Tensor, side: int) -> Tensor:
+        """Return the source's square latent of a side, by the target's reading resized to twice that side."""
+        known = _resized(self.known(target), 2 * side)
+        weight, bias = (self.weights[f"state.halving.{kind}"] for kind in ("weight", "bias"))
+        h = F.conv2d(F.pad(known, [1] * 4, mode="replicate"), weight, bias, stride=2)
+        last = max(int(key.split(".")[2]) for key in self.weights if key.startswith("state.writing."))
+        weight, bias = (self.weights[f"state.writing.{last}.{kind}"] for kind in ("weight", "bias"))
+        return F.conv2d(self.blocks("state.writing", 0, h), weight, bias, padding=1)
+
+    def of_another_size(self, delta: Tensor, target: Tensor) -> Tensor:
+        """Return what becomes of a square delta whose size is neither the target's nor half of it."""
+        full, half = target.shape[-1], -(-target.shape[-1] // 2)
+        larger = delta.shape[-1] >= half
+        known, shown = (_resized(each, 2 * half) for each in (self.known(target), target))
+        carried = self(_resized(delta, half), self.state(target, half), shown, known, 0.5 if larger else 0.0)
+        return _resized(carried, full)
+
+    def __call__(
+        self, delta: Tensor, source: Tensor, target: Tensor, known: Tensor | None = None, share: float = 0.5
+    ) -> Tensor:
+        """Return what becomes of a delta of the target's size, or of half of it.
+
+        ``known`` is the reading of ``target``; ``share`` that of the linear map at half the size.
+        """
+        known = self.known(target) if known is None else known
         half = delta.shape[-1] != target.shape[-1]
         enlarged = F.interpolate(delta, target.shape[-2:], mode="bilinear", align_corners=False) if half else delta
         linear, features = self.linear(enlarged, target)
         changed = self.read("stitched.reading", source + delta) - self.read("stitched.reading", source)
         read = torch.cat((changed, delta), 1)
-        base = self.filtered("stitched.base", self.known(target))
+        base = self.filtered("stitched.base", known)
         if half:
             raised = F.pixel_shuffle(self.filtered("stitched.half_seam", read), 2)
             change = self.filtered("stitched.half_mix", raised) + self.filtered("stitched.half_linear", features)
@@ -85,4 +108,10 @@ class StitchedFormula:
             change = self.filtered("stitched.seam", read) + self.filtered("stitched.linear", features)
         written = self.written(base + change) - self.written(base)
         out = self.filtered("stitched.half_out" if half else "stitched.out", torch.cat((written, features), 1))
-        return (out + linear) / 2 if half else out
+        return (1 - share) * out + share * linear if half else out
+
+
+def _resized(x: Tensor, side: int) -> Tensor:
+    """Resize as a WebUI's extension on any device must: areas where it shrinks, bilinear where it grows."""
+    mode = "area" if side < x.shape[-1] else "bilinear"
+    return F.interpolate(x, (side, side), mode=mode, **({} if mode == "area" else {"align_corners": False}))
