@@ -1,7 +1,8 @@
 """Judge ways of carrying a change in decoded pictures: part of ``python -m demo.evaluate --only bridges``.
 
-Every way gets the source's true change, at the target's size or a smaller one, and the target's clean latent. The target's decoder then shows the edit. Its PSNR against the edited photo lies between that of no change and
-that of the true change, which loses what the autoencoder loses.
+Every way gets the source's true change, at the target's size or a smaller one, and the target's clean latent. The
+target's decoder then shows the edit. Its PSNR against the edited photo lies between that of no change and that of the
+true change, which loses what the autoencoder loses.
 
 ``latent_rgb_factors.json`` has a second judge: the linear estimates of colour that WebUIs use for previews, ``(C, 3)``
 for each space. They were made from the released autoencoders, and no tiny one had a part in them.
