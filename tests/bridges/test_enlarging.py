@@ -105,12 +105,13 @@ def test_an_enlarging_bridge_carries_states_and_deltas(source: Family, target: F
     assert not bridge.delta_to_target(torch.zeros_like(delta), crossing).any()
 
 
-def test_the_state_at_twice_the_size_is_a_filter_and_a_pixel_shuffle() -> None:
-    state = load_bridge(WEIGHTS / "sdxl-sd1.safetensors").state
+@pytest.mark.parametrize("space", ["sdxl", "sd3", "flux1"])
+def test_the_state_at_twice_the_size_is_a_filter_and_a_pixel_shuffle(space: str) -> None:
+    state = load_bridge(WEIGHTS / f"{space}-sd1.safetensors").state
     weight, bias = state.doubling.weight, state.doubling.bias  # type: ignore[attr-defined]
     z = randn(1, 4, 6, 9)
-    points = F.conv2d(F.pad(z, (1,) * 4, mode="replicate"), weight, bias).unflatten(1, (4, 2, 2))
-    expected = points.permute(0, 1, 4, 2, 5, 3).reshape(1, 4, 12, 18)
+    points = F.conv2d(F.pad(z, (1,) * 4, mode="replicate"), weight, bias).unflatten(1, (-1, 2, 2))
+    expected = points.permute(0, 1, 4, 2, 5, 3).reshape(1, -1, 12, 18)
     torch.testing.assert_close(state(z, (12, 18)), expected)
     # Its averages are nearly what the map of the same size gives.
     smooth = F.interpolate(randn(1, 4, 3, 3), (24, 24), mode="bilinear", align_corners=False)
@@ -119,8 +120,8 @@ def test_the_state_at_twice_the_size_is_a_filter_and_a_pixel_shuffle() -> None:
 
 
 def test_a_state_without_a_filter_for_twice_the_size_is_enlarged() -> None:
-    state = load_bridge(WEIGHTS / "sd3-sd1.safetensors").state
-    z = randn(1, 4, 6, 8)
+    state = load_bridge(WEIGHTS / "sdxl-flux1.safetensors").state
+    z = randn(1, 16, 6, 8)
     expected = F.interpolate(state(z), (12, 16), mode="bilinear", align_corners=False)
     torch.testing.assert_close(state(z, (12, 16)), expected)
 
