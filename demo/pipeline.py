@@ -14,7 +14,7 @@ from torch import Tensor
 from demo.samplers import run_levels, sample
 from lib_delta.adapters.adapter_file import load_adapter
 from lib_delta.adapters.attach import AdaptedTextEncoder, AdapterForm, adapted_text_parameters, attach
-from lib_delta.bridges import Bridge, choose_bridge
+from lib_delta.bridges import Bridge, SideSize, choose_bridge, may_enlarge
 from lib_delta.controls.control_file import load_control
 from lib_delta.controls.control_map import ControlMap
 from lib_delta.controls.guides import Mode, follow, prompt_by
@@ -36,6 +36,7 @@ from lib_delta.models.unet import UNet
 from lib_delta.models.vae import VAE
 
 Denoiser = Callable[..., Tensor]
+EMBEDDED_SIDE = 128  # the largest pictures of embedded models, in pixels
 
 
 @dataclass(frozen=True)
@@ -257,8 +258,10 @@ def with_delta(
     if bridge is None:
         known = base.parameterization.schedule.sigma_max
         # A target with zero terminal SNR starts at more noise than an ordinary base was trained on.
-        limit = known if model.parameterization.schedule.sigma_max > known else None
-        bridge = choose_bridge(base.family, model.family, limit)
+        beyond = model.parameterization.schedule.sigma_max > known or may_enlarge(base.family, model.family)
+        # The embedded models draw at sizes for which released ones are not made.
+        size: SideSize = "picture" if settings.size <= EMBEDDED_SIDE else "automatic"
+        bridge = choose_bridge(base.family, model.family, known if beyond else None, size=size)
     levels = run_levels(settings.sampler, settings.steps, model.parameterization.schedule)
     cfg = settings.cfg if settings.source_cfg is None else settings.source_cfg
     return DeltaDenoiser(target, DeltaGuidance(strength, bridge, source), levels, cfg)

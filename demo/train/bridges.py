@@ -28,12 +28,13 @@ from demo.train.bridges_difference import (
     save_difference,
 )
 from demo.train.bridges_difference import Size as DifferenceSize
-from demo.train.bridges_fit import Size, detailed, linear_bridge, save, train_state, with_half
+from demo.train.bridges_fit import Size, detailed, linear_bridge, save, train_state, with_half, with_twice
 from demo.train.bridges_pictures import Array, Sizes, draw, edited
 from demo.train.bridges_pictures import blurred as blur
 from demo.train.bridges_stitch import Layers, Seam, seen_through, stitched, tuned, until_seam
 from demo.train.common import Run
 from demo.train.data import Emoji
+from lib_delta.bridges.latent_maps import FilteredState
 from lib_delta.bridges.learned import WEIGHTS, LearnedBridge, load_bridge, weights_path
 from lib_delta.bridges.stitched_difference import stitched_path
 from lib_delta.diffusion.latent_spaces import Space
@@ -75,6 +76,10 @@ def run(options: argparse.Namespace, load: Callable[[], Emoji]) -> None:
         # The side model is SD 1.x: pairs with it as the source have networks, the others only filters.
         if source is not Space.SD1:
             fitted = fit(latents[source], latents[target])
+            if target is Space.SD1:  # whose pictures are often smaller than the source's
+                assert isinstance(fitted.state, FilteredState)
+                state = with_twice(fitted.state, latents[HALVES], latents[source])
+                fitted = replace(fitted, state=state)
         elif bench is None:
             size = Size(steps=options.steps) if options.steps else None
             fitted = fit(latents[source], latents[target], size, latents[HALVES])

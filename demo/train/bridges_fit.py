@@ -97,6 +97,22 @@ def with_half(state: FilteredState, target: Tensor, halves: Tensor, width: int =
     return fitted.eval().requires_grad_(False)
 
 
+def with_twice(state: FilteredState, halves: Tensor, source: Tensor, width: int = 3) -> FilteredState:
+    """Return a state map that also predicts twice the size: ``halves`` are the target's latents of smaller pictures.
+
+    They are ``(N, 2, C, H, W)``, of pictures and their edits; the source's of the pictures are ``(N, 2, B, 2H, 2W)``.
+    """
+    pairs = [
+        (h.flatten(0, 1), F.pixel_unshuffle(s.flatten(0, 1).float(), 2))
+        for h, s in zip(halves.split(100), source.split(100))
+    ]
+    channels_in, channels_out = state.channels
+    fitted = FilteredState(channels_in, channels_out, state.filter.weight.shape[-1], twice=width)
+    fitted.load_state_dict(state.state_dict(), strict=False)
+    fitted.doubling = fit_filter(pairs, width, bias=True)
+    return fitted.eval().requires_grad_(False)
+
+
 def save(bridge: LearnedBridge, path: Path, about: dict[str, str]) -> None:
     """Write a bridge's maps for :func:`lib_delta.bridges.learned.load_bridge`: large weights of states in 8 bits."""
     state, difference = (

@@ -11,6 +11,7 @@ from lib_delta.bridges.choose import (
     bridge_status,
     choose_bridge,
     describe_bridge,
+    may_enlarge,
     reachable_spaces,
 )
 from lib_delta.bridges.composed import Composed
@@ -38,5 +39,6 @@ __all__ = [
     "choose_bridge",
     "describe_bridge",
     "form_names",
+    "may_enlarge",
     "reachable_spaces",
 ]

@@ -13,14 +13,12 @@ from lib_delta.bridges.noise_limit import NoiseLimitBridge
 from lib_delta.bridges.packed import Packed
 from lib_delta.bridges.registry import bridge_form
 from lib_delta.bridges.resolution import Noise, ResolutionBridge
-from lib_delta.diffusion.families import Family
+from lib_delta.diffusion.families import Family, Sides
 from lib_delta.diffusion.latent_spaces import LATENT_STRIDE, Space
 from lib_delta.errors import SettingError
 
 # The side model's size.  A number is the side, in pixels, of a square with the area that the side model works at.
 SideSize = Literal["automatic", "picture"] | int
-# In pixels: the size that SD 1.x was trained at, and the largest that it still handles well.
-NATIVE_SIDE, LARGEST_SIDE = 512, 768
 LEAST_SIDE = LATENT_STRIDE * LATENT_STRIDE
 
 
@@ -48,9 +46,10 @@ def choose_bridge(
         sigma_max: the largest noise level of the source's training, if the target's schedule exceeds it
             (:class:`NoiseLimitBridge`).
         form: a name of :data:`lib_delta.bridges.registry.FORMS`; ignored if both share a space.
-        size: the side model's size.  "automatic" shows images above 768 x 768 to the side model at half their size
-            if the form halves and that is at most 768 x 768, and else at the area of 512 x 512, if the form resizes.
-            Otherwise it equals "picture", the image's full size.
+        size: the side model's size.  "automatic" shows images above the source's largest size (SD 1.x: 768 x 768) to
+            it at half their size if the form halves and that is at most the largest size, and else at the area of its
+            native size (512 x 512), if the form resizes.  Images below the source's smallest size (SDXL: 768 x 768)
+            are shown at twice their size.  Otherwise it equals "picture", the image's full size.
         noise: see :class:`ResolutionBridge`.
         tiled: whether the image's edges meet across from each other.
         autoencoders: the folder of tiny autoencoders, for the form "taesd".
@@ -62,7 +61,8 @@ def choose_bridge(
     """
     start, end = _space(source), _space(target)
     chosen = bridge_form(form)
-    resolution = _resolution(size, noise, tiled=tiled, form=chosen if start is not end else None)
+    automatic = _automatic(source, noise, chosen, tiled=tiled) if start is not end and chosen.resizes else None
+    resolution = _resolution(size, noise, automatic, tiled=tiled)
     limit = () if sigma_max is None else (NoiseLimitBridge(sigma_max),)
     if start is end:
         return _composed(*limit, IdentityBridge(), *resolution)
@@ -107,20 +107,33 @@ def _space(model: Family | Space) -> Space:
     return model.space if isinstance(model, Family) else model
 
 
-def _resolution(size: SideSize, noise: Noise, *, tiled: bool, form: BridgeForm | None) -> tuple[Bridge, ...]:
-    """Return the bridge that changes latents to ``size``, or none; ``form`` is None within one space."""
-    if size == "picture" or (size == "automatic" and (form is None or not form.resizes)):
-        return ()
-    halves = False
+def may_enlarge(source: Family, target: Family) -> bool:
+    """Return whether the source may work at twice the target's size, and so at twice its sigma."""
+    return source.space is not target.space and source.sides.smallest > 0
+
+
+def _sides(source: Family | Space) -> Sides:
+    """Return the sizes of a source; those of the first family in a space."""
+    return next(family.sides for family in Family if source in (family, family.space))
+
+
+def _automatic(source: Family | Space, noise: Noise, form: BridgeForm, *, tiled: bool) -> ResolutionBridge:
+    """Return the bridge to the automatic size of a source in another space than the target's."""
+    sides = _sides(source)
+    native, largest, smallest = (side // LATENT_STRIDE for side in (sides.native, sides.largest, sides.smallest))
+    return ResolutionBridge(native, largest, noise, tiled, form.halves, smallest)
+
+
+def _resolution(size: SideSize, noise: Noise, automatic: Bridge | None, *, tiled: bool) -> tuple[Bridge, ...]:
+    """Return the bridge that changes latents to ``size``, or none."""
     if size == "automatic":
-        side, limit, halves = NATIVE_SIDE, LARGEST_SIDE, form is not None and form.halves
-    elif isinstance(size, int) and not isinstance(size, bool) and size >= LEAST_SIDE:
-        side = limit = size
-    else:
-        raise SettingError(
-            f"the size of the side model must be automatic, picture or {LEAST_SIDE} and more, not {size!r}"
-        )
-    return (ResolutionBridge(side // LATENT_STRIDE, limit // LATENT_STRIDE, noise, tiled, halves),)
+        return () if automatic is None else (automatic,)
+    if size == "picture":
+        return ()
+    if isinstance(size, int) and not isinstance(size, bool) and size >= LEAST_SIDE:
+        side = size // LATENT_STRIDE
+        return (ResolutionBridge(side, side, noise, tiled),)
+    raise SettingError(f"the size of the side model must be automatic, picture or {LEAST_SIDE} and more, not {size!r}")
 
 
 def _composed(*bridges: Bridge) -> Bridge:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_delta.bridges.resizing import averaged
+from lib_delta.bridges.resizing import resized
 from lib_delta.files.stored_file import Shapes
 from lib_delta.models import taesd
 from lib_delta.models.unpatched import Conv2d
@@ -72,7 +72,8 @@ def _network_shape(shapes: Shapes) -> tuple[int, int]:
 class StateMap(nn.Module, ABC):
     """Map the target's clean latent ``(N, A, H, W)`` to the source's ``(N, B, H, W)``.
 
-    Some maps also predict the source's latent of the image at half the size, which differs from an average of latents.
+    Some maps also predict the source's latent of the image at half the size, which differs from an average of latents,
+    or at twice the size.
     """
 
     @property
@@ -92,6 +93,10 @@ class StateMap(nn.Module, ABC):
     def at_half_size(self, known: Tensor) -> Tensor | None:
         """Map the reading of a latent to that of the image at half the size; return None if the map cannot."""
 
+    def at_twice_size(self, known: Tensor) -> Tensor | None:
+        """Map the reading of a latent to that of the image at twice the size; return None if the map cannot."""
+        return None
+
     def forward(self, z: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Map a latent, and resize it to ``size`` if given."""
         return self.mapped(self.known(z), size)
@@ -101,29 +106,42 @@ class StateMap(nn.Module, ABC):
         full = tuple(known.shape[-2:])
         if size is not None and full == (2 * size[0], 2 * size[1]) and (halved := self.at_half_size(known)) is not None:
             return halved
+        twice = 2 * full[0], 2 * full[1]
+        if size == twice and (doubled := self.at_twice_size(known)) is not None:
+            return doubled
         mapped = self.at_same_size(known)
-        return mapped if size is None or size == full else averaged(mapped, size)
+        return mapped if size is None or size == full else resized(mapped, size)
 
 
 class FilteredState(StateMap):
     """A state map that adds the output of a small network to that of a filter."""
 
     def __init__(
-        self, channels_in: int, channels_out: int, width: int = 5, *, hidden: int = 0, blocks: int = 0, half: int = 0
+        self,
+        channels_in: int,
+        channels_out: int,
+        width: int = 5,
+        *,
+        hidden: int = 0,
+        blocks: int = 0,
+        half: int = 0,
+        twice: int = 0,
     ) -> None:
         super().__init__()
         self.filter = Filter(channels_in, channels_out, width, bias=True)
         self.network = _network(channels_in, hidden, blocks) if hidden else None
         self.head = Filter(hidden, channels_out, 3, bias=True) if hidden else None
         self.halving = Filter(channels_in, channels_out, half, bias=True, stride=2) if half else None
+        # To the four points of each square, which a pixel shuffle puts in place.
+        self.doubling = Filter(channels_in, 4 * channels_out, twice, bias=True) if twice else None
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> FilteredState:
         """Read the sizes off weight shapes; raises ``KeyError`` or ``ValueError`` for another module's."""
         channels_out, channels_in, width, _ = shapes["filter.weight"]
-        half = shapes.get("halving.weight", (0,))[-1]
+        half, twice = (shapes.get(f"{part}.weight", (0,))[-1] for part in ("halving", "doubling"))
         hidden, blocks = _network_shape(shapes)
-        return cls(channels_in, channels_out, width, hidden=hidden, blocks=blocks, half=half)
+        return cls(channels_in, channels_out, width, hidden=hidden, blocks=blocks, half=half, twice=twice)
 
     @property
     def channels(self) -> tuple[int, int]:
@@ -136,6 +154,9 @@ class FilteredState(StateMap):
 
     def at_half_size(self, known: Tensor) -> Tensor | None:
         return None if self.halving is None else self.halving(known)
+
+    def at_twice_size(self, known: Tensor) -> Tensor | None:
+        return None if self.doubling is None else F.pixel_shuffle(self.doubling(known), 2)
 
 
 class StitchedState(StateMap):

@@ -1,4 +1,4 @@
-"""Evaluate the source at the size of its training instead of the target's."""
+"""Evaluate the source near the size of its training instead of at the target's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,10 +25,12 @@ class ResolutionBridge:
 
     Latents of up to ``limit * limit`` pass unchanged.  Half the size is used if it is near ``side``, or with ``halves``
     if it is no more than ``limit * limit``.  Otherwise the aspect ratio is preserved as well as multiples of 8 allow.
+    Latents of less than ``smallest * smallest`` are enlarged to twice the size, and the delta is averaged.
 
     ``noise`` selects how the noise is reduced.  "averaged" averages it with the rest, and evaluates the source at the
     lower sigma that results (2x2 averages halve it).  "unit" preserves its variance, and evaluates the source at the
-    target's sigma.
+    target's sigma.  Enlarged noise is white too (:func:`doubled_noise`).  "averaged" enlarges it so that its averages
+    are the target's noise, and evaluates the source at twice the target's sigma.
 
     If the image can be ``tiled``, the delta is enlarged as if opposite edges met.
     """
@@ -37,10 +40,15 @@ class ResolutionBridge:
     noise: Noise = "averaged"
     tiled: bool = False
     halves: bool = False
+    smallest: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.side <= self.limit:
             raise SettingError(f"resolution bridge: side must be from 1 to the limit {self.limit}, not {self.side}")
+        if 2 * self.smallest > self.limit:
+            raise SettingError(
+                f"resolution bridge: smallest must be at most half of the limit {self.limit}, not {self.smallest}"
+            )
         if self.noise not in get_args(Noise):
             raise SettingError(
                 f"resolution bridge: noise must be one of {', '.join(get_args(Noise))}, not {self.noise!r}"
@@ -51,6 +59,8 @@ class ResolutionBridge:
         return ""
 
     def source_size(self, height: int, width: int) -> tuple[int, int]:
+        if height * width < self.smallest**2:
+            return 2 * height, 2 * width
         if height * width <= self.limit**2:
             return height, width
         # Learned maps predict latents at half the size.  At other sizes they are less accurate.
@@ -71,6 +81,10 @@ class ResolutionBridge:
         size = self.source_size(*full)
         if size == full:
             return x, sigma, Crossing(denoised, target=denoised)
+        if size[0] > full[0]:
+            clean, noise = resized(denoised, size, tiled=self.tiled), doubled_noise(x - denoised)
+            growth = 2 if self.noise == "averaged" else 1
+            return clean + growth * noise, growth * sigma, Crossing(clean, target=denoised)
         clean = averaged(denoised, size)
         crossing = Crossing(clean, target=denoised)
         if self.noise == "averaged":
@@ -81,6 +95,19 @@ class ResolutionBridge:
     def delta_to_target(self, delta: Tensor, crossing: Crossing) -> Tensor:
         assert crossing.target is not None
         return resized(delta, (crossing.target.shape[-2], crossing.target.shape[-1]), tiled=self.tiled)
+
+
+def doubled_noise(noise: Tensor) -> Tensor:
+    """Return white noise ``(N, C, 2H, 2W)`` made of white noise ``(N, C, H, W)``, of the same variance.
+
+    Its 2x2 averages are half the noise.  The rest of each square is the noise of distant points: an orthonormal (Haar)
+    transform leaves both white.
+    """
+    down, across = (max(1, length // 3) for length in noise.shape[-2:])
+    a, b = noise, noise.roll(down, -2)
+    c, d = noise.roll(across, -1), noise.roll((down, across), (-2, -1))
+    squares = torch.stack((a + b + c + d, a + b - c - d, a - b + c - d, a - b - c + d), 2) / 2
+    return F.pixel_shuffle(squares.flatten(1, 2), 2)
 
 
 def _noise_left(full: tuple[int, int], size: tuple[int, int]) -> float:

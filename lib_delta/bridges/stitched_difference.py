@@ -119,9 +119,9 @@ class StitchedDifference(nn.Module):
 class StitchedBridge(LearnedBridge):
     """A learned bridge with a stitched map of differences.
 
-    At the target's size ``stitched`` maps the delta. A delta of any other size is resized to half the target's, where
-    ``stitched`` maps it; down to half the size, the mean of that and of ``difference`` is used. The target's latent is
-    read once a step, for the state and for the delta.
+    At the target's size ``stitched`` maps the delta, and averages of a larger one. A delta of a smaller size is resized
+    to half the target's, where ``stitched`` maps it; down to half the size, the mean of that and of ``difference`` is
+    used. The target's latent is read once a step, for the state and for the delta.
     """
 
     state: StateMap
@@ -141,7 +141,7 @@ class StitchedBridge(LearnedBridge):
         target's image had it. That leaves half of the error of resizing the source's latent (docs/bridges.md).
         """
         twice = 2 * size[0], 2 * size[1]
-        if size != tuple(known.shape[-2:]):
+        if size[0] * size[1] < known.shape[-2] * known.shape[-1]:
             halved = self.state.at_half_size(resized(known, twice, tiled=self.tiled))
             if halved is not None:
                 return halved
@@ -152,15 +152,17 @@ class StitchedBridge(LearnedBridge):
         target, known = crossing.target, crossing.known
         assert target is not None and known is not None
         full = target.shape[-2], target.shape[-1]
-        same_size = delta.shape[-2:] == full
-        if not same_size and not self.stitched.maps_half:
+        smaller = delta.shape[-2] * delta.shape[-1] < full[0] * full[1]
+        if smaller and not self.stitched.maps_half:
             return super().delta_to_target(delta, crossing)
         with without_autocast(delta.device):
-            if same_size:
-                return self._carried(delta.float(), crossing.denoised, known, target)[0]
-            return self._from_another_size(delta.float(), crossing.denoised, known, target)
+            if smaller:
+                return self._from_smaller(delta.float(), crossing.denoised, known, target)
+            same_size = delta.shape[-2:] == full
+            source = crossing.denoised if same_size else self.state.at_same_size(known)
+            return self._carried(resized(delta.float(), full), source, known, target)[0]
 
-    def _from_another_size(self, delta: Tensor, source: Tensor, known: Tensor, target: Tensor) -> Tensor:
+    def _from_smaller(self, delta: Tensor, source: Tensor, known: Tensor, target: Tensor) -> Tensor:
         full, size = (target.shape[-2], target.shape[-1]), (delta.shape[-2], delta.shape[-1])
         half = (full[0] + 1) // 2, (full[1] + 1) // 2
         if size != half:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lib_delta.bridges.base import BridgeForm, BridgeSettings
 from lib_delta.bridges.latent_maps import set_circular
 from lib_delta.bridges.learned import LearnedBridge, load_bridge, weights_path
-from lib_delta.bridges.resizing import averaged
+from lib_delta.bridges.resizing import resized
 from lib_delta.diffusion.latent_spaces import Space
 from lib_delta.errors import CheckpointError, SettingError
 from lib_delta.files.weight_file import FileState
@@ -30,7 +30,7 @@ MIN_AGREEMENT = 0.83
 class ThroughPixels(nn.Module):
     """Decode the target's clean latent to an image and encode that in the source's space, one image at a time.
 
-    The image is averaged to the requested size; unlike latents, images can be averaged.
+    The image is resized to the requested size; unlike latents, images can be averaged.
     """
 
     def __init__(self, decoder: nn.Module, encoder: nn.Module, channels: tuple[int, int]) -> None:
@@ -44,7 +44,7 @@ class ThroughPixels(nn.Module):
     def _encoded(self, latent: Tensor, size: tuple[int, int]) -> Tensor:
         picture = self.decoder(latent).clamp(0, 1)
         if size != tuple(latent.shape[-2:]):
-            picture = averaged(picture, (taesd.FACTOR * size[0], taesd.FACTOR * size[1]))
+            picture = resized(picture, (taesd.FACTOR * size[0], taesd.FACTOR * size[1]))
         encoded: Tensor = self.encoder(picture)
         return encoded
 

@@ -9,11 +9,26 @@ from lib_delta.diffusion.latent_spaces import LATENT_STRIDE, Space
 
 
 @dataclass(frozen=True)
+class Sides:
+    """The sides, in pixels, of square images: of the training, and the smallest and the largest handled well.
+
+    Below ``smallest`` a model may work at twice the size; 0 if it never does.
+    """
+
+    smallest: int
+    native: int
+    largest: int
+
+
+SD1_SIDES, SD2_SIDES, SDXL_SIDES = Sides(0, 512, 768), Sides(512, 768, 1024), Sides(768, 1024, 1536)
+
+
+@dataclass(frozen=True)
 class FamilyTraits:
     """The traits of a family.
 
     ``context_width`` is the width of the released models' encoded text.  Models see ``packing`` x ``packing`` points
-    of a latent as channels of one point.
+    of a latent as channels of one point.  ``sides`` are the sizes that a side model of the family works at.
     """
 
     label: str
@@ -21,6 +36,7 @@ class FamilyTraits:
     context_width: int
     served: bool = True
     packing: int = 1
+    sides: Sides = SDXL_SIDES
 
 
 class Family(Enum):
@@ -30,8 +46,8 @@ class Family(Enum):
     latents and messages can name them.
     """
 
-    SD1 = FamilyTraits("SD 1.x", Space.SD1, 768)
-    SD2 = FamilyTraits("SD 2.x", Space.SD1, 1024)
+    SD1 = FamilyTraits("SD 1.x", Space.SD1, 768, sides=SD1_SIDES)
+    SD2 = FamilyTraits("SD 2.x", Space.SD1, 1024, sides=SD2_SIDES)
     SDXL = FamilyTraits("SDXL", Space.SDXL, 2048)
     SDXL_REFINER = FamilyTraits("SDXL refiner", Space.SDXL, 1280, served=False)
     UNCLIP = FamilyTraits("SD 2.1 unCLIP", Space.SD1, 1024, served=False)
@@ -55,6 +71,11 @@ class Family(Enum):
     def space(self) -> Space:
         """The latent space of its models."""
         return self.value.space
+
+    @property
+    def sides(self) -> Sides:
+        """The image sizes that a side model of the family works at."""
+        return self.value.sides
 
     @property
     def scale_factor(self) -> float:

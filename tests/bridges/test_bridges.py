@@ -105,7 +105,7 @@ PAIRS = list(itertools.permutations(KNOWN, 2))
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda space: space.key)
 def test_every_pair_of_spaces_has_a_learned_bridge(source: Space, target: Space) -> None:
     clean, residual = randn(2, target.channels, 8, 16), randn(2, target.channels, 8, 16, seed=1)
-    bridge = choose_bridge(source, target, form="learned")
+    bridge = choose_bridge(source, target, form="learned", size="picture")
     x, sigma, crossing = bridge.to_source(clean + S * residual, SIGMA, clean)
     assert x.shape == crossing.denoised.shape == (2, source.channels, 8, 16)
     assert torch.equal(sigma, SIGMA)

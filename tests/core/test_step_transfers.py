@@ -114,6 +114,7 @@ def test_controls_bring_nothing_to_a_step_and_wait_for_nothing(name: str) -> Non
         (choose_bridge(Family.SD1, Family.SDXL, form="learned"), 4, 8),
         (choose_bridge(Family.SD1, Family.SDXL, size=64), 4, 24),
         (choose_bridge(Family.SD1, Family.SD3), 16, 8),
+        (choose_bridge(Family.SDXL, Family.SD1, 5.0), 4, 8),
         (choose_bridge(Family.SD1, Family.FLUX, tiled=True), 16, 8),
     ],
 )

@@ -26,7 +26,7 @@ from demo.edits import NAMES
 from demo.edits import edited as edited_by
 from demo.train import bridges as stage
 from demo.train.bridges_difference import LARGE, Batch, Examples, Lessons, TinyPair, fit_difference, trained
-from demo.train.bridges_fit import Size, detailed, linear_bridge, save
+from demo.train.bridges_fit import Size, detailed, linear_bridge, save, with_twice
 from demo.train.bridges_pictures import EDITS, Sizes, draw, edited
 from demo.train.bridges_stitch import Layers, Seam, copy_layers, seen_through, stitched, tuned, until_seam
 from demo.train.bridges_styles import STYLES, styled
@@ -68,6 +68,18 @@ def test_a_linear_bridge_finds_a_linear_relation() -> None:
     change = 0.3 * randn(2, 4, 12, 12, seed=10)
     true = other_space((new + change)[:, None])[:, 0] - there
     torch.testing.assert_close(bridge.delta_to_target(change, crossing), true, atol=2e-3, rtol=1e-2)
+
+
+def test_a_state_map_learns_what_latents_are_at_twice_the_size() -> None:
+    small = pictures()
+
+    def large(latents: torch.Tensor) -> torch.Tensor:
+        return F.pixel_shuffle(other_space(latents).flatten(0, 1), 2).unflatten(0, latents.shape[:2])
+
+    state = with_twice(FilteredState(4, 4), small, large(small))
+    new = randn(1, 2, 4, 12, 12, seed=9)
+    torch.testing.assert_close(state(new[0], (24, 24)), large(new)[0], atol=1e-3, rtol=1e-3)
+    assert not state(new[0]).any()  # the map of the same size is that of before
 
 
 def test_networks_improve_on_filters_where_the_relation_bends(tmp_path: Path) -> None:

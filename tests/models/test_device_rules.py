@@ -146,7 +146,16 @@ def test_averages_are_those_of_interpolate(full: tuple[int, int], size: tuple[in
 @pytest.mark.parametrize("size", [(1024, 1024), (1152, 1152), (1248, 1824), (1664, 2432), (1280, 720)])
 @pytest.mark.parametrize("target", [Family.SDXL, Family.SD3])
 def test_pictures_of_every_size_cross_on_a_device_like_apples(target: Family, size: tuple[int, int]) -> None:
-    bridge = choose_bridge(Family.SD1, target)
+    _cross_as_on_apple(Family.SD1, target, size)
+
+
+@pytest.mark.parametrize("size", [(256, 256), (200, 328)])
+def test_pictures_smaller_than_their_source_cross_on_a_device_like_apples(size: tuple[int, int]) -> None:
+    _cross_as_on_apple(Family.SDXL, Family.SD1, size)
+
+
+def _cross_as_on_apple(source: Family, target: Family, size: tuple[int, int]) -> None:
+    bridge = choose_bridge(source, target)
     clean = randn(1, target.space.channels, size[1] // 8, size[0] // 8)
     x, sigma = clean + 2 * randn(*clean.shape, seed=1), torch.tensor([2.0])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lib_delta.bridges import Bridge, choose_bridge, describe_bridge
+from lib_delta.bridges import Bridge, choose_bridge, describe_bridge, may_enlarge
 from lib_delta.core.delta_reuse import DeltaReuse, reuse_plan
 from lib_delta.core.deltas import Deltas
 from lib_delta.core.guidance import not_finite_error
@@ -121,11 +121,12 @@ class Run:
         """Return the bridge between the source and a target, which a refiner or the hires pass may change in mid-run.
 
         The source's noise level is limited to its schedule only if the target's schedule is of another kind, as after
-        the rescale to zero terminal SNR and in flow matching.  Samplers with churn go a little above any schedule,
-        which models tolerate.
+        the rescale to zero terminal SNR and in flow matching, or if the source may work at twice the size and so at
+        twice the noise level.  Samplers with churn go a little above any schedule, which models tolerate.
         """
         sigma_max = self.model.parameterization.schedule.sigma_max
-        limit = sigma_max if target.sigma_max > 2 * sigma_max else None
+        beyond = target.sigma_max > 2 * sigma_max or may_enlarge(self.model.report.family, target.family)
+        limit = sigma_max if beyond else None
         key = target.family, limit, target.tiled
         if key not in self._bridges:
             request = self.passes.first  # the hires pass differs only in lambda and LoRAs
