@@ -157,13 +157,16 @@ class CheckpointInfo:
     @property
     def why_not_base(self) -> str:
         """The reason why it cannot be the base of the side model, in a sentence; empty if it can."""
-        if self.family is not Family.SD1:
-            label = self.family.label
-            return f"{self.name} is a model of {label}, and the base of Delta Sampling has to be an SD 1.x checkpoint"
+        label = self.family.label
+        if not self.family.served:
+            return (
+                f"{self.name} is a model of {label}, and the base of Delta Sampling has to be an SD 1.x, SD 2.x or SDXL"
+                " checkpoint"
+            )
         if self.variant != "standard":
-            return f"{self.name} is an {self.variant} model: an ordinary SD 1.x checkpoint is needed as base"
+            return f"{self.name} is an {self.variant} model: an ordinary {label} checkpoint is needed as base"
         if "text encoder" in self.missing:
-            return f"{self.name} has no text encoder: a whole SD 1.x checkpoint is needed as base"
+            return f"{self.name} has no text encoder: a whole {label} checkpoint is needed as base"
         return ""
 
 

@@ -57,12 +57,12 @@ class AdapterPick:
 
 
 class SideModel:
-    """An SD 1.x base with its text encoder, adapters and controls."""
+    """A base with its text encoders, adapters and controls."""
 
     # Leave inference mode, in which Forge loads models: its tensors can only be written to in that mode.
     @torch.inference_mode(False)
     def __init__(self, path: Path, dtype: torch.dtype, storage: torch.dtype | None = None) -> None:
-        """Load a checkpoint's UNet and text encoder to the CPU, in ``dtype``.
+        """Load a checkpoint's UNet and text encoders to the CPU, in ``dtype``.
 
         ``storage`` is a smaller type, such as fp8, that stores the UNet's matrices, which are cast when they compute.
         Raises :class:`CheckpointError` unless the file is a whole, ordinary SD 1.x checkpoint.
@@ -74,7 +74,7 @@ class SideModel:
             self.unet, self.report = load_unet(file, dtype)
             if storage is not None:
                 _store_as(self.unet, storage)
-            self.tower: TextEncoder = load_towers(file, self.report.family, dtype)[0]
+            self.towers: tuple[TextEncoder, ...] = load_towers(file, self.report.family, dtype)
         self.parameterization = Parameterization(
             self.report.prediction, Schedule.stable_diffusion(self.report.zero_terminal_snr)
         )
@@ -133,7 +133,7 @@ class SideModel:
 
     def _read(self, path: Path) -> AdapterFile:
         with without_autocast(torch.device("cpu")):
-            return load_adapter(path, self.unet, [self.tower], self.report.prediction)
+            return load_adapter(path, self.unet, self.towers, self.report.prediction)
 
     # Leave inference mode, in which hosts sample: its tensors could not be written to later.
     @torch.inference_mode(False)
@@ -221,18 +221,19 @@ class SideModel:
 
     @property
     def memory(self) -> int:
-        """The bytes of all weights: UNet, merged adapters, controls and text encoder."""
-        tensors = (t for module in (self.network, self.tower) for t in (*module.parameters(), *module.buffers()))
+        """The bytes of all weights: UNet, merged adapters, controls and text encoders."""
+        tensors = (t for module in (self.network, *self.towers) for t in (*module.parameters(), *module.buffers()))
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @contextmanager
-    def text_on(self, device: torch.device) -> Iterator[TextEncoder]:
-        """Move the base's text encoder to a device for the duration of the context."""
-        home = next(self.tower.parameters()).device
+    def text_on(self, device: torch.device) -> Iterator[tuple[TextEncoder, ...]]:
+        """Move the base's text encoders to a device for the duration of the context."""
+        homes = [next(tower.parameters()).device for tower in self.towers]
         try:
-            yield self.tower.to(device)
+            yield tuple(tower.to(device) for tower in self.towers)
         finally:
-            self.tower.to(home)
+            for tower, home in zip(self.towers, homes):
+                tower.to(home)
 
     def text_state(self, active: Sequence[bool] = ()) -> tuple[object, ...]:
         """Return a key for the text encoder with the active adapters; empty if they do not change it."""
@@ -244,14 +245,17 @@ class SideModel:
             if on and pick.text_weight and any(file.text)
         )
 
-    def adapted_tower(self, active: Sequence[bool] = ()) -> TextEncoder:
-        """Return the text encoder with the active adapters, on its present device; ``active`` as in :meth:`activate`.
+    def adapted_towers(self, active: Sequence[bool] = ()) -> tuple[TextEncoder, ...]:
+        """Return the text encoders with the active adapters, on their device; ``active`` as in :meth:`activate`.
 
-        Returns the base's text encoder if they do not change it.
+        An encoder that they do not change is the base's.
         """
         chosen = [(file, pick.text_weight) for file, pick in self._active(active)]
-        changed = adapted_text_parameters(self.tower, chosen)
-        return AdaptedTextEncoder(self.tower, changed) if changed else self.tower
+        changed = [adapted_text_parameters(tower, chosen, index) for index, tower in enumerate(self.towers)]
+        return tuple(
+            AdaptedTextEncoder(tower, parameters) if parameters else tower
+            for tower, parameters in zip(self.towers, changed)
+        )
 
 
 def can_be_base(path: Path) -> bool:
