@@ -12,7 +12,7 @@ from modules.textual_inversion.textual_inversion import EmbeddingDatabase
 from torch import Tensor
 
 from lib_delta.diffusion.families import Family
-from lib_delta.hosts.prompts.bundled_embeddings import BundledEmbeddings
+from lib_delta.hosts.prompts.bundled_embeddings import BundledEmbeddings, Vectors
 from lib_delta.hosts.prompts.pass_prompts import Texts
 from lib_delta.hosts.prompts.schedules import Padding, insert_embeddings, pad_uncond, pad_with_empty, text_of
 from lib_delta.hosts.prompts.text_engine import PENULTIMATE, TextEngine, TextSlot, is_clip_l
@@ -92,7 +92,7 @@ class A1111TextEngine(TextEngine):
         tokens: Sequence[Sequence[int]] = self._encoders[0].tokenize(texts)
         return tokens
 
-    def use_embeddings(self, embeddings: Mapping[str, Tensor]) -> None:
+    def replace_embeddings(self, embeddings: Mapping[str, Vectors]) -> None:
         self._bundled.replace(embeddings)
 
     def padding(self) -> Padding | None:

@@ -17,7 +17,7 @@ from modules import shared
 from torch import Tensor, nn
 
 from lib_delta.diffusion.families import Family
-from lib_delta.hosts.prompts.bundled_embeddings import BundledEmbeddings
+from lib_delta.hosts.prompts.bundled_embeddings import BundledEmbeddings, Vectors
 from lib_delta.hosts.prompts.pass_prompts import Texts
 from lib_delta.hosts.prompts.schedules import insert_embeddings
 from lib_delta.hosts.prompts.text_engine import PENULTIMATE, TextEngine, TextSlot, is_clip_l
@@ -73,7 +73,7 @@ class ForgeTextEngine(TextEngine):
             EncoderEngine(slot, tower, model.report.family, shape) for slot, tower in zip(self.slots, model.towers)
         ]
 
-    def use_embeddings(self, embeddings: Mapping[str, Tensor]) -> None:
+    def replace_embeddings(self, embeddings: Mapping[str, Vectors]) -> None:
         for encoder in self._encoders:
             encoder.bundled.replace(embeddings)
 

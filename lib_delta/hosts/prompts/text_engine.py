@@ -15,11 +15,14 @@ from lib_delta.hosts.prompts.pass_prompts import PassPrompts, Texts
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lib_delta.hosts.prompts.bundled_embeddings import Vectors
     from lib_delta.hosts.prompts.schedules import Padding
     from lib_delta.models.text import TextEncoder
 
 # SD 2.x and XL were trained on the layer before the last of their text encoders.
 PENULTIMATE = 2
+# WebUIs' names of SDXL's text encoders in embeddings.
+SDXL_ENCODERS = ("clip_l", "clip_g")
 
 
 def is_clip_l(tower: TextEncoder) -> bool:
@@ -84,9 +87,16 @@ class TextEngine(ABC):
                 stack.enter_context(slot.filled(tower))
             yield
 
+    def use_embeddings(self, embeddings: Mapping[str, Sequence[Tensor]]) -> None:
+        """Replace the embeddings that prompts can name in addition to the user's.
+
+        Each has vectors ``(vectors, width)`` for every text encoder.
+        """
+        self.replace_embeddings({name: _by_encoder(vectors) for name, vectors in embeddings.items()})
+
     @abstractmethod
-    def use_embeddings(self, embeddings: Mapping[str, Tensor]) -> None:
-        """Replace the embeddings, ``(vectors, width)`` each, that prompts can name in addition to the user's."""
+    def replace_embeddings(self, embeddings: Mapping[str, Vectors]) -> None:
+        """Replace the bundled embeddings, in the form that WebUIs use."""
 
     @abstractmethod
     def padding(self) -> Padding | None:
@@ -101,6 +111,10 @@ class TextEngine(ABC):
         encoded = self.encode_texts(texts)
         pooled = next((pooled for _, pooled in encoded if pooled is not None), None)
         return encoded[0][0] if pooled is None else _with_label(texts, [hidden for hidden, _ in encoded], pooled)
+
+
+def _by_encoder(vectors: Sequence[Tensor]) -> Vectors:
+    return vectors[0] if len(vectors) == 1 else dict(zip(SDXL_ENCODERS, vectors))
 
 
 def _sized(prompts: Texts, pass_prompts: PassPrompts, is_negative_prompt: bool = False) -> Any:
