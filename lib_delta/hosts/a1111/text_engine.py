@@ -43,10 +43,10 @@ class A1111TextEngine(TextEngine, sd_hijack_clip.FrozenCLIPEmbedderWithCustomWor
         hijack = SimpleNamespace(fixes=None, extra_generation_params={}, comments=[], embedding_db=None)
         wrapped = SimpleNamespace(tokenizer=load_tokenizer())
         sd_hijack_clip.FrozenCLIPEmbedderWithCustomWords.__init__(self, wrapped, hijack)
-        self._base = weakref.ref(model.tower)
-        hijack.embedding_db = Embeddings(self, model.tower.config.width)
+        self._base = weakref.ref(model.towers[0])
+        hijack.embedding_db = Embeddings(self, model.towers[0].config.width)
         self._bundled = BundledEmbeddings(hijack.embedding_db, self.tokenize)
-        insert_embeddings(model.tower, hijack)
+        insert_embeddings(model.towers[0], hijack)
 
     def use_embeddings(self, embeddings: Mapping[str, Tensor]) -> None:
         self._bundled.replace(embeddings)

@@ -34,10 +34,8 @@ class Catalog:
 
     def bases(self) -> list[str]:
         """Return the names of the checkpoints that can be a base, judged by their headers."""
-        from lib_delta.runtime.side_model import can_be_base
-
         names = self._checkpoint_names()
-        return sorted((name for file, name in names.items() if can_be_base(Path(file))), key=str.lower)
+        return sorted((name for file, name in names.items() if not why_not_side_model(Path(file))), key=str.lower)
 
     def _checkpoint_names(self) -> dict[str, str]:
         """Return the checkpoints' names by file; a name includes the folder if two files share it."""
@@ -171,3 +169,19 @@ def _names_of(info: Any) -> set[str]:
     """Return all of a checkpoint's names that identify it apart from its folder."""
     ids = (getattr(info, name, None) for name in ("title", "short_title", "name", "shorthash", "filename", "sha256"))
     return {_checkpoint_name(info), *filter(None, (*ids, *getattr(info, "ids", ())))}
+
+
+def why_not_side_model(path: Path) -> str:
+    """Return why a checkpoint cannot be the side model in a WebUI, in a sentence; empty if it can.
+
+    The WebUIs' prompt code is set up for the text encoder of SD 1.x.
+    """
+    from lib_delta.diffusion.families import Family
+    from lib_delta.files.checkpoint import describe, why_not_base
+
+    if fault := why_not_base(path):
+        return fault
+    family = describe(path).family
+    if family is Family.SD1:
+        return ""
+    return f"{path.name} is a model of {family.label}, and in a WebUI the base has to be an SD 1.x checkpoint"

@@ -40,13 +40,13 @@ class ForgeTextEngine(TextEngine, ClassicTextProcessingEngine):  # type: ignore[
             "tokenizer": load_tokenizer(Path(backend.__path__[0], TOKENIZER)),
             "embedding_dir": dynamic_args["embedding_dir"],
             "embedding_key": "clip_l",
-            "embedding_expected_shape": model.tower.config.width,
+            "embedding_expected_shape": model.towers[0].config.width,
         }
         if "emphasis_name" in inspect.signature(ClassicTextProcessingEngine.__init__).parameters:
             arguments["emphasis_name"] = shared.opts.emphasis  # Forge Neo reads it at every call
         ClassicTextProcessingEngine.__init__(self, **arguments)
         self._bundled = BundledEmbeddings(self.embeddings, self.tokenize)
-        insert_embeddings(model.tower, self.embeddings)
+        insert_embeddings(model.towers[0], self.embeddings)
 
     def use_embeddings(self, embeddings: Mapping[str, Tensor]) -> None:
         self._bundled.replace(embeddings)

@@ -13,7 +13,8 @@ from lib_delta.bridges import choose_bridge
 from lib_delta.core.heatmap import HeatMap
 from lib_delta.core.source import Source
 from lib_delta.diffusion.latent_spaces import LATENT_STRIDE
-from lib_delta.errors import DeltaError, SettingError
+from lib_delta.errors import CheckpointError, DeltaError, SettingError
+from lib_delta.hosts.files.catalog import why_not_side_model
 from lib_delta.hosts.generation.batch_request import has_adaptation
 from lib_delta.hosts.generation.run import Run
 from lib_delta.hosts.prompts.encoder import CachedEncoder
@@ -82,6 +83,8 @@ def _load(host: Host, p: Any, passes: Passes, request: Request) -> SideModel:
     adapted = host.catalog.file_named(request.adapted, comment) if request.adapted else base
     if adapted != base:
         picks.append(AdapterPick(adapted))
+    if fault := why_not_side_model(base):
+        raise CheckpointError(fault)
     model = host.load_side_model(base)
     form = one_of("form", ADAPTER_FORMS)
     model.adapt(picks, "bypass" if form == ADAPTER_FORMS[-1] else form)  # type: ignore[arg-type]

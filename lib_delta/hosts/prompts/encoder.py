@@ -45,9 +45,9 @@ class CachedEncoder(ExitStack):
         )
         encoded = model.prompt_cache.get(key)
         if encoded is None:
-            self._engine.use_embeddings(model.embeddings)
+            self._engine.use_embeddings({name: vectors[0] for name, vectors in model.embeddings.items()})
             base = self.enter_context(model.text_on(self._device))
-            tower = base if active is None else model.adapted_tower(active)
+            (tower,) = base if active is None else model.adapted_towers(active)
             encoded = self._engine.encode(tower, prompts, pass_prompts)
             model.prompt_cache.put(key, encoded)
         return encoded
