@@ -18,6 +18,7 @@ from lib_delta.adapters.attach import AdaptedTextEncoder, AdapterForm, Weight, a
 from lib_delta.adapters.block_weights import BlockWeights
 from lib_delta.controls.active_controls import ActiveControls, ControlPick
 from lib_delta.devices import indexed, out_of_memory, trim_heap, without_autocast
+from lib_delta.diffusion.families import Family
 from lib_delta.diffusion.parameterization import Parameterization, Schedule
 from lib_delta.errors import CheckpointError, DeltaError
 from lib_delta.files.checkpoint import why_not_base
@@ -57,7 +58,11 @@ class AdapterPick:
 
 
 class SideModel:
-    """A base with its text encoders, adapters and controls."""
+    """A base of any supported family with its text encoders, adapters and controls.
+
+    ``towers`` are its text encoders in the order of their joined outputs: CLIP-L (SD 1.x), OpenCLIP-H (SD 2.x), or
+    CLIP-L and OpenCLIP-G (SDXL).
+    """
 
     # Leave inference mode, in which Forge loads models: its tensors can only be written to in that mode.
     @torch.inference_mode(False)
@@ -65,7 +70,7 @@ class SideModel:
         """Load a checkpoint's UNet and text encoders to the CPU, in ``dtype``.
 
         ``storage`` is a smaller type, such as fp8, that stores the UNet's matrices, which are cast when they compute.
-        Raises :class:`CheckpointError` unless the file is a whole, ordinary SD 1.x checkpoint.
+        Raises :class:`CheckpointError` unless the file is a whole, ordinary checkpoint of a supported family.
         """
         self.name = path.name
         if fault := why_not_base(path):  # before building anything
@@ -74,7 +79,7 @@ class SideModel:
             self.unet, self.report = load_unet(file, dtype)
             if storage is not None:
                 _store_as(self.unet, storage)
-            self.towers: tuple[TextEncoder, ...] = load_towers(file, self.report.family, dtype)
+            self.towers = load_towers(file, self.report.family, dtype)
         self.parameterization = Parameterization(
             self.report.prediction, Schedule.stable_diffusion(self.report.zero_terminal_snr)
         )
@@ -200,8 +205,8 @@ class SideModel:
         return sum(weight.nbytes for weight in weights if weight.device != device)
 
     @property
-    def embeddings(self) -> dict[str, torch.Tensor]:
-        """Textual inversions of the adapters' files, ``(vectors, width)`` by name."""
+    def embeddings(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Textual inversions of the adapters' files, ``(vectors, width)`` for each text encoder, by name."""
         return {name: vectors for file in self.adapters for name, vectors in file.embeddings.items()}
 
     @property
@@ -210,14 +215,19 @@ class SideModel:
         return tuple(state for state, file in zip(self._states, self.adapters) if file.embeddings)
 
     @property
+    def family(self) -> Family:
+        """The base's family."""
+        return self.report.family
+
+    @property
     def device(self) -> torch.device:
         """The UNet's device."""
-        return next(self.unet.parameters()).device
+        return self.unet.entry.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type that the UNet computes in."""
-        return next(self.unet.parameters()).dtype
+        return self.unet.entry.dtype
 
     @property
     def memory(self) -> int:
@@ -236,7 +246,7 @@ class SideModel:
                 tower.to(home)
 
     def text_state(self, active: Sequence[bool] = ()) -> tuple[object, ...]:
-        """Return a key for the text encoder with the active adapters; empty if they do not change it."""
+        """Return a key for the text encoders with the active adapters; empty if they do not change them."""
         flags = itertools.chain(active, itertools.repeat(True))
         adapters = zip(self.adapters, self._picks, self._states, flags)
         return tuple(
@@ -246,9 +256,9 @@ class SideModel:
         )
 
     def adapted_towers(self, active: Sequence[bool] = ()) -> tuple[TextEncoder, ...]:
-        """Return the text encoders with the active adapters, on their device; ``active`` as in :meth:`activate`.
+        """Return the text encoders with the active adapters, on their present devices.
 
-        An encoder that they do not change is the base's.
+        ``active`` is as in :meth:`activate`.  An encoder that they do not change is the base's.
         """
         chosen = [(file, pick.text_weight) for file, pick in self._active(active)]
         changed = [adapted_text_parameters(tower, chosen, index) for index, tower in enumerate(self.towers)]

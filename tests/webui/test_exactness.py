@@ -326,7 +326,7 @@ SDXL: dict[str, dict[str, Any]] = {
     **{name: FEATURES[name] for name in ("cfg 1", "batch size", "clip skip", "tiling", "padded prompts")},
     "crop": {"override_settings": {"sdxl_crop_top": 64, "sdxl_crop_left": 32}},
     "another sampler": {"sampler_name": "DDIM"},
-    "hires": {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": "Latent"},
+    "hires": HIRES,
 }
 
 

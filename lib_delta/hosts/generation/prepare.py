@@ -59,12 +59,12 @@ def _check_complete(request: Request, passes: Passes) -> None:
     adaptation = has_adaptation(passes)
     if not (request.base or adaptation):
         raise SettingError(
-            "Delta Sampling is switched on, and nothing is chosen: choose a base checkpoint, which is the SD 1.x "
+            "Delta Sampling is switched on, and nothing is chosen: choose a base checkpoint, which is the "
             "model that your LoRA was made for, and the LoRA, or switch it off"
         )
     if not request.base:
         raise SettingError(
-            "Delta Sampling needs the SD 1.x checkpoint that the LoRA was made for: choose a base checkpoint, "
+            "Delta Sampling needs the checkpoint that the LoRA was made for: choose a base checkpoint, "
             "or one for always in Settings > Delta Sampling > Default base checkpoint"
         )
     if not adaptation:

@@ -47,7 +47,7 @@ class CachedEncoder(ExitStack):
         )
         encoded = model.prompt_cache.get(key)
         if encoded is None:
-            self._engine.use_embeddings({name: (vectors,) for name, vectors in model.embeddings.items()})
+            self._engine.use_embeddings(model.embeddings)
             base = self.enter_context(model.text_on(self._device))
             towers = base if active is None else model.adapted_towers(active)
             encoded = self._engine.encode(towers, prompts, pass_prompts)
