@@ -127,7 +127,8 @@ def _text_size(host: Host, p: Any, model: SideModel, request: Request, hires: bo
     if model.report.family is not Family.SDXL:
         return None
     height, width = (p.hr_upscale_to_y, p.hr_upscale_to_x) if hires else (p.height, p.width)
-    return _side_size(host, model, request, height, width)
+    # WebUIs reckon one side of a resized image as a fraction.
+    return _side_size(host, model, request, int(height), int(width))
 
 
 def _make_sources(host: Host, p: Any, passes: Passes, model: SideModel) -> dict[tuple[bool, Active], Source]:
