@@ -28,7 +28,7 @@ from lib_delta.errors import AdapterError, CheckpointError
 from lib_delta.files.checkpoint import TEXT_PREFIXES, detect_family, stated_prediction, unet_prefix
 from lib_delta.files.stored_file import reshaped
 from lib_delta.files.weight_file import WeightFile
-from lib_delta.models.text import load_towers
+from lib_delta.models.text import TextEncoder, load_towers
 from lib_delta.models.unet import UNet
 
 
@@ -37,7 +37,7 @@ class AdapterFile:
     """The layers that a file adapts, by module path, of the UNet and of each text encoder.
 
     ``unmatched`` are the file's keys that name no layer of the base, out of ``total``.
-    ``embeddings`` are textual inversions bundled with the file, ``(vectors, width)`` by name.
+    ``embeddings`` are textual inversions bundled with the file: ``(vectors, width)`` for each text encoder, by name.
     ``stated`` is the family that the file's header names; empty if it names none.
     """
 
@@ -46,7 +46,7 @@ class AdapterFile:
     text: tuple[Mapping[str, LayerAdapter], ...] = ()
     unmatched: tuple[str, ...] = ()
     total: int = 0
-    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    embeddings: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     stated: str = ""
 
     def algorithms(self) -> dict[str, int]:
@@ -59,7 +59,8 @@ class AdapterFile:
 
     def memory(self) -> int:
         """Return the bytes of its tensors."""
-        return sum(adapter.memory() for adapter in self._layers()) + sum(t.nbytes for t in self.embeddings.values())
+        embedded = sum(vectors.nbytes for parts in self.embeddings.values() for vectors in parts)
+        return sum(adapter.memory() for adapter in self._layers()) + embedded
 
     def _layers(self) -> Iterator[LayerAdapter]:
         for layers in (self.unet, *self.text):
@@ -206,15 +207,14 @@ def read_adapter(
             raise AdapterError(f"{name} is malformed or for another model at {layer}: {error}") from error
     if not adapters:
         raise compatibility.no_match_error(name, list(tensors), unet, stated=stated, towers=len(towers))
-    for key, vectors in embeddings.items():
-        _refuse_embedding(name, key, vectors, unet)
+    widths = _text_widths(unet, towers)
     return AdapterFile(
         name=name,
         unet=_of_tower(adapters, None),
         text=tuple(_of_tower(adapters, number) for number in range(len(towers))),
         unmatched=tuple(unmatched),
         total=len(tensors),
-        embeddings=embeddings,
+        embeddings={key: _embedding(name, key, parts, widths) for key, parts in embeddings.items()},
         stated=stated,
     )
 
@@ -233,15 +233,15 @@ class LayerTensors:
 
 def _group_by_layer(
     name: str, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, LayerTensors], dict[str, Tensor], list[str]]:
+) -> tuple[dict[str, LayerTensors], dict[str, dict[str, Tensor]], list[str]]:
     """Return a file's tensors by layer, its bundled embeddings, and the keys that name neither."""
     groups: dict[str, LayerTensors] = defaultdict(LayerTensors)
-    embeddings: dict[str, Tensor] = {}
+    embeddings: dict[str, dict[str, Tensor]] = defaultdict(dict)
     unread: list[str] = []
     for key, tensor in tensors.items():
         if bundled := key_names.EMBEDDING.fullmatch(key):
             # A single vector may be stored without the dimension of vectors.
-            embeddings[bundled["name"]] = tensor[None] if tensor.ndim == 1 else tensor
+            embeddings[bundled["name"]][bundled["part"]] = tensor[None] if tensor.ndim == 1 else tensor
             continue
         read = key_names.parse_key(key)
         if read is None:
@@ -252,7 +252,7 @@ def _group_by_layer(
             raise AdapterError(f"{name} holds {read.tensor} of {read.layer} twice ({key}), and one is needed")
         group.tensors[read.tensor] = read.convert(tensor)
         group.stored.append(key)
-    return dict(groups), embeddings, unread
+    return dict(groups), dict(embeddings), unread
 
 
 # Tensors next to a layer's factors, in files of kinds that are not supported.
@@ -295,8 +295,26 @@ def _with_whole_weights(
     return left
 
 
-def _refuse_embedding(name: str, key: str, vectors: Tensor, unet: UNet) -> None:
-    width = unet.config.context_width
+def _text_widths(unet: UNet, towers: Sequence[nn.Module]) -> list[int]:
+    """Return the width of each text encoder; that of the UNet's text unless there are two."""
+    widths = [tower.config.width for tower in towers if isinstance(tower, TextEncoder)]
+    return widths if len(widths) > 1 else [unet.config.context_width]
+
+
+def _embedding(name: str, key: str, parts: Mapping[str, Tensor], widths: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return an embedding's vectors for each text encoder: CLIP-L's before OpenCLIP-G's."""
+    vectors = [parts[part] for part in sorted(parts, key=lambda part: part == "clip_g")]
+    if len(vectors) != len(widths) or len({len(v) for v in vectors}) != 1:
+        raise AdapterError(
+            f"{name} contains an embedding {key!r} with {', '.join(parts)}, and as many vectors for each of the base's"
+            f" text encoders ({len(widths)}) are needed"
+        )
+    for part, width in zip(vectors, widths):
+        _refuse_embedding(name, key, part, width)
+    return tuple(vectors)
+
+
+def _refuse_embedding(name: str, key: str, vectors: Tensor, width: int) -> None:
     fits = vectors.ndim == 2 and vectors.shape[1] == width and vectors.is_floating_point()
     if not fits or not torch.isfinite(vectors.float()).all():
         raise AdapterError(

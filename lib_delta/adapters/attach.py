@@ -22,8 +22,8 @@ from lib_delta.adapters.algorithms.full import FineTunedLayer
 from lib_delta.devices import fetches, without_autocast
 from lib_delta.errors import SettingError
 from lib_delta.models.forked_layers import Adaptation, ForkedLayer
+from lib_delta.models.network import Network
 from lib_delta.models.text import TextEncoder
-from lib_delta.models.unet import UNet
 
 AdapterForm = Literal["automatic", "merged", "bypass"]
 # Factors with more multiplications than this share of their layer's are slower than a second weight (measured in fp32
@@ -101,7 +101,7 @@ class Bypass(nn.Module, Adaptation):
         return tuple((adapter.map(fn), weight) for adapter, weight in self.adapters)
 
 
-def attach(unet: UNet, adapters: Sequence[tuple[AdapterFile, Weight]], form: AdapterForm = "merged") -> None:
+def attach(unet: Network, adapters: Sequence[tuple[AdapterFile, Weight]], form: AdapterForm = "merged") -> None:
     """Give the UNet's layers a second branch: the sum of the adapters, each times its weight.
 
     This replaces earlier adaptations and reuses their memory; unchanged adaptations stay.  Layers without an adapter of
@@ -124,7 +124,7 @@ def attach(unet: UNet, adapters: Sequence[tuple[AdapterFile, Weight]], form: Ada
         raise
 
 
-def detach(unet: UNet) -> None:
+def detach(unet: Network) -> None:
     """Make every layer of the UNet shared again."""
     for layer in key_names.named_layers(unet).values():
         layer.adaptation = None  # type: ignore[assignment]

@@ -111,7 +111,9 @@ def family_label(context_width: int) -> str:
 def other_family_error(name: str, family: str, unet: UNet) -> AdapterError:
     """Return the error for a file of another family than the base; ``family`` names it."""
     needed = f"{unet_family(unet).label} (text {unet.config.context_width} wide)"
-    return AdapterError(f"{name} is made for {family}, and one for the base model, {needed}, is needed")
+    sentence = f"{name} is made for {family}, and one for the base model, {needed}, is needed"
+    fitting = next((known.label for known in Family if known.served and family.startswith(known.label)), "")
+    return AdapterError(sentence + (f": choose an {fitting} base, or another file" if fitting else ""))
 
 
 def no_match_error(name: str, stored: Sequence[str], unet: UNet, *, stated: str, towers: int) -> AdapterError:

@@ -38,7 +38,8 @@ class Reference:
         """Load a checkpoint; raises :class:`CheckpointError` for other files."""
         with WeightFile.open(path) as file:
             unet, report = load_unet(file, torch.float16)
-            towers = () if "text encoder" in report.missing else load_towers(file, report.family, torch.float16)
+            lacking = any(part.endswith("text encoder") for part in report.missing)
+            towers = () if lacking else load_towers(file, report.family, torch.float16)
         return cls(unet, towers)
 
 
@@ -63,5 +64,5 @@ def coverage(path: Path, reference: Reference) -> dict[str, object]:
         more = len(adapter.unmatched) - SHOWN
         report["no layer for"] = [*adapter.unmatched[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
     if adapter.embeddings:
-        report["embeddings"] = [f"{name} ({len(vectors)} vectors)" for name, vectors in adapter.embeddings.items()]
+        report["embeddings"] = [f"{name} ({len(vectors[0])} vectors)" for name, vectors in adapter.embeddings.items()]
     return report

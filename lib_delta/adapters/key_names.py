@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lib_delta.adapters.algorithms import registry
 from lib_delta.adapters.algorithms.base import HasTensorNames, TensorName, unchanged
 from lib_delta.models.forked_layers import ForkedLayer
+from lib_delta.models.network import Network
 from lib_delta.models.unet import Downsample, ResBlock, SpatialTransformer, UNet, Upsample
 
 # Within a block the two naming schemes differ only in these.
@@ -50,7 +51,7 @@ class LayerPath(NamedTuple):
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules with weights, by path: the UNet's forked layers, or a text encoder's leaves."""
-    if isinstance(model, UNet):
+    if isinstance(model, Network):
         return {path: m for path, m in model.named_modules() if isinstance(m, ForkedLayer)}
     return {path: m for path, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
 
@@ -116,7 +117,7 @@ def layer_names(unet: UNet, towers: Sequence[nn.Module]) -> dict[str, LayerPath]
 
     UNet layers have two names, after the original and after diffusers' modules
     (``lora_unet_input_blocks_1_1_proj_in``, ``lora_unet_down_blocks_0_attentions_0_proj_in``).
-    A single text encoder is ``lora_te``; SDXL's two are ``lora_te1`` and ``lora_te2``.
+    A single text encoder is ``lora_te`` or ``lora_te1``; SDXL's two are ``lora_te1`` and ``lora_te2``.
     """
     names = {}
     for path, other in diffusers_paths(unet).items():
@@ -174,10 +175,10 @@ _PREFIXES = (
     (r"lycoris_(?=text_model_)", "lora_te_"),
     (r"lycoris_", "lora_unet_"),
     # ComfyUI's names for a checkpoint's text encoders.
-    (r"text_encoders\.clip_l\.transformer\.", "lora_te_"),
+    (r"text_encoders\.clip_l\.transformer\.", "lora_te1_"),
     (r"text_encoders\.clip_g\.transformer\.", "lora_te2_"),
     (r"(?:base_model\.model\.)?text_encoder_(\d)\.", r"lora_te\1_"),
-    (r"(?:base_model\.model\.)?text_encoder\.(?:base_model\.model\.)?", "lora_te_"),
+    (r"(?:base_model\.model\.)?text_encoder\.(?:base_model\.model\.)?", "lora_te1_"),
     (r"(?:base_model\.model\.)?(?=text_model\.)", "lora_te_"),
     (r"(?:base_model\.model\.)?unet\.(?:base_model\.model\.)?", "lora_unet_"),
     (r"(?:base_model\.model\.)?(?:model\.)?(?:diffusion_model\.)?", "lora_unet_"),
@@ -242,4 +243,4 @@ def _layer_name(path: str) -> str:
     return path
 
 
-EMBEDDING = re.compile(r"bundle_emb\.(?P<name>.+)\.(?P<part>string_to_param\.\*|emb_params|clip_l)")
+EMBEDDING = re.compile(r"bundle_emb\.(?P<name>.+)\.(?P<part>string_to_param\.\*|emb_params|clip_l|clip_g)")

@@ -11,7 +11,7 @@ from lib_delta.core.guides import Guide
 from lib_delta.core.rows import Rows
 from lib_delta.devices import empty_cache, out_of_memory, without_autocast
 from lib_delta.models.forked_layers import is_adapted
-from lib_delta.models.unet import UNet
+from lib_delta.models.network import Network
 
 
 class Evaluator:
@@ -21,7 +21,7 @@ class Evaluator:
     so far.
     """
 
-    def __init__(self, unet: UNet, guides: Sequence[Guide] = (), parts: int = 1) -> None:
+    def __init__(self, unet: Network, guides: Sequence[Guide] = (), parts: int = 1) -> None:
         self.unet = unet
         self.guides = tuple(guides)
         self.parts = parts

@@ -12,7 +12,8 @@ from lib_delta.core.conditioning import PlacedConditioning
 from lib_delta.core.guides import Guide, GuideInputs
 from lib_delta.models.forked_layers import single_branch
 from lib_delta.models.injection import Injection
-from lib_delta.models.unet import TextContext, UNet
+from lib_delta.models.network import Network
+from lib_delta.models.unet import TextContext
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Rows:
             for (x, t, images, uncond), text, label in zip(per_row, contexts, labels)
         ]
 
-    def evaluate(self, unet: UNet, guides: Sequence[Guide], branch: int | None) -> Tensor:
+    def evaluate(self, unet: Network, guides: Sequence[Guide], branch: int | None) -> Tensor:
         """Return the UNet's output ``(R, M, C, H, W)``, or ``(1, M, C, H, W)`` of one branch: 0 base, 1 adapted."""
         if branch is None:
             return unet(self.x[None], self.t, self.text, self.label, self._injection(guides))

@@ -18,7 +18,7 @@ from lib_delta.core.rows import Rows
 from lib_delta.core.steps import SourceStep
 from lib_delta.diffusion.parameterization import Parameterization
 from lib_delta.lru_cache import LRUCache
-from lib_delta.models.unet import UNet
+from lib_delta.models.network import Network
 
 # Prompts may alternate from step to step: the layers' results are cached for this many.
 MAX_CACHED_PROMPTS = 4
@@ -32,7 +32,7 @@ class Source:
 
     def __init__(
         self,
-        unet: UNet,
+        unet: Network,
         parameterization: Parameterization,
         base: Conditioning | PromptSchedule,
         adapted: Conditioning | PromptSchedule | None = None,
@@ -108,7 +108,7 @@ class Source:
         return tuple(schedule(step) for schedule in self._schedules)
 
     def _estimates(self, step: SourceStep) -> Estimates:
-        weight = self.unet.time_embed["0"].weight
+        weight = self.unet.entry
         x, sigma = step.x.to(weight.device, torch.float32), step.sigma.to(weight.device, torch.float32)
         joined = self._joined_at(step.step, len(x))
         with_uncond = not step.uncond_skipped and (step.cfg_scale != 1 or joined.weights is not None)

@@ -25,6 +25,9 @@ VAE_PREFIX = "first_stage_model."
 # The UNet's prefix in a checkpoint, and in two forms of UNet-only files.
 UNET_PREFIXES = (UNET_PREFIX, "diffusion_model.", "")
 TEXT_PREFIXES = ("cond_stage_model.", "conditioner.embedders.")
+_SDXL_TEXT = ("conditioner.embedders.0.", "conditioner.embedders.1.")
+# Keys of SDXL models that were trained for EDM's noise levels (Playground 2.5, CosXL).
+_EDM_KEYS = ("edm_mean", "edm_vpred.sigma_max")
 
 # All but one: the families of transformer models are detected by their blocks.
 _OTHER_ROLES = tuple(role for role in Role if role is not Role.TRANSFORMER_CONTROL)
@@ -107,6 +110,10 @@ def stated_prediction(file: WeightFile) -> Prediction | None:
 
     Raises :class:`CheckpointError` for an unreadable configuration and for an unsupported prediction type.
     """
+    if edm := next((key for key in _EDM_KEYS if key in file.shapes), ""):
+        raise CheckpointError(
+            f"{file.name} was trained for EDM's noise levels ({edm}), which is not supported: eps or v is needed"
+        )
     config = ModelConfig.beside(file.path)
     if config is not None and (configured := _configured_prediction(file.name, config)) is not None:
         return configured
@@ -139,31 +146,49 @@ def detect_zero_terminal_snr(file: WeightFile) -> bool:
 
 
 def missing_parts(shapes: Shapes) -> tuple[str, ...]:
-    """Name the parts that a checkpoint lacks: "text encoder", "autoencoder"."""
+    """Name the parts that a checkpoint lacks: "text encoder" ("second text encoder" of SDXL), "autoencoder"."""
     parts = {"text encoder": TEXT_PREFIXES, "autoencoder": (VAE_PREFIX,)}
+    if any(k.startswith(_SDXL_TEXT[0]) for k in shapes):
+        parts |= {"second text encoder": (_SDXL_TEXT[1],)}
+    elif any(k.startswith(_SDXL_TEXT[1]) for k in shapes):
+        parts |= {"first text encoder": (_SDXL_TEXT[0],)}
     return tuple(part for part, prefixes in parts.items() if not any(k.startswith(prefixes) for k in shapes))
+
+
+def quantised_key(shapes: Shapes) -> str:
+    """Return the first key of weights that are quantised, which needs more than a cast; empty if there is none."""
+    marks = (".scale_weight", ".scale_input", ".absmax", ".quant_map")
+    return next((k for k in shapes if k.endswith(marks) or "quant_state" in k), "")
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A checkpoint's description by its header; ``missing`` as :func:`missing_parts` names it."""
+    """A checkpoint's description by its header.
+
+    ``missing`` is as :func:`missing_parts` names it.  ``quantised`` is the first key of quantised weights; empty if
+    there is none.
+    """
 
     name: str
     family: Family
     variant: str
     prediction: Prediction
     missing: tuple[str, ...]
+    quantised: str = ""
 
     @property
     def why_not_base(self) -> str:
         """The reason why it cannot be the base of the side model, in a sentence; empty if it can."""
-        if self.family is not Family.SD1:
-            label = self.family.label
-            return f"{self.name} is a model of {label}, and the base of Delta Sampling has to be an SD 1.x checkpoint"
+        label = self.family.label
+        if not self.family.served:
+            return f"{self.name} is a model of {label}, and a base has to be a checkpoint of {SERVED}"
         if self.variant != "standard":
-            return f"{self.name} is an {self.variant} model: an ordinary SD 1.x checkpoint is needed as base"
-        if "text encoder" in self.missing:
-            return f"{self.name} has no text encoder: a whole SD 1.x checkpoint is needed as base"
+            article = "a" if self.variant == "depth" else "an"
+            return f"{self.name} is {article} {self.variant} model: an ordinary {label} checkpoint is needed as base"
+        if self.quantised:
+            return f"{self.name} is quantised ({self.quantised}): an fp32, fp16, bf16 or plain fp8 file is needed"
+        if lacking := next((part for part in self.missing if part.endswith("text encoder")), ""):
+            return f"{self.name} has no {lacking}: a whole {label} checkpoint is needed as base"
         return ""
 
 
@@ -202,6 +227,7 @@ def _info_or_fault(state: FileState) -> CheckpointInfo | str:
                 variant=detect_variant(file.shapes) if has_unet else "standard",
                 prediction=detect_prediction(file, family) if has_unet else "eps",
                 missing=missing_parts(file.shapes),
+                quantised=quantised_key(file.shapes),
             )
     except CheckpointError as error:
         return str(error)

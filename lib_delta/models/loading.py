@@ -21,6 +21,7 @@ from lib_delta.files.checkpoint import (
     detect_variant,
     detect_zero_terminal_snr,
     missing_parts,
+    quantised_key,
     unet_prefix,
 )
 from lib_delta.files.stored_file import Shapes, reshaped
@@ -122,11 +123,9 @@ def load_vae(file: WeightFile, dtype: torch.dtype = torch.float32, device: torch
 
 def _refuse_unusable(weights: WeightFile) -> None:
     """Refuse weights that are quantised (need more than a cast), or empty."""
+    if key := quantised_key(weights.shapes):
+        raise CheckpointError(f"{weights.name} is quantised ({key}): an fp32, fp16, bf16 or plain fp8 file is needed")
     for key, shape in weights.shapes.items():
-        if key.endswith((".scale_weight", ".scale_input", ".absmax", ".quant_map")) or "quant_state" in key:
-            raise CheckpointError(
-                f"{weights.name} is quantised ({key}): an fp32, fp16, bf16 or plain fp8 file is needed"
-            )
         if 0 in shape:
             raise CheckpointError(f"{weights.name} is damaged: its weight {key} is empty, with shape {shape}")
 

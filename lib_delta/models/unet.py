@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +22,7 @@ from lib_delta.errors import CheckpointError
 from lib_delta.models import forked_layers
 from lib_delta.models.forked_layers import Conv2d, GroupNorm, LayerNorm, Linear
 from lib_delta.models.injection import Injection
+from lib_delta.models.network import Network
 from lib_delta.models.token_merging import TokenMerging
 
 
@@ -392,7 +393,7 @@ class UNetEncoder(nn.Module):
         return [forked_layers.expand_rows(output, text.rows) for output in outputs]
 
 
-class UNet(UNetEncoder):
+class UNet(UNetEncoder, Network):
     """Predicts noise, velocity or flow from a noisy latent, its timestep and the text."""
 
     def __init__(self, config: UNetConfig) -> None:
@@ -409,6 +410,18 @@ class UNet(UNetEncoder):
                 channels = width
                 self.output_blocks.append(parts)
         self.out = nn.ModuleDict({"0": GroupNorm(channels), "2": Conv2d(channels, config.out_channels, 3)})
+
+    @property
+    def entry(self) -> Tensor:
+        """The weight of the timestep's first layer."""
+        weight: Tensor = self.time_embed["0"].weight
+        return weight
+
+    @property
+    def streamed_parts(self) -> Sequence[nn.Module]:
+        """The parts of all blocks but the first convolution."""
+        blocks = (*self.input_blocks[1:], self.middle_block, *self.output_blocks)
+        return [part for block in blocks for part in block]
 
     def forward(
         self,

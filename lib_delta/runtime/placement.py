@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lib_delta.adapters.attach import Bypass
 from lib_delta.devices import fetches, indexed
 from lib_delta.models.forked_layers import ForkedLayer
-from lib_delta.models.unet import UNet
+from lib_delta.models.network import Network
 from lib_delta.runtime.pinned_memory import pinned
 
 CPU = torch.device("cpu")
@@ -89,15 +89,14 @@ def copy_to_device(module: nn.Module, device: torch.device) -> Visit:
 
 
 class Stream:
-    """A UNet that computes on a device, and holds the weights of each block there only while it runs.
+    """A network that computes on a device, and holds the weights of each block there only while it runs.
 
     The layers before and after the blocks stay on the device.
     """
 
-    def __init__(self, unet: UNet, companions: Sequence[nn.Module], device: torch.device) -> None:
+    def __init__(self, unet: Network, companions: Sequence[nn.Module], device: torch.device) -> None:
         """Take also the ``companions``, such as networks of controls, which stay on the device as a whole."""
-        blocks = (*unet.input_blocks[1:], unet.middle_block, *unet.output_blocks)
-        parts = self._parts = [part for block in blocks for part in block]
+        parts = self._parts = unet.streamed_parts
         inner = {id(module) for part in parts for module in part.modules()}
         ends = [layer for layer in unet.modules() if isinstance(layer, ForkedLayer) and id(layer) not in inner]
         resident = (*ends, *companions)

@@ -18,6 +18,7 @@ from lib_delta.adapters.attach import AdaptedTextEncoder, AdapterForm, Weight, a
 from lib_delta.adapters.block_weights import BlockWeights
 from lib_delta.controls.active_controls import ActiveControls, ControlPick
 from lib_delta.devices import indexed, out_of_memory, trim_heap, without_autocast
+from lib_delta.diffusion.families import Family
 from lib_delta.diffusion.parameterization import Parameterization, Schedule
 from lib_delta.errors import CheckpointError, DeltaError
 from lib_delta.files.checkpoint import why_not_base
@@ -57,15 +58,19 @@ class AdapterPick:
 
 
 class SideModel:
-    """An SD 1.x base with its text encoder, adapters and controls."""
+    """A base of any supported family with its text encoders, adapters and controls.
+
+    ``towers`` are its text encoders in the order of their joined outputs: CLIP-L (SD 1.x), OpenCLIP-H (SD 2.x), or
+    CLIP-L and OpenCLIP-G (SDXL).
+    """
 
     # Leave inference mode, in which Forge loads models: its tensors can only be written to in that mode.
     @torch.inference_mode(False)
     def __init__(self, path: Path, dtype: torch.dtype, storage: torch.dtype | None = None) -> None:
-        """Load a checkpoint's UNet and text encoder to the CPU, in ``dtype``.
+        """Load a checkpoint's UNet and text encoders to the CPU, in ``dtype``.
 
         ``storage`` is a smaller type, such as fp8, that stores the UNet's matrices, which are cast when they compute.
-        Raises :class:`CheckpointError` unless the file is a whole, ordinary SD 1.x checkpoint.
+        Raises :class:`CheckpointError` unless the file is a whole, ordinary checkpoint of a supported family.
         """
         self.name = path.name
         if fault := why_not_base(path):  # before building anything
@@ -74,7 +79,7 @@ class SideModel:
             self.unet, self.report = load_unet(file, dtype)
             if storage is not None:
                 _store_as(self.unet, storage)
-            self.tower: TextEncoder = load_towers(file, self.report.family, dtype)[0]
+            self.towers = load_towers(file, self.report.family, dtype)
         self.parameterization = Parameterization(
             self.report.prediction, Schedule.stable_diffusion(self.report.zero_terminal_snr)
         )
@@ -133,7 +138,7 @@ class SideModel:
 
     def _read(self, path: Path) -> AdapterFile:
         with without_autocast(torch.device("cpu")):
-            return load_adapter(path, self.unet, [self.tower], self.report.prediction)
+            return load_adapter(path, self.unet, self.towers, self.report.prediction)
 
     # Leave inference mode, in which hosts sample: its tensors could not be written to later.
     @torch.inference_mode(False)
@@ -200,8 +205,8 @@ class SideModel:
         return sum(weight.nbytes for weight in weights if weight.device != device)
 
     @property
-    def embeddings(self) -> dict[str, torch.Tensor]:
-        """Textual inversions of the adapters' files, ``(vectors, width)`` by name."""
+    def embeddings(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Textual inversions of the adapters' files, ``(vectors, width)`` for each text encoder, by name."""
         return {name: vectors for file in self.adapters for name, vectors in file.embeddings.items()}
 
     @property
@@ -210,32 +215,38 @@ class SideModel:
         return tuple(state for state, file in zip(self._states, self.adapters) if file.embeddings)
 
     @property
+    def family(self) -> Family:
+        """The base's family."""
+        return self.report.family
+
+    @property
     def device(self) -> torch.device:
         """The UNet's device."""
-        return next(self.unet.parameters()).device
+        return self.unet.entry.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type that the UNet computes in."""
-        return next(self.unet.parameters()).dtype
+        return self.unet.entry.dtype
 
     @property
     def memory(self) -> int:
-        """The bytes of all weights: UNet, merged adapters, controls and text encoder."""
-        tensors = (t for module in (self.network, self.tower) for t in (*module.parameters(), *module.buffers()))
+        """The bytes of all weights: UNet, merged adapters, controls and text encoders."""
+        tensors = (t for module in (self.network, *self.towers) for t in (*module.parameters(), *module.buffers()))
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @contextmanager
-    def text_on(self, device: torch.device) -> Iterator[TextEncoder]:
-        """Move the base's text encoder to a device for the duration of the context."""
-        home = next(self.tower.parameters()).device
+    def text_on(self, device: torch.device) -> Iterator[tuple[TextEncoder, ...]]:
+        """Move the base's text encoders to a device for the duration of the context."""
+        homes = [next(tower.parameters()).device for tower in self.towers]
         try:
-            yield self.tower.to(device)
+            yield tuple(tower.to(device) for tower in self.towers)
         finally:
-            self.tower.to(home)
+            for tower, home in zip(self.towers, homes):
+                tower.to(home)
 
     def text_state(self, active: Sequence[bool] = ()) -> tuple[object, ...]:
-        """Return a key for the text encoder with the active adapters; empty if they do not change it."""
+        """Return a key for the text encoders with the active adapters; empty if they do not change them."""
         flags = itertools.chain(active, itertools.repeat(True))
         adapters = zip(self.adapters, self._picks, self._states, flags)
         return tuple(
@@ -244,14 +255,17 @@ class SideModel:
             if on and pick.text_weight and any(file.text)
         )
 
-    def adapted_tower(self, active: Sequence[bool] = ()) -> TextEncoder:
-        """Return the text encoder with the active adapters, on its present device; ``active`` as in :meth:`activate`.
+    def adapted_towers(self, active: Sequence[bool] = ()) -> tuple[TextEncoder, ...]:
+        """Return the text encoders with the active adapters, on their present devices.
 
-        Returns the base's text encoder if they do not change it.
+        ``active`` is as in :meth:`activate`.  An encoder that they do not change is the base's.
         """
         chosen = [(file, pick.text_weight) for file, pick in self._active(active)]
-        changed = adapted_text_parameters(self.tower, chosen)
-        return AdaptedTextEncoder(self.tower, changed) if changed else self.tower
+        changed = [adapted_text_parameters(tower, chosen, index) for index, tower in enumerate(self.towers)]
+        return tuple(
+            AdaptedTextEncoder(tower, parameters) if parameters else tower
+            for tower, parameters in zip(self.towers, changed)
+        )
 
 
 def can_be_base(path: Path) -> bool:

@@ -164,7 +164,7 @@ def test_the_bundled_embeddings_of_onetrainer_come_along(tmp_path: Path) -> None
     }
     adapter = read(tensors, tmp_path / "x.safetensors")
     assert not adapter.unmatched and adapter.embeddings.keys() == {"my-word", "two"}
-    assert torch.equal(adapter.embeddings["my-word"], word) and torch.equal(adapter.embeddings["two"], two)
+    assert torch.equal(adapter.embeddings["my-word"][0], word) and torch.equal(adapter.embeddings["two"][0], two)
     assert "contains the embeddings my-word, two" in adapter.report()
 
 

@@ -175,7 +175,7 @@ def test_an_open_clip_encoder_is_addressed_by_the_names_of_transformers() -> Non
         ),
         (
             "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.down.weight",
-            "lora_te_text_model_encoder_layers_0_mlp_fc1",
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1",
             "down",
         ),
         (

@@ -57,7 +57,7 @@ def branches(model: SideModel) -> torch.Tensor:
 @torch.no_grad()
 def texts(model: SideModel) -> list[torch.Tensor]:
     with model.text_on(torch.device("cpu")) as base:
-        return [tower.encode(TOKENS)[0] for tower in (base, model.adapted_tower())]
+        return [tower.encode(TOKENS)[0] for (tower,) in (base, model.adapted_towers())]
 
 
 @pytest.mark.parametrize("form", ["merged", "bypass"])
@@ -86,7 +86,7 @@ def test_the_base_itself_stays_as_it_is(files: Files, model: SideModel) -> None:
 def test_one_text_encoder_serves_both_where_it_is_not_adapted(files: Files, model: SideModel) -> None:
     model.adapt([AdapterPick(files.lora_file(), 1.0, 0.0)], "merged")
     with model.text_on(torch.device("cpu")) as base:
-        assert base is model.adapted_tower()
+        assert base == model.adapted_towers()
 
 
 def test_the_text_encoder_has_no_layers_that_webuis_patch(
@@ -191,7 +191,7 @@ def test_the_type_is_the_one_asked_for(files: Files) -> None:
     model = SideModel(files.checkpoint(files.base), torch.bfloat16)
     model.adapt([AdapterPick(files.lora_file())], "merged")
     assert model.dtype is torch.bfloat16 and model.device.type == "cpu"
-    assert {weight.dtype for weight in model.tower.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in model.towers[0].parameters()} == {torch.bfloat16}
 
 
 def test_a_checkpoint_without_text_encoder_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -318,6 +319,33 @@ def test_live_previews_are_those_of_the_lora(webui: WebUI, files: Files, sampler
     assert min(map(len, (plain, wanted, got))) >= 10
     assert sum(among(preview, wanted) for preview in got) >= 0.7 * len(got)
     assert sum(among(preview, plain) for preview in got) <= 0.2 * len(got)
+
+
+SDXL: dict[str, dict[str, Any]] = {
+    **PROMPTS,
+    **{name: FEATURES[name] for name in ("cfg 1", "batch size", "clip skip", "tiling", "padded prompts")},
+    "crop": {"override_settings": {"sdxl_crop_top": 64, "sdxl_crop_left": 32}},
+    "another sampler": {"sampler_name": "DDIM"},
+    "hires": HIRES,
+}
+
+
+@pytest.mark.parametrize("changes", SDXL.values(), ids=SDXL)
+def test_an_sdxl_lora_on_its_checkpoint(webui: WebUI, files: Files, changes: dict[str, Any]) -> None:
+    of_family = replace(files, sd1=files.sdxl, lora=files.sdxl_lora)
+    options = {**changes.get("override_settings", {}), "sd_model_checkpoint": files.sdxl}
+    unknown = options.keys() - webui.get("/sdapi/v1/options").keys()
+    if unknown:
+        pytest.skip(f"this WebUI has no setting {', '.join(unknown)}")
+    assert_exact(webui, of_family, **{**changes, "override_settings": options})
+
+
+def test_an_sdxl_source_on_another_family(webui: WebUI, files: Files) -> None:
+    of_family = replace(files, sd1=files.sdxl, lora=files.sdxl_lora)
+    plain = webui.generate()
+    nothing, some = (webui.generate(delta(of_family, **{"lambda": strength})) for strength in (0.0, 1.0))
+    assert same(nothing, plain)
+    assert np.abs(some.pictures - plain.pictures).mean() > 0
 
 
 @pytest.mark.parametrize("target", ["sd2", "sdxl"])

@@ -100,7 +100,6 @@ BAD_FILES: dict[str, Case] = {
     "a truncated LoRA": (lambda f: f.delta(loras=f.broken_lora), r"delta-test-broken-lora.* is a truncated or damaged"),
     "a LoRA with NaN": (lambda f: f.delta(loras=f.nan_lora), r"delta-test-nan-lora.* holds NaN or infinity"),
     "a good and a bad LoRA": (lambda f: f.delta(loras=f"{f.lora}, {f.nan_lora}"), r"delta-test-nan-lora.* NaN"),
-    "a base that is SDXL": (lambda f: f.delta(base=f.sdxl), r"delta-test-sdxl.* is a model of SDXL, and the base"),
     "an adapted model that is SDXL": (lambda f: f.delta(adapted=f.sdxl), r"delta-test-sdxl.* is made for SDXL"),
 }
 ALL = {**WRONG_SETTINGS, **BAD_FILES}

@@ -5,13 +5,16 @@ This module imports the models: :mod:`lib_delta.hosts.generation.lifecycle` impo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib_delta.bridges import choose_bridge
 from lib_delta.core.heatmap import HeatMap
 from lib_delta.core.source import Source
+from lib_delta.diffusion.families import Family
 from lib_delta.diffusion.latent_spaces import LATENT_STRIDE
 from lib_delta.errors import DeltaError, SettingError
 from lib_delta.hosts.generation.batch_request import has_adaptation
@@ -56,12 +59,12 @@ def _check_complete(request: Request, passes: Passes) -> None:
     adaptation = has_adaptation(passes)
     if not (request.base or adaptation):
         raise SettingError(
-            "Delta Sampling is switched on, and nothing is chosen: choose a base checkpoint, which is the SD 1.x "
+            "Delta Sampling is switched on, and nothing is chosen: choose a base checkpoint, which is the "
             "model that your LoRA was made for, and the LoRA, or switch it off"
         )
     if not request.base:
         raise SettingError(
-            "Delta Sampling needs the SD 1.x checkpoint that the LoRA was made for: choose a base checkpoint, "
+            "Delta Sampling needs the checkpoint that the LoRA was made for: choose a base checkpoint, "
             "or one for always in Settings > Delta Sampling > Default base checkpoint"
         )
     if not adaptation:
@@ -99,31 +102,42 @@ def _adapter_pick(host: Host, pick: Pick) -> AdapterPick:
 
 def _set_controls(host: Host, p: Any, passes: Passes, model: SideModel, request: Request) -> None:
     """Attach the units' files to the side model, and write the hashes of their maps into the infotext."""
-    family = host.main_model().family
-
-    def side_size(height: int, width: int) -> tuple[int, int]:
-        """Return the side model's size, in pixels, for an image of this size."""
-        bridge = choose_bridge(
-            model.report.family,
-            family,
-            form=request.bridge,
-            size=request.side_size,
-            autoencoders=host.tiny_autoencoders(),
-        )
-        stride = family.latent_stride
-        rows, columns = bridge.source_size(-(-height // stride), -(-width // stride))
-        return LATENT_STRIDE * rows, LATENT_STRIDE * columns
-
-    picks, map_hashes = host.units.picks(p, passes, side_size)
+    picks, map_hashes = host.units.picks(p, passes, functools.partial(_side_size, host, model, request))
     model.set_controls(picks)
     p.extra_generation_params.update(map_hashes)
+
+
+def _side_size(host: Host, model: SideModel, request: Request, height: int, width: int) -> tuple[int, int]:
+    """Return the side model's size, in pixels, for an image of this size."""
+    family = host.main_model().family
+    bridge = choose_bridge(
+        model.report.family,
+        family,
+        form=request.bridge,
+        size=request.side_size,
+        autoencoders=host.tiny_autoencoders(),
+    )
+    stride = family.latent_stride
+    rows, columns = bridge.source_size(-(-height // stride), -(-width // stride))
+    return LATENT_STRIDE * rows, LATENT_STRIDE * columns
+
+
+def _text_size(host: Host, p: Any, model: SideModel, request: Request, hires: bool) -> tuple[int, int] | None:
+    """Return the size that a pass's prompts are encoded for, which only SDXL is conditioned on."""
+    if model.report.family is not Family.SDXL:
+        return None
+    height, width = (p.hr_upscale_to_y, p.hr_upscale_to_x) if hires else (p.height, p.width)
+    # WebUIs reckon one side of a resized image as a fraction.
+    return _side_size(host, model, request, int(height), int(width))
 
 
 def _make_sources(host: Host, p: Any, passes: Passes, model: SideModel) -> dict[tuple[bool, Active], Source]:
     """Encode the prompts of each pass, for each set of LoRAs that is active at some point of it."""
     sources = {}
     with CachedEncoder(model, host.text_engine(model), host.text_device()) as encode:
-        for hires, texts in prompts_per_pass(p, passes):
+        for hires, prompts_of_pass in prompts_per_pass(p, passes):
+            size = _text_size(host, p, model, passes.of(hires), hires)
+            texts = replace(prompts_of_pass, size=size)
             base_cond = encode(None, texts.prompts, texts)
             adapted_prompts = side_prompts(passes.of(hires).adapted_prompt, texts.prompts)
             prompts = without_networks(adapted_prompts, len(adapted_prompts)) if adapted_prompts else None

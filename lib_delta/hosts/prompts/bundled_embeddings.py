@@ -8,27 +8,36 @@ from typing import Any
 
 from torch import Tensor
 
+# Of one text encoder, or of several by their names in WebUIs ("clip_l", "clip_g").
+Vectors = Tensor | Mapping[str, Tensor]
 Tokenize = Callable[[list[str]], Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True)
 class BundledEmbedding:
-    """An embedding in the form that WebUIs use: ``vec`` is ``(vectors, width)``."""
+    """An embedding in the form that WebUIs use.
+
+    ``vec`` is ``(vectors, width)``; for SDXL a dictionary with one for each text encoder.
+    """
 
     name: str
-    vec: Tensor
+    vec: Vectors
     # WebUIs write the hashes of a user's files to the infotext; an adapter's embedding has none.
     shorthash: str = ""
 
     @property
     def vectors(self) -> int:
         """The number of tokens that it replaces."""
-        return len(self.vec)
+        return max(map(len, self._parts))
 
     @property
     def shape(self) -> int:
-        """The width of its vectors."""
-        return self.vec.shape[-1]
+        """The width of its vectors, of all text encoders together."""
+        return sum(part.shape[-1] for part in self._parts)
+
+    @property
+    def _parts(self) -> Sequence[Tensor]:
+        return (self.vec,) if isinstance(self.vec, Tensor) else tuple(self.vec.values())
 
 
 class BundledEmbeddings:
@@ -46,7 +55,7 @@ class BundledEmbeddings:
 
         database.find_embedding_at_position = find
 
-    def replace(self, embeddings: Mapping[str, Tensor]) -> None:
+    def replace(self, embeddings: Mapping[str, Vectors]) -> None:
         """Replace the embeddings; longer names take precedence over names that they start with."""
         ids = self._tokenize(list(embeddings)) if embeddings else []
         named = [

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 ENCODING_OPTIONS = (
     *("CLIP_stop_at_last_layers", "emphasis", "enable_emphasis", "use_old_emphasis_implementation"),
     *("comma_padding_backtrack", "pad_cond_uncond", "pad_cond_uncond_v0", "use_old_scheduling"),
+    *("sdxl_clip_l_skip", "sdxl_crop_top", "sdxl_crop_left", "sdxl_zero_neg"),
 )
 
 
 class CachedEncoder(ExitStack):
-    """Encodes prompts for a side model; moves its text encoder to ``device`` from the first cache miss until exit."""
+    """Encodes prompts for a side model; moves its text encoders to ``device`` from the first cache miss until exit."""
 
     def __init__(self, model: SideModel, engine: TextEngine, device: torch.device) -> None:
         super().__init__()
@@ -40,6 +41,7 @@ class CachedEncoder(ExitStack):
             tuple(pass_prompts.negative),
             pass_prompts.steps,
             pass_prompts.hires_steps,
+            pass_prompts.size,
             model.embedding_files,
             options,
         )
@@ -47,7 +49,7 @@ class CachedEncoder(ExitStack):
         if encoded is None:
             self._engine.use_embeddings(model.embeddings)
             base = self.enter_context(model.text_on(self._device))
-            tower = base if active is None else model.adapted_tower(active)
-            encoded = self._engine.encode(tower, prompts, pass_prompts)
+            towers = base if active is None else model.adapted_towers(active)
+            encoded = self._engine.encode(towers, prompts, pass_prompts)
             model.prompt_cache.put(key, encoded)
         return encoded

@@ -18,12 +18,16 @@ Texts = Sequence[str]
 
 @dataclass(frozen=True)
 class PassPrompts:
-    """Prompts of one pass, one for each image, without extra-network tags."""
+    """Prompts of one pass, one for each image, without extra-network tags.
+
+    ``size`` is the height and width of the source's image in pixels, which only SDXL is conditioned on.
+    """
 
     prompts: Texts
     negative: Texts
     steps: int
     hires_steps: int | None
+    size: tuple[int, int] | None = None
 
 
 def prompts_per_pass(p: Any, requests: Passes) -> list[tuple[bool, PassPrompts]]:

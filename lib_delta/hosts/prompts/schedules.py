@@ -6,7 +6,7 @@ The WebUI parses emphasis, BREAK, AND, prompt editing and textual inversions, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +17,14 @@ from lib_delta.models.text import TextEncoder
 
 
 class ScheduleEntry(Protocol):
-    """A part of a WebUI's prompt schedule: ``cond`` ``(T, C)`` applies up to and including ``end_at_step``."""
+    """A part of a WebUI's prompt schedule: ``cond`` applies up to and including ``end_at_step``.
+
+    ``cond`` is the encoded text ``(T, C)``; for SDXL a dictionary of it (``crossattn``) and of the label ``(L,)``
+    (``vector``).
+    """
 
     end_at_step: int
-    cond: Tensor
+    cond: Tensor | Mapping[str, Tensor]
 
 
 class PromptPart(Protocol):
@@ -31,6 +35,8 @@ class PromptPart(Protocol):
 
 
 HOOK = "delta_sampling_hook"
+# WebUIs' names of SDXL's conditioning.
+TEXT, LABEL = "crossattn", "vector"
 
 # Maps cond and uncond ``(N, T, C)`` to the same pair with one length.
 Padding = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -84,16 +90,27 @@ class Schedules:
         if entries not in self._conditionings:
             encoded = [schedule[i].cond for schedule, i in zip(schedules, entries)]
             count = len(self._parts)
-            cond, uncond = _stack(encoded[:count]), _stack(encoded[count:])
+            cond, uncond = (_stack([text_of(c) for c in part]) for part in (encoded[:count], encoded[count:]))
             if self._pad is not None:
                 cond, uncond = self._pad(cond, uncond)
-            self._conditionings[entries] = Conditioning(cond, uncond, weights=self._weights)
+            labels = _labels(encoded[:count]), _labels(encoded[count:])
+            self._conditionings[entries] = Conditioning(cond, uncond, *labels, weights=self._weights)
         return self._conditionings[entries]
 
 
 def _entry_at(schedule: Sequence[ScheduleEntry], step: int) -> int:
     """Return the number of the entry for a step; WebUIs return to the first entry after the end of the last."""
     return next((i for i, entry in enumerate(schedule) if step <= entry.end_at_step), 0)
+
+
+def text_of(cond: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """Return the encoded text of a conditioning, which may be SDXL's dictionary."""
+    return cond if isinstance(cond, Tensor) else cond[TEXT]
+
+
+def _labels(conds: Sequence[Tensor | Mapping[str, Tensor]]) -> Tensor | None:
+    labels = [cond[LABEL] for cond in conds if not isinstance(cond, Tensor)]
+    return torch.stack(labels) if labels else None
 
 
 def _stack(conds: Sequence[Tensor]) -> Tensor:

@@ -131,7 +131,7 @@ def test_a_fault_lets_go_of_what_the_step_had_computed(webui: WebUI, monkeypatch
 
 def test_engines_made_anew_leave_one_hook(webui: WebUI) -> None:
     webui.generate(DELTA)
-    embedding = webui.side_model.tower.transformer.text_model.embeddings.token_embedding
+    embedding = webui.side_model.towers[0].transformer.text_model.embeddings.token_embedding
     for _ in range(3):
         webui.host.forget([webui.side_model])
         webui.host.text_engine(webui.side_model)

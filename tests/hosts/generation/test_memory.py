@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchsde", "ignore:
 def test_unloading_gives_the_memory_back_at_once(webui: WebUI) -> None:
     webui.generate(DELTA)
     model = weakref.ref(webui.side_model)
-    unet, tower = (weakref.ref(next(part.parameters())) for part in (model().unet, model().tower))
+    unet, tower = (weakref.ref(next(part.parameters())) for part in (model().unet, model().towers[0]))
     gc.collect()
     gc.disable()
     try:
@@ -90,7 +90,7 @@ def test_a_base_that_is_dropped_is_gone_before_the_next_is_loaded(
     def counted(self: SideModel, *given: Any) -> None:
         assert living() == (0, 0), "one is there still"
         load(self, *given)
-        alive.append((weakref.ref(self.unet), weakref.ref(self.tower)))
+        alive.append((weakref.ref(self.unet), weakref.ref(self.towers[0])))
 
     webui.host.unload()
     gc.collect()

@@ -450,10 +450,10 @@ def test_token_merging_ends_with_the_option(webui: WebUI, monkeypatch: pytest.Mo
 def test_a_base_of_another_kind_is_refused_before_it_is_built(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
     sidemodel: Any = importlib.import_module("lib_delta.runtime.side_model")
     webui.host.unload()
-    sentence = "it is a model of SDXL, and the base of Delta Sampling has to be an SD 1.x checkpoint"
+    sentence = "it is a model of Flux, and the base of Delta Sampling has to be an SD 1.x, SD 2.x or SDXL checkpoint"
     monkeypatch.setattr(sidemodel, "why_not_base", lambda _: sentence)
     monkeypatch.setattr(sidemodel, "load_unet", lambda *_: pytest.fail("it was built"))
-    with pytest.raises(CheckpointError, match="is a model of SDXL, and the base"):
+    with pytest.raises(CheckpointError, match="is a model of Flux, and the base"):
         webui.generate(DELTA)
 
 

@@ -63,22 +63,30 @@ def chunks_of(tokens, embeddings, start, end):
     return [([start, *words, *[end] * (CHUNK + 1 - len(words))], fixes) for words, fixes in chunks]
 
 
-def encode(engine, tokenizer, texts, embeddings, found):
-    """Encode texts to ``(N, 77 * chunks, C)`` with the engine's encoder, which reads ``found.fixes``."""
+def encode(engine, tokenizer, texts, embeddings, found, pad=None):
+    """Encode texts to ``(N, 77 * chunks, C)`` with the engine's encoder, which reads ``found.fixes``.
+
+    The encoder's pooled text is that of the first chunk, and ``pad`` replaces the end tokens that fill a chunk.
+    """
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    pad = end if pad is None else pad
     rows = [chunks_of(tokens, embeddings, start, end) for tokens in engine.tokenize(list(texts))]
     encoded = []
     for i in range(max(map(len, rows))):
         parts = [row[i] if i < len(row) else ([start, *[end] * (CHUNK + 1)], []) for row in rows]
         found.fixes = [fixes for _, fixes in parts]
-        encoded.append(engine.encode_with_transformers(torch.tensor([tokens for tokens, _ in parts])))
-    return torch.cat(encoded, 1)
+        tokens = torch.tensor([tokens for tokens, _ in parts])
+        after = (tokens == end).cumsum(1) > 1
+        encoded.append(engine.encode_with_transformers(tokens.masked_fill(after, pad)))
+    joined = torch.cat(encoded, 1)
+    return (joined, encoded[0].pooled) if engine.return_pooled else joined
 
 
 class ForgeEngine:
     """Forge's text engine; replaces the token embedding of its encoder."""
 
-    def __init__(self, text_encoder, tokenizer, embedding_dir, embedding_expected_shape):
+    def __init__(self, text_encoder, tokenizer, embedding_dir, embedding_expected_shape, return_pooled=False):
+        self.return_pooled, self.id_pad = return_pooled, tokenizer.pad_token_id
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.embeddings = EmbeddingFiles(embedding_expected_shape)
         if isinstance(embedding_dir, str):
@@ -101,7 +109,7 @@ class ForgeEngine:
             notes["TI"] = ", ".join(filter(None, (notes.get("TI"), *sorted(used))))
         if emphasis != "Original" and any("(" in text or "[" in text for text in texts):
             notes["Emphasis"] = emphasis
-        return encode(self, self.tokenizer, texts, self.embeddings, self.embeddings)
+        return encode(self, self.tokenizer, texts, self.embeddings, self.embeddings, self.id_pad)
 
     def encode_with_transformers(self, tokens):
         return self.text_encoder(tokens, self.clip_skip)[0]

@@ -11,6 +11,17 @@ TURNS = re.compile(r"\[([^\[\]:]*\|[^\[\]:]*)\]")
 WEIGHT = re.compile(r"\s*:\s*([-+]?[\d.]+)\s*$")
 
 
+class SdConditioning(list):
+    """Prompts with the picture's size, which SDXL is conditioned on."""
+
+    def __init__(self, prompts, is_negative_prompt=False, width=None, height=None, copy_from=None):
+        super().__init__(prompts)
+        copied = prompts if copy_from is None else copy_from
+        self.is_negative_prompt = is_negative_prompt or getattr(copied, "is_negative_prompt", False)
+        self.width = width or getattr(copied, "width", None)
+        self.height = height or getattr(copied, "height", None)
+
+
 class Part:
     """One of the prompts joined by AND."""
 
@@ -48,7 +59,9 @@ def get_learned_conditioning(model, prompts, steps, hires_steps=None):
     schedules = []
     for prompt in prompts:
         times = schedule(prompt, steps, hires_steps)
-        encoded = model.get_learned_conditioning([text for _, text in times])
+        encoded = model.get_learned_conditioning(SdConditioning([text for _, text in times], copy_from=prompts))
+        if isinstance(encoded, dict):
+            encoded = [{key: value[i] for key, value in encoded.items()} for i in range(len(times))]
         schedules.append([ScheduledPromptConditioning(end, cond) for (end, _), cond in zip(times, encoded)])
     return schedules
 
@@ -61,7 +74,9 @@ def get_multicond_learned_conditioning(model, prompts, steps, hires_steps=None):
         for text in re.split(r"\bAND\b", prompt):
             weight = WEIGHT.search(text)
             text = WEIGHT.sub("", text)
-            (schedules,) = get_learned_conditioning(model, [text], steps, hires_steps)
+            (schedules,) = get_learned_conditioning(
+                model, SdConditioning([text], copy_from=prompts), steps, hires_steps
+            )
             parts.append(Part(schedules, float(weight[1]) if weight else 1.0))
         batch.append(parts)
     return MulticondLearnedConditioning(batch)

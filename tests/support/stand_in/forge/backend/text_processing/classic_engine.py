@@ -16,8 +16,9 @@ class ClassicTextProcessingEngine(prompt_code.ForgeEngine):
         embedding_key="clip_l",
         embedding_expected_shape=768,
         emphasis_name="Original",
+        return_pooled=False,
     ):
-        super().__init__(text_encoder, tokenizer, embedding_dir, embedding_expected_shape)
+        super().__init__(text_encoder, tokenizer, embedding_dir, embedding_expected_shape, return_pooled)
 
     def __call__(self, texts):
         return self.encode_and_note(texts, shared.opts.emphasis, last_extra_generation_params)
