@@ -102,7 +102,7 @@ class Expected:
 
     def __init__(self, webui: WebUI, space: str, flow: bool, stitched: bool = False) -> None:
         self.flow, self.maps = flow, load_file(MAPS / f"sd1-{space}.safetensors")
-        self.stitched = StitchedFormula(Space.SD1, Space.SDXL) if stitched else None
+        self.stitched = StitchedFormula(Space.SD1, Space[space.upper()]) if stitched else None
         self.maps = {name: self._whole(name) for name in self.maps}
         before = webui.shared.sd_model
         self.models = [self._loaded(webui, name) for name in (webui.files.base, webui.files.tuned)]
@@ -273,9 +273,9 @@ def test_a_delta_crosses_to_models_of_flow_matching(
         pytest.skip("AUTOMATIC1111 runs no model with FLUX.1's latents")
     has_latents_of(monkeypatch, webui, space)
     is_of_flow_matching(monkeypatch, webui, shift)
-    assert_crossed(monkeypatch, webui, Expected(webui, space, flow=True), **generations(16)[name])
+    assert_crossed(monkeypatch, webui, Expected(webui, space, flow=True, stitched=True), **generations(16)[name])
     label = {"sd3": "SD 3", "flux1": "FLUX.1"}[space]
-    assert f"{label} latents: learned bridge" in webui.host.status()
+    assert f"{label} latents: stitched bridge" in webui.host.status()
 
 
 def test_guidance_of_sd_3_is_added_up_with_the_delta(webui: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
