@@ -13,6 +13,9 @@ from torch import Tensor
 pytest.importorskip("transformers", reason="transformers is not installed, whose text encoder a base needs")
 
 from lib_delta.adapters.attach import AdapterForm
+from lib_delta.core.conditioning import Conditioning
+from lib_delta.core.source import Source
+from lib_delta.core.steps import SourceStep
 from lib_delta.diffusion.families import Family
 from lib_delta.errors import AdapterError, CheckpointError
 from lib_delta.files.checkpoint import describe, why_not_base
@@ -248,3 +251,29 @@ def test_a_lora_of_sdxl_names_the_base_that_it_needs(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "moxin.safetensors")
     with pytest.raises(AdapterError, match="moxin.safetensors is made for SDXL.*choose an SDXL base"):
         SideModel(files.checkpoint(files.base), FP32).adapt([AdapterPick(tmp_path / "moxin.safetensors")], "merged")
+
+
+def conditioning(towers: tuple[TextEncoder, ...]) -> Conditioning:
+    with torch.no_grad():
+        encoded = [tower.encode(TOKENS.expand(2, -1), 2) for tower in towers]
+    pooled = encoded[1][1]
+    assert pooled is not None
+    label = sdxl_label(pooled, 512, 512)
+    context = torch.cat([hidden for hidden, _ in encoded], -1)
+    return Conditioning(context[:1], 0.5 * context[1:], label[:1], 0.5 * label[1:])
+
+
+def test_one_forked_pass_of_an_sdxl_source_is_the_difference_of_two_models(parts: Parts, tmp_path: Path) -> None:
+    low_rank = factors(parts)
+    model = SideModel(write(parts, tmp_path / "xl.safetensors"), FP32)
+    tuned = SideModel(write(merged(parts, low_rank), tmp_path / "tuned.safetensors"), FP32)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    step = SourceStep(3 * x, torch.tensor([3.0]), 5.0)
+    alone = [Source(m.unet, m.parameterization, conditioning(m.towers)).denoised(step) for m in (model, tuned)]
+    assert [len(estimate) for estimate in alone] == [1, 1]
+    save_file(dialect("kohya", low_rank), tmp_path / "a.safetensors")
+    model.adapt([AdapterPick(tmp_path / "a.safetensors")], "merged")
+    adapted = conditioning(model.adapted_towers())
+    source = Source(model.unet, model.parameterization, conditioning(model.towers), adapted)
+    torch.testing.assert_close(source.delta(step), (alone[1] - alone[0])[0], rtol=1e-3, atol=1e-3)
+    assert source.evaluations == 1
