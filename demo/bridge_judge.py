@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -159,8 +159,8 @@ def summary(scores: Scores) -> dict[str, dict[str, float]]:
 
 
 def figures(scores: Scores) -> dict[str, object]:
-    """Return what ``bridges.json`` stores: the summary, and every score by edit and way."""
-    by_edit = {name: {way: asdict(score) for way, score in row.items()} for name, row in scores.items()}
+    """Return what ``bridges.json`` stores: the summary, and the PSNR by edit and way."""
+    by_edit = {name: {way: score.psnr for way, score in row.items()} for name, row in scores.items()}
     return {"mean": summary(scores), "by_edit": by_edit}
 
 

@@ -255,9 +255,9 @@ class RequestFields:
         Field(
             reads_none=True,
             infotext="Delta base",
-            help="SD 1.x checkpoint that the adaptations were made for",
-            label="Base checkpoint (SD 1.x)",
-            tooltip="The SD 1.x checkpoint that the LoRAs and the adapted checkpoint were made for. "
+            help="checkpoint that the adaptations were made for: SD 1.x, SD 2.x or SDXL",
+            label="Base checkpoint",
+            tooltip="The SD 1.x, SD 2.x or SDXL checkpoint that the LoRAs and the adapted checkpoint were made for. "
             "None: the default of the settings page.",
             axis=Axis("Base", cost=0.9),
         ),
