@@ -11,9 +11,10 @@ ACCORDION_WIDGETS = {
     "add_lora": "Adds the chosen LoRA to the list, with the weight noted on its card, or 1.",
     "cards": "While the accordion is open, a click on a card of the Lora tab adds that LoRA here instead of to the "
     "main prompt; a second click removes it.",
-    "preset": "Saved settings of this accordion: choose a preset to load it.",
+    "preset": "Saved settings of this accordion: choose a preset to load it. None loads the defaults.",
     "delete_preset": "Delete the chosen preset",
-    "preset_name": "A name for the accordion's current settings; an existing preset of this name is replaced.",
+    "preset_name": "A name for the accordion's current settings; an existing preset of this name is replaced after "
+    "a second click.",
     "save_preset": "Save the settings under this name",
     "refresh_status": "Show what is loaded now.",
     "unload": "Free the side models' memory. The next generation loads them again.",

@@ -336,6 +336,8 @@ class RequestFields:
             help="guidance scale of the side model; "
             "0: the main one's, or 3 if that is less and the main model is of another family",
             label="Side model CFG (0: automatic)",
+            tooltip="The guidance scale of the side model. 0: that of the main model, but at least 3 if the main model "
+            "is of another family.",
             minimum=0,
             maximum=30,
             step=0.5,
@@ -349,6 +351,8 @@ class RequestFields:
             help="size of the side model: 'automatic', 'picture' (as large), "
             "or the side in pixels of a square as large",
             label="Size of the side model",
+            tooltip="The size at which the side model sees the picture. Automatic: the size that it was made for; "
+            "picture: the picture's; a number: the side in pixels of a square of the same area.",
             minimum=64,
             maximum=4096,
             choices=SIDE_SIZES,
@@ -359,9 +363,11 @@ class RequestFields:
         BRIDGES[0],
         Field(
             infotext="Delta bridge",
-            help="how latents of another kind are carried over: by stitched maps (learned ones for pairs without), by "
-            "learned maps, over pictures by the WebUI's TAESD files, or only by scale in one of two forms",
+            help="how latents of another kind are carried over: by stitched maps, by linear (learned) ones, over "
+            "pictures by the WebUI's TAESD files, or only by scale in one of two forms",
             label="Bridge to other latents",
+            tooltip="How the delta gets into the latents of SDXL, SD 3 or Flux. Stitched is the best; learned restores "
+            "older pictures; taesd needs the WebUI's TAESD files; the last two only scale.",
             choices=BRIDGES,
             axis=Axis("Bridge"),
         ),
@@ -386,6 +392,7 @@ class RequestFields:
             help="for how many steps one evaluation of the side model is used, instead of what quality says; "
             "0: as quality says",
             label="Every so many steps (0: as Quality says)",
+            tooltip="Evaluate the side model once in this many steps, instead of what Quality says.",
             minimum=0,
             maximum=10,
             step=1,
@@ -399,6 +406,7 @@ class RequestFields:
             infotext="Delta quality between",
             help="the delta between evaluations: held, or extrapolated linearly; automatic: as quality says",
             label="In between",
+            tooltip="The delta between evaluations: the last one held, or continued in a line through the last two.",
             choices=BETWEEN,
         ),
     )
@@ -410,6 +418,7 @@ class RequestFields:
             help="evaluate the side model when the main estimate has moved by this share of its size, instead of "
             "after a number of steps; 0: by steps",
             label="Or when the main estimate has moved by (0: by steps)",
+            tooltip="Evaluate the side model again when the picture has changed by this share since the last time.",
             minimum=0,
             maximum=1,
             step=0.05,

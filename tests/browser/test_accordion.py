@@ -184,7 +184,7 @@ def test_presets_are_saved_loaded_and_deleted(tab):
     expect(tab.item("preset_said")).to_contain_text("'lines' is deleted")
     expect(tab.box("preset")).to_have_value("None")
     tab.page.click("#script_txt2img_delta_sampling_delete_preset")
-    expect(tab.item("preset_said")).to_contain_text("There is no preset")
+    expect(tab.item("preset_said")).to_contain_text("Choose the preset to delete")
 
 
 def test_the_webuis_tooltip_of_none_is_not_shown_over_ours(tab):

@@ -7,7 +7,7 @@ made, said = [], []
 open_containers = []
 WIDGETS = (
     *("Accordion", "Button", "Checkbox", "Column", "Dropdown", "File", "Group", "HTML"),
-    *("Image", "Number", "Radio", "Row", "SelectData", "Slider", "Tab", "Tabs", "Textbox"),
+    *("Image", "Number", "Radio", "Row", "SelectData", "Slider", "State", "Tab", "Tabs", "Textbox"),
 )
 
 

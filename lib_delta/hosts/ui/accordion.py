@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 from modules.ui_components import FormRow, InputAccordion
 
+from lib_delta import __version__
 from lib_delta.hosts import host
 from lib_delta.hosts.settings import units_shown
 from lib_delta.hosts.ui.checkpoint_choices import base_choices, whole_list
@@ -31,7 +32,7 @@ PROMPTS = ("prompt", "negative_prompt", "adapted_prompt")
 CURVE_FIELDS = ("strength", "start", "end", "curve", "first", "last")
 
 HELP = """<details class="delta-sampling-help" data-tooltips="{tooltips}"><summary>How to start</summary><ol>
-<li>Choose a <b>base checkpoint</b>: the SD 1.x model that your LoRA was made for.</li>
+<li>Choose a <b>base checkpoint</b>: the model (SD 1.x, SD 2.x or SDXL) that your LoRA was made for.</li>
 <li>Add a <b>LoRA</b>, or choose a fine-tuned checkpoint as <b>adapted</b>, or both.</li>
 <li>Generate with any main checkpoint. <b>Lambda</b> is how much of the effect is added: start at 1.</li></ol>
 <p>In a prompt, <code>&lt;delta:NAME:lambda&gt;</code> does the same. A LoRA can have more than a weight:
@@ -173,8 +174,9 @@ class Accordion:
 
 
 def status_html(first_line: str = "") -> str:
-    """Return the status as HTML, one element a line."""
+    """Return the status as HTML, one element a line; the last one is the version."""
     lines = [line for line in (first_line, *host().status().splitlines()) if line]
+    lines.append(f"{TITLE} {__version__}")
     return "".join(f"<div>{escape(line)}</div>" for line in lines)
 
 

@@ -47,6 +47,7 @@ class PresetRow:
         self.message = gr.HTML("", elem_id=elem_id("preset_said"), **MESSAGE)
         # The page's script clicks it once, when the page is complete.
         self.default = gr.Button("Load the default preset", elem_id=elem_id("default_preset"), **HIDDEN)
+        self.confirming = gr.State("")  # the name of a preset that the next save may replace
         for widget in (self.name, self.saved_as):
             widget.do_not_save_to_config = True
 
@@ -60,7 +61,8 @@ class PresetRow:
         filled = [*saved, prompts, units.accordion, *row]
         self.name.select(load_selected, inputs=[], outputs=filled, **QUIET)
         self.default.click(load_default, inputs=[], outputs=filled, **QUIET)
-        self.save.click(save, inputs=[self.saved_as, *saved], outputs=row, **QUIET)
+        inputs = [self.saved_as, self.confirming, *saved]
+        self.save.click(save, inputs=inputs, outputs=[*row, self.confirming], **QUIET)
         self.delete.click(delete, inputs=[self.name], outputs=row, **QUIET)
 
 
@@ -70,8 +72,10 @@ def preset_choices() -> list[str]:
 
 
 def load_selected(selected: gr.SelectData) -> list[Any]:
-    """Load the preset that the user selected in the list."""
-    return load(selected.value)
+    """Load the preset that the user selected in the list; None loads the defaults."""
+    if selected.value != NONE:
+        return load(selected.value)
+    return [*filling(Request(enabled=True)), *row_updates("the settings are the defaults")]
 
 
 def load_default() -> list[Any]:
@@ -88,7 +92,12 @@ def load(name: str) -> list[Any]:
         request = host().presets().load(name)
     except SettingError as error:
         return [*unchanged, *row_updates(str(error))]
-    return [*widget_values(request), unfolded(request), unit_box.unfold(request.infotext()), *row_updates("", name)]
+    return [*filling(request), *row_updates("", name)]
+
+
+def filling(request: Request) -> list[Any]:
+    """Return a request's values and updates for the settings, the units, and the two inner accordions."""
+    return [*widget_values(request), unfolded(request), unit_box.unfold(request.infotext())]
 
 
 def row_updates(message: str = "", name: str = "") -> tuple[str, Any, Any]:
@@ -122,21 +131,29 @@ def unfolded(request: Request) -> Any:
     return gr.update(open=True) if has_prompts else gr.update()
 
 
-def save(name: str, *values: Any) -> tuple[str, Any, Any]:
-    """Save the values of the widgets under a name, and return the row's updates."""
+def save(name: str, confirming: str, *values: Any) -> tuple[str, Any, Any, str]:
+    """Save the values of the widgets under a name; return the row's updates, and the name that a second click replaces.
+
+    The first click on the name of an existing preset only asks, because its settings would be lost.
+    """
+    name = name.strip()
+    if name in host().presets().names() and name != confirming:
+        return *row_updates(f"there is a preset {shown(name)} already: save again to replace it"), name
     of_units = dict(zip(unit_fields(), values[len(SAVED) :]))
     units = [of_units.get((index, field)) for index in range(units_shown()) for field in UNIT_FIELDS]
     try:
         saved_as = host().presets().save(name, Request.from_arguments([True, *values[: len(SAVED)], *units]))
     except SettingError as error:
-        return row_updates(str(error))
+        return *row_updates(str(error)), ""
     message, _, box = row_updates(f"saved as {shown(saved_as)}", saved_as)
     # Not selected in the list: gradio 4 fires ``select`` only if the choice changes, so it could not be loaded.
-    return message, gr.update(choices=preset_choices(), value=NONE), box
+    return message, gr.update(choices=preset_choices(), value=NONE), box, ""
 
 
 def delete(name: str) -> tuple[str, Any, Any]:
     """Delete a preset, and return the row's updates."""
+    if name == NONE:
+        return row_updates("choose the preset to delete in the list")
     try:
         host().presets().delete(name)
     except SettingError as error:

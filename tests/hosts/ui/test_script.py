@@ -239,7 +239,7 @@ def test_a_preset_brings_back_what_was_saved_and_does_not_switch_the_delta_on(we
     row, runner = webui.hosts("preset_row"), webui.runner()
     unit = Unit(True, None, "edges", "canny", 0.7, end=0.5)
     wanted = Request(True, 2.5, base=BASE, loras="moxin:0.8", adapted_prompt="ink", quality="fast", units=(unit,))
-    said, listed, _ = row.save("ink on SDXL", *saved_values(row, wanted))
+    said, listed, *_ = row.save("ink on SDXL", "", *saved_values(row, wanted))
     assert "Saved as &#x27;ink on SDXL&#x27;" in said and listed["choices"] == ["None", "ink on SDXL"]
     *values, prompts, units, said, listed, name = row.load_selected(SimpleNamespace(value="ink on SDXL"))
     assert Request.from_arguments([True, *values[: len(SETTINGS) - 1]]) == replace(wanted, units=())
@@ -255,17 +255,37 @@ def test_a_preset_brings_back_what_was_saved_and_does_not_switch_the_delta_on(we
 
 def test_what_cannot_be_saved_loaded_or_deleted_is_said_and_changes_nothing(webui):
     row = webui.hosts("preset_row")
-    assert "needs a name" in row.save("None", *saved_values(row, Request()))[0]
-    assert "has no name" in row.save("x", *saved_values(row, Request(loras=":1")))[0]
+    assert "needs a name" in row.save("None", "", *saved_values(row, Request()))[0]
+    assert "has no name" in row.save("x", "", *saved_values(row, Request(loras=":1")))[0]
     assert "There is no preset &#x27;x&#x27;" in row.delete("x")[0]
+    assert "Choose the preset to delete" in row.delete("None")[0]
     *updates, said, _, _ = row.load_selected(SimpleNamespace(value="gone"))
     assert "There is no preset &#x27;gone&#x27;" in said and all(set(update) == {"__type__"} for update in updates)
+
+
+def test_a_preset_is_replaced_only_by_a_second_click(webui):
+    row = webui.hosts("preset_row")
+    assert row.save("mine", "", *saved_values(row, Request(strength=3.0)))[-1] == ""
+    said, _, _, confirming = row.save(" mine", "", *saved_values(row, Request(strength=2.0)))
+    assert "save again to replace it" in said and confirming == "mine"
+    assert row.load("mine")[0] == 3.0
+    other = row.save("other", confirming, *saved_values(row, Request()))
+    assert "Saved as" in other[0] and other[-1] == ""
+    assert "Saved as" in row.save("mine", confirming, *saved_values(row, Request(strength=2.0)))[0]
+    assert row.load("mine")[0] == 2.0
+
+
+def test_the_preset_none_is_the_defaults(webui):
+    row = webui.hosts("preset_row")
+    *values, _, _, said, _, _ = row.load_selected(SimpleNamespace(value="None"))
+    assert Request.from_arguments([True, *values[: len(SETTINGS) - 1]]) == Request(enabled=True)
+    assert "The settings are the defaults" in said
 
 
 def test_the_default_preset_is_loaded_when_the_page_is_there(webui):
     row = webui.hosts("preset_row")
     assert all("value" not in update for update in row.load_default() if update), "there is none"
-    row.save("mine", *saved_values(row, Request(strength=3.0)))
+    row.save("mine", "", *saved_values(row, Request(strength=3.0)))
     webui.shared.opts.data["delta_sampling_preset"] = "mine"
     assert row.load_default()[0] == 3.0
 
@@ -279,8 +299,9 @@ def test_prompts_unfold_when_a_picture_has_filled_them(webui):
 def test_the_status_is_text_and_not_markup(webui):
     webui.host.loaded = ["<b>"]
     accordion = webui.hosts("accordion")
-    assert accordion.status_html() == "<div>loaded: &lt;b&gt; on cpu, 1.6 GB</div>"
-    assert accordion.unload_html() == "<div>1.6 GB were given back</div><div>nothing is loaded</div>"
+    version = f"<div>Delta Sampling {__version__}</div>"
+    assert accordion.status_html() == f"<div>loaded: &lt;b&gt; on cpu, 1.6 GB</div>{version}"
+    assert accordion.unload_html() == f"<div>1.6 GB were given back</div><div>nothing is loaded</div>{version}"
 
 
 def test_the_settings_page_has_the_documented_defaults(webui):
