@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("k_diffusion", reason="k-diffusion is not installed, whose samplers the stand-ins run")
+pytest.importorskip("transformers", reason="transformers is not installed, whose tokenizer the prompt code uses")
+
 from lib_delta.diffusion.families import Family
 from lib_delta.models.text import Conditioner, TextConfig, TextEncoder, load_tokenizer, sdxl_label
 from tests.support.small_files import TEXT, TOKENIZER
