@@ -16,6 +16,7 @@ if missing():
 import gradio
 from playwright.sync_api import expect
 
+from lib_delta import __version__
 from lib_delta.request.fields import REQUEST_FIELDS
 
 pytest.register_assert_rewrite("tests.browser.tabs")
@@ -227,7 +228,7 @@ def test_pasting_a_picture_restores_everything_and_generates_the_same(open_page)
     given = DELTA.replace(" [0123abcdef]", "").partition("Delta")[2].split(", Delta")
     written = tab.generate().partition("Delta")[2].split(", Delta")
     # Infotext of older pictures names no bridge: their latents were scaled.
-    assert sorted(written) == sorted([*given, " bridge: same_snr"])
+    assert sorted(written) == sorted([*given, " bridge: same_snr", f" version: {__version__}"])
 
 
 def test_pasting_a_picture_without_a_delta_closes_the_accordion_and_keeps_what_is_in_it(tab):
