@@ -367,7 +367,7 @@ def test_a_file_that_fits_in_part_is_used_and_what_does_not_is_counted(
 WRONG_RECIPES = {
     "block weights of another number": (":1:lbw=1,0,1", r"block weights '1,0,1' cannot be read"),
     "an unknown preset": (":1:lbw=MIDDLE", r"block weights 'MIDDLE' cannot be read: NONE, ALL, .* 12, 17, 20 or 26"),
-    "a range the wrong way round": (":1:start=0.8:end=0.2", r"from 0\.8 to 0\.2: two shares"),
+    "a range the wrong way round": (":1:start=0.8:end=0.2", r"start 0\.8 and end 0\.2: two shares"),
     "no ranks": (":1:dyn=0", r"dyn=0: a whole number of ranks, 1 or more, is needed"),
     "an unknown option": (":1:speed=3", r"cannot be read at 'speed=3'"),
 }
